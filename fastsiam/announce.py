@@ -1,0 +1,115 @@
+"""What a run says of itself: its first lines, its last ones, and the dry run."""
+
+from pathlib import Path
+
+import torch
+
+import fastsiam
+from fastsiam import collapse
+from fastsiam.config import Config
+from fastsiam.data import demo
+from fastsiam.data.loader import check_batch_size, choose_backend
+from fastsiam.data.sources import open_source
+from fastsiam.device import choose_compile, choose_device, choose_precision
+from fastsiam.record import duration
+
+
+def opening_lines(config: Config, num_train: int, num_val: int, loader_text: str, where: str) -> list[str]:
+    """Everything that was chosen, before the first step: data, backend, views, model, step, schedule."""
+    model, train = config.model, config.train
+    device = choose_device(train.device)
+    dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[choose_precision(train.precision, device)]
+    _, reason = choose_backend(config.data.backend)
+    lines = [f"fastsiam  {fastsiam.__version__}, torch {torch.__version__}; {where}"]
+    if num_train:
+        val = f", {num_val:,} for kNN under {config.data.val}" if num_val else ", no kNN"
+        lines.append(f"data      {num_train:,} images under {config.data.train}{val}")
+    lines += [
+        f"backend   {loader_text}, {reason}",
+        f"views     2 x {config.views.size} px, recipe {config.views.recipe}, colour {config.views.color}",
+        f"model     {config.method.name}, {model.encoder} ({model.stem} stem"
+        + (f", width {model.width}" if model.width else "")
+        + f"), projector {model.projector.layers} x {model.projector.out}, predictor {model.predictor.hidden}, "
+        f"batch-norm statistics {model.bn_statistics}",
+        f"step      batch {train.batch_size}, learning rate {config.learning_rate:g} = {config.optimizer.base_lr:g} x "
+        f"{train.batch_size} / 256, {device.type}, {dtype}, "
+        f"{'channels-last' if train.channels_last else 'channels-first'}, "
+        f"compile {'on' if choose_compile(train.compile, device) else 'off'}, loss in plain torch",
+    ]
+    return lines
+
+
+def schedule_line(config: Config, steps_per_epoch: int) -> str:
+    total = config.train.epochs * steps_per_epoch
+    stop = f", stopping at step {config.train.max_steps:,}" if (config.train.max_steps or total) < total else ""
+    return (
+        f"schedule  {config.train.epochs} epochs x {steps_per_epoch:,} steps = {total:,} steps, "
+        f"{config.optimizer.schedule}{stop}"
+    )
+
+
+def closing_lines(status: str, session, knn: float | None) -> list[tuple[str, str | None]]:
+    """The last lines of a run, each with its style."""
+    state, path = session.state, session.folder.path
+    if status == "collapsed":
+        lines = [(f"COLLAPSED {session.reason}", "red"), (f"try       {collapse.ADVICE}", None)]
+    elif status == "preempted":
+        lines = [(f"stopped   at step {state.step:,} with a checkpoint; the same command goes on from there", "yellow")]
+    else:
+        rate = state.images_seen / max(state.train_seconds, 1e-9)
+        lines = [
+            (
+                f"done      {state.step:,} steps, {state.images_seen:,} images in {duration(state.train_seconds)} "
+                f"({rate:,.0f} images/s), {duration(state.wall_seconds)} in all",
+                None,
+            ),
+        ]
+        if knn is not None:
+            settings = session.config.evaluate
+            before = ""
+            if state.untrained_knn is not None:
+                before = f"; before {state.untrained_knn:.2f} %, raw pixels {state.raw_pixels_knn:.2f} %"
+            lines.append(
+                (f"kNN       {knn:.2f} % (k {settings.knn_k}, T {settings.knn_temperature:g}{before})", "bold")
+            )
+    measures = session.measures
+    if measures and status != "collapsed":
+        lines.append((f"collapse  {_verdict(session)}: {measures}", None))
+    return [*lines, (f"run       {path}", None)]
+
+
+def _verdict(session) -> str:
+    if collapse.is_collapsed(session.measures):
+        judged = session.state.step >= session.guard.judge_from_step
+        return "COLLAPSED" if judged else f"too early to judge (from step {session.guard.judge_from_step:,} on)"
+    return "healthy"
+
+
+def knn_text(knn: float | None) -> str:
+    return "" if knn is None else f", kNN {knn:.2f} %"
+
+
+def dry_run(config: Config) -> None:
+    """Print the resolved config and what would run; draws and writes nothing. Raises what the run would raise."""
+    print(config.to_yaml())
+    name, _ = choose_backend(config.data.backend)
+    num_train, num_val = _count(config)
+    if num_train:
+        check_batch_size(config.train.batch_size, num_train, config.data.train)
+    lines = opening_lines(config, num_train, num_val, name, f"would run in {config.run.dir}/{config.run.name}")
+    print("\n".join(lines))
+    if name == "synthetic":
+        from fastsiam.data.synthetic import IMAGENET_TRAIN_IMAGES
+
+        num_train = IMAGENET_TRAIN_IMAGES
+    print(schedule_line(config, num_train // config.train.batch_size))
+
+
+def _count(config: Config) -> tuple[int, int]:
+    if config.data.backend == "synthetic":
+        return 0, 0
+    if config.data.demo_seed is not None and not Path(config.data.train).exists():
+        print(f"the demo images of seed {config.data.demo_seed} would be drawn to {Path(config.data.train).parent}")
+        return demo.TRAIN_PER_CLASS * len(demo.CLASSES), demo.VAL_PER_CLASS * len(demo.CLASSES)
+    has_val = config.data.val is not None and Path(config.data.val).exists()
+    return len(open_source(config.data.train)), len(open_source(config.data.val, "data.val")) if has_val else 0

@@ -1,0 +1,317 @@
+"""Every knob of a run, typed and checked before torch is imported.
+
+One YAML holds a whole run. `load_config` reads it, applies `key.sub=value` overrides through the same checks,
+and answers every mistake with one sentence that names the key and the nearest right one.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from fastsiam.config_file import UserError, apply_override, check, flat, read
+from fastsiam.data.views import RECIPES
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    train: str | None
+    """Folder of images (labelled `class/x.jpg`, nested or flat) or a text list of files; null for synthetic."""
+    val: str | None = None
+    """Labelled images for kNN; null trains without."""
+    backend: Literal["auto", "dali", "pil", "synthetic"] = "auto"
+    """Who decodes and crops. auto: DALI where it is installed, else PIL; the choice is printed."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Decoding threads (dali) or processes (pil); null: one per core, 0: in the training process (pil)."""
+    demo_seed: Annotated[int, Field(ge=0)] | None = None
+    """Draw the demo images of this seed beside data.train where they are missing; null never draws."""
+
+
+class ViewsConfig(Section):
+    """One recipe for both views; what is not written is filled in from the recipe."""
+
+    recipe: Literal[tuple(RECIPES)]
+    size: PositiveInt
+    """Side of a view in pixels."""
+    color: Literal["matrix", "exact"]
+    """exact: torchvision's jitter, operation by operation; matrix: the same jitter as one 3x4 matrix a view."""
+    crop_scale: Pair
+    """Range of the crop's area as a share of the image."""
+    flip: Probability
+    jitter: Probability
+    brightness: Probability
+    contrast: Probability
+    saturation: Probability
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+    grayscale: Probability
+    blur: Probability
+    blur_sigma: Pair
+    """Range of the blur's standard deviation in pixels of the view."""
+    solarize: Probability
+    mean: Annotated[tuple[float, float, float], Field(strict=False)]
+    std: Annotated[tuple[float, float, float], Field(strict=False)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_from_recipe(cls, given):
+        if isinstance(given, dict) and given.get("recipe") in RECIPES:
+            return {**RECIPES[given["recipe"]].numbers(), **given}
+        return given
+
+    @model_validator(mode="after")
+    def check_ranges(self):
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"views.crop_scale: {list(self.crop_scale)} is not a range inside (0, 1]")
+        low, high = self.blur_sigma
+        if not 0 < low <= high <= 2:
+            # Thirteen taps cover three standard deviations up to 2.
+            raise ValueError(f"views.blur_sigma: {list(self.blur_sigma)} is not a range inside (0, 2]")
+        if self.blur and self.size < 7:
+            raise ValueError(f"views.size: {self.size} is below 7, the least that the 13-tap blur can reflect")
+        if min(self.std) <= 0:
+            raise ValueError(f"views.std: {list(self.std)} must be positive")
+        return self
+
+
+class ProjectorConfig(Section):
+    layers: Annotated[int, Field(ge=1)]
+    hidden: PositiveInt
+    out: PositiveInt
+
+
+class PredictorConfig(Section):
+    hidden: PositiveInt
+
+
+class ModelConfig(Section):
+    encoder: str
+    """A torchvision ResNet (resnet50, resnext50_32x4d, ...) or cifar_resnetN with N = 6n+2 (He et al., 4.2)."""
+    stem: Literal["imagenet", "cifar"]
+    """imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1."""
+    width: PositiveInt | None = None
+    """Channels of a cifar_resnet's first stage (16 in He et al.); null for torchvision's."""
+    zero_init_residual: bool
+    projector: ProjectorConfig
+    predictor: PredictorConfig
+    bn_statistics: Literal["per_view", "joint"] = "per_view"
+    """per_view is the paper's model; joint takes one set of statistics over both views: another model."""
+
+    @field_validator("encoder")
+    @classmethod
+    def known_encoder(cls, name):
+        match = re.fullmatch(r"cifar_resnet(\d+)", name)
+        if match and int(match[1]) >= 8 and (int(match[1]) - 2) % 6 == 0:
+            return name
+        if name in TORCHVISION_RESNETS:
+            return name
+        near = difflib.get_close_matches(name, [*TORCHVISION_RESNETS, "cifar_resnet8", "cifar_resnet20"], 1, 0.3)
+        raise ValueError(
+            f"model.encoder: '{name}' is neither a torchvision ResNet nor cifar_resnetN with N = 8, 14, 20, ..."
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+
+    @model_validator(mode="after")
+    def width_and_stem(self):
+        if self.encoder.startswith("cifar_resnet"):
+            if self.stem != "cifar" or self.width is None:
+                raise ValueError(f"model.encoder: {self.encoder} needs model.stem=cifar and a model.width")
+        elif self.width is not None:
+            raise ValueError(f"model.width: only cifar_resnetN has a width to choose; set null for {self.encoder}")
+        return self
+
+
+class MethodConfig(Section):
+    name: Literal["simsiam"]
+    stop_gradient: bool = True
+    """false is the paper's Figure 2: the run collapses."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["sgd"]
+    base_lr: PositiveFloat
+    """Learning rate for a batch of 256; the rate used is base_lr * batch_size / 256."""
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    """On every parameter, batch norm and biases included, as in the paper."""
+    schedule: Literal["cosine_per_epoch", "cosine", "constant"]
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the run in which the rate rises linearly from zero."""
+    predictor_lr: Literal["fixed", "scheduled"]
+    """fixed: the predictor keeps its initial rate (paper, Table 1)."""
+
+
+class TrainConfig(Section):
+    epochs: PositiveInt
+    max_steps: PositiveInt | None = None
+    """Stop after so many steps; the schedule still spans train.epochs."""
+    batch_size: Annotated[int, Field(gt=1)]
+    """Images in a step over all processes; each gives two views."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies it natively, else fp32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """auto: on with CUDA, off on the CPU."""
+    channels_last: bool = True
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    log_every_steps: PositiveInt = 50
+
+
+class EvaluateConfig(Section):
+    knn_every_epochs: PositiveInt | None = None
+    """kNN at every so many epochs; null: only at the end."""
+    knn_k: PositiveInt = 200
+    knn_temperature: PositiveFloat = 0.2
+    """200 neighbours weighted by exp(sim / 0.2) is the setting of the paper's authors."""
+    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
+    """Side of the centred evaluation crop as a share of the image's short side (224 / 256 = 0.875)."""
+    controls: bool = False
+    """Before training, kNN of raw pixels and of the untrained encoder with filled batch-norm statistics."""
+
+
+class CollapseConfig(Section):
+    action: Literal["stop", "warn", "off"] = "stop"
+
+
+class CheckpointConfig(Section):
+    every_seconds: PositiveFloat = 300.0
+    keep: Annotated[int, Field(ge=1)] = 2
+    """How many of the newest checkpoints stay; with 1 a damaged file leaves none to fall back to."""
+
+
+class RunConfig(Section):
+    dir: str = "runs"
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")] | None = None
+    """Folder under run.dir; null: the config's name plus a hash of what the overrides change."""
+    fresh: bool = False
+    """Start over in a new folder."""
+
+
+class Config(Section):
+    data: DataConfig
+    views: ViewsConfig
+    model: ModelConfig
+    method: MethodConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    collapse: CollapseConfig = CollapseConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    run: RunConfig
+
+    @model_validator(mode="after")
+    def needs_data(self):
+        if self.data.train is None and self.data.backend != "synthetic":
+            raise ValueError("data.train: null is for data.backend=synthetic; give a folder or a list of files")
+        return self
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the whole batch: base_lr * batch_size / 256 (paper, section 4)."""
+        return self.optimizer.base_lr * self.train.batch_size / 256
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
+
+
+TORCHVISION_RESNETS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+
+# What may differ between two starts of one run: where things lie and how they are watched, not what is computed.
+OPERATIONAL = (
+    "data.train",
+    "data.val",
+    "data.workers",
+    "data.demo_seed",
+    "train.max_steps",
+    "train.log_every_steps",
+    "evaluate.knn_every_epochs",
+    "evaluate.controls",
+    "collapse.action",
+    "checkpoint.every_seconds",
+    "checkpoint.keep",
+    "run.dir",
+    "run.name",
+    "run.fresh",
+)
+
+
+def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """The checked configuration of a YAML file with overrides applied.
+
+    `name_or_path`: a path, or the name of a file in `configs/` with or without `.yaml`. `overrides`: strings
+    `section.key=value`, the value in YAML. Raises `UserError` (a `ValueError`) of one sentence.
+    """
+    path = find_config(name_or_path)
+    values = read(path)
+    overrides = list(overrides)
+    for override in overrides:
+        apply_override(Config, values, override)
+    if not values.get("run"):
+        values["run"] = {}
+    config = check(Config, values)
+    if config.run.name is None:
+        config = _named(config, path, changed=bool(overrides))
+    return config
+
+
+def find_config(name_or_path: str | Path) -> Path:
+    """The file that a `--config` argument means; raises `UserError` with the names that exist."""
+    path = Path(name_or_path)
+    for candidate in (path, CONFIGS / path.name, CONFIGS / f"{path.name}.yaml"):
+        if candidate.is_file() and (candidate == path or path.name == str(name_or_path)):
+            return candidate
+    known = sorted(file.name for file in CONFIGS.glob("*.yaml"))
+    near = difflib.get_close_matches(path.name, known, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"--config {name_or_path}: no such file, and configs/ holds only {', '.join(known)}{hint}")
+
+
+def differing_keys(one: Config, other: Config) -> list[str]:
+    """Dotted keys in which two configs compute something else, as `key (a, now b)`."""
+    a, b = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
+    return [
+        f"{key} ({a.get(key)}, now {b.get(key)})"
+        for key in sorted(a.keys() | b.keys())
+        if key not in OPERATIONAL and a.get(key) != b.get(key)
+    ]
+
+
+def _named(config: Config, path: Path, changed: bool) -> Config:
+    name = path.stem
+    if changed:
+        function = flat(config.model_dump(mode="json"))
+        written = flat(check(Config, {"run": {}, **read(path)}).model_dump(mode="json"))
+        # data.train is operational (a data set may move) but another folder is by default another run.
+        kept = {k: v for k, v in function.items() if k not in OPERATIONAL or k in ("data.train", "data.val")}
+        overridden = {k: v for k, v in kept.items() if written.get(k, v) != v}
+        if overridden:
+            name += "-" + hashlib.sha256(json.dumps(overridden, sort_keys=True).encode()).hexdigest()[:8]
+    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})

@@ -1,0 +1,233 @@
+"""The demo images of the quickstart: ten families of patterns, drawn by a seed.
+
+A class is a family (stripes, checks, ...). Angle, place, period, phase, warp, sign of the contrast and colour are
+drawn anew for every image and say nothing about the class:
+
+- every image has the same histogram of luminance before colour and noise (ranks are mapped to one fixed curve), so
+  neither brightness nor contrast nor their distribution tells a family from another;
+- the colour is a smooth random field whose mean is zero in every channel of every image. With a random palette
+  instead, SimSiam matches two views by their colour and learns nothing, while loss and std look healthy;
+- the pattern fills the image, so that a crop of a fifth of its area still shows it.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SIDE = 48
+VERSION = 1
+
+_QUALITY = 90
+_VAL_START = 1 << 31
+_GREY = 127.5
+_CONTRAST = 41.0
+_COLOUR = 29.0
+_NOISE = 8.0
+_WARP = 2.4
+_PERIODS = (7.5, 13.0)
+
+
+def _dct_basis(count: int) -> np.ndarray:
+    """float64 [SIDE, count], the first `count` cosines of the DCT-II over SIDE pixels, the constant first."""
+    place = (np.arange(SIDE) + 0.5) / SIDE
+    return np.cos(np.pi * np.outer(place, np.arange(count)))
+
+
+_BASIS = _dct_basis(4)
+_AXIS = np.arange(SIDE) - (SIDE - 1) / 2
+_FREQUENCY = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None, :])
+_CURVE = np.sin(np.pi / 2 * np.linspace(-1, 1, SIDE * SIDE))
+_CURVE /= _CURVE.std()
+
+
+def _smooth_fields(rng: np.random.Generator, count: int) -> np.ndarray:
+    """float64 [count, SIDE, SIDE], random fields of low frequency with mean exactly 0 and std 1."""
+    weights = rng.standard_normal((count, 4, 4)) / (1 + np.add.outer(np.arange(4), np.arange(4)))
+    weights[:, 0, 0] = 0
+    fields = _BASIS @ weights @ _BASIS.T
+    return fields / fields.std(axis=(1, 2), keepdims=True)
+
+
+def _triangle(x: np.ndarray) -> np.ndarray:
+    """Triangle wave of period 1 with values in [-1, 1]: 1 at integers, -1 half-way between."""
+    return 4 * np.abs(x - np.floor(x) - 0.5) - 1
+
+
+def _cell(x: np.ndarray, y: np.ndarray, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Place inside the unit cell, each in [-0.5, 0.5), each row of cells moved by `shift` against the last."""
+    row = np.floor(y)
+    x = x + shift * row
+    return x - np.floor(x) - 0.5, y - row - 0.5
+
+
+def _stripes(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _triangle(x)
+
+
+def _checks(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.sin(np.pi * x) * np.sin(np.pi * y)
+
+
+def _rings(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    dx, dy = _cell(x / 2.2, y / 2.2, 0.5)
+    return _triangle(2.2 * np.hypot(dx, dy))
+
+
+def _dots(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    dx, dy = _cell(x, y, 0.5)
+    return -np.hypot(dx, dy)
+
+
+def _zigzags(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return _triangle(x + 0.45 * _triangle(y / 1.6))
+
+
+def _grids(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    return np.maximum(_triangle(x), _triangle(y))
+
+
+def _spokes(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    dx, dy = _cell(x / 2.4, y / 2.4)
+    return np.cos(8 * np.arctan2(dy, dx))
+
+
+def _blobs(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    frequency = 0.6 * np.hypot(x[1, 0] - x[0, 0], y[1, 0] - y[0, 0])
+    noise = np.fft.rfft2(rng.standard_normal((SIDE, SIDE)))
+    return np.fft.irfft2(noise * np.exp(-(((_FREQUENCY - frequency) / (0.35 * frequency)) ** 2)), (SIDE, SIDE))
+
+
+def _triangles(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    a, b = 0.8 * np.pi * x, 0.4 * np.pi * (x + np.sqrt(3) * y)
+    return np.sin(a) * np.sin(b) * np.sin(a - b)
+
+
+def _crosses(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    dx, dy = _cell(x / 1.8, y / 1.8, 0.5)
+    a, b = np.abs(dx), np.abs(dy)
+    return -np.minimum(np.maximum(a / 3.5, b), np.maximum(a, b / 3.5))
+
+
+_FAMILIES: dict[str, Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]] = {
+    "stripes": _stripes,
+    "checks": _checks,
+    "rings": _rings,
+    "dots": _dots,
+    "zigzags": _zigzags,
+    "grids": _grids,
+    "spokes": _spokes,
+    "blobs": _blobs,
+    "triangles": _triangles,
+    "crosses": _crosses,
+}
+CLASSES: tuple[str, ...] = tuple(_FAMILIES)
+
+
+def draw_image(seed: int, label: int, index: int) -> np.ndarray:
+    """Draw one image.
+
+    Args:
+        seed: of the whole set, 0 <= seed < 2**64.
+        label: the family, an index into CLASSES.
+        index: which image of the family, 0 <= index < 2**32.
+
+    Returns:
+        uint8 [48, 48, 3], RGB; a pure function of the arguments.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    if not (0 <= seed < 1 << 64 and 0 <= label < len(CLASSES) and 0 <= index < 1 << 32):
+        raise ValueError(
+            f"seed, label, index = {seed}, {label}, {index}: allowed are 0 to 2**64 - 1, "
+            f"0 to {len(CLASSES) - 1}, 0 to 2**32 - 1"
+        )
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, label << 32 | index], dtype=np.uint64)))
+    angle = rng.uniform(0, 2 * np.pi)
+    period = rng.uniform(*_PERIODS)
+    offset = rng.uniform(0, 64, 2)
+    warp = _WARP * _smooth_fields(rng, 2)
+    u, v = _AXIS[None, :] + warp[0], _AXIS[:, None] + warp[1]
+    x = (np.cos(angle) * u - np.sin(angle) * v) / period + offset[0]
+    y = (np.sin(angle) * u + np.cos(angle) * v) / period + offset[1]
+    pattern = _FAMILIES[CLASSES[label]](x, y, rng)
+    luminance = np.empty(SIDE * SIDE)
+    luminance[np.argsort(pattern, axis=None, kind="stable")] = _CURVE
+    luminance *= _CONTRAST * rng.choice((-1.0, 1.0))
+    image = _GREY + luminance.reshape(SIDE, SIDE, 1) + _COLOUR * _smooth_fields(rng, 3).transpose(1, 2, 0)
+    image += _NOISE * rng.standard_normal((SIDE, SIDE, 3))
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
+
+
+def draw_demo(
+    root: Path,
+    seed: int,
+    train_per_class: int = 400,
+    val_per_class: int = 100,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write the demo set: root/{train,val}/CLASS/00000.jpg, ... and root/demo.json.
+
+    The set is written to a sibling folder and renamed, so root is either absent or whole. The same arguments give
+    the same bytes with the same Pillow. A root that already holds the set asked for is left as it is.
+
+    Args:
+        root: folder to make; its parents are made too.
+        seed: of the set, 0 <= seed < 2**64.
+        train_per_class, val_per_class: images per family; the two parts are different draws.
+        progress: called as progress(images done, images in all) after every image.
+
+    Raises:
+        ValueError: root exists and is not the set asked for, or a count is negative.
+    """
+    root = Path(root)
+    counts = {"train": train_per_class, "val": val_per_class}
+    if not all(0 <= count < _VAL_START for count in counts.values()):
+        raise ValueError(f"images per class = {counts}: each must be 0 or more and less than {_VAL_START}")
+    asked = {"version": VERSION, "seed": seed, "train_per_class": train_per_class, "val_per_class": val_per_class}
+    if root.exists():
+        _require_equal(root, asked)
+        return
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{root.name}.", suffix=".partial", dir=root.parent))
+    try:
+        total, done = len(CLASSES) * sum(counts.values()), 0
+        for part, start in (("train", 0), ("val", _VAL_START)):
+            for label, name in enumerate(CLASSES):
+                folder = partial / part / name
+                folder.mkdir(parents=True)
+                for index in range(counts[part]):
+                    image = Image.fromarray(draw_image(seed, label, start + index))
+                    image.save(folder / f"{index:05d}.jpg", quality=_QUALITY)
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+        (partial / "demo.json").write_text(json.dumps(asked, indent=1) + "\n", encoding="ascii")
+        partial.chmod(0o755)
+        os.rename(partial, root)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _require_equal(root: Path, asked: dict[str, int]) -> None:
+    """Raise ValueError unless root/demo.json says what is asked."""
+    note = root / "demo.json"
+    if not note.is_file():
+        raise ValueError(f"{root} exists and is no demo set (no demo.json): name another folder, or delete this one")
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+    except ValueError:
+        found = "a demo.json that cannot be read"
+    if found != asked:
+        raise ValueError(f"{root} holds {found}, asked for is {asked}: name another folder, or delete this one")

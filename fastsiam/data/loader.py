@@ -1,0 +1,257 @@
+"""The loader contract: an epoch is an epoch, in our order, whichever backend decodes.
+
+A backend turns `CropRequest`s into uint8 crops and nothing else. Order, boxes, sharding, augmentation and the
+count of what was delivered are here, the same for all of them.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module, util
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from fastsiam.config import Config, UserError
+from fastsiam.data import draws
+from fastsiam.data.augment import augment, normalize, to_unit
+from fastsiam.data.sources import ImageSource
+from fastsiam.data.views import ViewSpec, view_specs
+
+
+class LoaderError(RuntimeError):
+    """A backend delivered something else than it was asked for."""
+
+
+@dataclass(frozen=True)
+class CropRequest:
+    """One batch for a backend: N images and V boxes of each."""
+
+    indices: np.ndarray
+    """[N] int64 into the source."""
+    boxes: np.ndarray
+    """[V, N, 4] int32: top, left, height, width in pixels of the displayed image."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """V views of N images: view v of image n is `views[v * N + n]`."""
+
+    views: torch.Tensor
+    """[V*N, 3, S, S], channels-last, normalised, in the compute dtype on the compute device."""
+    labels: torch.Tensor
+    """[N] int64 on the host; -1 without labels."""
+    indices: np.ndarray
+    """[N] int64 into the source."""
+
+
+class Backend(Protocol):
+    """Decodes each image once and crops it V times."""
+
+    description: str
+    """Decoder with its version, printed and recorded with the run."""
+
+    def crops(self, requests: Iterable[CropRequest]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+        """For each request in turn its indices, as they went through the backend, and uint8 [V*N, S, S, 3]."""
+
+    def close(self) -> None:
+        """Free threads, processes and memory."""
+
+
+class Loader:
+    """Batches of augmented training views.
+
+    `batch_size` is that of all processes together; the last, incomplete batch of an epoch is dropped, as in the
+    paper's code. Process `rank` of `world_size` takes the rank-th part of every batch.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        specs: tuple[ViewSpec, ...],
+        backend: Backend,
+        *,
+        batch_size: int,
+        seed: int,
+        dtype: torch.dtype,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        if batch_size % world_size:
+            raise UserError(f"train.batch_size: {batch_size} does not divide over {world_size} processes")
+        check_batch_size(batch_size, len(source), source.root)
+        self.source, self.specs, self.backend = source, specs, backend
+        self.batch_size, self.seed, self.dtype = batch_size, seed, dtype
+        self.rank, self.world_size = rank, world_size
+        self.steps_per_epoch = len(source) // batch_size
+
+    def epoch(self, epoch: int, cursor: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch from `cursor` on, the number of its images that finished steps have consumed.
+
+        Raises `LoaderError` where the backend delivers other images than asked for, or too few.
+        """
+        if cursor % self.batch_size:
+            raise ValueError(f"cursor {cursor} is not at a batch of {self.batch_size}")
+        pending: deque[CropRequest] = deque()
+        expected = (self.steps_per_epoch - cursor // self.batch_size) * self.batch_size // self.world_size
+        delivered = 0
+        for indices, crops in self.backend.crops(self._requests(epoch, cursor, pending)):
+            check_delivery(pending, indices, crops, len(self.specs))
+            delivered += len(indices)
+            yield Batch(self._augment(crops, epoch, indices), _labels(self.source, indices), indices)
+        if delivered != expected:
+            raise LoaderError(
+                f"epoch {epoch} on rank {self.rank}: expected {expected} images, {self.backend.description} "
+                f"delivered {delivered}"
+            )
+
+    def _requests(self, epoch, cursor, pending):
+        order = draws.epoch_order(self.seed, epoch, len(self.source))
+        share = self.batch_size // self.world_size
+        for start in range(cursor, self.steps_per_epoch * self.batch_size, self.batch_size):
+            first = start + self.rank * share
+            indices = order[first : first + share]
+            sizes = self.source.sizes(indices)
+            boxes = [draws.crop_boxes(s, self.seed, epoch, indices, v, sizes) for v, s in enumerate(self.specs)]
+            request = CropRequest(indices, np.stack(boxes))
+            pending.append(request)
+            yield request
+
+    def _augment(self, crops, epoch, indices):
+        parts = [draws.augment_draws(s, self.seed, epoch, indices, v) for v, s in enumerate(self.specs)]
+        if len(set(self.specs)) == 1:
+            return augment(crops, draws.AugmentDraws.concatenate(parts), self.specs[0], self.dtype)
+        views = zip(crops.chunk(len(self.specs)), parts, self.specs, strict=True)
+        return torch.cat([augment(crop, part, spec, self.dtype) for crop, part, spec in views])
+
+
+class EvaluationLoader:
+    """Each image once, in the source's order: the centred crop of `crop_ratio`, resized and normalised."""
+
+    def __init__(self, source, spec: ViewSpec, backend: Backend, *, batch_size: int, crop_ratio: float, dtype):
+        self.source, self.spec, self.backend = source, spec, backend
+        self.batch_size, self.crop_ratio, self.dtype = batch_size, crop_ratio, dtype
+
+    def batches(self, indices: np.ndarray | None = None) -> Iterator[Batch]:
+        """All images, or those of `indices`; the last batch may be smaller."""
+        indices = np.arange(len(self.source)) if indices is None else indices
+        pending: deque[CropRequest] = deque()
+        delivered = 0
+        for came, crops in self.backend.crops(self._requests(indices, pending)):
+            check_delivery(pending, came, crops, 1)
+            delivered += len(came)
+            views = normalize(to_unit(crops), self.spec, self.dtype)
+            yield Batch(views, _labels(self.source, came), came)
+        if delivered != len(indices):
+            raise LoaderError(f"evaluation: expected {len(indices)} images, delivered {delivered}")
+
+    def _requests(self, indices, pending):
+        for start in range(0, len(indices), self.batch_size):
+            part = indices[start : start + self.batch_size]
+            request = CropRequest(part, draws.center_boxes(self.source.sizes(part), self.crop_ratio)[None])
+            pending.append(request)
+            yield request
+
+
+def check_delivery(pending: deque[CropRequest], indices: np.ndarray, crops: torch.Tensor, num_views: int) -> None:
+    """Raise `LoaderError` unless `indices` and the number of `crops` are those of the oldest pending request."""
+    asked = pending.popleft().indices if pending else np.empty(0, np.int64)
+    if not np.array_equal(asked, indices) or len(crops) != num_views * len(asked):
+        raise LoaderError(
+            f"asked for {num_views} views of the images {asked[:8].tolist()}... ({len(asked)}), "
+            f"got {len(crops)} crops of {np.asarray(indices)[:8].tolist()}... ({len(indices)})"
+        )
+
+
+def check_batch_size(batch_size: int, num_images: int, where) -> None:
+    """Raise `UserError` for a batch that the data cannot fill."""
+    if batch_size > num_images:
+        fitting = 1 << max(num_images.bit_length() - 1, 0)
+        advice = f"set train.batch_size={fitting} or less, or add images" if fitting > 1 else "add images"
+        raise UserError(f"train.batch_size: {batch_size} is more than the {num_images} images under {where}; {advice}")
+
+
+def build_loader(
+    config: Config,
+    source: ImageSource | None = None,
+    *,
+    device="cpu",
+    dtype=torch.float32,
+    rank: int = 0,
+    world_size: int = 1,
+):
+    """The training loader of a config: a `Loader`, or `SyntheticLoader` with `data.backend=synthetic`.
+
+    Raises `UserError` for a batch larger than the data, `ImportError` naming the extra for a backend asked for
+    that is not installed.
+    """
+    device = torch.device(device)
+    specs = view_specs(config.views)
+    name, _ = choose_backend(config.data.backend)
+    if name == "synthetic":
+        from fastsiam.data.synthetic import SyntheticLoader
+
+        return SyntheticLoader(
+            specs, batch_size=config.train.batch_size // world_size, seed=config.train.seed, device=device, dtype=dtype
+        )
+    if source is None:
+        from fastsiam.data.sources import open_source
+
+        source = open_source(config.data.train)
+    backend = open_backend(
+        name, source, config.views.size, len(specs), config.train.batch_size // world_size, config.data.workers, device
+    )
+    return Loader(
+        source,
+        specs,
+        backend,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        dtype=dtype,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def build_evaluation_loader(config: Config, source: ImageSource, *, device="cpu", dtype=torch.float32):
+    """The loader of kNN and of the collapse guard: the training backend and normalisation, no augmentation."""
+    name, _ = choose_backend(config.data.backend)
+    batch_size = min(config.train.batch_size, len(source))
+    backend = open_backend(name, source, config.views.size, 1, batch_size, config.data.workers, torch.device(device))
+    return EvaluationLoader(
+        source,
+        view_specs(config.views)[0],
+        backend,
+        batch_size=batch_size,
+        crop_ratio=config.evaluate.crop_ratio,
+        dtype=dtype,
+    )
+
+
+def open_backend(name: str, source, size: int, num_views: int, batch_size: int, workers: int | None, device) -> Backend:
+    """One backend by its config name, `dali` or `pil`."""
+    module = import_module(f"fastsiam.data.{name}")
+    return module.open_backend(source, size, num_views, batch_size, workers, device)
+
+
+def choose_backend(asked: str) -> tuple[str, str]:
+    """The backend that `data.backend` leads to, and the reason in words."""
+    if asked != "auto":
+        if asked == "dali" and not dali_installed():
+            raise ImportError(
+                "data.backend: dali is not installed; pip install 'fastsiam[dali]' (CUDA 12, and machines without "
+                "a GPU) or 'fastsiam[dali-cu13]' (CUDA 13), or set data.backend=pil"
+            )
+        return asked, "asked for"
+    if dali_installed():
+        return "dali", "auto: DALI is installed"
+    return "pil", "auto: DALI is not installed (pip install 'fastsiam[dali]' for speed)"
+
+
+def dali_installed() -> bool:
+    return util.find_spec("nvidia") is not None and util.find_spec("nvidia.dali") is not None
+
+
+def _labels(source, indices):
+    return torch.from_numpy(source.labels[indices])

@@ -1,0 +1,114 @@
+"""Which device, precision and compiler setting a run gets, and what it says when the GPU's memory is too small."""
+
+import contextlib
+import os
+
+import torch
+
+from fastsiam.config import UserError
+
+# SimSiam, Table 2: ImageNet linear top-1 after 100 epochs by batch size.
+TABLE_2 = {64: 66.1, 128: 67.3, 256: 68.1, 512: 68.1, 1024: 68.0, 2048: 67.9, 4096: 64.0}
+
+
+def choose_device(asked: str) -> torch.device:
+    """`auto` is CUDA where there is a device; raises `UserError` where CUDA is asked for and absent."""
+    if asked == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise UserError(
+            f"train.device: cuda, but torch {torch.__version__} ({built}) sees no CUDA device; check nvidia-smi, or "
+            "set train.device=cpu"
+        )
+    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(asked: str, device: torch.device) -> torch.dtype:
+    """The compute dtype; `auto` is bf16 where the hardware multiplies it natively."""
+    if asked == "auto":
+        native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpu_multiplies_bf16()
+        asked = "bf16" if native else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[asked]
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """A function giving the context in which forward passes run."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def choose_compile(asked: str, device: torch.device) -> bool:
+    return asked == "on" or (asked == "auto" and device.type == "cuda")
+
+
+def environment() -> dict:
+    """Versions and hardware, for the run's environment.json."""
+    import platform
+
+    import torchvision
+
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda,
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_cores": os.cpu_count(),
+        "platform": platform.platform(),
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        found |= {
+            "gpu": properties.name,
+            "gpu_memory_bytes": properties.total_memory,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _driver_version(),
+        }
+    return found
+
+
+def out_of_memory_advice(batch_size: int, step_fits) -> str:
+    """One sentence for a step that ran out of memory at `batch_size` images.
+
+    `step_fits(batch)` tries a step of a smaller batch; the largest power-of-two fraction that fits is named with
+    what the paper's Table 2 says it costs.
+    """
+    smaller = batch_size // 2
+    while smaller >= 2 and not step_fits(smaller):
+        smaller //= 2
+    if smaller < 2:
+        return f"CUDA out of memory at train.batch_size={batch_size}, and even 2 does not fit; lower views.size"
+    return (
+        f"CUDA out of memory at train.batch_size={batch_size}; {smaller} fits (tried); {_table_2_cost(smaller)}; "
+        f"set train.batch_size={smaller} (the learning rate follows)"
+    )
+
+
+def _table_2_cost(batch_size: int) -> str:
+    nearest = min(TABLE_2, key=lambda size: abs(size.bit_length() - batch_size.bit_length()))
+    return (
+        f"the paper's Table 2 has {TABLE_2[nearest]} % at batch {nearest} against {max(TABLE_2.values())} % at 256 "
+        "and 512 (ImageNet, 100 epochs)"
+    )
+
+
+def _cpu_multiplies_bf16() -> bool:
+    capabilities = torch.backends.cpu.get_cpu_capability(), _cpu_flags()
+    return capabilities[0].startswith("AVX512") and bool({"avx512_bf16", "amx_bf16"} & capabilities[1])
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith("flags")]
+    except OSError:
+        return set()
+    return set(lines[0].split()) if lines else set()
+
+
+def _driver_version() -> str | None:
+    try:
+        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+            return file.readline().strip()
+    except OSError:
+        return None

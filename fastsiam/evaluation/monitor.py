@@ -1,0 +1,103 @@
+"""What a run watches about itself: kNN accuracy and collapse measures, both in evaluation mode."""
+
+import copy
+from itertools import chain, islice
+
+import torch
+import torch.nn.functional as F
+
+from fastsiam.collapse import PROBE_IMAGES, Measures, measure
+from fastsiam.config import Config
+from fastsiam.data import draws
+from fastsiam.data.loader import build_evaluation_loader
+from fastsiam.data.sources import ImageSource
+from fastsiam.evaluation.knn import extract, knn_accuracy
+
+# Momentum 0.1 leaves 0.5 % of the initial running statistics after 50 steps.
+FILL_STEPS = 50
+# Raw pixels are compared at no more than this side, which bounds the bank at 12 kB an image.
+PIXEL_SIDE = 32
+
+
+class Monitor:
+    """Measures a method on fixed images; leaves it in training mode."""
+
+    def __init__(self, config: Config, train: ImageSource, val: ImageSource | None, device, dtype, precision):
+        self._config, self._precision = config, precision
+        self._train = build_evaluation_loader(config, train, device=device, dtype=dtype)
+        self._val = None
+        if val is not None:
+            self._val = build_evaluation_loader(config, val, device=device, dtype=dtype)
+            self._val_label = torch.tensor([train.classes.index(name) for name in val.classes])
+        self._probe_indices = draws.probe_indices(config.train.seed, len(train), PROBE_IMAGES)
+        self._probe = None
+
+    @property
+    def has_knn(self) -> bool:
+        return self._val is not None
+
+    def knn(self, method) -> float:
+        """kNN top-1 in percent of the encoder's pooled features, val images against train images."""
+        with evaluating(method):
+            return self._knn(method.encoder)
+
+    def raw_pixels(self) -> float:
+        """The same kNN on the pixels themselves, pooled to at most 32 px."""
+        side = min(self._config.views.size, PIXEL_SIDE)
+        return self._knn(lambda views: F.adaptive_avg_pool2d(views.float(), side).flatten(1))
+
+    def untrained(self, method, loader) -> float:
+        """The same kNN on a copy of `method` whose batch-norm statistics have seen data but whose weights have not.
+
+        Fresh statistics would let any training look good: they alone move a random network's kNN.
+        """
+        control = copy.deepcopy(method)
+        batches = chain.from_iterable(loader.epoch(epoch) for epoch in range(FILL_STEPS))
+        with torch.no_grad():
+            for batch in islice(batches, FILL_STEPS):
+                with self._precision():
+                    control(batch.views)
+        return self.knn(control)
+
+    @torch.no_grad()
+    def collapse(self, method) -> Measures:
+        """The collapse measures of z on the probe images."""
+        if self._probe is None:
+            self._probe = [batch.views for batch in self._train.batches(self._probe_indices)]
+        with evaluating(method):
+            parts = []
+            for views in self._probe:
+                with self._precision():
+                    parts.append(method.embed(views).float())
+        return measure(torch.cat(parts))
+
+    def close(self) -> None:
+        self._train.backend.close()
+        if self._val:
+            self._val.backend.close()
+
+    def _knn(self, encoder) -> float:
+        settings = self._config.evaluate
+        bank, bank_labels = extract(encoder, self._train.batches(), self._precision)
+        queries, query_labels = extract(encoder, self._val.batches(), self._precision)
+        return knn_accuracy(
+            bank,
+            bank_labels,
+            queries,
+            self._val_label[query_labels],
+            k=settings.knn_k,
+            temperature=settings.knn_temperature,
+        )
+
+
+class evaluating:
+    """Evaluation mode inside the block, training mode after it."""
+
+    def __init__(self, method):
+        self._method = method
+
+    def __enter__(self):
+        self._method.eval()
+
+    def __exit__(self, *_):
+        self._method.train()

@@ -1,0 +1,36 @@
+"""SimSiam (Chen and He, Exploring Simple Siamese Representation Learning, arXiv 2011.10566), Algorithm 1."""
+
+from torch import nn
+
+from fastsiam.kernels import negative_cosine
+
+
+class SimSiam(nn.Module):
+    """f = projector(encoder(x)), h = predictor; loss D(p1, z2) / 2 + D(p2, z1) / 2 with z held constant."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, stop_gradient: bool = True):
+        super().__init__()
+        self.encoder, self.projector, self.predictor = encoder, projector, predictor
+        self.stop_gradient = stop_gradient
+
+    def forward(self, views):
+        """`views`: [2N, 3, S, S], the first views of N images and then the second ones.
+
+        Returns `loss`, a scalar in [-1, 1], and `z` [2N, d], detached.
+        """
+        z = self.embed(views)
+        p = self.predictor(z)
+        z1, z2 = z.chunk(2)
+        p1, p2 = p.chunk(2)
+        return {"loss": negative_cosine(p1, p2, z1, z2, stop_gradient=self.stop_gradient), "z": z.detach()}
+
+    def embed(self, images):
+        """z [B, d] of images [B, 3, S, S]; what the collapse guard looks at, in evaluation mode."""
+        return self.projector(self.encoder(images))
+
+    def after_step(self, progress: float) -> None:
+        """Nothing changes outside the gradient."""
+
+    def constant_lr_parameters(self):
+        """What keeps its initial learning rate where the config says so: the predictor (paper, Table 1)."""
+        return self.predictor.parameters()

@@ -1,0 +1,136 @@
+"""The mathematics of every kernel in plain torch: what tests and benchmarks compare with.
+
+Colour operations take images [B, 3, H, W] in [0, 1] and one factor per image [B]; none of them reads a value back
+to the host. Sources: torchvision's ColorJitter, RandomGrayscale, RandomSolarize and GaussianBlur.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+# ITU-R 601-2 luma as torchvision rounds it.
+LUMA = (0.2989, 0.587, 0.114)
+RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+
+
+def negative_cosine_ref(p1, p2, z1, z2, *, stop_gradient=True):
+    """SimSiam's Eq. 2 over [N, d] predictions and projections; a scalar in max(fp32, input dtype)."""
+    if stop_gradient:
+        z1, z2 = z1.detach(), z2.detach()
+    return -(mean_cosine(p1, z2) + mean_cosine(p2, z1)) / 2
+
+
+def mean_cosine(p, z):
+    """Mean cosine similarity of the rows of two [N, d] tensors, accumulated in at least fp32."""
+    dtype = torch.promote_types(torch.promote_types(p.dtype, z.dtype), torch.float32)
+    return F.cosine_similarity(p.to(dtype), z.to(dtype), dim=1).mean()
+
+
+def luma(x):
+    """Grey value [B, 1, H, W] of RGB images [B, 3, H, W]."""
+    r, g, b = x.unbind(1)
+    return (LUMA[0] * r + LUMA[1] * g + LUMA[2] * b).unsqueeze(1)
+
+
+def blend(x, other, factor):
+    """factor * x + (1 - factor) * other, clamped to [0, 1]; `factor` is [B]."""
+    factor = factor.view(-1, 1, 1, 1)
+    return (factor * x + (1 - factor) * other).clamp(0, 1)
+
+
+def adjust_brightness(x, factor):
+    return (x * factor.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def adjust_contrast(x, factor):
+    return blend(x, luma(x).mean((1, 2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(x, factor):
+    return blend(x, luma(x), factor)
+
+
+def adjust_hue(x, turn):
+    """Rotate HSV's hue by `turn` [B] of a full turn."""
+    r, g, b = x.unbind(1)
+    value, _ = x.max(1)
+    low, _ = x.min(1)
+    chroma = value - low
+    grey = chroma == 0
+    safe = torch.where(grey, torch.ones_like(chroma), chroma)
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = hue + 6 * turn.view(-1, 1, 1)
+    # Each channel of HSV -> RGB is value - chroma * clamp(min(k, 4 - k), 0, 1), k = (n + hue) mod 6, n = 5, 3, 1.
+    k = (hue.unsqueeze(1) + x.new_tensor((5.0, 3.0, 1.0)).view(1, 3, 1, 1)) % 6
+    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+EXACT_JITTER = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def color_matrix(mean, order, factors, grayscale):
+    """The whole jitter of a view as one affine map of RGB, without the clamps between its operations.
+
+    `mean`: [B, 3] the crop's mean colour in [0, 1]; `order`: [B, 4] integers, which of (brightness, contrast,
+    saturation, hue) comes first, second, ...; `factors`: [B, 4] in that fixed naming order, hue in turns;
+    `grayscale`: [B] bool. Returns the linear part [B, 3, 3] and the offset [B, 3].
+    """
+    size, luma_row = len(mean), mean.new_tensor(LUMA)
+    eye = torch.eye(3, dtype=mean.dtype, device=mean.device).expand(size, 3, 3)
+    to_grey = luma_row.expand(3, 3)
+    brightness, contrast, saturation, _ = factors.unsqueeze(-1).unsqueeze(-1).unbind(1)
+    linear_of = torch.stack(
+        (
+            brightness * eye,
+            contrast * eye,
+            saturation * eye + (1 - saturation) * to_grey,
+            _hue_rotation(factors[:, 3]),
+        ),
+        1,
+    )
+    linear, offset = eye, torch.zeros_like(mean)
+    rows = torch.arange(size, device=mean.device)
+    for step in range(4):
+        operation = order[:, step]
+        a = linear_of[rows, operation]
+        grey_mean = ((linear @ mean.unsqueeze(-1)).squeeze(-1) + offset) @ luma_row
+        shift = (1 - factors[:, 1]) * grey_mean * (operation == 1)
+        linear, offset = a @ linear, (a @ offset.unsqueeze(-1)).squeeze(-1) + shift.unsqueeze(-1)
+    grey = grayscale.view(-1, 1, 1)
+    return (
+        torch.where(grey, to_grey @ linear, linear),
+        torch.where(grey.squeeze(-1), (offset @ luma_row).unsqueeze(-1).expand(-1, 3), offset),
+    )
+
+
+def _hue_rotation(turn):
+    """RGB matrices [B, 3, 3] that turn hue by `turn` [B]: a rotation of YIQ's chroma plane by -2 pi turn."""
+    to_yiq = torch.tensor(RGB_TO_YIQ, dtype=torch.float64)
+    to_rgb = torch.linalg.inv(to_yiq).to(turn)
+    angle = -2 * math.pi * turn
+    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    rotation = torch.stack((one, zero, zero, zero, cos, -sin, zero, sin, cos), -1).view(-1, 3, 3)
+    return to_rgb @ rotation @ to_yiq.to(turn)
+
+
+def apply_color(x, linear, offset):
+    """linear @ rgb + offset at every pixel of [B, 3, H, W]."""
+    flat = torch.baddbmm(offset.unsqueeze(-1), linear, x.flatten(2))
+    return flat.view_as(x)
+
+
+def gaussian_blur(x, sigma, taps=13):
+    """Separable Gaussian blur with reflected borders; `sigma` [B] in pixels.
+
+    Thirteen taps reach three standard deviations at sigma 2, the largest that the paper draws.
+    """
+    reach = taps // 2
+    position = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
+    weights = torch.exp(-0.5 * (position / sigma.unsqueeze(-1)) ** 2)
+    weights = (weights / weights.sum(-1, keepdim=True)).view(len(x), taps, 1, 1, 1)
+    for dim, pad in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
+        padded = F.pad(x, pad, mode="reflect")
+        size = x.shape[dim]
+        x = sum(weights[:, tap] * padded.narrow(dim, tap, size) for tap in range(taps))
+    return x

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fastsiam",
+    version="0.1.0",
+    description="SimSiam pretraining at the speed of the hardware: DALI views, compiled steps, measured results",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # fastsiam/kernels and fastsiam/configs are symlinks to the top-level folders: one import name everywhere.
+    packages=[*find_packages(include=["fastsiam", "fastsiam.*"]), "fastsiam.configs"],
+    package_data={"fastsiam.configs": ["*.yaml"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision",
+        "numpy>=1.26",
+        "pillow",
+        "pydantic>=2.7",
+        "pyyaml",
+        "rich",
+        "safetensors",
+    ],
+    extras_require={
+        # 1.51 is the first release with wheels for both CUDA majors. The two share one import path: install one.
+        "dali": ["nvidia-dali-cuda120>=1.51"],
+        "dali-cu13": ["nvidia-dali-cuda130>=1.51"],
+        "dev": ["pytest", "ruff", "build"],
+    },
+    entry_points={"console_scripts": ["fastsiam=fastsiam.__main__:main"]},
+)
