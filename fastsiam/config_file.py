@@ -94,10 +94,11 @@ def _sentence(model, problem: dict) -> str:
 def _did_you_mean(model, key: str) -> str:
     known = list(schema_keys(model))
     same_level = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
-    near = difflib.get_close_matches(key, same_level, 1, 0.6) or difflib.get_close_matches(key, known, 1, 0.5)
-    if not near:
-        by_last = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
-        near = by_last[:1]
+    near = (
+        difflib.get_close_matches(key, same_level, 1, 0.8)
+        or [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+        or difflib.get_close_matches(key, known, 1, 0.5)
+    )
     if near:
         return f"; did you mean {near[0]}?"
     return f"; its section has {', '.join(n.rpartition('.')[2] for n in same_level)}" if same_level else ""

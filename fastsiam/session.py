@@ -98,6 +98,7 @@ class Session:
         self.reason: str | None = None
         self._last_knn: tuple[int, float] | None = None
         self.measures: collapse.Measures | None = None
+        self._measured_at: int | None = None
         self._started = False
 
     def __enter__(self):
@@ -212,8 +213,7 @@ class Session:
         """Measure z on the probe images; True where the run must stop."""
         if self.monitor is None:
             return False
-        self.measures = self.monitor.collapse(self.method)
-        self._write("collapse", **self.measures.fields())
+        self._measure_collapse()
         if not self.guard.judge(self.state.step, self.measures) or self.config.collapse.action == "off":
             return False
         self.reason = f"at step {self.state.step:,}: z has collapsed ({self.measures})"
@@ -257,10 +257,10 @@ class Session:
         knn = None
         if status == "done":
             if self.monitor:
-                self.measures = self.monitor.collapse(self.method)
-                self._write("collapse", **self.measures.fields())
+                if self._measured_at != state.step:
+                    self._measure_collapse()
                 if self.monitor.has_knn:
-                    knn = self._knn() if not self._last_knn or self._last_knn[0] != state.step else self._last_knn[1]
+                    knn = self._last_knn[1] if self._last_knn and self._last_knn[0] == state.step else self._knn()
             save_encoder(self.method.encoder, self.config.model, path / "encoder.safetensors")
         self.save()
         details = {"step": state.step} | ({"knn_top1": knn} if knn is not None else {})
@@ -299,12 +299,17 @@ class Session:
     def loader_text(self) -> str:
         return self.loader.backend.description if self.source is not None else "synthetic: one fixed batch"
 
+    def _measure_collapse(self):
+        self.measures, self._measured_at = self.monitor.collapse(self.method), self.state.step
+        self._write("collapse", **self.measures.fields())
+
     def _knn(self) -> float:
         top1 = self.monitor.knn(self.method)
         self._last_knn = (self.state.step, top1)
         self._update_seconds()
         self._write("knn", knn_top1=top1)
-        self.say(f"kNN       {top1:.2f} % at step {self.state.step}")
+        if self.state.step < self.last_step:
+            self.say(f"kNN       {top1:.2f} % at step {self.state.step:,}")
         return top1
 
     def _measure_controls(self):

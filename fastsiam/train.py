@@ -6,6 +6,7 @@ torch, so that a mistake in a config is answered in a moment. Exit codes: 0 done
 """
 
 import argparse
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -50,8 +51,8 @@ def pretrain(config: Config) -> "Result":
         finished = session.finished_result()
         if finished is not None:
             return finished
-        session.start()
         with StopSignals() as stop:
+            session.start()
             return session.end(train(session, stop), stop.received)
 
 
@@ -104,6 +105,7 @@ class StopSignals:
         self.received = number
         for each in self._before:
             signal.signal(each, signal.SIG_DFL)
+        os.write(sys.stderr.fileno(), b"stopping after this step, with a checkpoint; a second signal ends at once\n")
 
 
 if __name__ == "__main__":

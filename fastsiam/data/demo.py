@@ -46,7 +46,7 @@ def _dct_basis(count: int) -> np.ndarray:
 _BASIS = _dct_basis(4)
 _AXIS = np.arange(SIDE) - (SIDE - 1) / 2
 _FREQUENCY = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None, :])
-_CURVE = np.sin(np.pi / 2 * np.linspace(-1, 1, SIDE * SIDE))
+_CURVE = np.tanh(3 * np.linspace(-1, 1, SIDE * SIDE))
 _CURVE /= _CURVE.std()
 
 
@@ -102,20 +102,20 @@ def _spokes(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 
 def _blobs(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    frequency = 0.6 * np.hypot(x[1, 0] - x[0, 0], y[1, 0] - y[0, 0])
+    frequency = 0.8 * np.hypot(x[1, 0] - x[0, 0], y[1, 0] - y[0, 0])
     noise = np.fft.rfft2(rng.standard_normal((SIDE, SIDE)))
     return np.fft.irfft2(noise * np.exp(-(((_FREQUENCY - frequency) / (0.35 * frequency)) ** 2)), (SIDE, SIDE))
 
 
 def _triangles(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    a, b = 0.8 * np.pi * x, 0.4 * np.pi * (x + np.sqrt(3) * y)
+    a, b = 0.9 * np.pi * x, 0.45 * np.pi * (x + np.sqrt(3) * y)
     return np.sin(a) * np.sin(b) * np.sin(a - b)
 
 
 def _crosses(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     dx, dy = _cell(x / 1.8, y / 1.8, 0.5)
     a, b = np.abs(dx), np.abs(dy)
-    return -np.minimum(np.maximum(a / 3.5, b), np.maximum(a, b / 3.5))
+    return -np.minimum(np.maximum(a / 3, b), np.maximum(a, b / 3))
 
 
 _FAMILIES: dict[str, Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]] = {

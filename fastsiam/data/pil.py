@@ -22,7 +22,11 @@ def decode(path) -> Image.Image:
     """The RGB image as displayed (EXIF orientation applied); raises `BadImageError` naming the file."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):
+                # PIL clips 16-bit grey at 255 where every other decoder scales it.
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+            return image.convert("RGB")
     except (OSError, SyntaxError, ValueError) as error:
         raise BadImageError(f"{path} cannot be decoded: {error}") from error
 

@@ -1,0 +1,103 @@
+"""Small data made on the spot, and configs small enough for one core."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastsiam.config import load_config
+from fastsiam.data.demo import draw_demo
+
+REPOSITORY = Path(__file__).parents[1]
+
+# A ResNet-8 of width 4 on 16 px views: a step of 8 images takes about 10 ms on one core.
+TINY = (
+    "views.size=16",
+    "model.width=4",
+    "model.projector={layers: 2, hidden: 16, out: 16}",
+    "model.predictor.hidden=8",
+    "train.batch_size=8",
+    "train.epochs=2",
+    "train.device=cpu",
+    "train.precision=fp32",
+    "train.log_every_steps=1",
+    "evaluate.controls=false",
+    "evaluate.knn_every_epochs=1",
+    "data.workers=1",
+    "data.demo_seed=null",
+)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Bit-equal runs need one thread count, and two cores serve other processes too."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory):
+    """10 classes x (8 train + 4 val) demo images of 48 px."""
+    root = tmp_path_factory.mktemp("images") / "demo"
+    draw_demo(root, seed=3, train_per_class=8, val_per_class=4)
+    return root
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """16 smooth colour JPEGs of different sizes in 4 classes, one of them turned by EXIF, one grey, one PNG."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for number in range(16):
+        folder = root / f"class{number % 4}"
+        folder.mkdir(exist_ok=True)
+        size = tuple(int(side) for side in generator.integers(40, 200, 2))
+        coarse = generator.integers(0, 256, (6, 6, 3), np.uint8)
+        image = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+        if number == 5:
+            exif = Image.Exif()
+            exif[0x0112] = 6
+            image.save(folder / "turned.jpg", quality=95, exif=exif)
+        elif number == 6:
+            image.convert("L").save(folder / "grey.jpg", quality=95)
+        elif number == 7:
+            image.save(folder / "picture.png")
+        else:
+            image.save(folder / f"{number:02d}.jpg", quality=95)
+    return root
+
+
+@pytest.fixture
+def tiny(demo_folder, tmp_path):
+    """A function giving the overrides of a tiny quickstart on the demo images, with its run folder in tmp_path."""
+
+    def overrides(*more):
+        paths = (
+            f"data.train={demo_folder}/train",
+            f"data.val={demo_folder}/val",
+            f"run.dir={tmp_path}/runs",
+            "run.name=run",
+        )
+        return [*TINY, *paths, *more]
+
+    return overrides
+
+
+@pytest.fixture
+def tiny_config(tiny):
+    return lambda *more: load_config("quickstart.yaml", tiny(*more))
+
+
+def run_python(*arguments, wait=True, **environment):
+    """A fresh interpreter in the repository with one thread; CompletedProcess, or Popen where not to wait."""
+    command = [sys.executable, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment}
+    start = subprocess.run if wait else subprocess.Popen
+    more = {"timeout": 300} if wait else {}
+    return start(
+        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
+    )

@@ -1,0 +1,141 @@
+"""Every mistake in a config is one sentence, exit code 2, before torch is imported."""
+
+import pytest
+import yaml
+
+from fastsiam.config import CONFIGS, OPERATIONAL, Config, UserError, differing_keys, load_config
+from fastsiam.config_file import flat, read, schema_keys
+from tests.conftest import run_python
+
+SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+
+# Fails the import of torch, whoever asks for it.
+MASKED = """
+import sys
+class Mask:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision"):
+            raise ImportError("torch is masked")
+sys.meta_path.insert(0, Mask())
+from fastsiam.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+MISTAKES = {
+    "unknown key": (["data.trian=x"], "data.trian is not a key; did you mean data.train?"),
+    "unknown section": (["optimiser.base_lr=1"], "optimiser is not a key; did you mean optimizer?"),
+    "key of another section": (["train.base_lr=1"], "train.base_lr is not a key; did you mean optimizer.base_lr?"),
+    "wrong type": (["train.epochs=many"], "train.epochs: 'many' should be a valid integer"),
+    "fraction for an integer": (["train.epochs=1.5"], "train.epochs: 1.5 should be a valid integer"),
+    "boolean for an integer": (["train.epochs=true"], "train.epochs: true should be a valid integer"),
+    "out of range": (["views.flip=1.5"], "views.flip: 1.5 should be less than or equal to 1"),
+    "negative batch": (["train.batch_size=-4"], "train.batch_size: -4 should be greater than 1"),
+    "unknown choice": (["data.backend=dalli"], "data.backend: 'dalli' should be 'auto', 'dali', 'pil' or 'synthetic'"),
+    "unknown encoder": (["model.encoder=resnet51"], "did you mean resnet50?"),
+    "impossible depth": (["model.encoder=cifar_resnet10"], "cifar_resnetN with N = 8, 14, 20"),
+    "empty range": (["views.crop_scale=[0.9, 0.2]"], "views.crop_scale: [0.9, 0.2] is not a range inside (0, 1]"),
+    "section as value": (["train=3"], "train: 3 should be a valid dictionary"),
+    "no override": (["train.epochs"], "'train.epochs' is no override"),
+    "unreadable value": (["train.epochs=[1"], "train.epochs: '[1' is not readable as YAML"),
+    "no data": (["data.train=null"], "data.train: null is for data.backend=synthetic"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_that_names_key_and_value(name):
+    overrides, expected = MISTAKES[name]
+    with pytest.raises(UserError) as error:
+        load_config("r50_100ep.yaml", overrides)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config", "r50_100ep.yaml", "data.trian=x"], "did you mean data.train?"),
+        (["--config", "r50_100pe.yaml"], "configs/ holds only " + ", ".join(SHIPPED)),
+        (["--config", "quickstart", "train.epochs=many"], "should be a valid integer"),
+    ],
+)
+def test_mistakes_exit_with_2_while_torch_cannot_be_imported(arguments, expected, tmp_path):
+    done = run_python("-c", MASKED, *arguments, f"run.dir={tmp_path}/runs")
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_mask_does_stop_torch():
+    done = run_python("-c", MASKED, "--config", "quickstart", "--dry-run")
+    assert "torch is masked" in done.stderr
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_are_complete(name):
+    written = set(flat(read(CONFIGS / name)))
+    sections = {key for key in schema_keys(Config) if key not in flat(load_config(name).model_dump())}
+    by_recipe = {key for key in schema_keys(Config) if key.startswith("views.")} - {
+        "views.recipe",
+        "views.size",
+        "views.color",
+    }
+    assert written == set(schema_keys(Config)) - sections - by_recipe
+
+
+def test_a_config_is_found_by_path_and_by_name_with_and_without_suffix(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text((CONFIGS / "quickstart.yaml").read_text().replace("epochs: 15", "epochs: 7"))
+    assert load_config(path).train.epochs == 7
+    assert load_config("quickstart") == load_config("quickstart.yaml") == load_config(CONFIGS / "quickstart.yaml")
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path):
+    config = load_config("r50_100ep", ["optimizer.weight_decay=1e-4", "views.blur=0.25", "collapse.action=off"])
+    assert config.optimizer.weight_decay == 1e-4
+    assert config.collapse.action == "off"
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+    assert yaml.safe_load(config.to_yaml())["views"]["blur_sigma"] == [0.1, 2.0]
+
+
+def test_a_key_written_twice_is_an_error(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text((CONFIGS / "quickstart.yaml").read_text() + "\ntrain: {epochs: 3}\n")
+    with pytest.raises(UserError, match="'train' is written twice"):
+        load_config(path)
+
+
+def test_what_is_written_beats_the_recipe_and_the_recipe_fills_the_rest():
+    views = load_config("r18_cifar10_800ep", ["views.hue=0.2"]).views
+    assert (views.hue, views.blur, views.brightness, views.mean) == (0.2, 0.0, 0.4, (0.4914, 0.4822, 0.4465))
+
+
+def test_the_run_is_named_by_what_the_overrides_change():
+    def name(*overrides):
+        return load_config("quickstart", overrides).run.name
+
+    assert name() == "quickstart"
+    assert name("train.log_every_steps=7", "run.dir=x", "checkpoint.keep=3", "train.max_steps=9") == "quickstart"
+    changed = name("optimizer.base_lr=0.1")
+    assert changed.startswith("quickstart-")
+    assert changed == name("optimizer.base_lr=1e-1")
+    assert changed != name("optimizer.base_lr=0.2")
+    assert name("optimizer.base_lr=0.8") == "quickstart"
+    assert name("run.name=mine", "optimizer.base_lr=0.1") == "mine"
+    assert name("data.train=elsewhere") != "quickstart"
+
+
+def test_differing_keys_name_what_computes_something_else():
+    one = load_config("quickstart")
+    other = load_config("quickstart", ["optimizer.base_lr=0.1", "data.workers=3"])
+    assert differing_keys(one, other) == ["optimizer.base_lr (0.8, now 0.1)"]
+
+
+def test_operational_keys_exist():
+    assert set(OPERATIONAL) <= set(schema_keys(Config))
+
+
+def test_the_rate_is_that_of_256_images_scaled():
+    assert load_config("r50_100ep").learning_rate == pytest.approx(0.1)
+    assert load_config("r50_100ep", ["train.batch_size=64"]).learning_rate == pytest.approx(0.0125)

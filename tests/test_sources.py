@@ -1,0 +1,130 @@
+"""Folders, lists, labels, sizes, and what is said when there is nothing."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastsiam.config import UserError
+from fastsiam.data.pil import decode
+from fastsiam.data.sources import BadImageError, check_labels, displayed_size, open_source
+
+
+def picture(path, size=(8, 6), color=(200, 30, 90)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+    return path
+
+
+def names(source):
+    return [os.fsdecode(bytes(name)) for name in source.names]
+
+
+def test_a_folder_a_class_gives_labels_in_the_order_of_the_names(tmp_path):
+    for name in ("zebra/2.jpg", "ape/1.JPEG", "zebra/deeper/3.png", "ape/notes.txt", "ape/.hidden.jpg"):
+        picture(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("x")
+    source = open_source(str(tmp_path))
+    assert names(source) == ["ape/1.JPEG", "zebra/2.jpg", "zebra/deeper/3.png"]
+    assert source.classes == ("ape", "zebra")
+    assert source.labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("layout", [("1.jpg", "2.jpg"), ("a/1.jpg", "2.jpg"), ("only/1.jpg", "only/2.jpg")])
+def test_flat_mixed_and_single_folders_are_unlabelled(tmp_path, layout):
+    for name in layout:
+        picture(tmp_path / name)
+    source = open_source(str(tmp_path))
+    assert (len(source), source.classes, source.labels.tolist()) == (2, (), [-1, -1])
+
+
+def test_a_list_names_files_relative_to_itself_with_labels_after_a_tab(tmp_path):
+    picture(tmp_path / "pictures/with space.jpg")
+    picture(tmp_path / "pictures/b.jpg")
+    (tmp_path / "list.txt").write_text("pictures/b.jpg\tdog\n\npictures/with space.jpg\tcat\n")
+    source = open_source(str(tmp_path / "list.txt"))
+    assert names(source) == ["pictures/b.jpg", "pictures/with space.jpg"]
+    assert (source.classes, source.labels.tolist()) == (("cat", "dog"), [1, 0])
+    (tmp_path / "plain.txt").write_text("pictures/b.jpg\n")
+    assert open_source(str(tmp_path / "plain.txt")).labels.tolist() == [-1]
+
+
+def test_what_is_missing_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/readme.md").write_text("x")
+    (tmp_path / "lost.txt").write_text("nowhere.jpg\n")
+    (tmp_path / "half.txt").write_text("a.jpg\tx\nb.jpg\n")
+    (tmp_path / "nothing.txt").write_text("\n")
+    for location, expected in {
+        "absent": "expected .*absent/CLASS/IMAGE.jpg",
+        "empty": "the folder is empty",
+        "texts": r"it holds 1 entry \(readme.md\); looked for .jpg",
+        "lost.txt": "lists nowhere.jpg, but there is no",
+        "half.txt": "entry 2 has none",
+        "nothing.txt": "is empty",
+    }.items():
+        with pytest.raises(UserError, match=expected) as error:
+            open_source(str(tmp_path / location))
+        assert str(error.value).startswith("data.train:")
+
+
+def test_a_loop_of_links_ends(tmp_path):
+    picture(tmp_path / "a/1.jpg")
+    picture(tmp_path / "b/2.jpg")
+    (tmp_path / "a/again").symlink_to(tmp_path)
+    assert len(open_source(str(tmp_path))) == 2
+
+
+def test_sizes_are_those_displayed_and_read_once(photos):
+    source = open_source(str(photos))
+    everything = np.arange(len(source))
+    sizes = source.sizes(everything)
+    for index in everything:
+        width, height = decode(source.path(index)).size
+        assert sizes[index].tolist() == [height, width]
+    turned = names(source).index("class1/turned.jpg")
+    with Image.open(source.path(turned)) as raw:
+        assert raw.size == (sizes[turned, 0], sizes[turned, 1])
+        assert raw.size[0] != raw.size[1]
+    source.path(0).rename(source.path(0).with_suffix(".away"))
+    try:
+        assert (source.sizes(everything[:1]) == sizes[:1]).all()
+    finally:
+        source.path(0).with_suffix(".away").rename(source.path(0))
+
+
+def test_a_header_that_cannot_be_read_names_the_file(tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"not a picture")
+    with pytest.raises(BadImageError, match="bad.jpg cannot be decoded"):
+        displayed_size(bad)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert np.abs(np.asarray(decode(tmp_path / "deep.png"))[..., 0] - values / 257.0).max() <= 1
+
+
+def test_the_fingerprint_follows_names_and_sizes_not_the_root(tmp_path, photos):
+    here = open_source(str(photos)).fingerprint()
+    shutil.copytree(photos, tmp_path / "moved")
+    assert open_source(str(tmp_path / "moved")).fingerprint() == here
+    picture(tmp_path / "moved/class0/extra.jpg")
+    extra = open_source(str(tmp_path / "moved")).fingerprint()
+    picture(tmp_path / "moved/class0/extra.jpg", size=(90, 90))
+    assert len({here, extra, open_source(str(tmp_path / "moved")).fingerprint()}) == 3
+
+
+def test_labels_that_cannot_serve_knn_are_refused(tmp_path, photos):
+    train = open_source(str(photos))
+    picture(tmp_path / "flat/1.jpg")
+    picture(tmp_path / "other/class0/1.jpg")
+    picture(tmp_path / "other/class9/1.jpg")
+    with pytest.raises(UserError, match="data.val: kNN needs labels"):
+        check_labels(train, open_source(str(tmp_path / "flat")))
+    with pytest.raises(UserError, match="1 of its 2 classes are not in data.train, for example class9"):
+        check_labels(train, open_source(str(tmp_path / "other")))
+    check_labels(train, train)
