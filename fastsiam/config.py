@@ -106,8 +106,9 @@ class ModelConfig(Section):
     """A torchvision ResNet (resnet50, resnext50_32x4d, ...) or cifar_resnetN with N = 6n+2 (He et al., 4.2)."""
     stem: Literal["imagenet", "cifar"]
     """imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1."""
-    width: PositiveInt | None = None
-    """Channels of a cifar_resnet's first stage (16 in He et al.); null for torchvision's."""
+    # Below 8 channels oneDNN's channels-last backward writes out of bounds (seen at 4: torch 2.15, AVX2).
+    width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    """Channels of a cifar_resnet's first stage (16 in He et al.), a multiple of 8; null for torchvision's."""
     zero_init_residual: bool
     projector: ProjectorConfig
     predictor: PredictorConfig

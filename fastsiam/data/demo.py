@@ -31,7 +31,7 @@ _QUALITY = 90
 _VAL_START = 1 << 31
 _GREY = 127.5
 _CONTRAST = 41.0
-_COLOUR = 29.0
+_COLOUR = 28.0
 _NOISE = 8.0
 _WARP = 2.4
 _PERIODS = (7.5, 13.0)
@@ -85,11 +85,11 @@ def _rings(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
 def _dots(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     dx, dy = _cell(x, y, 0.5)
-    return -np.hypot(dx, dy)
+    return -np.hypot(dx, dy) * (1 + 0.4 * (np.floor(y) % 2))
 
 
 def _zigzags(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    return _triangle(x + 0.45 * _triangle(y / 1.6))
+    return _triangle(x + 0.5 * _triangle(y / 2))
 
 
 def _grids(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -97,8 +97,8 @@ def _grids(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
 
 def _spokes(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    dx, dy = _cell(x / 2.4, y / 2.4)
-    return np.cos(8 * np.arctan2(dy, dx))
+    dx, dy = _cell(x / 2, y / 2)
+    return np.cos(6 * np.arctan2(dy, dx))
 
 
 def _blobs(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -113,7 +113,7 @@ def _triangles(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.nda
 
 
 def _crosses(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    dx, dy = _cell(x / 1.8, y / 1.8, 0.5)
+    dx, dy = _cell(x / 1.5, y / 1.5, 0.5)
     a, b = np.abs(dx), np.abs(dy)
     return -np.minimum(np.maximum(a / 3, b), np.maximum(a, b / 3))
 

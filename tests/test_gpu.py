@@ -1,0 +1,67 @@
+"""What only a CUDA device can show; pytest -m gpu runs these."""
+
+from collections import deque
+
+import pytest
+import torch
+
+import fastsiam
+from fastsiam.config import load_config
+from fastsiam.data.loader import Loader, dali_installed, open_backend
+from fastsiam.data.sources import open_source
+from fastsiam.device import choose_precision
+from fastsiam.session import Session
+from tests.test_loader import SPEC
+from tests.test_train import lines
+
+pytestmark = pytest.mark.gpu
+BACKENDS = ("dali", "pil") if dali_installed() else ("pil",)
+
+
+def crops(photos, backend, device):
+    source = open_source(str(photos))
+    opened = open_backend(backend, source, SPEC.size, 2, 5, 1 if backend == "dali" else 0, torch.device(device))
+    loader = Loader(source, (SPEC, SPEC), opened, batch_size=5, seed=0, dtype=torch.float32)
+    return [batch.clone() for _, batch in opened.crops(loader._requests(0, 0, deque()))]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_crops_are_on_the_device_and_those_of_the_cpu(photos, backend):
+    """nvJPEG and libjpeg differ in rounding and chroma upsampling."""
+    for here, there in zip(crops(photos, backend, "cuda"), crops(photos, "pil", "cpu"), strict=True):
+        assert here.is_cuda
+        assert (here.cpu().float() - there.float()).abs().mean() < 1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_compiled_in_bf16_follows_eager_fp32(tiny, tmp_path, backend):
+    losses = []
+    for precision, compiled in (("fp32", "off"), ("auto", "auto")):
+        overrides = tiny(
+            "train.device=cuda", f"train.precision={precision}", f"train.compile={compiled}", f"data.backend={backend}",
+            f"run.name={precision}", "train.max_steps=4", "data.workers=2", "data.val=null",
+        )  # fmt: skip
+        fastsiam.pretrain(load_config("quickstart", overrides))
+        losses.append([line["loss"] for line in lines(tmp_path / "runs" / precision) if line["kind"] == "train"])
+    assert len(losses[1]) == 4
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)
+
+
+def test_a_step_does_not_wait_for_the_device(tiny):
+    """CUDA raises at every operation that synchronises."""
+    overrides = tiny("train.device=cuda", "train.compile=off", "data.backend=synthetic")
+    with Session(load_config("quickstart", overrides)) as session:
+        session.start()
+        views = next(session.loader.epoch(0)).views
+        session.step(views)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                session.step(views)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_auto_precision_is_bf16_where_the_gpu_multiplies_it():
+    native = torch.cuda.get_device_capability()[0] >= 8
+    assert choose_precision("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)

@@ -1,0 +1,96 @@
+"""Imports point one way, and some rooms stay free of torch."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY, run_python
+
+# Each room may import from the rows above it and from its own row.
+LAYERS = (
+    {"fastsiam.kernels"},
+    {"fastsiam.config_file", "fastsiam.data.views"},
+    {"fastsiam.config", "fastsiam.data.draws"},
+    {"fastsiam.data.demo"},
+    {"fastsiam.data", "fastsiam.encoder", "fastsiam.norm", "fastsiam.device", "fastsiam.optim", "fastsiam.collapse"},
+    {"fastsiam.methods", "fastsiam.evaluation", "fastsiam.checkpoint", "fastsiam.record"},
+    {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare"},
+    {"fastsiam.train", "fastsiam.__main__"},
+)
+TORCH_FREE = ("config", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "train", "prepare", "record")
+
+
+def modules():
+    for folder in ("fastsiam", "kernels"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+            yield name if folder == "fastsiam" else f"fastsiam.{name}", path
+
+
+def imported(path: Path, inside_functions=True):
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if inside_functions else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(name):
+    """Row of the most specific room that holds `name`; None for what is not a room of ours."""
+    while name:
+        for number, rooms in enumerate(LAYERS):
+            if name in rooms:
+                return number
+        name = name.rpartition(".")[0]
+    return None
+
+
+def test_every_module_has_its_room():
+    assert [name for name, _ in modules() if name != "fastsiam" and layer(name) is None] == []
+
+
+def test_imports_point_downwards():
+    wrong = []
+    for name, path in modules():
+        for target in imported(path, inside_functions=name != "fastsiam.train"):
+            if target.startswith("fastsiam.") and name != "fastsiam" and layer(target) is not None:
+                if layer(target) > layer(name):
+                    wrong.append((name, target))
+    assert wrong == []
+
+
+def test_kernels_import_only_torch_triton_and_numba():
+    allowed = ("torch", "triton", "numba", "math", "fastsiam.kernels")
+    for name, path in modules():
+        if name.startswith("fastsiam.kernels"):
+            assert [target for target in imported(path) if not target.startswith(allowed)] == []
+
+
+def test_nobody_imports_kernels_bare():
+    """The name belongs to another package, and a second import name would register every op twice."""
+    files = [path for folder in ("fastsiam", "kernels", "tests") for path in (REPOSITORY / folder).rglob("*.py")]
+    bare = [path for path in files for target in imported(path) if target and target.split(".")[0] == "kernels"]
+    assert len(files) > 30
+    assert bare == []
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_torch_is_not_imported(name):
+    done = run_python("-c", f"import sys, fastsiam.{name}; sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_load():
+    import fastsiam
+
+    assert {"load_config", "pretrain", "build_loader", "build_method", "load_encoder", "knn_accuracy"} < set(
+        fastsiam.__all__
+    )
+    for name in fastsiam.__all__:
+        assert getattr(fastsiam, name)
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = fastsiam.trian

@@ -1,0 +1,233 @@
+"""A run that is stopped, killed or damaged goes on exactly where it was."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+import fastsiam
+from fastsiam.checkpoint import load_newest, save
+from fastsiam.config import UserError, load_config
+from fastsiam.train import StopSignals, main
+from tests.conftest import run_python
+from tests.test_train import lines, refused
+
+COMPARED = (
+    "kind", "step", "epoch", "images_seen", "loss", "lr",
+    "knn_top1", "raw_pixels_knn_top1", "std_ratio", "effective_rank", "mean_abs_cos",
+)  # fmt: skip
+EVERY_STEP = "checkpoint.every_seconds=0.0001"
+
+
+def weights(folder):
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    momentum = {i: entry["momentum_buffer"] for i, entry in saved["optimizer"]["state"].items()}
+    return saved["method"] | {f"momentum {i}": value for i, value in momentum.items()}
+
+
+def record(folder):
+    """What a run computed, without its clocks and without the lines that say that it was resumed."""
+    metrics = [line for line in lines(folder) if line["kind"] not in ("header", "resume")]
+    return [{key: line[key] for key in COMPARED if key in line} for line in metrics]
+
+
+def assert_same_run(one, other):
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert record(one) == record(other)
+
+
+def start(overrides, **environment):
+    return run_python("-m", "fastsiam.train", "--config", "quickstart", *overrides, wait=False, **environment)
+
+
+def wait_for_step(process, folder, step):
+    """Until metrics.jsonl shows a train line of `step` or later."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").exists():
+            text = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]
+            seen = [json.loads(line) for line in text.splitlines()]
+            if any(line["kind"] == "train" and line["step"] >= step for line in seen):
+                return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+@pytest.fixture
+def long(tiny):
+    """Three epochs of 10 steps, slow enough to be hit in mid-epoch: 50 ms a step."""
+    slower = ("train.epochs=3", "views.size=32", "model.width=16", "evaluate.controls=true")
+    return lambda name, *more: tiny(*slower, f"run.name={name}", *more)
+
+
+def test_killed_twice_in_mid_epoch_it_ends_as_if_undisturbed(long, tmp_path):
+    runs = tmp_path / "runs"
+    assert main(["--config", "quickstart", *long("whole")]) == 0
+    for step in (3, 16):
+        process = start(long("killed", EVERY_STEP))
+        wait_for_step(process, runs / "killed", step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert json.loads((runs / "killed/status.json").read_text())["status"] == "running"
+    done = run_python("-m", "fastsiam.train", "--config", "quickstart", *long("killed", "checkpoint.every_seconds=1000"))
+    assert done.returncode == 0, done.stderr
+    resumed = [line["step"] for line in lines(runs / "killed") if line["kind"] == "resume"]
+    assert len(resumed) == 2
+    assert 2 <= resumed[0] < resumed[1] < 30
+    assert_same_run(runs / "whole", runs / "killed")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_and_the_same_command_goes_on(long, tmp_path, number, code):
+    folder = tmp_path / "runs/stopped"
+    overrides = long("stopped", "evaluate.controls=false", "checkpoint.every_seconds=1000")
+    process = start(overrides)
+    wait_for_step(process, folder, 4)
+    process.send_signal(number)
+    said, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "a second signal ends at once" in errors
+    status = json.loads((folder / "status.json").read_text())
+    assert status["status"] == "preempted"
+    assert f"stopped   at step {status['step']} with a checkpoint" in said
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["step"] == status["step"] < 30
+    assert main(["--config", "quickstart", *overrides]) == 0
+    assert main(["--config", "quickstart", *long("whole", "evaluate.controls=false")]) == 0
+    stopped = [line for line in lines(folder) if line["kind"] == "end"]
+    assert [line["status"] for line in stopped] == ["done"]
+    assert_same_run(tmp_path / "runs/whole", folder)
+
+
+def test_the_second_signal_ends_the_process():
+    """After the first one the default handlers are back."""
+    before = signal.getsignal(signal.SIGINT)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on(tiny, tmp_path, capsys):
+    assert main(["--config", "quickstart", *tiny("train.max_steps=7")]) == 0
+    first = (tmp_path / "runs/run/checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    assert main(["--config", "quickstart", *tiny("train.max_steps=7")]) == 0
+    said = capsys.readouterr().out
+    assert "is finished: step 7, kNN" in said
+    assert (tmp_path / "runs/run/checkpoint.pt").read_bytes() == first
+    assert main(["--config", "quickstart", *tiny("data.val=null")]) == 0
+    assert main(["--config", "quickstart", *tiny("data.val=null", "run.name=whole")]) == 0
+    a, b = weights(tmp_path / "runs/run"), weights(tmp_path / "runs/whole")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_truncated_checkpoint_is_told_and_the_one_before_it_serves(tiny, tmp_path, capsys):
+    assert main(["--config", "quickstart", *tiny(EVERY_STEP, "train.max_steps=13")]) == 0
+    folder = tmp_path / "runs/run"
+    data = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(data[: len(data) // 2])
+    capsys.readouterr()
+    assert main(["--config", "quickstart", *tiny("checkpoint.every_seconds=1000")]) == 0
+    said = capsys.readouterr().out
+    assert "checkpoint.pt is damaged" in said
+    assert "resume    at step 13" in said or "resume    at step 12" in said
+    assert any("damaged" in line["message"] for line in lines(folder) if line["kind"] == "warning")
+    assert main(["--config", "quickstart", *tiny("run.name=whole")]) == 0
+    a, b = weights(folder), weights(tmp_path / "runs/whole")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    for path in folder.glob("checkpoint*.pt"):
+        path.write_bytes(b"PK")
+    assert "no whole checkpoint" in refused_after_warnings(capsys, *tiny())
+
+
+def refused_after_warnings(capsys, *overrides):
+    assert main(["--config", "quickstart", *overrides]) == 2
+    return capsys.readouterr().err
+
+
+def test_other_data_views_or_backend_are_refused(tiny, tmp_path, capsys, demo_folder, photos):
+    assert main(["--config", "quickstart", *tiny("train.max_steps=2")]) == 0
+    capsys.readouterr()
+
+    def said(*overrides):
+        return refused(capsys, tmp_path, "--config", "quickstart", *tiny("data.val=null", *overrides))
+
+    assert "other data (80 images, now 16" in said(f"data.train={photos}")
+    assert "views.blur (0.0, now 0.5)" in said("views.blur=0.5")
+    assert "data.backend (auto, now pil)" in said("data.backend=pil")
+    saved = torch.load(tmp_path / "runs/run/checkpoint.pt", weights_only=True)
+    for key, expected in (("backend", "data.backend=pil, and now dali would run"), ("views", "with other views")):
+        torch.save({**saved, "identity": saved["identity"] | {key: "pil"}}, tmp_path / "runs/run/checkpoint.pt")
+        assert expected in said()
+
+
+def test_data_that_moved_is_the_same_data(tiny, tmp_path, demo_folder, capsys):
+    assert main(["--config", "quickstart", *tiny("train.max_steps=2")]) == 0
+    (tmp_path / "moved").symlink_to(demo_folder)
+    moved = tiny(f"data.train={tmp_path}/moved/train", f"data.val={tmp_path}/moved/val")
+    assert main(["--config", "quickstart", *moved]) == 0
+    assert "resume    at step 2" in capsys.readouterr().out
+
+
+def test_another_thread_count_warns_that_bits_may_differ(tiny, tmp_path, capsys, monkeypatch):
+    assert main(["--config", "quickstart", *tiny("train.max_steps=2")]) == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert main(["--config", "quickstart", *tiny("train.max_steps=4")]) == 0
+    said = capsys.readouterr().out
+    assert "written with 1 CPU threads and now there are 7: the last bits may differ" in " ".join(said.split())
+    assert any("last bits" in line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning")
+
+
+def test_two_processes_cannot_train_in_one_folder(tiny, tmp_path, capsys):
+    from fastsiam.session import Session
+
+    with Session(load_config("quickstart", tiny())) as first:
+        first.start()
+        assert main(["--config", "quickstart", *tiny()]) == 2
+        assert "another process is training in" in capsys.readouterr().err
+    assert fastsiam.pretrain(load_config("quickstart", tiny())).status == "done"
+
+
+def test_saving_keeps_a_whole_checkpoint_at_every_moment(tmp_path, monkeypatch):
+    """A kill at each file operation of a save leaves a checkpoint that loads, the old one or the new."""
+    from pathlib import Path
+
+    save(tmp_path, {"step": 1}, keep=2)
+    save(tmp_path, {"step": 2}, keep=2)
+    real_replace, real_fsync = Path.replace, os.fsync
+    for fatal in range(4):
+        operations = []
+
+        def die(real, *arguments, fatal=fatal, operations=operations):
+            if len(operations) == fatal:
+                raise KeyboardInterrupt
+            operations.append(real)
+            return real(*arguments)
+
+        monkeypatch.setattr(Path, "replace", lambda self, target, die=die: die(real_replace, self, target))
+        monkeypatch.setattr(os, "fsync", lambda descriptor, die=die: die(real_fsync, descriptor))
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, {"step": 3}, keep=2)
+        monkeypatch.undo()
+        assert load_newest(tmp_path, warn=pytest.fail)["step"] in (2, 3)
+        save(tmp_path, {"step": 1}, keep=2)
+        save(tmp_path, {"step": 2}, keep=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint*.pt")) == ["checkpoint.1.pt", "checkpoint.pt"]
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save(Evil(), tmp_path / "checkpoint.pt")
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        load_newest(tmp_path, warn=lambda sentence: None)
+    assert not (tmp_path / "owned").exists()
