@@ -14,6 +14,7 @@ JUDGE_AFTER_EPOCHS = 2
 # Running statistics with momentum 0.1 hold 1 % of their start after 44 steps, and small data has short epochs.
 JUDGE_AFTER_STEPS = 100
 IN_A_ROW = 2
+LEAST_STD_RATIO, LEAST_EFFECTIVE_RANK, MOST_MEAN_ABS_COS = 0.1, 1.5, 0.98
 MEASURE_EVERY_STEPS = (25, 500)
 """A measure at every epoch's end, but no closer than the first number and no rarer than the second."""
 
@@ -81,7 +82,10 @@ class CollapseGuard:
 
 
 def is_collapsed(measures: Measures) -> bool:
-    return measures.std_ratio < 0.2 and measures.mean_abs_cos > 0.8
+    """All z point the same way (or its opposite): one constant, or one line on which std_ratio stays near 1."""
+    constant = measures.std_ratio < LEAST_STD_RATIO
+    line = measures.effective_rank < LEAST_EFFECTIVE_RANK
+    return measures.mean_abs_cos > MOST_MEAN_ABS_COS and (constant or line)
 
 
 ADVICE = (

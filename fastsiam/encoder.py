@@ -53,6 +53,9 @@ class CifarResNet(nn.Module):
                 blocks.append(torchvision.models.resnet.BasicBlock(channels, out, stride, shortcut))
                 channels = out
         self.blocks = nn.Sequential(*blocks)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if zero_init_residual:
             for block in self.blocks:
                 nn.init.zeros_(block.bn2.weight)

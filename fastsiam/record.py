@@ -138,9 +138,6 @@ class ProgressLine:
         else:
             self.console.print(text, highlight=False, soft_wrap=True)
 
-    def say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, highlight=False, soft_wrap=True)
-
     def close(self) -> None:
         if self._bar:
             self._bar.stop()
@@ -172,16 +169,13 @@ def _not_finite(value) -> bool:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with -dirty where files differ from it; None outside a checkout."""
+    """The checkout's commit, with -dirty where files differ from it; None where this file is installed elsewhere."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None

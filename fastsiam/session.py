@@ -1,5 +1,6 @@
 """One run put together from its config: everything is checked before anything is written."""
 
+import math
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -77,7 +78,7 @@ class Session:
             raise UserError(f"fastsiam.train runs as one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}")
         self.folder = RunFolder(config)
         self.folder.check_config()
-        self.backend_name, self.backend_reason = choose_backend(config.data.backend)
+        self.backend_name, _ = choose_backend(config.data.backend)
         self.device = choose_device(config.train.device)
         self.dtype = choose_precision(config.train.precision, self.device)
         self.precision = autocast(self.device, self.dtype)
@@ -194,8 +195,9 @@ class Session:
         self._logged = (state.step, dict(totals))
         self._update_seconds()
         self._write("train", loss=loss, lr=rate, images_per_second=images_per_second, data_wait_fraction=wait_fraction)
-        if loss != loss:
-            self.say(f"warning: the loss of step {state.step} is not a number", "yellow")
+        if not math.isfinite(loss):
+            self._write("warning", message=f"the loss of step {state.step} is {loss}")
+            self.say(f"warning: the loss of step {state.step:,} is {loss}", "yellow")
         health = self.measures
         self.progress.show(
             state.step,

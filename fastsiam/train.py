@@ -9,6 +9,7 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from typing import TYPE_CHECKING
 
 from fastsiam.config import Config, UserError, load_config
@@ -96,6 +97,9 @@ class StopSignals:
         self._before = {}
 
     def __enter__(self):
+        if threading.current_thread() is not threading.main_thread():
+            # Python delivers signals to the main thread only, and lets only that one ask for them.
+            return self
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._receive)
         return self

@@ -15,7 +15,8 @@ assert pathlib.Path(fastsiam.__file__).is_relative_to({site!r}), fastsiam.__file
 assert pathlib.Path(fastsiam.kernels.__file__).is_relative_to({site!r})
 assert load_config("quickstart").run.name == "quickstart"
 p, z = torch.randn(2, 4, 8, dtype=torch.float64)
-print(round(float(fastsiam.kernels.negative_cosine(p, p, p, p)), 9), sorted(path.name for path in CONFIGS.glob("*.yaml")))
+loss = fastsiam.kernels.negative_cosine(p, p, p, p)
+print(round(float(loss), 9), sorted(path.name for path in CONFIGS.glob("*.yaml")))
 """
 
 

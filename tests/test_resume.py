@@ -75,7 +75,8 @@ def test_killed_twice_in_mid_epoch_it_ends_as_if_undisturbed(long, tmp_path):
         process.communicate()
         assert process.returncode == -signal.SIGKILL
         assert json.loads((runs / "killed/status.json").read_text())["status"] == "running"
-    done = run_python("-m", "fastsiam.train", "--config", "quickstart", *long("killed", "checkpoint.every_seconds=1000"))
+    last = long("killed", "checkpoint.every_seconds=1000")
+    done = run_python("-m", "fastsiam.train", "--config", "quickstart", *last)
     assert done.returncode == 0, done.stderr
     resumed = [line["step"] for line in lines(runs / "killed") if line["kind"] == "resume"]
     assert len(resumed) == 2

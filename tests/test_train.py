@@ -37,7 +37,8 @@ def test_a_run_leaves_its_folder(tiny, tmp_path, capsys):
     assert main(["--config", "quickstart", *tiny("evaluate.controls=true")]) == 0
     run = tmp_path / "runs/run"
     said = capsys.readouterr().out
-    for part in ("80 images", "dali", "colour matrix", "batch 8", "fp32", "compile off", "2 epochs x 10 steps", str(run)):
+    told = ("80 images", "dali", "colour matrix", "batch 8", "fp32", "compile off", "2 epochs x 10 steps", str(run))
+    for part in told:
         assert part in said
     assert load_config(run / "config.yaml").run.name == "run"
     environment = json.loads((run / "environment.json").read_text())
@@ -85,7 +86,8 @@ def test_any_folder_of_photographs_trains_with_the_papers_config(photos, tmp_pat
 def test_dry_run_shows_what_would_run_and_writes_nothing(tiny, tmp_path, capsys):
     assert main(["--config", "quickstart", "--dry-run", *tiny("optimizer.base_lr=0.64")]) == 0
     said = capsys.readouterr().out
-    for part in ("base_lr: 0.64", "batch 8, learning rate 0.02 = 0.64 x 8 / 256", "backend   dali", "2 epochs x 10 steps"):
+    rate = "batch 8, learning rate 0.02 = 0.64 x 8 / 256"
+    for part in ("base_lr: 0.64", rate, "backend   dali", "2 epochs x 10 steps"):
         assert part in said
     assert not list(tmp_path.iterdir())
     fresh = f"{tmp_path}/demo"

@@ -31,7 +31,7 @@ _QUALITY = 90
 _VAL_START = 1 << 31
 _GREY = 127.5
 _CONTRAST = 41.0
-_COLOUR = 28.0
+_COLOUR = 26.0
 _NOISE = 8.0
 _WARP = 2.4
 _PERIODS = (7.5, 13.0)
@@ -45,7 +45,6 @@ def _dct_basis(count: int) -> np.ndarray:
 
 _BASIS = _dct_basis(4)
 _AXIS = np.arange(SIDE) - (SIDE - 1) / 2
-_FREQUENCY = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None, :])
 _CURVE = np.tanh(3 * np.linspace(-1, 1, SIDE * SIDE))
 _CURVE /= _CURVE.std()
 
@@ -102,9 +101,9 @@ def _spokes(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarra
 
 
 def _blobs(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    frequency = 0.8 * np.hypot(x[1, 0] - x[0, 0], y[1, 0] - y[0, 0])
-    noise = np.fft.rfft2(rng.standard_normal((SIDE, SIDE)))
-    return np.fft.irfft2(noise * np.exp(-(((_FREQUENCY - frequency) / (0.35 * frequency)) ** 2)), (SIDE, SIDE))
+    angle, phase = rng.uniform(0, 2 * np.pi, (2, 12, 1, 1))
+    frequency = 2 * np.pi * rng.uniform(0.5, 1.0, (12, 1, 1))
+    return np.cos(frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase).sum(axis=0)
 
 
 def _triangles(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
