@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from rich.console import Console
@@ -27,44 +27,7 @@ from fastsiam.encoder import save_encoder
 from fastsiam.evaluation.monitor import Monitor
 from fastsiam.methods import build_method
 from fastsiam.record import ProgressLine, Result, RunFolder
-
-
-@dataclass
-class State:
-    """Where a run is; a checkpoint holds it."""
-
-    step: int = 0
-    epoch: int = 0
-    cursor: int = 0
-    """Images of this epoch that finished steps have consumed, over all processes."""
-    images_seen: int = 0
-    train_seconds: float = 0.0
-    """Spent waiting for data and stepping; evaluation and saving not counted."""
-    wall_seconds: float = 0.0
-    untrained_knn: float | None = None
-    raw_pixels_knn: float | None = None
-
-    def advance(self, batch_size: int) -> None:
-        self.step += 1
-        self.cursor += batch_size
-        self.images_seen += batch_size
-
-    def next_epoch(self) -> None:
-        self.epoch += 1
-        self.cursor = 0
-
-
-class Stopwatch:
-    """Seconds since the last `split`, added up by name."""
-
-    def __init__(self):
-        self.totals = {"wait": 0.0, "step": 0.0, "other": 0.0}
-        self._last = time.perf_counter()
-
-    def split(self, name: str) -> None:
-        now = time.perf_counter()
-        self.totals[name] += now - self._last
-        self._last = now
+from fastsiam.state import State, Stopwatch
 
 
 class Session:
@@ -187,13 +150,14 @@ class Session:
         """A `train` line in metrics.jsonl and the progress line; reads the loss, the only sync of the loop."""
         state, batch_size, totals = self.state, self.config.train.batch_size, self.clock.totals
         loss = loss.item()
+        # The read waits for the device to finish the steps before it: that time belongs to them.
+        self.clock.split("step")
         last_step, last_totals = self._logged
         waited = totals["wait"] - last_totals["wait"]
         stepped = totals["step"] - last_totals["step"]
         images_per_second = (state.step - last_step) * batch_size / max(waited + stepped, 1e-9)
         wait_fraction = waited / max(waited + stepped, 1e-9)
         self._logged = (state.step, dict(totals))
-        self._update_seconds()
         self._write("train", loss=loss, lr=rate, images_per_second=images_per_second, data_wait_fraction=wait_fraction)
         if not math.isfinite(loss):
             self._write("warning", message=f"the loss of step {state.step} is {loss}")
@@ -308,7 +272,6 @@ class Session:
     def _knn(self) -> float:
         top1 = self.monitor.knn(self.method)
         self._last_knn = (self.state.step, top1)
-        self._update_seconds()
         self._write("knn", knn_top1=top1)
         if self.state.step < self.last_step:
             self.say(f"kNN       {top1:.2f} % at step {self.state.step:,}")
@@ -332,6 +295,7 @@ class Session:
         )
 
     def _write(self, kind: str, **fields) -> None:
+        self._update_seconds()
         state = self.state
         self.folder.write(
             {

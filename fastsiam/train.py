@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"fastsiam: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("fastsiam: stopped before the first step", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def pretrain(config: Config) -> "Result":

@@ -4,6 +4,7 @@ Colour operations take images [B, 3, H, W] in [0, 1] and one factor per image [B
 to the host. Sources: torchvision's ColorJitter, RandomGrayscale, RandomSolarize and GaussianBlur.
 """
 
+import functools
 import math
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 # ITU-R 601-2 luma as torchvision rounds it.
 LUMA = (0.2989, 0.587, 0.114)
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+YIQ_TO_RGB = tuple(map(tuple, torch.linalg.inv(torch.tensor(RGB_TO_YIQ, dtype=torch.float64)).tolist()))
 
 
 def negative_cosine_ref(p1, p2, z1, z2, *, stop_gradient=True):
@@ -62,7 +64,7 @@ def adjust_hue(x, turn):
     hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
     hue = hue + 6 * turn.view(-1, 1, 1)
     # Each channel of HSV -> RGB is value - chroma * clamp(min(k, 4 - k), 0, 1), k = (n + hue) mod 6, n = 5, 3, 1.
-    k = (hue.unsqueeze(1) + x.new_tensor((5.0, 3.0, 1.0)).view(1, 3, 1, 1)) % 6
+    k = torch.stack((5 + hue, 3 + hue, 1 + hue), 1) % 6
     return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -76,7 +78,7 @@ def color_matrix(mean, order, factors, grayscale):
     saturation, hue) comes first, second, ...; `factors`: [B, 4] in that fixed naming order, hue in turns;
     `grayscale`: [B] bool. Returns the linear part [B, 3, 3] and the offset [B, 3].
     """
-    size, luma_row = len(mean), mean.new_tensor(LUMA)
+    size, luma_row = len(mean), _constant(LUMA, mean.device, mean.dtype)
     eye = torch.eye(3, dtype=mean.dtype, device=mean.device).expand(size, 3, 3)
     to_grey = luma_row.expand(3, 3)
     brightness, contrast, saturation, _ = factors.unsqueeze(-1).unsqueeze(-1).unbind(1)
@@ -106,12 +108,18 @@ def color_matrix(mean, order, factors, grayscale):
 
 def _hue_rotation(turn):
     """RGB matrices [B, 3, 3] that turn hue by `turn` [B]: a rotation of YIQ's chroma plane by -2 pi turn."""
-    to_yiq = torch.tensor(RGB_TO_YIQ, dtype=torch.float64)
-    to_rgb = torch.linalg.inv(to_yiq).to(turn)
+    to_yiq = _constant(RGB_TO_YIQ, turn.device, turn.dtype)
+    to_rgb = _constant(YIQ_TO_RGB, turn.device, turn.dtype)
     angle = -2 * math.pi * turn
     cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
     rotation = torch.stack((one, zero, zero, zero, cos, -sin, zero, sin, cos), -1).view(-1, 3, 3)
-    return to_rgb @ rotation @ to_yiq.to(turn)
+    return to_rgb @ rotation @ to_yiq
+
+
+@functools.cache
+def _constant(values, device, dtype):
+    """A constant on a device, copied there once: every such copy makes the host wait."""
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def apply_color(x, linear, offset):

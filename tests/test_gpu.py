@@ -1,12 +1,16 @@
 """What only a CUDA device can show; pytest -m gpu runs these."""
 
+import dataclasses
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 
 import fastsiam
 from fastsiam.config import load_config
+from fastsiam.data.augment import augment
+from fastsiam.data.draws import augment_draws
 from fastsiam.data.loader import Loader, dali_installed, open_backend
 from fastsiam.data.sources import open_source
 from fastsiam.device import choose_precision
@@ -60,6 +64,21 @@ def test_a_step_does_not_wait_for_the_device(tiny):
                 session.step(views)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("color", ["matrix", "exact"])
+def test_augmenting_does_not_wait_for_the_device(color):
+    spec = dataclasses.replace(SPEC, color=color, solarize=0.5)
+    crops = torch.randint(0, 256, (32, SPEC.size, SPEC.size, 3), dtype=torch.uint8)
+    drawn = augment_draws(spec, 0, 0, np.arange(32), 0)
+    on_device = crops.cuda()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            views = augment(on_device, drawn, spec, torch.float32)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(views.cpu(), augment(crops, drawn, spec, torch.float32), rtol=1e-4, atol=1e-4)
 
 
 def test_auto_precision_is_bf16_where_the_gpu_multiplies_it():

@@ -14,7 +14,7 @@ LAYERS = (
     {"fastsiam.config", "fastsiam.data.draws"},
     {"fastsiam.data.demo"},
     {"fastsiam.data", "fastsiam.encoder", "fastsiam.norm", "fastsiam.device", "fastsiam.optim", "fastsiam.collapse"},
-    {"fastsiam.methods", "fastsiam.evaluation", "fastsiam.checkpoint", "fastsiam.record"},
+    {"fastsiam.methods", "fastsiam.evaluation", "fastsiam.checkpoint", "fastsiam.record", "fastsiam.state"},
     {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare"},
     {"fastsiam.train", "fastsiam.__main__"},
 )
@@ -66,7 +66,7 @@ def test_imports_point_downwards():
 
 
 def test_kernels_import_only_torch_triton_and_numba():
-    allowed = ("torch", "triton", "numba", "math", "fastsiam.kernels")
+    allowed = ("torch", "triton", "numba", "math", "functools", "fastsiam.kernels")
     for name, path in modules():
         if name.startswith("fastsiam.kernels"):
             assert [target for target in imported(path) if not target.startswith(allowed)] == []

@@ -217,7 +217,7 @@ def test_evaluation_gives_each_image_once_in_order_centred_and_plain(photos, bac
         side = round(0.875 * min(image.size))
         left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
         image = image.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), pil.Image.Resampling.BILINEAR)
-        expected = (torch.from_numpy(np.asarray(image)).permute(2, 0, 1) / 255 - mean) / std
+        expected = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
         assert (views[row] - expected).abs().mean() < 1.0 / 255 / min(SPEC.std)
 
 

@@ -52,10 +52,7 @@ def _exact_color(x, draws):
 
 def _matrix_color(x, draws):
     linear, offset = reference.color_matrix(
-        x.mean((2, 3)),
-        torch.from_numpy(draws.order).to(x.device),
-        _tensor(draws.factors, x),
-        torch.from_numpy(draws.grayscale).to(x.device),
+        x.mean((2, 3)), _send(draws.order, x), _tensor(draws.factors, x), _send(draws.grayscale, x)
     )
     return reference.apply_color(x, linear, offset).clamp_(0, 1)
 
@@ -67,9 +64,15 @@ def _on(x, chosen, function):
         return x
     if len(rows) == len(x):
         return function(x)
-    index = torch.from_numpy(rows).to(x.device)
+    index = _send(rows, x)
     return x.index_copy(0, index, function(x.index_select(0, index)))
 
 
 def _tensor(array, like):
-    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, like.dtype)
+    return _send(array, like).to(like.dtype)
+
+
+def _send(array, like):
+    """A host array on the device of `like`, through pinned memory: a copy from pageable memory waits for the device."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor

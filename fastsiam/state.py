@@ -1,0 +1,42 @@
+"""Where a run is, and where its time goes."""
+
+import time
+from dataclasses import dataclass
+
+
+@dataclass
+class State:
+    """Where a run is; a checkpoint holds it."""
+
+    step: int = 0
+    epoch: int = 0
+    cursor: int = 0
+    """Images of this epoch that finished steps have consumed, over all processes."""
+    images_seen: int = 0
+    train_seconds: float = 0.0
+    """Spent waiting for data and stepping; evaluation and saving not counted."""
+    wall_seconds: float = 0.0
+    untrained_knn: float | None = None
+    raw_pixels_knn: float | None = None
+
+    def advance(self, batch_size: int) -> None:
+        self.step += 1
+        self.cursor += batch_size
+        self.images_seen += batch_size
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.cursor = 0
+
+
+class Stopwatch:
+    """Seconds since the last `split`, added up by name."""
+
+    def __init__(self):
+        self.totals = {"wait": 0.0, "step": 0.0, "other": 0.0}
+        self._last = time.perf_counter()
+
+    def split(self, name: str) -> None:
+        now = time.perf_counter()
+        self.totals[name] += now - self._last
+        self._last = now
