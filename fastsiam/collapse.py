@@ -14,7 +14,7 @@ JUDGE_AFTER_EPOCHS = 2
 # Running statistics with momentum 0.1 hold 1 % of their start after 44 steps, and small data has short epochs.
 JUDGE_AFTER_STEPS = 100
 IN_A_ROW = 2
-LEAST_STD_RATIO, LEAST_EFFECTIVE_RANK, MOST_MEAN_ABS_COS = 0.1, 1.5, 0.98
+LEAST_STD_RATIO, LEAST_EFFECTIVE_RANK, MOST_MEAN_ABS_COS = 0.15, 2.0, 0.95
 MEASURE_EVERY_STEPS = (25, 500)
 """A measure at every epoch's end, but no closer than the first number and no rarer than the second."""
 

@@ -38,7 +38,7 @@ def knn_accuracy(similarity, train_labels, labels):
 
 
 def accuracy_of(feature, quickstart, metric):
-    """Percent of val images whose class kNN finds from `feature` [n, d], centred (and over its std: euclidean)."""
+    """Percent of val images whose class kNN finds from `feature`, centred; for euclidean over its std."""
     train, train_labels, val, labels = quickstart
     a, b = feature(train).astype(np.float32), feature(val).astype(np.float32)
     center, scale = a.mean(axis=0), a.std(axis=0) + 1e-9
@@ -80,8 +80,8 @@ def pixels(images):
 
 
 def turned_spectrum(images):
-    """What no turn and no shift of the pattern changes: the log spectrum in polar coordinates (20 radii, 36 angles
-    of a half turn), of which the magnitudes of the Fourier series over the angle are kept.
+    """What neither a turn nor a shift of the pattern changes: the log spectrum in polar coordinates
+    (20 radii, 36 angles of a half turn), and of that the magnitudes of the Fourier series over the angle.
     """
     side = images.shape[1]
     grey = images.mean(axis=3, dtype=np.float32)
@@ -214,6 +214,6 @@ def test_a_folder_with_anything_else_is_refused_in_one_sentence(tmp_path, note):
 
 
 def test_a_count_below_zero_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="-1 and 1 images per class"):
+    with pytest.raises(ValueError, match="-1.*each must be 0 to"):
         draw_demo(tmp_path / "demo", 0, -1, 1)
     assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,13 @@
 """The demo images of the quickstart: ten families of patterns, drawn by a seed.
 
-A class is a family (stripes, checks, ...). Angle, place, period, phase, warp, sign of the contrast and colour are
-drawn anew for every image and say nothing about the class:
+A class is a family (stripes, checks, ...). Angle, place, period, phase, warp, sign of the contrast and colour
+are drawn anew for every image and say nothing about the class:
 
-- every image has the same histogram of luminance before colour and noise (ranks are mapped to one fixed curve), so
-  neither brightness nor contrast nor their distribution tells a family from another;
-- the colour is a smooth random field whose mean is zero in every channel of every image. With a random palette
-  instead, SimSiam matches two views by their colour and learns nothing, while loss and std look healthy;
+- before colour and noise every image has the same histogram of luminance (ranks are mapped to one fixed
+  curve), so neither brightness nor contrast nor their distribution tells a family from another;
+- the colour is a smooth random field whose mean is zero in every channel of every image. With a random
+  palette instead, SimSiam matches two views by their colour and learns nothing, while loss and std look
+  healthy;
 - the pattern fills the image, so that a crop of a fifth of its area still shows it.
 
 Imports no torch.
@@ -29,8 +30,7 @@ _QUALITY = 90
 _VAL_START = 1 << 31  # the index of the first val image; train images count from 0
 _GREY = 127.5
 
-# Standard deviations in grey levels. At 44, 26 and 6, periods of 8 to 12 and less warp, the raw pixels of one seed gave
-# a kNN of 32 % and random ResNet-8 features 39 to 49 %; at 32, 36, 12 and more warp 12 and 19 to 29 %.
+# Standard deviations in grey levels. TODO
 _CONTRAST = 41.0
 _COLOUR = 26.0
 _NOISE = 8.0
@@ -53,7 +53,7 @@ _CURVE /= _CURVE.std()
 
 
 def _smooth_fields(rng: np.random.Generator, count: int) -> np.ndarray:
-    """float64 [count, SIDE, SIDE], random fields of low frequency with mean exactly 0 and std 1."""
+    """float64 [count, SIDE, SIDE], random fields of low frequency with mean 0 and std 1."""
     weights = rng.standard_normal((count, 4, 4)) / (1 + np.add.outer(np.arange(4), np.arange(4)))
     weights[:, 0, 0] = 0
     fields = _BASIS @ weights @ _BASIS.T
@@ -66,7 +66,7 @@ def _triangle(x: np.ndarray) -> np.ndarray:
 
 
 def _cell(x: np.ndarray, y: np.ndarray, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Place inside the unit cell, each in [-0.5, 0.5), each row of cells moved by `shift` against the last."""
+    """Place inside the unit cell, each in [-0.5, 0.5), rows of cells moved by `shift` against each other."""
     row = np.floor(y)
     x = x + shift * row
     return x - np.floor(x) - 0.5, y - row - 0.5
@@ -180,8 +180,9 @@ def draw_demo(
 ) -> None:
     """Write the demo set: root/{train,val}/CLASS/00000.jpg, ... and root/demo.json.
 
-    The set is written to a hidden sibling folder and renamed, so root is either absent or whole. The same arguments
-    give the same bytes with the same numpy and Pillow. A root that already holds the set asked for is left as it is.
+    The set is written to a hidden sibling folder and renamed, so root is either absent or whole. The same
+    arguments give the same bytes with the same numpy and Pillow. A root that already holds the set asked for
+    is left as it is.
 
     Args:
         root: folder to make; its parents are made too.
@@ -190,12 +191,13 @@ def draw_demo(
         progress: called as progress(images done, images in all) after every image.
 
     Raises:
-        ValueError: root exists and is not the set asked for, or a count is negative.
+        ValueError: root exists and is not the set asked for, or an argument is outside its range.
     """
     root = Path(root)
-    asked = {"version": VERSION, "seed": seed, "train_per_class": train_per_class, "val_per_class": val_per_class}
-    if not (0 <= train_per_class < _VAL_START and 0 <= val_per_class < _VAL_START):
-        raise ValueError(f"{train_per_class} and {val_per_class} images per class: each must be 0 to {_VAL_START - 1}")
+    counts = {"train_per_class": train_per_class, "val_per_class": val_per_class}
+    asked = {"version": VERSION, "seed": seed, **counts}
+    if not all(0 <= count < _VAL_START for count in counts.values()):
+        raise ValueError(f"{counts}: each must be 0 to {_VAL_START - 1}")
     if root.exists():
         _require_equal(root, asked)
         return
@@ -232,10 +234,10 @@ def _require_equal(root: Path, asked: dict[str, int]) -> None:
     advice = "name another folder, or delete this one"
     note = root / "demo.json"
     if not note.is_file():
-        raise ValueError(f"{root} exists and holds no demo set (no demo.json), asked for is {asked}: {advice}")
+        raise ValueError(f"{root} exists without a demo.json, asked for is {asked}: {advice}")
     try:
         found = json.loads(note.read_text(encoding="utf-8"))
     except ValueError:
-        found = "a demo.json that cannot be read"
+        found = "an unreadable demo.json"
     if found != asked:
         raise ValueError(f"{root} holds {found}, asked for is {asked}: {advice}")

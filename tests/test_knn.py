@@ -1,0 +1,70 @@
+"""kNN accuracy against a loop over the definition."""
+
+import math
+
+import pytest
+import torch
+
+from fastsiam.evaluation import knn
+from fastsiam.evaluation.knn import knn_accuracy
+
+
+def features(count, seed, dim=12, classes=5):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    labels = torch.randint(classes, (count,), generator=generator)
+    return centres[labels] + 2.5 * torch.randn(count, dim, generator=generator), labels
+
+
+def loop(bank, bank_labels, queries, query_labels, k, temperature):
+    correct = 0
+    for query, truth in zip(queries.double(), query_labels.tolist(), strict=True):
+        similarities = [float(query @ b / query.norm() / b.norm()) for b in bank.double()]
+        nearest = sorted(range(len(bank)), key=lambda i: -similarities[i])[:k]
+        votes = {}
+        for i in nearest:
+            label = int(bank_labels[i])
+            votes[label] = votes.get(label, 0) + math.exp(similarities[i] / temperature)
+        correct += max(votes, key=votes.get) == truth
+    return 100 * correct / len(queries)
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.2), (7, 0.07), (200, 0.2), (60, 0.02)])
+def test_equals_the_definition(k, temperature):
+    bank, bank_labels = features(120, 0)
+    queries, query_labels = features(90, 1)
+    expected = loop(bank, bank_labels, queries, query_labels, k, temperature)
+    assert knn_accuracy(bank, bank_labels, queries, query_labels, k=k, temperature=temperature) == pytest.approx(
+        expected
+    )
+    assert 25 < expected < 95
+
+
+def test_the_weights_of_near_neighbours_can_outvote_many_far_ones():
+    bank = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.6, -0.8]])
+    labels = torch.tensor([0, 1, 1])
+    query = torch.tensor([[1.0, 0.0]])
+    assert knn_accuracy(bank, labels, query, torch.tensor([0]), k=3, temperature=0.1) == 100
+    assert knn_accuracy(bank, labels, query, torch.tensor([1]), k=3, temperature=10.0) == 100
+
+
+def test_chunks_change_nothing(monkeypatch):
+    bank, bank_labels = features(50, 2)
+    queries, query_labels = features(37, 3)
+    whole = knn_accuracy(bank, bank_labels, queries, query_labels, k=9)
+    monkeypatch.setattr(knn, "CHUNK", 5)
+    assert knn_accuracy(bank, bank_labels, queries, query_labels, k=9) == whole
+
+
+def test_scale_and_dtype_of_features_do_not_matter():
+    bank, bank_labels = features(50, 4)
+    queries, query_labels = features(40, 5)
+    expected = knn_accuracy(bank, bank_labels, queries, query_labels, k=5)
+    assert knn_accuracy(1e-3 * bank, bank_labels, 1e3 * queries, query_labels, k=5) == expected
+    assert knn_accuracy(bank.double(), bank_labels, queries.double(), query_labels, k=5) == expected
+
+
+def test_nothing_to_compare_is_an_error():
+    bank, labels = features(5, 6)
+    with pytest.raises(ValueError, match="0 queries"):
+        knn_accuracy(bank, labels, bank[:0], labels[:0])

@@ -1,0 +1,81 @@
+"""Schedules against their formulas, parameter groups, and the optimizer against the definition of its step."""
+
+import math
+
+import pytest
+import torch
+
+from fastsiam.config import load_config
+from fastsiam.methods import build_method
+from fastsiam.optim import build_optimizer, scale_at, set_learning_rate
+
+
+@pytest.mark.parametrize("epochs", [1, 3, 7, 49, 100, 800, 999])
+@pytest.mark.parametrize("steps_per_epoch", [1, 3, 62])
+def test_cosine_per_epoch_is_the_authors_formula_at_every_step(epochs, steps_per_epoch):
+    """lr * 0.5 * (1 + cos(pi * epoch / epochs)), held within an epoch; rounding slips into no other epoch."""
+    total = epochs * steps_per_epoch
+    for step in range(total):
+        expected = 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / epochs))
+        assert scale_at(step / total, "cosine_per_epoch", 0.0, epochs) == pytest.approx(expected, abs=1e-12)
+
+
+def test_cosine_and_constant_after_warmup():
+    assert scale_at(0, "cosine", 0.1, 5) == 0
+    assert scale_at(0.05, "cosine", 0.1, 5) == pytest.approx(0.5)
+    assert scale_at(0.1, "cosine", 0.1, 5) == 1
+    assert scale_at(0.55, "cosine", 0.1, 5) == pytest.approx(0.5)
+    assert scale_at(1, "cosine", 0.1, 5) == pytest.approx(0)
+    assert scale_at(0.5, "cosine", 0.0, 5) == pytest.approx(0.5)
+    assert scale_at(0.99, "constant", 0.1, 5) == 1
+    assert scale_at(0.02, "constant", 0.1, 5) == pytest.approx(0.2)
+
+
+def small(*overrides):
+    return load_config("quickstart", ["model.width=8", "optimizer.base_lr=0.4", "train.batch_size=128", *overrides])
+
+
+def test_the_predictor_keeps_its_rate_where_it_is_fixed():
+    config = small("optimizer.predictor_lr=fixed", "optimizer.warmup=0")
+    method = build_method(config)
+    optimizer = build_optimizer(method, config)
+    held = {id(p) for group in optimizer.param_groups if not group["scheduled"] for p in group["params"]}
+    assert held == {id(p) for p in method.predictor.parameters()}
+    for progress, scale in ((0, 1), (0.5, 0.5), (1, 0)):
+        assert set_learning_rate(optimizer, config, progress) == pytest.approx(0.2 * scale)
+        rates = {group["scheduled"]: group["lr"] for group in optimizer.param_groups}
+        assert rates == {True: pytest.approx(0.2 * scale), False: pytest.approx(0.2)}
+
+
+def test_a_scheduled_predictor_decays_with_the_rest():
+    config = small("optimizer.predictor_lr=scheduled", "optimizer.warmup=0")
+    optimizer = build_optimizer(build_method(config), config)
+    set_learning_rate(optimizer, config, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.1)]
+
+
+@pytest.mark.parametrize("predictor", ["fixed", "scheduled"])
+def test_every_parameter_is_decayed_and_trained_once(predictor):
+    config = small(f"optimizer.predictor_lr={predictor}")
+    method = build_method(config)
+    optimizer = build_optimizer(method, config)
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {5e-4}
+    trained = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(trained) == sorted(id(p) for p in method.parameters())
+
+
+def test_the_step_is_sgd_with_momentum_and_decay_in_the_gradient():
+    """v = m v + (g + wd w); w = w - lr v, the form of the authors' optimizer."""
+    config = small("optimizer.predictor_lr=scheduled")
+    method = torch.nn.Linear(3, 2)
+    method.constant_lr_parameters = list
+    optimizer = build_optimizer(method, config)
+    weight, velocity = method.weight.detach().double(), torch.zeros(2, 3, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        gradient = torch.randn(2, 3, generator=generator)
+        method.weight.grad, method.bias.grad = gradient.clone(), torch.zeros(2)
+        optimizer.step()
+        velocity = 0.9 * velocity + gradient.double() + 5e-4 * weight
+        weight = weight - 0.2 * velocity
+    torch.testing.assert_close(method.weight.detach().double(), weight, rtol=1e-5, atol=1e-6)

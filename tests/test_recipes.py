@@ -1,0 +1,99 @@
+"""The shipped configs against the paper's numbers, and the lists of where they differ from it."""
+
+import re
+
+import pytest
+
+from fastsiam.config import CONFIGS, load_config
+
+# SimSiam (arXiv 2011.10566): section 4 "Baseline settings", appendix A, Tables 1 and 4; kNN as its authors run it.
+IMAGENET = {
+    "views.recipe": "simsiam",
+    "views.size": 224,
+    "views.color": "exact",
+    "views.crop_scale": (0.2, 1.0),
+    "views.flip": 0.5,
+    "views.jitter": 0.8,
+    "views.brightness": 0.4,
+    "views.contrast": 0.4,
+    "views.saturation": 0.4,
+    "views.hue": 0.1,
+    "views.grayscale": 0.2,
+    "views.blur": 0.5,
+    "views.blur_sigma": (0.1, 2.0),
+    "views.solarize": 0.0,
+    "model.encoder": "resnet50",
+    "model.stem": "imagenet",
+    "model.zero_init_residual": True,
+    "model.projector.layers": 3,
+    "model.projector.hidden": 2048,
+    "model.projector.out": 2048,
+    "model.predictor.hidden": 512,
+    "model.bn_statistics": "per_view",
+    "method.name": "simsiam",
+    "method.stop_gradient": True,
+    "optimizer.name": "sgd",
+    "optimizer.base_lr": 0.05,
+    "optimizer.momentum": 0.9,
+    "optimizer.weight_decay": 1e-4,
+    "optimizer.schedule": "cosine_per_epoch",
+    "optimizer.warmup": 0.0,
+    "optimizer.predictor_lr": "fixed",
+    "train.epochs": 100,
+    "train.batch_size": 512,
+    "evaluate.knn_k": 200,
+    "evaluate.knn_temperature": 0.2,
+    "evaluate.crop_ratio": 224 / 256,
+}
+
+# Appendix D: "ResNet-18 ... 3x3 conv of stride 1, without max pooling", 2-layer projector, no blur.
+CIFAR10 = IMAGENET | {
+    "views.recipe": "simsiam_cifar10",
+    "views.size": 32,
+    "views.blur": 0.0,
+    "model.encoder": "resnet18",
+    "model.stem": "cifar",
+    "model.projector.layers": 2,
+    "optimizer.base_lr": 0.03,
+    "optimizer.weight_decay": 5e-4,
+    "train.epochs": 800,
+    "evaluate.crop_ratio": 1.0,
+}
+
+DEVIATIONS = {
+    "r50_100ep": ("bf16 on GPUs", "statistics over the images of this process", "13 taps", "No bias", "DALI"),
+    "r18_cifar10_800ep": ("bf16 on GPUs", "flip before the colour jitter", "read as files"),
+}
+
+
+@pytest.mark.parametrize(("name", "paper"), [("r50_100ep", IMAGENET), ("r18_cifar10_800ep", CIFAR10)])
+def test_the_config_holds_the_papers_numbers(name, paper):
+    config = load_config(name)
+    for key, expected in paper.items():
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        assert value == expected, key
+
+
+def test_the_rate_at_the_papers_batch():
+    assert load_config("r50_100ep").learning_rate == pytest.approx(0.1)
+    assert load_config("r18_cifar10_800ep").learning_rate == pytest.approx(0.06)
+
+
+@pytest.mark.parametrize("name", DEVIATIONS)
+def test_the_deviations_are_those_held_here(name):
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    head = text[: text.index("data:")]
+    assert "Deviations from the paper" in head
+    items = re.findall(r"^#   \d+\. (.*(?:\n#      .*)*)", head, re.MULTILINE)
+    assert len(items) == len(DEVIATIONS[name])
+    for item, phrase in zip(items, DEVIATIONS[name], strict=True):
+        assert phrase in item.replace("\n#     ", "")
+
+
+def test_what_undoes_a_deviation_is_accepted():
+    for name in DEVIATIONS:
+        config = load_config(name, ["train.precision=fp32", "data.backend=pil"])
+        assert (config.train.precision, config.data.backend) == ("fp32", "pil")
+        assert load_config(name).train.precision == "auto"
