@@ -87,7 +87,7 @@ def test_z_is_the_projection_of_both_views(tiny_config):
 @pytest.mark.parametrize("stop_gradient", [True, False])
 def test_stop_gradient_of_the_config_decides_what_the_projection_learns(tiny_config, stop_gradient):
     method = build_method(tiny_config(f"method.stop_gradient={str(stop_gradient).lower()}"))
-    f, h, views = method.embed, method.predictor, views_of()
+    views = views_of()
     plain = deepcopy(method)
     z1, z2 = plain.embed(views).chunk(2)
     p1, p2 = plain.predictor(torch.cat((z1, z2))).chunk(2)
@@ -97,9 +97,6 @@ def test_stop_gradient_of_the_config_decides_what_the_projection_learns(tiny_con
     method(views)["loss"].backward()
     got, other = method.projector[0].weight.grad, plain.projector[0].weight.grad
     torch.testing.assert_close(got, other, atol=1e-6, rtol=1e-4)
-    z = f(views)
-    p = h(z)
-    assert z.requires_grad and p.requires_grad
 
 
 def test_r50_has_the_papers_heads_and_their_parameter_counts():
