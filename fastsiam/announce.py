@@ -110,6 +110,6 @@ def _count(config: Config) -> tuple[int, int]:
         return 0, 0
     if config.data.demo_seed is not None and not Path(config.data.train).exists():
         print(f"the demo images of seed {config.data.demo_seed} would be drawn to {Path(config.data.train).parent}")
-        return 400 * len(demo.CLASSES), 100 * len(demo.CLASSES)
+        return demo.TRAIN_PER_CLASS * len(demo.CLASSES), demo.VAL_PER_CLASS * len(demo.CLASSES)
     has_val = config.data.val is not None and Path(config.data.val).exists()
     return len(open_source(config.data.train)), len(open_source(config.data.val, "data.val")) if has_val else 0

@@ -156,7 +156,7 @@ class OptimizerConfig(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the run in which the rate rises linearly from zero."""
     predictor_lr: Literal["fixed", "scheduled"]
-    """fixed: the predictor keeps its initial rate (paper, Table 1)."""
+    """fixed: after the warm-up the predictor keeps its rate (paper, Table 1, which has no warm-up)."""
 
 
 class TrainConfig(Section):

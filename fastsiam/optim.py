@@ -42,7 +42,9 @@ def scale_at(progress: float, schedule: str, warmup: float, epochs: int) -> floa
 
 def set_learning_rate(optimizer, config: Config, progress: float) -> float:
     """Give each group its rate at `progress`; returns the scheduled one."""
-    scale = scale_at(progress, config.optimizer.schedule, config.optimizer.warmup, config.train.epochs)
+    warmup, epochs = config.optimizer.warmup, config.train.epochs
+    scale = scale_at(progress, config.optimizer.schedule, warmup, epochs)
+    held = scale_at(progress, "constant", warmup, epochs)
     for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate * (scale if group["scheduled"] else 1.0)
+        group["lr"] = config.learning_rate * (scale if group["scheduled"] else held)
     return config.learning_rate * scale

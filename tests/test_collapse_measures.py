@@ -58,6 +58,15 @@ def test_two_equal_directions_in_closed_form():
     assert found.mean_abs_cos == pytest.approx(2 * 10 * 9 / (20 * 19))
 
 
+def test_two_axes_of_unequal_weight_in_closed_form():
+    """Six points on one axis and two on the other, balanced about zero: eigenvalues in the ratio 3 to 1."""
+    z = torch.tensor([[1.0, 0.0], [-1.0, 0.0]] * 3 + [[0.0, 1.0], [0.0, -1.0]])
+    found = measure(z)
+    assert found.effective_rank == pytest.approx(math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25))))
+    assert found.std_ratio == pytest.approx((math.sqrt(6 / 7) + math.sqrt(2 / 7)) / 2 * math.sqrt(2))
+    assert found.mean_abs_cos == pytest.approx((6 * 5 + 2 * 1) / (8 * 7))
+
+
 def test_scaling_rows_changes_nothing():
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(50, 8, generator=generator)

@@ -247,8 +247,8 @@ def test_probe_images_are_a_fixed_sorted_sample_without_repeats():
 
 
 def test_center_box_is_the_middle_of_the_image():
-    sizes = np.array([(256, 341), (500, 375), (1, 9), (33, 32)])
-    expected = [(16, 58, 224, 224), (86, 23, 328, 328), (0, 4, 1, 1), (2, 2, 28, 28)]
+    sizes = np.array([(256, 341), (500, 375), (1, 9), (33, 32), (300, 9)])
+    expected = [(16, 58, 224, 224), (86, 23, 328, 328), (0, 4, 1, 1), (2, 2, 28, 28), (146, 0, 8, 8)]
     assert (draws.center_boxes(sizes, 0.875) == expected).all()
     assert (draws.center_boxes(sizes[:1], 1.0) == [(0, 42, 256, 256)]).all()
 

@@ -64,7 +64,25 @@ def test_scale_and_dtype_of_features_do_not_matter():
     assert knn_accuracy(bank.double(), bank_labels, queries.double(), query_labels, k=5) == expected
 
 
+def test_separate_classes_are_all_right_and_random_labels_are_chance():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(10).repeat(60)
+    classes = torch.eye(10)[labels] + 0.05 * torch.randn(600, 10, generator=generator)
+    assert knn_accuracy(classes[:300], labels[:300], classes[300:], labels[300:], k=20) == 100
+    noise = torch.randn(4000, 10, generator=generator)
+    truth = torch.randint(10, (4000,), generator=generator)
+    # Chance is 10 %; 2,000 queries have a standard deviation of 0.67.
+    assert knn_accuracy(noise[:2000], truth[:2000], noise[2000:], truth[2000:]) == pytest.approx(10, abs=3)
+
+
+def test_a_class_that_the_bank_lacks_is_never_right():
+    bank, labels = features(40, 7)
+    assert knn_accuracy(bank, labels, bank, labels + 5, k=3) == 0
+
+
 def test_nothing_to_compare_is_an_error():
     bank, labels = features(5, 6)
+    with pytest.raises(ValueError, match="0 images in the bank"):
+        knn_accuracy(bank[:0], labels[:0], bank, labels)
     with pytest.raises(ValueError, match="0 queries"):
         knn_accuracy(bank, labels, bank[:0], labels[:0])

@@ -20,6 +20,27 @@ def test_cosine_per_epoch_is_the_authors_formula_at_every_step(epochs, steps_per
         assert scale_at(step / total, "cosine_per_epoch", 0.0, epochs) == pytest.approx(expected, abs=1e-12)
 
 
+def test_the_ends_of_an_epoch_round_into_it_for_every_number_of_epochs():
+    for epochs in range(1, 1001):
+        expected = [0.5 * (1 + math.cos(math.pi * epoch / epochs)) for epoch in range(epochs)]
+        # ImageNet has 2,502 steps an epoch at batch 512.
+        for step in (0, 2501):
+            got = [
+                scale_at((2502 * e + step) / (2502 * epochs), "cosine_per_epoch", 0.0, epochs) for e in range(epochs)
+            ]
+            assert got == pytest.approx(expected, abs=1e-12), epochs
+
+
+def test_cosine_per_epoch_spans_what_the_warmup_leaves():
+    """A tenth of ten epochs of warmup, then the half cosine over the other nine, a value an epoch."""
+    steps = [scale_at(step / 40, "cosine_per_epoch", 0.1, 10) for step in range(40)]
+    assert steps[:4] == pytest.approx([0, 0.25, 0.5, 0.75])
+    held = [0.5 * (1 + math.cos(math.pi * epoch / 9)) for epoch in range(9) for _ in range(4)]
+    assert steps[4:] == pytest.approx(held)
+    # A warmup that ends inside an epoch leaves the rate at its top until the next one.
+    assert scale_at(0.16, "cosine_per_epoch", 0.15, 10) == 1
+
+
 def test_cosine_and_constant_after_warmup():
     assert scale_at(0, "cosine", 0.1, 5) == 0
     assert scale_at(0.05, "cosine", 0.1, 5) == pytest.approx(0.5)
@@ -45,6 +66,23 @@ def test_the_predictor_keeps_its_rate_where_it_is_fixed():
         assert set_learning_rate(optimizer, config, progress) == pytest.approx(0.2 * scale)
         rates = {group["scheduled"]: group["lr"] for group in optimizer.param_groups}
         assert rates == {True: pytest.approx(0.2 * scale), False: pytest.approx(0.2)}
+
+
+def test_a_fixed_predictor_does_not_warm_up():
+    config = small("optimizer.predictor_lr=fixed", "optimizer.warmup=0.5")
+    optimizer = build_optimizer(build_method(config), config)
+    set_learning_rate(optimizer, config, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.1), pytest.approx(0.2)]
+
+
+def test_a_fixed_predictor_warms_up_with_the_rest():
+    """Without it the predictor learns a constant at full rate before z has any shape."""
+    config = small("optimizer.predictor_lr=fixed", "optimizer.warmup=0.1")
+    optimizer = build_optimizer(build_method(config), config)
+    for progress, held in ((0, 0), (0.05, 0.1), (0.1, 0.2), (0.9, 0.2)):
+        set_learning_rate(optimizer, config, progress)
+        rates = {group["scheduled"]: group["lr"] for group in optimizer.param_groups}
+        assert rates[False] == pytest.approx(held)
 
 
 def test_a_scheduled_predictor_decays_with_the_rest():

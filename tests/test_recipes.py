@@ -1,10 +1,15 @@
 """The shipped configs against the paper's numbers, and the lists of where they differ from it."""
 
+import inspect
 import re
 
 import pytest
+import torch
+from torch import nn
 
 from fastsiam.config import CONFIGS, load_config
+from fastsiam.kernels import reference
+from fastsiam.methods import build_method
 
 # SimSiam (arXiv 2011.10566): section 4 "Baseline settings", appendix A, Tables 1 and 4; kNN as its authors run it.
 IMAGENET = {
@@ -22,6 +27,8 @@ IMAGENET = {
     "views.blur": 0.5,
     "views.blur_sigma": (0.1, 2.0),
     "views.solarize": 0.0,
+    "views.mean": (0.485, 0.456, 0.406),
+    "views.std": (0.229, 0.224, 0.225),
     "model.encoder": "resnet50",
     "model.stem": "imagenet",
     "model.zero_init_residual": True,
@@ -51,6 +58,8 @@ CIFAR10 = IMAGENET | {
     "views.recipe": "simsiam_cifar10",
     "views.size": 32,
     "views.blur": 0.0,
+    "views.mean": (0.4914, 0.4822, 0.4465),
+    "views.std": (0.2470, 0.2435, 0.2616),
     "model.encoder": "resnet18",
     "model.stem": "cifar",
     "model.projector.layers": 2,
@@ -97,3 +106,16 @@ def test_what_undoes_a_deviation_is_accepted():
         config = load_config(name, ["train.precision=fp32", "data.backend=pil"])
         assert (config.train.precision, config.data.backend) == ("fp32", "pil")
         assert load_config(name).train.precision == "auto"
+
+
+@pytest.mark.parametrize("name", DEVIATIONS)
+def test_the_deviations_are_what_the_code_does(name):
+    config = load_config(name)
+    assert (config.train.precision, config.data.backend, config.views.color) == ("auto", "auto", "exact")
+    assert inspect.signature(reference.gaussian_blur).parameters["taps"].default == 13
+    with torch.device("meta"):
+        method = build_method(config)
+    assert not any(isinstance(module, nn.SyncBatchNorm) for module in method.modules())
+    linear = [module for module in method.modules() if isinstance(module, nn.Linear)]
+    # The predictor's output is the only linear layer without a batch norm behind it.
+    assert [layer.bias is not None for layer in linear] == [False] * (len(linear) - 1) + [True]

@@ -5,9 +5,9 @@ are drawn anew for every image and say nothing about the class:
 
 - before colour and noise every image has the same histogram of luminance (ranks are mapped to one fixed
   curve), so neither brightness nor contrast nor their distribution tells a family from another;
-- the colour is a smooth random field whose mean is zero in every channel of every image. With a random
-  palette instead, SimSiam matches two views by their colour and learns nothing, while loss and std look
-  healthy;
+- the colour is a smooth random field whose mean is zero in every channel of every image. With a mean
+  colour drawn for every image (std 45 grey levels) SimSiam matches two views by it and learns nothing: kNN
+  10 % after 10 epochs instead of 95, with std_ratio at 0.99;
 - the pattern fills the image, so that a crop of a fifth of its area still shows it.
 
 Imports no torch.
@@ -24,13 +24,16 @@ import numpy as np
 from PIL import Image
 
 SIDE = 48
+TRAIN_PER_CLASS, VAL_PER_CLASS = 400, 100
 VERSION = 1  # in demo.json: another number for other pixels
 
 _QUALITY = 90
 _VAL_START = 1 << 31  # the index of the first val image; train images count from 0
 _GREY = 127.5
 
-# Standard deviations in grey levels. TODO
+# Standard deviations in grey levels. kNN on the pixels of seed 1 at 32 px, and on a random ResNet-8 with
+# filled batch-norm statistics (mean of 4): 24 and 35 %; with contrast 46 and colour 22, 28 and 39 %; with 32
+# and 32, 15 and 26 %; with a warp of 1.5, 32 and 40 %; with a warp of 3.2, 18 and 28 %.
 _CONTRAST = 41.0
 _COLOUR = 26.0
 _NOISE = 8.0
@@ -174,8 +177,8 @@ def draw_image(seed: int, label: int, index: int) -> np.ndarray:
 def draw_demo(
     root: Path,
     seed: int,
-    train_per_class: int = 400,
-    val_per_class: int = 100,
+    train_per_class: int = TRAIN_PER_CLASS,
+    val_per_class: int = VAL_PER_CLASS,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write the demo set: root/{train,val}/CLASS/00000.jpg, ... and root/demo.json.

@@ -110,7 +110,10 @@ def draw_missing_demo(config: Config, say) -> None:
         )
     if not train.parent.exists():
         say(f"drawing   the demo images of seed {config.data.demo_seed} into {train.parent}")
-    demo.draw_demo(train.parent, config.data.demo_seed)
+    try:
+        demo.draw_demo(train.parent, config.data.demo_seed)
+    except ValueError as error:
+        raise UserError(f"data.demo_seed: {error}") from error
 
 
 def check_labels(train: ImageSource, val: ImageSource) -> None:
