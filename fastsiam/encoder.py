@@ -32,7 +32,10 @@ def build_encoder(name: str, stem: str, width: int | None, zero_init_residual: b
 
 
 class CifarResNet(nn.Module):
-    """He et al. 2016, section 4.2: a 3x3 stem, three stages of n basic blocks at 32, 16 and 8 px, mean pooling."""
+    """He et al. 2016, section 4.2: a 3x3 stem, three stages of n basic blocks at 32, 16 and 8 px, mean pooling.
+
+    Shortcuts that change the width are 1x1 convolutions (their option B; their CIFAR nets pad with zeros).
+    """
 
     def __init__(self, depth: int, width: int, zero_init_residual: bool):
         super().__init__()

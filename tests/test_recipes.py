@@ -71,7 +71,7 @@ CIFAR10 = IMAGENET | {
 
 DEVIATIONS = {
     "r50_100ep": ("bf16 on GPUs", "statistics over the images of this process", "13 taps", "No bias", "DALI"),
-    "r18_cifar10_800ep": ("bf16 on GPUs", "flip before the colour jitter", "read as files"),
+    "r18_cifar10_800ep": ("bf16 on GPUs", "flip before the colour jitter", "read as files", "No bias", "this process"),
 }
 
 
