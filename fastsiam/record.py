@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.live import Live
+from rich.text import Text
 
 from fastsiam.config import Config, UserError, differing_keys, load_config
 
@@ -112,35 +113,28 @@ class RunFolder:
 
 
 class ProgressLine:
-    """One live line in a terminal, one plain line per log interval elsewhere."""
+    """One live line in a terminal (wrapped where it is narrow), one plain line per log interval elsewhere."""
 
     def __init__(self, console: Console, total_steps: int, step: int):
         self.console, self._total, self._first = console, total_steps, step
         self._started = time.perf_counter()
-        self._bar = None
+        self._live = None
         if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=16),
-                TextColumn("{task.percentage:3.0f}%"),
-                console=console,
-                transient=True,
-            )
-            self._task = self._bar.add_task("starting", total=total_steps, completed=step)
-            self._bar.start()
+            self._live = Live(Text("starting"), console=console, transient=True, auto_refresh=False)
+            self._live.start()
 
     def show(self, step: int, text: str) -> None:
         done = step - self._first
         eta = (time.perf_counter() - self._started) / max(done, 1) * (self._total - step)
         text = f"{text}  ETA {duration(eta)}"
-        if self._bar:
-            self._bar.update(self._task, completed=step, description=text)
+        if self._live:
+            self._live.update(Text(text), refresh=True)
         else:
             self.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
+        if self._live:
+            self._live.stop()
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,57 @@
+"""What a person and a script read of a run."""
+
+import io
+import json
+
+from rich.console import Console
+
+from fastsiam.config import load_config
+from fastsiam.record import ProgressLine, RunFolder, duration
+
+TEXT = "epoch 3/9  step 150/558  loss -0.530 (cosine 0.530)  std_ratio 0.58 rank 4 |cos| 0.67  159 img/s  wait 7 %"
+
+
+def shown(terminal):
+    out = io.StringIO()
+    line = ProgressLine(Console(file=out, force_terminal=terminal, width=80), total_steps=558, step=100)
+    line.show(150, TEXT)
+    line.show(558, TEXT)
+    line.close()
+    return out.getvalue()
+
+
+def test_a_narrow_terminal_shows_the_whole_line():
+    text = shown(terminal=True)
+    assert "wait 7 %" in text
+    assert "ETA 0:00" in text
+    assert "\u2026" not in text
+
+
+def test_elsewhere_each_interval_is_one_plain_line():
+    lines = shown(terminal=False).splitlines()
+    assert len(lines) == 2
+    assert all(line.startswith(TEXT + "  ETA ") for line in lines)
+
+
+def test_durations():
+    assert [duration(s) for s in (0, 59.6, 61, 3599, 3661, 90000)] == [
+        "0:00",
+        "1:00",
+        "1:01",
+        "59:59",
+        "1:01:01",
+        "25:00:00",
+    ]
+
+
+def test_metrics_never_hold_nan_or_infinity_and_are_cut_where_told(tmp_path):
+    folder = RunFolder(load_config("quickstart", [f"run.dir={tmp_path}"]))
+    folder.open({})
+    folder.write_header()
+    size = folder.metrics_size()
+    folder.write({"kind": "train", "loss": float("nan"), "lr": float("inf"), "step": 1})
+    text = folder.metrics_path.read_text()
+    assert json.loads(text.splitlines()[1]) == {"kind": "train", "loss": None, "lr": None, "step": 1}
+    folder.cut_metrics(size)
+    assert folder.metrics_path.read_text() == text.splitlines()[0] + "\n"
+    folder.close()
