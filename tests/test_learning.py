@@ -17,7 +17,7 @@ EPOCHS = 4
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """The quickstart's 4,000 + 1,000 images. This seed and the run's were the hardest found while the recipe was tuned."""
+    """The quickstart's images, of the seed that with its run's was the hardest found while the recipe was tuned."""
     root = tmp_path_factory.mktemp("quickstart") / "demo"
     draw_demo(root, seed=2024)
     return root
