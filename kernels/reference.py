@@ -23,6 +23,17 @@ def negative_cosine_ref(p1, p2, z1, z2, *, stop_gradient=True):
     return -(mean_cosine(p1, z2) + mean_cosine(p2, z1)) / 2
 
 
+def negative_cosine_asymmetric_ref(p, z, *, stop_gradient=True):
+    """SimSiam's Eq. 1: one prediction [N, d] against one projection [N, d]."""
+    return -mean_cosine(p, z.detach() if stop_gradient else z)
+
+
+def negative_cosine_mean_target_ref(p, z, *, stop_gradient=True):
+    """One prediction [N, d] against the mean of K projections [K, N, d]."""
+    z = z.detach() if stop_gradient else z
+    return -mean_cosine(p, z.to(torch.promote_types(z.dtype, torch.float32)).mean(0))
+
+
 def mean_cosine(p, z):
     """Mean cosine similarity of the rows of two [N, d] tensors, accumulated in at least fp32."""
     dtype = torch.promote_types(torch.promote_types(p.dtype, z.dtype), torch.float32)

@@ -10,6 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+# Triton reads this where a kernel is defined: without a GPU its interpreter runs them, on CPU tensors.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from fastsiam.config import load_config
 from fastsiam.data.demo import draw_demo
 
