@@ -4,6 +4,7 @@ Each public function here has its mathematics in plain torch in `reference.py`, 
 suffix `_ref`.
 """
 
+from fastsiam.kernels.augment import augment_views
 from fastsiam.kernels.cosine import negative_cosine, negative_cosine_asymmetric, negative_cosine_mean_target
 
-__all__ = ["negative_cosine", "negative_cosine_asymmetric", "negative_cosine_mean_target"]
+__all__ = ["augment_views", "negative_cosine", "negative_cosine_asymmetric", "negative_cosine_mean_target"]

@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+# Thirteen taps reach three standard deviations at sigma 2, the largest that the paper draws.
+BLUR_TAPS = 13
 # ITU-R 601-2 luma as torchvision rounds it.
 LUMA = (0.2989, 0.587, 0.114)
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -89,8 +91,18 @@ def color_matrix(mean, order, factors, grayscale):
     saturation, hue) comes first, second, ...; `factors`: [B, 4] in that fixed naming order, hue in turns;
     `grayscale`: [B] bool. Returns the linear part [B, 3, 3] and the offset [B, 3].
     """
-    size, luma_row = len(mean), _constant(LUMA, mean.device, mean.dtype)
-    eye = torch.eye(3, dtype=mean.dtype, device=mean.device).expand(size, 3, 3)
+    linear, row, column = fold_color(order, factors, grayscale)
+    return linear, column * (row * mean).sum(1, keepdim=True)
+
+
+def fold_color(order, factors, grayscale):
+    """What of the affine map is known before the crop is: linear [B, 3, 3], row [B, 3], column [B, 3].
+
+    Contrast alone has an offset, (1 - factor) times the grey mean of what it is given; all operations are linear
+    otherwise, so the offset of the chain is `column * (row @ mean)`.
+    """
+    size, luma_row = len(factors), _constant(LUMA, factors.device, factors.dtype)
+    eye = torch.eye(3, dtype=factors.dtype, device=factors.device).expand(size, 3, 3)
     to_grey = luma_row.expand(3, 3)
     brightness, contrast, saturation, _ = factors.unsqueeze(-1).unsqueeze(-1).unbind(1)
     linear_of = torch.stack(
@@ -102,18 +114,20 @@ def color_matrix(mean, order, factors, grayscale):
         ),
         1,
     )
-    linear, offset = eye, torch.zeros_like(mean)
-    rows = torch.arange(size, device=mean.device)
+    linear, row, column = eye, torch.zeros_like(factors[:, :3]), torch.zeros_like(factors[:, :3])
+    rows = torch.arange(size, device=factors.device)
     for step in range(4):
         operation = order[:, step]
+        is_contrast = (operation == 1).unsqueeze(-1)
+        row = torch.where(is_contrast, luma_row @ linear, row)
         a = linear_of[rows, operation]
-        grey_mean = ((linear @ mean.unsqueeze(-1)).squeeze(-1) + offset) @ luma_row
-        shift = (1 - factors[:, 1]) * grey_mean * (operation == 1)
-        linear, offset = a @ linear, (a @ offset.unsqueeze(-1)).squeeze(-1) + shift.unsqueeze(-1)
+        linear, column = a @ linear, (a @ column.unsqueeze(-1)).squeeze(-1)
+        column = torch.where(is_contrast, (1 - factors[:, 1:2]).expand_as(column), column)
     grey = grayscale.view(-1, 1, 1)
     return (
         torch.where(grey, to_grey @ linear, linear),
-        torch.where(grey.squeeze(-1), (offset @ luma_row).unsqueeze(-1).expand(-1, 3), offset),
+        row,
+        torch.where(grey.squeeze(-1), (column @ luma_row).unsqueeze(-1).expand_as(column), column),
     )
 
 
@@ -139,17 +153,71 @@ def apply_color(x, linear, offset):
     return flat.view_as(x)
 
 
-def gaussian_blur(x, sigma, taps=13):
-    """Separable Gaussian blur with reflected borders; `sigma` [B] in pixels.
-
-    Thirteen taps reach three standard deviations at sigma 2, the largest that the paper draws.
-    """
-    reach = taps // 2
+def gaussian_blur(x, sigma):
+    """Separable Gaussian blur of `BLUR_TAPS` taps with reflected borders; `sigma` [B] in pixels."""
+    reach = BLUR_TAPS // 2
     position = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
     weights = torch.exp(-0.5 * (position / sigma.unsqueeze(-1)) ** 2)
-    weights = (weights / weights.sum(-1, keepdim=True)).view(len(x), taps, 1, 1, 1)
+    weights = (weights / weights.sum(-1, keepdim=True)).view(len(x), BLUR_TAPS, 1, 1, 1)
     for dim, pad in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
         padded = F.pad(x, pad, mode="reflect")
         size = x.shape[dim]
-        x = sum(weights[:, tap] * padded.narrow(dim, tap, size) for tap in range(taps))
+        x = sum(weights[:, tap] * padded.narrow(dim, tap, size) for tap in range(BLUR_TAPS))
     return x
+
+
+def augment_views_ref(crops, *, flip, sigma, order, factors, grayscale, solarize, color, mean, std, dtype):
+    """Flip, blur, colour, clamp, solarize, normalise; see `augment_views`.
+
+    The draws are on the host, so each operation runs only on the views that it touches, and nothing is read back.
+    """
+    x = to_unit(crops, torch.promote_types(dtype, torch.float32))
+    x = _on(x, flip, lambda part: part.flip(3))
+    x = _on(x, sigma > 0, lambda part, drawn: gaussian_blur(part, drawn), sigma)
+    if color == "exact":
+        x = _exact_color(x, order, factors, grayscale)
+    else:
+        drawn = (_send(draw, x) for draw in (order, factors.to(x.dtype), grayscale))
+        x = apply_color(x, *color_matrix(x.mean((2, 3)), *drawn)).clamp_(0, 1)
+    x = _on(x, solarize, lambda part: torch.where(part >= 0.5, 1 - part, part))
+    return normalize(x, mean, std, dtype)
+
+
+def to_unit(crops, dtype=torch.float32):
+    """uint8 [B, S, S, 3] to `dtype` [B, 3, S, S] in [0, 1], channels-last."""
+    return crops.permute(0, 3, 1, 2).to(dtype).div_(255)
+
+
+def normalize(x, mean, std, dtype):
+    """(x - mean) / std per channel of [B, 3, H, W], stored as `dtype` channels-last."""
+    scale, bias = (_constant(numbers, x.device, x.dtype).view(1, 3, 1, 1) for numbers in scale_and_bias(mean, std))
+    return (x * scale + bias).to(dtype, memory_format=torch.channels_last)
+
+
+def scale_and_bias(mean, std):
+    """(x - mean) / std as scale * x + bias: two tuples of three."""
+    return tuple(1 / s for s in std), tuple(-m / s for m, s in zip(mean, std, strict=True))
+
+
+def _exact_color(x, order, factors, grayscale):
+    neutral = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    for step in range(4):
+        for operation, function in enumerate(EXACT_JITTER):
+            chosen = (order[:, step] == operation) & (factors[:, operation] != neutral[operation])
+            x = _on(x, chosen, function, factors[:, operation])
+    return _on(x, grayscale, lambda part: luma(part).expand_as(part))
+
+
+def _on(x, chosen, function, *draws):
+    """`function` on the images where the host's `chosen` [B] is true, the others as they are."""
+    rows = chosen.nonzero().squeeze(1)
+    if len(rows) == 0:
+        return x
+    index = _send(rows, x)
+    part = function(x.index_select(0, index), *(_send(draw[rows].to(x.dtype), x) for draw in draws))
+    return part if len(rows) == len(x) else x.index_copy(0, index, part)
+
+
+def _send(tensor, like):
+    """A host tensor on the device of `like`, through pinned memory: a copy from pageable memory waits for it."""
+    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor

@@ -13,6 +13,9 @@ from fastsiam.data.views import ViewSpec
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _CROP_ATTEMPTS = 10
 
+# Brightness, contrast, saturation and hue that change nothing.
+NO_JITTER = (1.0, 1.0, 1.0, 0.0)
+
 # The address of each draw within a view; a new one goes to the end, so that old runs keep theirs.
 _SLOTS = {
     name: slot
@@ -134,7 +137,7 @@ def augment_draws(spec: ViewSpec, seed: int, epoch: int, indices, view: int) -> 
         ],
         1,
     )
-    factors = np.where(jitter[:, None], factors, (1.0, 1.0, 1.0, 0.0)).astype(np.float32)
+    factors = np.where(jitter[:, None], factors, NO_JITTER).astype(np.float32)
     blurred = draw("blur") < spec.blur
     return AugmentDraws(
         flip=draw("flip") < spec.flip,

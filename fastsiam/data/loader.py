@@ -15,9 +15,10 @@ import torch
 
 from fastsiam.config import Config, UserError
 from fastsiam.data import draws
-from fastsiam.data.augment import augment, normalize, to_unit
+from fastsiam.data.augment import augment
 from fastsiam.data.sources import ImageSource
 from fastsiam.data.views import ViewSpec, view_specs
+from fastsiam.kernels.reference import normalize, to_unit
 
 
 class LoaderError(RuntimeError):
@@ -141,7 +142,7 @@ class EvaluationLoader:
         for came, crops in self.backend.crops(self._requests(indices, pending)):
             check_delivery(pending, came, crops, 1)
             delivered += len(came)
-            views = normalize(to_unit(crops), self.spec, self.dtype)
+            views = normalize(to_unit(crops), self.spec.mean, self.spec.std, self.dtype)
             yield Batch(views, _labels(self.source, came), came)
         if delivered != len(indices):
             raise LoaderError(f"evaluation: expected {len(indices)} images, delivered {delivered}")

@@ -1,0 +1,59 @@
+"""From uint8 crops to normalised views in one pass over the pixels: the augmenter behind every backend."""
+
+import torch
+
+from fastsiam.kernels.augment_numba import augment_on_cpu
+from fastsiam.kernels.augment_triton import augment_on_cuda
+from fastsiam.kernels.reference import BLUR_TAPS, scale_and_bias
+from fastsiam.kernels.table import view_table
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def augment_views(crops, *, flip, sigma, order, factors, grayscale, solarize, color, mean, std, dtype):
+    """Flip, blur, colour, clamp, solarize and normalise B square crops, in that order.
+
+    `crops`: uint8 [B, S, S, 3], on the CPU or a CUDA device. The draws are tensors on the host, one row a view: `flip`,
+    `grayscale`, `solarize` bool [B]; `sigma` fp32 [B], the blur's in pixels, 0 for none; `order` integer [B, 4], which
+    of (brightness, contrast, saturation, hue) comes first, second, ...; `factors` fp32 [B, 4] in that naming order,
+    hue in turns, (1, 1, 1, 0) for no change. `color` is `exact`, torchvision's operations with a clamp after each, or
+    `matrix`, all of them as one affine map of RGB with one clamp at the end. `mean` and `std`: three numbers each,
+    of values in [0, 1].
+
+    Returns [B, 3, S, S] of `dtype` (fp32, bf16 or fp16), channels-last in memory, on the device of `crops`. Raises
+    `ValueError` for crops of another kind, and for a blur of crops smaller than its reach.
+    """
+    if crops.dtype != torch.uint8 or crops.ndim != 4 or crops.shape[3] != 3 or crops.shape[1] != crops.shape[2]:
+        raise ValueError(f"augment_views: crops must be uint8 [B, S, S, 3], got {crops.dtype} {tuple(crops.shape)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"augment_views: dtype must be one of {DTYPES}, got {dtype}")
+    if color not in ("matrix", "exact"):
+        raise ValueError(f"augment_views: color must be matrix or exact, got {color!r}")
+    if crops.shape[1] <= BLUR_TAPS // 2 and (sigma > 0).any():
+        raise ValueError(f"augment_views: a blur of {BLUR_TAPS} taps needs crops of more than {BLUR_TAPS // 2} pixels")
+    table = view_table(flip, sigma, order, factors, grayscale, solarize, color == "exact")
+    if crops.is_cuda:
+        table = table.pin_memory().to(crops.device, non_blocking=True)
+    scale, bias = scale_and_bias(mean, std)
+    return augment_views_op(crops, table, list(scale), list(bias), color == "exact", dtype)
+
+
+@torch.library.custom_op("fastsiam::augment_views", mutates_args=(), device_types="cpu")
+def augment_views_op(
+    crops: torch.Tensor,
+    table: torch.Tensor,
+    scale: list[float],
+    bias: list[float],
+    exact: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The views of `crops` with the draws of `table` [B, table.WIDTH]; no gradient, for crops are integers."""
+    return augment_on_cpu(crops, table, scale, bias, exact, dtype)
+
+
+augment_views_op.register_kernel("cuda")(augment_on_cuda)
+
+
+@augment_views_op.register_fake
+def _(crops, table, scale, bias, exact, dtype):
+    return crops.new_empty(crops.shape, dtype=dtype).permute(0, 3, 1, 2)

@@ -1,0 +1,50 @@
+"""The kernels compile for A100 and H200, with accesses 16 bytes wide and without spilling; needs no GPU."""
+
+import json
+
+import pytest
+
+from fastsiam.kernels import augment_triton
+from tests.conftest import run_python
+
+
+@pytest.fixture(scope="module")
+def report():
+    done = run_python("-m", "tests.compiled_kernels", TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def count(kernel, kind, width):
+    """Vector accesses of a kind; Triton names those of 16 bytes v4.b32."""
+    return sum(number for name, number in kernel["accesses"].items() if name.startswith(kind) and width in name)
+
+
+def test_every_kernel_compiles_for_both(report):
+    names = {"cosine_forward", "cosine_backward", "cosine_backward_to_z"}
+    names |= {f"{name}_{color}" for name in ("contrast", "views") for color in ("matrix", "exact")}
+    assert set(report) == {f"{name} sm_{capability}" for name in names for capability in (80, 90)}
+
+
+def test_nothing_spills(report):
+    """But for two registers of one kernel on an A100."""
+    assert {name: kernel["stack"] for name, kernel in report.items() if kernel["stack"] > 16} == {}
+    assert not any(kernel["stack"] for name, kernel in report.items() if name.endswith("sm_90"))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_loss_reads_a_row_of_2048_once_each_way_16_bytes_at_a_time(report, capability):
+    """A program holds 2 rows of p and of z in bf16, 32 bytes of each a thread, in the code of either pair."""
+    forward, backward = (report[f"cosine_{way} sm_{capability}"] for way in ("forward", "backward"))
+    assert count(forward, "ld", "v4.b32") == count(backward, "ld", "v4.b32") == 2 * 2 * 2
+    assert count(backward, "st", "v4.b32") == 2 * 2
+    assert count(report[f"cosine_backward_to_z sm_{capability}"], "st", "v4.b32") == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_programs_of_the_augmenter_fit_a_multiprocessor_together(report, capability):
+    for color in ("matrix", "exact"):
+        views = report[f"views_{color} sm_{capability}"]
+        assert views["reg"] * 32 * augment_triton.NUM_WARPS * augment_triton.PROGRAMS <= 65536
+        assert count(views, "st", "v4.b32") >= 1
+    assert count(report[f"contrast_matrix sm_{capability}"], "ld", "v4.b32") == 1
