@@ -15,7 +15,7 @@ FLIP, SOLARIZE, BLUR = tl.constexpr(table.FLIP), tl.constexpr(table.SOLARIZE), t
 COLOR, WIDTH, REACH = tl.constexpr(table.COLOR), tl.constexpr(table.WIDTH), tl.constexpr(table.REACH)
 R_WEIGHT, G_WEIGHT, B_WEIGHT = (tl.constexpr(weight) for weight in reference.LUMA)
 # Rows and row elements of a tile: 8 elements a thread, 16 bytes of bf16 to store. Five programs of 128 threads with at
-# most 96 registers are on a multiprocessor at once; their scratch is 14 MB at 224 px, a quarter of an H200's L2.
+# most 102 registers are on a multiprocessor at once; their scratch is 14 MB at 224 px, a quarter of an H200's L2.
 ROWS, BLOCK, NUM_WARPS, PROGRAMS = 4, 256, 4, 5
 # 16 elements a thread, 16 bytes of uint8 to load, where the launch for contrast reads each crop once.
 CONTRAST_ROWS = 8
