@@ -16,12 +16,16 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision",
+        # torch brings it with its CUDA builds only; the kernels' interpreter and compiler need no GPU.
+        "triton>=3.6",
+        "numba>=0.61",
         "numpy>=1.26",
         "pillow",
         "pydantic>=2.7",
         "pyyaml",
         "rich",
         "safetensors",
+        "nvidia-ml-py",
     ],
     extras_require={
         # 1.51 is the first release with wheels for both CUDA majors. The two share one import path: install one.

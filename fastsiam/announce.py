@@ -11,6 +11,7 @@ from fastsiam.data import demo
 from fastsiam.data.loader import check_batch_size, choose_backend
 from fastsiam.data.sources import open_source
 from fastsiam.device import choose_compile, choose_device, choose_precision
+from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.record import duration
 
 
@@ -26,7 +27,8 @@ def opening_lines(config: Config, num_train: int, num_val: int, loader_text: str
         lines.append(f"data      {num_train:,} images under {config.data.train}{val}")
     lines += [
         f"backend   {loader_text}, {reason}",
-        f"views     2 x {config.views.size} px, recipe {config.views.recipe}, colour {config.views.color}",
+        f"views     2 x {config.views.size} px, recipe {config.views.recipe}, colour {config.views.color}"
+        + _augmenter_text(config, device),
         f"model     {config.method.name}, {model.encoder} ({model.stem} stem"
         + (f", width {model.width}" if model.width else "")
         + f"), projector {model.projector.layers} x {model.projector.out}, predictor {model.predictor.hidden}, "
@@ -34,9 +36,19 @@ def opening_lines(config: Config, num_train: int, num_val: int, loader_text: str
         f"step      batch {train.batch_size}, learning rate {config.learning_rate:g} = {config.optimizer.base_lr:g} x "
         f"{train.batch_size} / 256, {device.type}, {dtype}, "
         f"{'channels-last' if train.channels_last else 'channels-first'}, "
-        f"compile {'on' if choose_compile(train.compile, device) else 'off'}, loss in plain torch",
+        f"compile {'on' if choose_compile(train.compile, device) else 'off'}, "
+        f"loss {'fused (Triton)' if device.type == 'cuda' else 'in plain torch'}",
     ]
     return lines
+
+
+def _augmenter_text(config, device):
+    if config.data.backend == "synthetic":
+        return ", as they are"
+    if device.type == "cuda":
+        return ", augmented by Triton"
+    first = "" if is_compiled(config.views.color == "exact") else " (compiled now, once on this machine: about 15 s)"
+    return f", augmented by numba{first}"
 
 
 def schedule_line(config: Config, steps_per_epoch: int) -> str:

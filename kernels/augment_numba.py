@@ -6,6 +6,7 @@ every three elements: unit stride, so LLVM vectorises it. 0.06 ms a view of 224 
 """
 
 import math
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -25,29 +26,41 @@ def augment_on_cpu(crops, table, scale, bias, exact, dtype):
     """The op for CPU tensors; see `augment_views`. fp16 is rounded from fp32 by torch: numba has no fp16 here."""
     num_views, size = crops.shape[:2]
     out = torch.empty(num_views, size, 3 * size, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    threads = torch.get_num_threads()
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     state = np.empty((numba.get_num_threads(), size, 3 * size), np.float32)
-    _augment(
+    (_augment_exactly if exact else _augment_by_matrix)(
         crops.contiguous().view(num_views, size, 3 * size).numpy(),
         table.contiguous().numpy(),
         np.asarray(scale, np.float32),
         np.asarray(bias, np.float32),
-        exact,
         state,
         out.view(torch.uint16).numpy() if dtype == torch.bfloat16 else out.numpy(),
     )
+    # When numba starts its OpenMP threads it sets the process's number of them, which is torch's too.
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
     return out.view(num_views, size, size, 3).to(dtype).permute(0, 3, 1, 2)
 
 
+def is_compiled(exact):
+    """Whether a run of this colour mode finds compiled code on the disk; the first one compiles for 10 to 20 s."""
+    kernel = _augment_exactly if exact else _augment_by_matrix
+    return any(Path(kernel.stats.cache_path).glob(f"*.{kernel.__name__}-*.nbi"))
+
+
+# Two functions, so that a run compiles only the colour mode that it uses.
 @numba.njit(parallel=True, **JIT)
-def _augment(crops, table, scale, bias, exact, state_of_thread, out):
+def _augment_by_matrix(crops, table, scale, bias, state_of_thread, out):
     """`crops` uint8 [B, S, 3S], `out` fp32 or the bits of bf16, [B, S, 3S]."""
     for view in numba.prange(len(crops)):
-        state = state_of_thread[numba.get_thread_id()]
-        if exact:
-            _exact_view(crops[view], table[view], scale, bias, state, out[view])
-        else:
-            _matrix_view(crops[view], table[view], scale, bias, state, out[view])
+        _matrix_view(crops[view], table[view], scale, bias, state_of_thread[numba.get_thread_id()], out[view])
+
+
+@numba.njit(parallel=True, **JIT)
+def _augment_exactly(crops, table, scale, bias, state_of_thread, out):
+    for view in numba.prange(len(crops)):
+        _exact_view(crops[view], table[view], scale, bias, state_of_thread[numba.get_thread_id()], out[view])
 
 
 @numba.njit(**JIT)

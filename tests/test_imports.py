@@ -66,7 +66,7 @@ def test_imports_point_downwards():
 
 
 def test_kernels_import_only_torch_triton_and_numba():
-    allowed = ("torch", "triton", "numba", "numpy", "math", "functools", "fastsiam.kernels")
+    allowed = ("torch", "triton", "numba", "numpy", "math", "functools", "pathlib", "fastsiam.kernels")
     for name, path in modules():
         if name.startswith("fastsiam.kernels"):
             assert [target for target in imported(path) if not target.startswith(allowed)] == []
