@@ -5,7 +5,6 @@ every three elements: unit stride, so LLVM vectorises it. 0.06 ms a view of 224 
 0.125 ms for a loop over pixels. Compiled code is kept on disk.
 """
 
-import math
 from pathlib import Path
 
 import numba
@@ -93,46 +92,66 @@ def _matrix_view(crop, draws, scale, bias, state, out):
 
 @numba.njit(**JIT)
 def _exact_view(crop, draws, scale, bias, state, out):
-    """torchvision's operations, one after the other over the whole view, a clamp after each."""
-    width = out.shape[1]
-    order, factors, grayscale = draws[COLOR : COLOR + 4], draws[COLOR + 4 : COLOR + 8], draws[COLOR + 8]
-    if draws[BLUR] > 0:
+    """torchvision's operations with a clamp after each: up to contrast, which needs the view's grey mean, then on."""
+    size, width = out.shape
+    mirrored, blurred = draws[FLIP] > 0, draws[BLUR] > 0
+    order, factors, grayscale = draws[COLOR : COLOR + 4], draws[COLOR + 4 : COLOR + 8], draws[COLOR + 8] > 0
+    if blurred:
         _blur(crop, draws[BLUR:COLOR], state)
-    else:
-        for y in range(len(out)):
-            _copy(crop[y], state[y])
-    identity, nothing = np.eye(3, dtype=np.float32), np.zeros(3, np.float32)
-    _apply(state, identity / np.float32(255), nothing, draws[FLIP] > 0)
-    to_grey = np.empty((3, 3), np.float32)
+    eye, to_grey, nothing = np.eye(3, dtype=np.float32), np.empty((3, 3), np.float32), np.zeros(3, np.float32)
     to_grey[:, 0], to_grey[:, 1], to_grey[:, 2] = R_WEIGHT, G_WEIGHT, B_WEIGHT
-    for step in range(4):
-        operation = int(order[step])
-        factor = factors[operation]
-        if operation == 0 and factor != 1:
-            _apply(state, factor * identity, nothing, False)
-        elif operation == 1 and factor != 1:
-            mean = _mean(state)
-            grey = R_WEIGHT * mean[0] + G_WEIGHT * mean[1] + B_WEIGHT * mean[2]
-            _apply(state, factor * identity, np.full(3, (1 - factor) * grey, np.float32), False)
-        elif operation == 2 and factor != 1:
-            _apply(state, factor * identity + (1 - factor) * to_grey, nothing, False)
-        elif operation == 3 and factor != 0:
-            _turn_hue(state, factor)
-    if grayscale > 0:
-        _apply(state, to_grey, nothing, False)
+    saturation = factors[2] * eye + (np.float32(1) - factors[2]) * to_grey
+    to_unit, saturate, grey = (
+        _taps(eye / np.float32(255), nothing, mirrored, width),
+        _taps(saturation, nothing, False, width),
+        _taps(to_grey, nothing, False, width),
+    )
+    contrast_at = 0
+    while order[contrast_at] != 1:
+        contrast_at += 1
+    rows = np.empty((4, width + 4), np.float32)
+    padded, planes = rows[0], rows[1:, : width // 3]
+    padded[:2], padded[width + 2 :] = 0, 0
+    for y in range(size):
+        if blurred:
+            _load(state[y], mirrored, padded)
+        else:
+            _load(crop[y], mirrored, padded)
+        _color(padded, to_unit, state[y])
+        for step in range(contrast_at):
+            _jitter(state[y], int(order[step]), factors, saturate, padded, planes)
+    factor, shift = factors[1], np.float32(0)
+    if factor != 1:
+        mean = _mean(state)
+        shift = (np.float32(1) - factor) * (R_WEIGHT * mean[0] + G_WEIGHT * mean[1] + B_WEIGHT * mean[2])
     tail = _tail(scale, bias, width)
-    for y in range(len(out)):
+    for y in range(size):
+        if factor != 1:
+            _scale(state[y], factor, shift)
+        for step in range(contrast_at + 1, 4):
+            _jitter(state[y], int(order[step]), factors, saturate, padded, planes)
+        if grayscale:
+            _load(state[y], False, padded)
+            _color(padded, grey, state[y])
         _finish(state[y], draws[SOLARIZE] > 0, tail, out[y])
 
 
 @numba.njit(**JIT)
-def _apply(state, linear, offset, flip):
-    """One affine map of RGB at every pixel, clamped, in place; `flip` mirrors the rows."""
-    linear, offset = linear.astype(np.float32), offset.astype(np.float32)
-    taps, padded = _taps(linear, offset, flip, state.shape[1]), np.zeros(state.shape[1] + 4, np.float32)
-    for y in range(len(state)):
-        _load(state[y], flip, padded)
-        _color(padded, taps, state[y])
+def _jitter(row, operation, factors, saturate, padded, planes):
+    """Brightness, saturation or hue on one row, in place; a factor that changes nothing is passed over."""
+    if operation == 0 and factors[0] != 1:
+        _scale(row, factors[0], np.float32(0))
+    elif operation == 2 and factors[2] != 1:
+        _load(row, False, padded)
+        _color(padded, saturate, row)
+    elif operation == 3 and factors[3] != 0:
+        _turn_hue(row, factors[3], planes[0], planes[1], planes[2])
+
+
+@numba.njit(**JIT)
+def _scale(row, factor, shift):
+    for i in range(len(row)):
+        row[i] = min(max(factor * row[i] + shift, np.float32(0)), np.float32(1))
 
 
 @numba.njit(**JIT)
@@ -172,12 +191,6 @@ def _load(source, mirrored, padded):
     else:
         for i in range(width):
             padded[2 + i] = source[i]
-
-
-@numba.njit(**JIT)
-def _copy(source, target):
-    for i in range(len(source)):
-        target[i] = source[i]
 
 
 @numba.njit(**JIT)
@@ -271,18 +284,14 @@ def _reflect(y, size):
 
 
 @numba.njit(**JIT)
-def _turn_hue(state, turn):
-    """HSV's hue turned by `turn` of a full circle, in place; as `reference.adjust_hue`."""
-    pixels = state.shape[1] // 3
-    red, green, blue = np.empty(pixels, np.float32), np.empty(pixels, np.float32), np.empty(pixels, np.float32)
-    for y in range(len(state)):
-        row = state[y]
-        for x in range(pixels):
-            red[x], green[x], blue[x] = row[3 * x], row[3 * x + 1], row[3 * x + 2]
-        for x in range(pixels):
-            red[x], green[x], blue[x] = _turned(red[x], green[x], blue[x], turn)
-        for x in range(pixels):
-            row[3 * x], row[3 * x + 1], row[3 * x + 2] = red[x], green[x], blue[x]
+def _turn_hue(row, turn, red, green, blue):
+    """HSV's hue turned by `turn` of a full circle, in place; as `reference.adjust_hue`. By planes, which vectorise."""
+    for x in range(len(red)):
+        red[x], green[x], blue[x] = row[3 * x], row[3 * x + 1], row[3 * x + 2]
+    for x in range(len(red)):
+        red[x], green[x], blue[x] = _turned(red[x], green[x], blue[x], turn)
+    for x in range(len(red)):
+        row[3 * x], row[3 * x + 1], row[3 * x + 2] = red[x], green[x], blue[x]
 
 
 @numba.njit(**JIT)
@@ -290,8 +299,8 @@ def _turned(r, g, b, turn):
     value, low = max(r, g, b), min(r, g, b)
     chroma = value - low
     inverse = np.float32(1) / (chroma if chroma > 0 else np.float32(1))
-    from_red, from_green, from_blue = (g - b) * inverse, 2 + (b - r) * inverse, 4 + (r - g) * inverse
-    hue = from_red if value == r else (from_green if value == g else from_blue)
+    from_green, from_blue = np.float32(2) + (b - r) * inverse, np.float32(4) + (r - g) * inverse
+    hue = (g - b) * inverse if value == r else (from_green if value == g else from_blue)
     hue = hue + np.float32(6) * turn
     return (
         value - chroma * _ramp(hue + np.float32(5)),
@@ -302,5 +311,9 @@ def _turned(r, g, b, turn):
 
 @numba.njit(**JIT)
 def _ramp(k):
-    k = k - np.float32(6) * np.float32(math.floor(k / np.float32(6)))
+    """Of k modulo 6; turns from -1/2 to 1/2 give k from -3 to 13. Comparisons vectorise, floor does not."""
+    six = np.float32(6)
+    k = k + six if k < 0 else k
+    k = k - six if k >= six else k
+    k = k - six if k >= six else k
     return min(max(min(k, np.float32(4) - k), np.float32(0)), np.float32(1))
