@@ -14,6 +14,7 @@ from fastsiam.data.draws import augment_draws
 from fastsiam.data.loader import Loader, dali_installed, open_backend
 from fastsiam.data.sources import open_source
 from fastsiam.device import choose_precision
+from fastsiam.kernels import negative_cosine
 from fastsiam.session import Session
 from tests.test_loader import SPEC
 from tests.test_train import lines
@@ -79,6 +80,67 @@ def test_augmenting_does_not_wait_for_the_device(color):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(views.cpu(), augment(crops, drawn, spec, torch.float32), rtol=1e-4, atol=1e-4)
+
+
+def four(count=512, dim=2048, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    draw = [torch.randn(count, dim, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    return [x.requires_grad_() for x in draw[:2]] + draw[2:]
+
+
+def test_the_loss_on_the_device_is_one_kernel_each_way():
+    inputs = four()
+    torch.autograd.grad(negative_cosine(*inputs), inputs[:2])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        torch.autograd.grad(negative_cosine(*inputs), inputs[:2])
+        torch.cuda.synchronize()
+    ours = [event.name for event in profiler.events() if event.name in ("_forward_kernel", "_backward_kernel")]
+    assert sorted(ours) == ["_backward_kernel", "_forward_kernel"]
+
+
+def test_the_loss_does_not_wait_for_the_device():
+    inputs = four()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            torch.autograd.grad(negative_cosine(*inputs), inputs[:2])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_loss_replays_in_a_cuda_graph():
+    inputs = four()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.autograd.grad(negative_cosine(*inputs), inputs[:2])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = negative_cosine(*inputs)
+        gradients = torch.autograd.grad(loss, inputs[:2])
+    for seed in (1, 2, 3):
+        fresh = four(seed=seed)
+        with torch.no_grad():
+            for x, new in zip(inputs, fresh, strict=True):
+                x.copy_(new)
+        graph.replay()
+        expected = negative_cosine(*fresh)
+        assert torch.equal(loss, expected)
+        for ours, theirs in zip(gradients, torch.autograd.grad(expected, fresh[:2]), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_views_on_the_device_take_two_launches():
+    spec = dataclasses.replace(SPEC, color="matrix", blur=0.5)
+    drawn = augment_draws(spec, 0, 0, np.arange(32), 0)
+    crops = torch.randint(0, 256, (32, SPEC.size, SPEC.size, 3), dtype=torch.uint8, device="cuda")
+    augment(crops, drawn, spec, torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        augment(crops, drawn, spec, torch.bfloat16)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profiler.events() if "kernel" in event.name]
+    assert sorted(kernels) == ["_contrast_kernel", "_views_kernel"]
 
 
 def test_auto_precision_is_bf16_where_the_gpu_multiplies_it():
