@@ -1,0 +1,138 @@
+"""Training on JPEGs through a session, beside its loader alone and its step alone, and which of the two is the limit.
+
+On a CPU loader and step share the cores, so that training is slower than either; on a GPU they run side by side.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks.images import photographs
+from benchmarks.loader import DRAWN_IMAGES, files_of
+from benchmarks.protocol import MIN_ROUNDS, Results, Samples
+from fastsiam.config import load_config
+from fastsiam.device import choose_device
+from fastsiam.session import Session
+
+CONFIG = "r50_100ep"
+# Batch and steps a sample.
+BATCH = {"cpu": 16, "cuda": 512}
+STEPS = {"cpu": 3, "cuda": 20}
+REPEATS = 10
+
+
+class EndToEnd:
+    """One session and three ways to time it; each returns seconds per step.
+
+    A real epoch is long: of training the first step is left out, in which the loader starts.
+    """
+
+    def __init__(self, session: Session):
+        self.session, self.steps = session, session.loader.steps_per_epoch
+        self.views = next(session.loader.epoch(0)).views
+
+    def loader(self, epoch: int) -> float:
+        """A whole epoch of batches, as many as training takes."""
+        start = self._now()
+        delivered = sum(1 for _ in self.session.loader.epoch(epoch))
+        seconds = self._now() - start
+        assert delivered == self.steps, f"{delivered} of {self.steps} batches"
+        return seconds / self.steps
+
+    def step(self, _epoch: int) -> float:
+        """Steps on one batch that is already on the device."""
+        start = self._now()
+        for _ in range(self.steps - 1):
+            self.session.step(self.views)
+        return (self._now() - start) / (self.steps - 1)
+
+    def end_to_end(self, epoch: int) -> float:
+        """From the end of an epoch's first step to the end of its last."""
+        batches = self.session.loader.epoch(epoch)
+        self.session.step(next(batches).views)
+        start = self._now()
+        for batch in batches:
+            self.session.step(batch.views)
+        return (self._now() - start) / (self.steps - 1)
+
+    def _now(self) -> float:
+        if self.session.device.type == "cuda":
+            torch.cuda.synchronize(self.session.device)
+        return time.perf_counter()
+
+
+def in_turns(ways: dict[str, Callable[[int], float]], seconds: float) -> dict[str, Samples]:
+    """An untimed call of each, then rounds within `seconds` (at least 3), the order rotated from round to round."""
+    deadline = time.perf_counter() + seconds
+    taken, names, longest = {name: [] for name in ways}, list(ways), 0.0
+    for number in range(1 + REPEATS):
+        begun = time.perf_counter()
+        turn = number % len(names)
+        for name in names[turn:] + names[:turn]:
+            taken[name].append(ways[name](number))
+        now = time.perf_counter()
+        longest = max(longest, now - begun) if number else 0.0
+        if number >= MIN_ROUNDS and now + longest > deadline:
+            break
+    return {name: Samples(tuple(values[1:])) for name, values in taken.items()}
+
+
+def run(results: Results, *, device: torch.device, minutes: float, images: Path | None = None) -> None:
+    """ResNet-50 at 224 px for about `minutes`; `images` is a folder of JPEGs, drawn ones stand in for none."""
+    batch_size, steps = BATCH[device.type], STEPS[device.type]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, label = photographs(images, scratch, DRAWN_IMAGES)
+        files = files_of(folder)
+        listed = Path(scratch) / "images.txt"
+        listed.write_text("\n".join(files[index % len(files)] for index in range(batch_size * steps)))
+        overrides = [
+            f"data.train={listed}",
+            "data.val=null",
+            f"train.batch_size={batch_size}",
+            f"train.device={device.type}",
+            f"run.dir={scratch}",
+            "run.name=run",
+        ]
+        with Session(load_config(CONFIG, overrides)) as session:
+            session.console = Console(quiet=True)
+            session.start()
+            ways = EndToEnd(session)
+            named = {"loader": ways.loader, "step": ways.step, "end to end": ways.end_to_end}
+            taken = in_turns(named, 60 * minutes)
+            report(results, session, label, taken)
+
+
+def report(results: Results, session: Session, label: str, taken: dict[str, Samples]) -> None:
+    """One line each; that of training says which of the other two is the limit, and its share of it."""
+    model, batch_size = session.config.model, session.config.train.batch_size
+    params = {"encoder": model.encoder, "size": session.config.views.size, "batch": batch_size, "photographs": label}
+    rates = {name: batch_size / samples.median for name, samples in taken.items()}
+    limit = min("loader", "step", key=rates.get)
+    for name, samples in taken.items():
+        more = {}
+        if name == "end to end":
+            more = {"limit": limit, "share_of_limit": rates[name] / rates[limit]}
+        numbers = {"images_per_second": rates[name], "description": session.loader_text, **more}
+        results.add("end_to_end", name, params, samples, **numbers)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description="Time training on JPEGs.")
+    parser.add_argument("--out", type=Path, help="folder for end_to_end.jsonl; without it lines are only printed")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--minutes", type=float, default=2.0)
+    parser.add_argument("--images", type=Path, help="folder of JPEGs; without it they are drawn")
+    arguments = parser.parse_args(argv)
+    device = choose_device(arguments.device)
+    run(Results(arguments.out, device), device=device, minutes=arguments.minutes, images=arguments.images)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Source images per second of loaders alone: files in, batches of two finished views of each image out.
+
+Ours are `fastsiam.data.loader.Loader`s as training has them; beside them, on the same files in the same run, the
+authors' transforms, lightly's and solo-learn's. A sample is an epoch from its start to its last batch, so that nobody
+begins with batches that were made while another was timed.
+"""
+
+import argparse
+import functools
+import gc
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import peers
+from benchmarks.images import SUFFIXES, photographs
+from benchmarks.peers import AbsentError, authors, lightly, solo_learn
+from benchmarks.protocol import Results, interleave
+from fastsiam.config import load_config
+from fastsiam.data.loader import Loader, choose_backend, open_backend
+from fastsiam.data.sources import ImageSource, open_source
+from fastsiam.data.views import view_specs
+from fastsiam.device import choose_device
+
+SIZE, SMALL_SIZE = 224, 96
+DRAWN_IMAGES, IMAGES_PER_WORKER = 256, 256
+BATCH = {"cpu": 64, "cuda": 128}
+REPEATS = 10
+CPU = torch.device("cpu")
+_HERTZ = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the loaders of one comparison share."""
+
+    paths: tuple[str, ...]
+    """As many as an epoch reads; the files of a small folder come several times."""
+    photographs: str
+    size: int
+    workers: int
+    batch_size: int
+    device: torch.device
+
+    @property
+    def params(self) -> dict:
+        """`images` a sample, and what else the rows of one comparison have in common."""
+        return {
+            "photographs": self.photographs,
+            "size": self.size,
+            "workers": self.workers,
+            "batch": self.batch_size,
+            "images": len(self.paths),
+        }
+
+
+@dataclass
+class Row:
+    """A loader as `interleave` calls it: an epoch a call, its images counted, its CPU seconds kept."""
+
+    name: str
+    images: int
+    epoch: Callable[[int], int]
+    """Drains the epoch of this number and returns how many images came."""
+    description: str | None = None
+    cpu_seconds: list[float] = field(default_factory=list)
+
+    def __call__(self, index: int) -> None:
+        before = cpu_seconds()
+        delivered = self.epoch(index)
+        self.cpu_seconds.append(cpu_seconds() - before)
+        if delivered != self.images:
+            raise RuntimeError(f"loader: {self.name} delivered {delivered} of {self.images} images")
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of all below it, living (in clock ticks of 10 ms) and reaped. Linux only."""
+    own = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in own) + sum(map(_ticks, _below(os.getpid()))) / _HERTZ
+
+
+def _below(pid: int) -> list[int]:
+    children = [int(child) for tasks in _read(f"/proc/{pid}/task", "*/children") for child in tasks.split()]
+    return children + [below for child in children for below in _below(child)]
+
+
+def _ticks(pid: int) -> int:
+    """User and system time of a process and of its reaped children: fields 14 to 17 of proc(5)'s stat."""
+    return sum(int(ticks) for text in _read(f"/proc/{pid}", "stat") for ticks in text.rpartition(")")[2].split()[11:15])
+
+
+def _read(folder: str, pattern: str) -> Iterable[str]:
+    """The files' texts, without those of processes that have just ended."""
+    for path in Path(folder).glob(pattern):
+        try:
+            yield path.read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def drain(batches: Iterable, device: torch.device) -> int:
+    """How many images came in batches `[x1, ...]` of views [N, 3, S, S], all of them on `device` and finished."""
+    images = 0
+    for batch in batches:
+        views = [x.to(device, non_blocking=True) for x in batch]
+        images += len(views[0])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return images
+
+
+def ours(case: Case, backend: str, color: str = "matrix", dtype=torch.float32, decode_device=None, num_views=2):
+    """Epochs of the training loader, and its backend in words; raises `AbsentError` for one that is not installed.
+
+    `decode_device`: where decoding, cropping and augmenting happen before the views go to the case's device.
+    """
+    try:
+        choose_backend(backend)
+    except ImportError as error:
+        raise AbsentError(str(error)) from error
+    config = load_config("r50_100ep", [f"views.size={case.size}", f"views.color={color}"])
+    specs = view_specs(config.views, num_views)
+    source = source_of(case.paths)
+    device = decode_device or case.device
+    opened = open_backend(backend, source, case.size, num_views, case.batch_size, case.workers, device)
+    loader = Loader(source, specs, opened, batch_size=case.batch_size, seed=0, dtype=dtype)
+
+    def epoch(index):
+        return drain((batch.views.chunk(num_views) for batch in loader.epoch(index)), case.device)
+
+    return epoch, opened.description
+
+
+def decoded_twice(case: Case, backend: str):
+    """Each image decoded once for each of its views, as two pipelines with a decoder each do."""
+    epoch, description = ours(case, backend, num_views=1)
+    return lambda index: (epoch(2 * index) + epoch(2 * index + 1)) // 2, description
+
+
+def source_of(paths: tuple[str, ...]) -> ImageSource:
+    """The files as a source; one may come several times."""
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        file.write("\n".join(paths))
+        file.flush()
+        return open_source(file.name)
+
+
+def peer(case: Case, build_loader: Callable, *more):
+    """Epochs of a peer's loader."""
+    numbers = {"size": case.size, "batch_size": case.batch_size, "workers": case.workers, "device": case.device}
+    batches = build_loader(list(case.paths), *more, **numbers)
+    return lambda index: drain((batch[:2] for batch in batches), case.device), None
+
+
+def builders(device: torch.device, checkout: Path | None) -> dict[str, Callable]:
+    """Every row of a full comparison as a function of its case."""
+    rows = {
+        "dali matrix": functools.partial(ours, backend="dali"),
+        "dali matrix bf16": functools.partial(ours, backend="dali", dtype=torch.bfloat16),
+        "dali exact": functools.partial(ours, backend="dali", color="exact"),
+        "dali matrix, decoded twice": functools.partial(decoded_twice, backend="dali"),
+        "pil matrix": functools.partial(ours, backend="pil"),
+        "authors": functools.partial(peer, build_loader=authors.build_loader),
+        "lightly": functools.partial(peer, build_loader=lightly.build_loader),
+        "solo-learn": lambda case: peer(case, solo_learn.build_loader, checkout),
+        "solo-learn DALI": lambda case: peer(case, solo_learn.build_dali_loader, checkout),
+    }
+    if device.type == "cuda":
+        rows["dali matrix, all on the CPU"] = functools.partial(ours, backend="dali", decode_device=CPU)
+    return rows
+
+
+def measure(results: Results, case: Case, builds: dict[str, Callable], seconds: float) -> None:
+    """One comparison: build the rows, run an epoch of each in turns, write their lines."""
+    rows, absent = [], {}
+    for name, build in builds.items():
+        try:
+            rows.append(Row(name, len(case.paths), *build(case)))
+        except AbsentError as error:
+            absent[name] = str(error)
+    # Host time on every device: an epoch ends with the device's work.
+    taken = interleave({row.name: row for row in rows}, device=CPU, warmup=1, repeats=REPEATS, seconds=seconds)
+    for row in rows:
+        samples = taken[row.name]
+        results.add(
+            "loader",
+            row.name,
+            case.params,
+            samples,
+            images_per_second=row.images / samples.median,
+            cpu_seconds_per_image=cpu_seconds_per_image(row, len(samples.seconds)),
+            description=row.description,
+        )
+    for name, sentence in absent.items():
+        results.add("loader", name, case.params, None, absent=sentence)
+
+
+def cpu_seconds_per_image(row: Row, rounds: int) -> float:
+    """The median of the last `rounds` epochs, which are the timed ones."""
+    return float(np.median(row.cpu_seconds[-rounds:])) / row.images
+
+
+def files_of(folder: Path) -> list[str]:
+    """The JPEGs below a folder, absolute, sorted by their relative names."""
+    source = open_source(str(folder.resolve()))
+    paths = (str(source.path(index)) for index in range(len(source)))
+    return [path for path in paths if path.lower().endswith(SUFFIXES)]
+
+
+def cases(files: list[str], label: str, device: torch.device) -> list[Case]:
+    """The full comparison with a thread a core; fewer threads; smaller views."""
+    cores, batch_size = len(os.sched_getaffinity(0)), BATCH[device.type]
+
+    def case(size, workers):
+        count = IMAGES_PER_WORKER * workers
+        repeated = tuple(files[index % len(files)] for index in range(count))
+        return Case(repeated, label, size, workers, batch_size, device)
+
+    fewer = sorted({max(cores // 4, 1), 1} - {cores}, reverse=True)
+    return [case(SIZE, cores), *(case(SIZE, workers) for workers in fewer), case(SMALL_SIZE, cores)]
+
+
+def run(
+    results: Results,
+    *,
+    device: torch.device,
+    minutes: float,
+    images: Path | None = None,
+    solo_learn: Path | None = None,
+) -> None:
+    """Every comparison within about `minutes`; `images` is a folder of JPEGs, drawn ones stand in for none."""
+    deadline = time.perf_counter() + 60 * minutes
+    # Workers begin as forks of a process that has imported what all of them need.
+    multiprocessing.set_forkserver_preload(["torch", "torchvision.transforms", peers.__name__])
+    every = builders(device, solo_learn)
+    few = {name: every[name] for name in ("dali matrix", "authors")}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, label = photographs(images, scratch, DRAWN_IMAGES)
+        first, *others = cases(files_of(folder), label, device)
+        # The peers' part of the time, by the number of epochs in a round.
+        share = len(every) / (len(every) + len(few) * len(others))
+        measure(results, first, every, share * (deadline - time.perf_counter()))
+        for number, case in enumerate(others):
+            gc.collect()
+            measure(results, case, few, (deadline - time.perf_counter()) / (len(others) - number))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description="Time the loaders.")
+    parser.add_argument("--out", type=Path, help="folder for loader.jsonl; without it lines are only printed")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--minutes", type=float, default=4.0)
+    parser.add_argument("--images", type=Path, help="folder of JPEGs; without it they are drawn")
+    parser.add_argument("--solo-learn", type=Path, help="a checkout of github.com/vturrisi/solo-learn")
+    arguments = parser.parse_args(argv)
+    device = choose_device(arguments.device)
+    options = {"images": arguments.images, "solo_learn": arguments.solo_learn}
+    run(Results(arguments.out, device), device=device, minutes=arguments.minutes, **options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

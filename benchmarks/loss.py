@@ -1,0 +1,164 @@
+"""SimSiam's loss alone: the fused kernel beside plain torch, the authors' way and torch.compile.
+
+On a CPU `fastsiam.kernels.negative_cosine` is the plain torch reference, so the row `fused` exists on a GPU only. GPU
+times are the device's: what the host needs to enqueue many launches is not in them, the launches are counted instead.
+"""
+
+import argparse
+import functools
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch._functorch import config as functorch_config
+
+from benchmarks.environment import last_level_cache_bytes
+from benchmarks.protocol import Results, copy_bandwidth, count_launches, interleave, peak_memory
+from fastsiam.device import choose_device
+from fastsiam.kernels import negative_cosine
+from fastsiam.kernels.reference import negative_cosine_ref
+
+MODES = ("forward", "backward", "both")
+BATCHES = {"cuda": (4096, 512), "cpu": (512,)}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DIM = 2048
+
+# Several calls a sample on a GPU, where one takes tens of microseconds and an event resolves half of one.
+_CALLS = {"cuda": 5, "cpu": 1}
+_REPEATS = {"cuda": 100, "cpu": 30}
+# A value this far from float64 is another function, not rounding: bf16 resolves 0.004.
+_TOLERANCE = {"bf16": 2e-2, "fp32": 1e-5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem: N rows of DIM in a dtype, and which part of the work is timed."""
+
+    batch: int
+    dtype: str
+    mode: str
+
+    @property
+    def params(self) -> dict:
+        return {"batch": self.batch, "dim": DIM, "dtype": self.dtype, "mode": self.mode}
+
+
+def authors_loss(p1, p2, z1, z2):
+    """Eq. 2 with torch's module in the inputs' own dtype, as training scripts write it."""
+    similarity = nn.CosineSimilarity(dim=1)
+    return -(similarity(p1, z2.detach()).mean() + similarity(p2, z1.detach()).mean()) * 0.5
+
+
+def variants(device: torch.device) -> dict[str, Callable]:
+    """Functions of (p1, p2, z1, z2) by name; `compile` is compiled anew for every case."""
+    # The backward is timed over a kept graph, which donated buffers forbid; all modes time the same code.
+    functorch_config.donated_buffer = False
+    torch.compiler.reset()
+    fused = {"fused": negative_cosine} if device.type == "cuda" else {}
+    compiled = torch.compile(negative_cosine_ref, fullgraph=True)
+    return {**fused, "eager": negative_cosine_ref, "authors": authors_loss, "compile": compiled}
+
+
+def bytes_moved(case: Case) -> int:
+    """The least that any implementation moves through memory: each input read once, each output written once.
+
+    The forward reads p1, p2, z1, z2: 4 N d elements. The backward reads the same four again and writes the gradients
+    of p1 and p2: 6 N d. Rows' norms and dot products (N scalars each) and the loss are left out: below 0.1 %. `both`
+    is their sum: where the inputs stay in a cache from forward to backward, more than the copy bandwidth can result.
+    """
+    passes = {"forward": 4, "backward": 6, "both": 10}[case.mode]
+    return passes * case.batch * DIM * DTYPES[case.dtype].itemsize
+
+
+def input_sets(case: Case, device: torch.device, target_bytes: int) -> list[tuple[torch.Tensor, ...]]:
+    """At least 3 sets (p1, p2, z1, z2) of different numbers, more than `target_bytes` together.
+
+    p1 and p2 require a gradient; they and z share a part, so that cosines are those of training and not near zero.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    shape, dtype = (case.batch, DIM), DTYPES[case.dtype]
+    draw = functools.partial(torch.randn, shape, generator=generator, device=device)
+    count = max(3, math.ceil(target_bytes / (4 * case.batch * DIM * dtype.itemsize)))
+    sets = []
+    for _ in range(count):
+        shared = draw()
+        p1, p2, z1, z2 = ((shared + draw()).to(dtype) for _ in range(4))
+        sets.append((p1.requires_grad_(), p2.requires_grad_(), z1, z2))
+    return sets
+
+
+def bind(loss: Callable, mode: str, sets: list) -> Callable[[int], object]:
+    """The function of a call index that `interleave` times."""
+    if mode == "forward":
+        return lambda i: loss(*sets[i % len(sets)])
+    if mode == "both":
+        return lambda i: torch.autograd.grad(loss(*sets[i % len(sets)]), sets[i % len(sets)][:2])
+    graphs = [(loss(*inputs), inputs[:2]) for inputs in sets]
+    return lambda i: torch.autograd.grad(*graphs[i % len(graphs)], retain_graph=True)
+
+
+def check(name: str, loss: Callable, case: Case, inputs: tuple[torch.Tensor, ...]) -> None:
+    """Raise `RuntimeError` where value or gradients differ from float64's by more than rounding."""
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    exact = negative_cosine_ref(*wide)
+    value = loss(*inputs)
+    expected, found = (exact, *torch.autograd.grad(exact, wide[:2])), (value, *torch.autograd.grad(value, inputs[:2]))
+    for what, a, b in zip(("value", "gradient of p1", "gradient of p2"), expected, found, strict=True):
+        error = ((b.double() - a).norm() / a.norm()).item()
+        if not error <= _TOLERANCE[case.dtype]:
+            raise RuntimeError(f"loss: {name} at {case.params}: the {what} is off by {error:.2g}, relative to float64")
+
+
+def measure(results: Results, case: Case, device: torch.device, seconds: float, bandwidth: float) -> None:
+    """Time every variant of one case in turns and write their lines."""
+    # 200 MB are over three times an H200's L2 of 60 MB.
+    target = max(200_000_000, 3 * last_level_cache_bytes(device)) if device.type == "cuda" else 1
+    sets = input_sets(case, device, target)
+    bound = {}
+    for name, loss in variants(device).items():
+        check(name, loss, case, sets[0])
+        bound[name] = bind(loss, case.mode, sets)
+    repeats, calls = _REPEATS[device.type], _CALLS[device.type]
+    taken = interleave(bound, device=device, warmup=5, repeats=repeats, calls=calls, seconds=seconds)
+    for name, samples in taken.items():
+        rate = bytes_moved(case) / samples.median
+        results.add(
+            "loss",
+            name,
+            case.params,
+            samples,
+            ms=samples.median * 1000,
+            bytes_moved=bytes_moved(case),
+            gigabytes_per_second=rate / 1e9,
+            share_of_copy_bandwidth=rate / bandwidth,
+            copy_gigabytes_per_second=bandwidth / 1e9,
+            peak_memory_bytes=peak_memory(functools.partial(bound[name], 0), device),
+            launches=count_launches(functools.partial(bound[name], 0), device),
+        )
+
+
+def run(results: Results, *, device: torch.device, minutes: float) -> None:
+    """Every batch, dtype and mode; about `minutes` long, compilation included."""
+    cases = [Case(n, dtype, mode) for n in BATCHES[device.type] for dtype in DTYPES for mode in MODES]
+    bandwidth = copy_bandwidth(device)
+    for case in cases:
+        measure(results, case, device, minutes * 60 / len(cases), bandwidth)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description="Time SimSiam's loss.")
+    parser.add_argument("--out", type=Path, help="folder for loss.jsonl; without it lines are only printed")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--minutes", type=float, default=1.0)
+    arguments = parser.parse_args(argv)
+    device = choose_device(arguments.device)
+    run(Results(arguments.out, device), device=device, minutes=arguments.minutes)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""The authors' way: two encoder calls, eager fp32 NCHW, PIL transforms in a DataLoader.
+
+Written anew from the paper (arXiv 2011.10566, Algorithm 1 and section 4) and the settings that
+facebookresearch/simsiam names in its README and options; none of its code is here.
+"""
+
+import contextlib
+import random
+
+import torch
+from PIL import ImageFilter
+from torch import nn
+from torchvision import transforms as T
+
+from benchmarks.peers import data_loader, torchvision_encoder
+from fastsiam.data.views import IMAGENET_MEAN, IMAGENET_STD
+
+
+class SimSiam(nn.Module):
+    """Algorithm 1 on plain modules; the names of its weights are those of `fastsiam.build_method`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.encoder = torchvision_encoder(model)
+        hidden, out = model.projector.hidden, model.projector.out
+        width, layers = self.encoder.num_features, []
+        for _ in range(model.projector.layers - 1):
+            layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+            width = hidden
+        self.projector = nn.Sequential(*layers, nn.Linear(width, out, bias=False), nn.BatchNorm1d(out, affine=False))
+        self.predictor = nn.Sequential(
+            nn.Linear(out, model.predictor.hidden, bias=False),
+            nn.BatchNorm1d(model.predictor.hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(model.predictor.hidden, out),
+        )
+
+    def forward(self, x1, x2):
+        """Two views [N, 3, S, S] to p1, p2, and z1, z2 without their gradients, each [N, d]."""
+        z1 = self.projector(self.encoder(x1))
+        z2 = self.projector(self.encoder(x2))
+        return self.predictor(z1), self.predictor(z2), z1.detach(), z2.detach()
+
+
+def build_step(config, weights, device, *, precision=contextlib.nullcontext, memory_format=torch.contiguous_format):
+    """The step, in fp32 unless `precision` is an autocast; SGD as torch builds it by default, no fused kernel."""
+    model = SimSiam(config.model).to(device, memory_format=memory_format)
+    model.load_state_dict(weights)
+    criterion = nn.CosineSimilarity(dim=1)
+    backbone = [*model.encoder.parameters(), *model.projector.parameters()]
+    optimizer = torch.optim.SGD(
+        [{"params": backbone}, {"params": model.predictor.parameters()}],
+        lr=config.learning_rate,
+        momentum=config.optimizer.momentum,
+        weight_decay=config.optimizer.weight_decay,
+    )
+
+    def step(views):
+        x1, x2 = views.chunk(2)
+        with precision():
+            p1, p2, z1, z2 = model(x1, x2)
+            loss = -(criterion(p1, z2).mean() + criterion(p2, z1).mean()) * 0.5
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    step.model = model
+    return step
+
+
+class TwoCrops:
+    """Two draws of one transform on one image."""
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, image):
+        return [self.transform(image), self.transform(image)]
+
+
+class GaussianBlur:
+    """PIL's Gaussian blur, its standard deviation uniform in [0.1, 2] pixels (SimCLR, appendix A)."""
+
+    def __call__(self, image):
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+
+
+def build_transform(size: int) -> TwoCrops:
+    """The paper's augmentation (section 4 "Baseline settings") from a PIL image to two tensors [3, size, size]."""
+    return TwoCrops(
+        T.Compose(
+            [
+                T.RandomResizedCrop(size, scale=(0.2, 1.0)),
+                T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+                T.RandomGrayscale(p=0.2),
+                T.RandomApply([GaussianBlur()], p=0.5),
+                T.RandomHorizontalFlip(),
+                T.ToTensor(),
+                T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            ]
+        )
+    )
+
+
+def build_loader(paths, *, size, batch_size, workers, device):
+    """Their loader: each file decoded once by PIL in a worker process, two crops of it transformed there."""
+    return data_loader(paths, build_transform(size), batch_size, workers, device)

@@ -1,0 +1,81 @@
+"""lightly's building blocks (lightly-ai/lightly) put together as its SimSiam example does: eager fp32, two calls."""
+
+import contextlib
+from itertools import pairwise
+
+import torch
+from torch import nn
+
+from benchmarks.peers import AbsentError, data_loader, part, torchvision_encoder
+
+ABSENT = "lightly is not installed; pip install 'fastsiam[peers]'"
+
+
+def check_installed() -> None:
+    """Raise `AbsentError` unless lightly can be imported."""
+    try:
+        import lightly.loss
+        import lightly.models.modules
+        import lightly.transforms  # noqa: F401
+    except ImportError as error:
+        raise AbsentError(f"{ABSENT} ({error})") from error
+
+
+def build_step(config, weights, device, *, precision=contextlib.nullcontext, memory_format=torch.contiguous_format):
+    """Their heads and loss on torchvision's encoder; `precision` and `memory_format` as for the authors' step."""
+    check_installed()
+    from lightly.loss import NegativeCosineSimilarity
+
+    encoder = torchvision_encoder(config.model)
+    projector, predictor = _heads(config.model, encoder.num_features)
+    # A strict load of every part shows that the architecture is the same.
+    encoder.load_state_dict(part(weights, "encoder"))
+    projector.layers.load_state_dict(part(weights, "projector"))
+    predictor.layers.load_state_dict(part(weights, "predictor"))
+    model = nn.ModuleList((encoder, projector, predictor)).to(device, memory_format=memory_format)
+    criterion = NegativeCosineSimilarity()
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        lr=config.learning_rate,
+        momentum=config.optimizer.momentum,
+        weight_decay=config.optimizer.weight_decay,
+    )
+
+    def embed(x):
+        z = projector(encoder(x).flatten(start_dim=1))
+        return z.detach(), predictor(z)
+
+    def step(views):
+        x1, x2 = views.chunk(2)
+        with precision():
+            (z1, p1), (z2, p2) = embed(x1), embed(x2)
+            loss = 0.5 * (criterion(z1, p2) + criterion(z2, p1))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def _heads(model, num_features):
+    from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
+    from lightly.models.modules.heads import ProjectionHead
+
+    hidden, out = model.projector.hidden, model.projector.out
+    if model.projector.layers == 3:
+        projector = SimSiamProjectionHead(num_features, hidden, out)
+    else:
+        # As their CIFAR-10 benchmark builds its two layers.
+        widths = [num_features, *[hidden] * (model.projector.layers - 1)]
+        blocks = [(a, b, nn.BatchNorm1d(b), nn.ReLU(inplace=True)) for a, b in pairwise(widths)]
+        projector = ProjectionHead([*blocks, (widths[-1], out, nn.BatchNorm1d(out, affine=False), None)])
+    return projector, SimSiamPredictionHead(out, model.predictor.hidden, out)
+
+
+def build_loader(paths, *, size, batch_size, workers, device):
+    """Their SimSiamTransform with its default numbers, which are the paper's, in a DataLoader."""
+    check_installed()
+    from lightly.transforms import SimSiamTransform
+
+    return data_loader(paths, SimSiamTransform(input_size=size), batch_size, workers, device)

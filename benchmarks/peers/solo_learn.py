@@ -1,0 +1,188 @@
+"""solo-learn (vturrisi/solo-learn) from a checkout: its SimSiam's training step, its PIL and its DALI transforms.
+
+Its package on the registry pins an old torch, so the checkout's path is given. Only the Lightning trainer is left
+out: what is timed is `training_step`, backward and the optimizer of `configure_optimizers`.
+"""
+
+import contextlib
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.peers import AbsentError, data_loader, part
+
+NO_PATH = "give a checkout of github.com/vturrisi/solo-learn with --solo-learn PATH"
+REQUIRES = "lightning omegaconf scipy timm torchmetrics tqdm"
+
+# Batches that its DALI pipeline prepares ahead, DALI's default.
+AHEAD = 2
+
+# Its augmentation sections with the paper's numbers (scripts/pretrain/*/augmentations/*.yaml show the keys).
+AUGMENTATION = {
+    "rrc": {"enabled": True, "crop_min_scale": 0.2, "crop_max_scale": 1.0},
+    "color_jitter": {"prob": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+    "grayscale": {"prob": 0.2},
+    "gaussian_blur": {"prob": 0.5},
+    "solarization": {"prob": 0.0},
+    "equalization": {"prob": 0.0},
+    "horizontal_flip": {"prob": 0.5},
+}
+
+
+def check_installed(checkout: Path | None) -> None:
+    """Put the checkout on the import path; raise `AbsentError` without one, or where it cannot be imported."""
+    if checkout is None:
+        raise AbsentError(NO_PATH)
+    if not (checkout / "solo" / "methods" / "simsiam.py").is_file():
+        raise AbsentError(f"{checkout} is no checkout of solo-learn; {NO_PATH}")
+    if str(checkout) not in sys.path:
+        sys.path.append(str(checkout))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import solo.methods.simsiam  # noqa: F401
+    except ImportError as error:
+        raise AbsentError(f"solo-learn does not import ({error}); pip install {REQUIRES}") from error
+
+
+def build_step(
+    config, weights, device, checkout, *, precision=contextlib.nullcontext, memory_format=torch.channels_last
+):
+    """Their method and optimizer; in channels-last as their trainer runs it."""
+    check_installed(checkout)
+    from omegaconf import OmegaConf
+    from solo.methods.simsiam import SimSiam
+
+    # It says that intervals of a scheduler, which is not there, matter for resuming.
+    logging.disable(logging.WARNING)
+    method = SimSiam(OmegaConf.create(_settings(config, memory_format)))
+    logging.disable(logging.NOTSET)
+    _make_same_architecture(method, config.model, weights)
+    # Without a trainer there is nothing to log to.
+    method.log_dict = lambda *_, **__: None
+    method.to(device, memory_format=memory_format)
+    optimizer = method.configure_optimizers()
+
+    def step(views):
+        x = views.chunk(2)
+        labels = torch.zeros(len(x[0]), dtype=torch.int64, device=device)
+        with precision():
+            loss = method.training_step([None, list(x), labels], 0)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def _settings(config, memory_format) -> dict:
+    model, optimizer = config.model, config.optimizer
+    return {
+        "method": "simsiam",
+        "backbone": {"name": model.encoder, "kwargs": {"zero_init_residual": model.zero_init_residual}},
+        "method_kwargs": {
+            "proj_hidden_dim": model.projector.hidden,
+            "proj_output_dim": model.projector.out,
+            "pred_hidden_dim": model.predictor.hidden,
+        },
+        "data": {
+            "dataset": "cifar10" if model.stem == "cifar" else "imagenet",
+            "num_classes": 10 if model.stem == "cifar" else 1000,
+            "num_large_crops": 2,
+            "num_small_crops": 0,
+        },
+        "max_epochs": config.train.epochs,
+        "optimizer": {
+            "name": "sgd",
+            "batch_size": config.train.batch_size,
+            "lr": config.learning_rate,
+            "classifier_lr": config.learning_rate,
+            "weight_decay": optimizer.weight_decay,
+            "kwargs": {"momentum": optimizer.momentum},
+        },
+        "scheduler": {"name": "none"},
+        "performance": {"disable_channel_last": memory_format != torch.channels_last},
+    }
+
+
+def _make_same_architecture(method, model, weights):
+    if model.stem == "cifar":
+        # Theirs pads by 2, which makes 34 px of 32.
+        method.backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    if model.projector.layers == 2:
+        # Theirs always has three layers, the appendix's for CIFAR-10 two.
+        method.projector = nn.Sequential(*method.projector[:3], *method.projector[6:])
+    method.backbone.load_state_dict(part(weights, "encoder"))
+    method.predictor.load_state_dict(part(weights, "predictor"))
+    missing, unexpected = method.projector.load_state_dict(part(weights, "projector"), strict=False)
+    # They freeze the bias before the last batch norm; ours is not there.
+    assert not unexpected, unexpected
+    assert len(missing) == 1, missing
+
+
+def build_loader(paths, checkout, *, size, batch_size, workers, device):
+    """Their PIL transforms with the paper's numbers (the crop is bicubic, as always there) in a DataLoader."""
+    check_installed(checkout)
+    from omegaconf import OmegaConf
+    from solo.data.pretrain_dataloader import build_transform_pipeline, prepare_n_crop_transform
+
+    augmentation = OmegaConf.create({**AUGMENTATION, "crop_size": size})
+    transform = prepare_n_crop_transform([build_transform_pipeline("imagenet", augmentation)], [2])
+    return data_loader(paths, transform, batch_size, workers, device)
+
+
+def build_dali_loader(paths, checkout, *, size, batch_size, workers, device):
+    """Their DALI pipeline, which decodes once and augments inside the graph."""
+    check_installed(checkout)
+    try:
+        from nvidia.dali import ops
+    except ImportError as error:
+        raise AbsentError("DALI is not installed; pip install 'fastsiam[dali]'") from error
+    from omegaconf import OmegaConf
+    from solo.data.dali_dataloader import PretrainPipelineBuilder, build_transform_pipeline_dali
+    from solo.data.pretrain_dataloader import prepare_n_crop_transform
+
+    augmentation = OmegaConf.create({**AUGMENTATION, "crop_size": size})
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    transform = build_transform_pipeline_dali("imagenet", augmentation, dali_device=kind)
+    builder = PretrainPipelineBuilder(
+        Path(paths[0]).parents[1],
+        batch_size=batch_size,
+        device=kind,
+        transforms=prepare_n_crop_transform([transform], [2]),
+        num_threads=workers,
+    )
+    # Its own reader takes whole folders; this one reads the files that all others read.
+    builder.reader = ops.readers.File(files=list(paths), shuffle_after_epoch=True)
+    pipeline = builder.pipeline(
+        batch_size=batch_size, num_threads=workers, device_id=0 if kind == "gpu" else None, prefetch_queue_depth=AHEAD
+    )
+    pipeline.build()
+    return _Views(pipeline, len(paths) // batch_size)
+
+
+class _Views:
+    """An epoch's batches `[x1, x2]`, at most AHEAD of them under way.
+
+    Scheduled one by one: DALI's own iterator begins with the next epoch's while another loader is timed.
+    """
+
+    def __init__(self, pipeline, batches: int):
+        self._pipeline, self._batches = pipeline, batches
+
+    def __iter__(self):
+        for _ in range(min(AHEAD, self._batches)):
+            self._pipeline.schedule_run()
+        for number in range(self._batches):
+            *views, _ = self._pipeline.share_outputs()
+            # DALI uses its buffers again.
+            views = [torch.from_dlpack(view.as_tensor()).clone() for view in views]
+            self._pipeline.release_outputs()
+            if number + AHEAD < self._batches:
+                self._pipeline.schedule_run()
+            yield views

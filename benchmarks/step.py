@@ -1,0 +1,256 @@
+"""Images per second of the whole training step: from the authors' way to ours one switch at a time, then the peers.
+
+Views are the synthetic backend's. The row `fastsiam` is a `fastsiam.session.Session` and therefore what
+`fastsiam.train` runs. fp32 rows run as torch comes, so a GPU convolves them in TF32.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.ablation import (
+    Inputs,
+    Switches,
+    ablation,
+    build_ablated,
+    build_product,
+    check_authors,
+    initial_weights,
+    product,
+)
+from benchmarks.flops import flops_per_image
+from benchmarks.peers import AbsentError, lightly, solo_learn
+from benchmarks.protocol import MIN_ROUNDS, Results, Samples, count_launches, interleave, peak_memory
+from fastsiam.config import Config, load_config
+from fastsiam.device import autocast, choose_device, choose_precision
+
+# Config and batch: ImageNet's ResNet-50 at 224 px, CIFAR-10's ResNet-18 at 32 px.
+SETTINGS = {
+    "cpu": (("r18_cifar10_800ep", 128), ("r50_100ep", 16)),
+    "cuda": (("r50_100ep", 512), ("r18_cifar10_800ep", 512)),
+}
+# Images/s that an H200 can reach on ResNet-50 at 224 px and two views, by what is fused, each tensor through memory
+# once a pass: derived from 790 TFLOP/s (bf16 product) and 4.3 TB/s (copy). L0: eager channels-last; L1: torch.compile;
+# L4: batch norm inside the convolutions, as MLPerf's stack has it; L6: every tensor touched once a layer.
+H200_ROOFLINES = {"L0": 4092, "L1": 4881, "L4": 7362, "L6": 10149}
+# Several steps a sample on a GPU: in training the host enqueues the next step while the device computes.
+CALLS = {"cuda": 5, "cpu": 1}
+WARMUP, REPEATS = 1, 10
+# Rough, and used only to tell whether a row fits into the time; ResNet-18 takes 70 s on two cores.
+COMPILE_SECONDS = {None: 0, "default": 90, "reduce-overhead": 90, "max-autotune-no-cudagraphs": 400}
+GRAPHS = "reduce-overhead"
+
+
+@dataclass
+class Row:
+    """One line of the table; `build()` gives the step on its own copy of the model, or raises `AbsentError`."""
+
+    name: str
+    switches: Switches
+    build: Callable
+    needed: bool = False
+    """Measured even where the time is too short for every row."""
+    step: Callable | None = None
+    first_step_seconds: float | None = None
+    step_seconds: float = 0.0
+
+
+class Setting:
+    """One table: a config on a device, with what its rows share."""
+
+    def __init__(self, config: Config, device: torch.device, checkout: Path | None):
+        self.config, self.device, self.checkout = config, device, checkout
+        self.dtype = choose_precision(config.train.precision, device)
+        self.weights = initial_weights(config, device)
+        self.inputs = Inputs(config, device)
+        self.flops = flops_per_image(config)
+        self.params = {"encoder": config.model.encoder, "size": config.views.size, "batch": config.train.batch_size}
+
+    def rows(self, stack: contextlib.ExitStack) -> list[Row]:
+        """In the table's order; what the steps hold open is closed with `stack`."""
+        rows = []
+        for name, switches in ablation(self.device, self.dtype).items():
+            build = functools.partial(build_ablated, switches, self.config, self.weights, self.device)
+            rows.append(Row(name, switches, build, needed=name == "authors"))
+        ours = product(self.device, self.dtype)
+        rows.append(Row("fastsiam", ours, functools.partial(build_product, self.config, stack), needed=True))
+        plain = Switches(forward="lightly")
+        fast = replace(plain, precision=ours.precision, channels_last=True)
+        rows.append(Row("lightly", plain, self._peer(lightly.build_step, plain), needed=True))
+        if fast.precision == "bf16":
+            rows.append(Row("lightly + bf16 + channels-last", fast, self._peer(lightly.build_step, fast)))
+        # Its own configs ask for mixed precision and channels-last.
+        solo = replace(fast, forward="solo-learn")
+        build = self._peer(solo_learn.build_step, solo, checkout=self.checkout)
+        return [*rows, Row("solo-learn", solo, build, needed=True)]
+
+    def _peer(self, build_step, switches, **more):
+        precision = autocast(self.device, torch.bfloat16 if switches.precision == "bf16" else torch.float32)
+        memory_format = torch.channels_last if switches.channels_last else torch.contiguous_format
+        return functools.partial(
+            build_step,
+            self.config,
+            self.weights,
+            self.device,
+            precision=precision,
+            memory_format=memory_format,
+            **more,
+        )
+
+    def call(self, row: Row, index: int):
+        """One step of a row on the input set of this index."""
+        views = self.inputs.of(row.switches)
+        return row.step(views[index % len(views)])
+
+    def numbers(self, row: Row, images_per_second: float) -> dict:
+        """What a line says beside its time."""
+        h200 = self.device.type == "cuda" and "H200" in torch.cuda.get_device_name(self.device)
+        rooflines = h200 and (self.params["encoder"], self.params["size"]) == ("resnet50", 224)
+        call = functools.partial(self.call, row, 0)
+        return {
+            "images_per_second": images_per_second,
+            "flops_per_image": self.flops,
+            "teraflops_per_second": images_per_second * self.flops / 1e12,
+            **{
+                f"share_of_{level}": images_per_second / limit if rooflines else None
+                for level, limit in H200_ROOFLINES.items()
+            },
+            "first_step_seconds": row.first_step_seconds,
+            "peak_memory_bytes": peak_memory(call, self.device),
+            "launches": count_launches(call, self.device),
+            "switches": asdict(row.switches),
+        }
+
+
+def measure(results: Results, setting: Setting, seconds: float) -> None:
+    """Build what fits into the time, run its rows in turns, write their lines."""
+    deadline = time.perf_counter() + seconds
+    with contextlib.ExitStack() as stack:
+        rows = setting.rows(stack)
+        absent = prepare(setting, [row for row in rows if row.switches.compile != GRAPHS], deadline)
+        taken = run_in_turns(setting, rows, deadline)
+        for row in rows:
+            if row.switches.compile != GRAPHS:
+                write(results, setting, row, taken.get(row.name), absent)
+    free(rows)
+    graphs = [row for row in rows if row.switches.compile == GRAPHS]
+    if graphs:
+        measure_graphs(results, setting, graphs, deadline)
+
+
+def measure_graphs(results: Results, setting: Setting, graphs: list[Row], deadline: float) -> None:
+    """CUDA graphs keep a step's activations for good, beside which the authors' fp32 step does not fit: a second turn.
+
+    `fastsiam` runs again as what they are compared with; its rate here goes with their lines.
+    """
+    with contextlib.ExitStack() as stack:
+        anchor = next(row for row in setting.rows(stack) if row.name == "fastsiam")
+        absent = prepare(setting, [anchor, *graphs], deadline)
+        taken = run_in_turns(setting, [anchor, *graphs], deadline)
+        beside = setting.params["batch"] / taken["fastsiam"].median
+        for row in graphs:
+            write(results, setting, row, taken.get(row.name), absent, fastsiam_images_per_second=beside)
+    free([anchor, *graphs])
+
+
+def prepare(setting: Setting, rows: list[Row], deadline: float) -> dict[str, str]:
+    """Build rows and run two steps of each, the needed ones first; returns why the others are absent."""
+    absent, rounds = {}, WARMUP + MIN_ROUNDS * CALLS[setting.device.type]
+    order = sorted(rows, key=lambda row: (not row.needed, COMPILE_SECONDS[row.switches.compile]))
+    for row in order:
+        compile_seconds = COMPILE_SECONDS[row.switches.compile]
+        longest = max(other.step_seconds for other in rows)
+        planned = rounds * sum(other.step_seconds for other in rows) + (rounds + 2) * longest + compile_seconds
+        if not row.needed and time.perf_counter() + planned > deadline:
+            absent[row.name] = "the time was too short; give more --minutes"
+            continue
+        try:
+            row.step = row.build()
+        except AbsentError as error:
+            absent[row.name] = str(error)
+            continue
+        row.first_step_seconds = timed(functools.partial(setting.call, row, 0), setting.device)
+        row.step_seconds = row.first_step_seconds
+        if row.switches.compile or setting.device.type == "cuda":
+            row.step_seconds = timed(functools.partial(setting.call, row, 1), setting.device)
+    return absent
+
+
+def run_in_turns(setting: Setting, rows: list[Row], deadline: float) -> dict[str, Samples]:
+    """Seconds per step of every row that was built."""
+    return interleave(
+        {row.name: functools.partial(setting.call, row) for row in rows if row.step is not None},
+        device=setting.device,
+        warmup=WARMUP,
+        repeats=REPEATS,
+        calls=CALLS[setting.device.type],
+        seconds=max(deadline - time.perf_counter(), 0),
+        hide_enqueue=False,
+    )
+
+
+def write(results: Results, setting: Setting, row: Row, samples: Samples | None, absent: dict, **more) -> None:
+    if samples is None:
+        results.add("step", row.name, setting.params, None, absent=absent[row.name], switches=asdict(row.switches))
+    else:
+        numbers = setting.numbers(row, setting.params["batch"] / samples.median)
+        results.add("step", row.name, setting.params, samples, **numbers, **more)
+
+
+def timed(function: Callable, device: torch.device) -> float:
+    """Seconds of one call, to the end of the device's work."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def free(rows: list[Row]) -> None:
+    """Forget the models, what was compiled for them, and the allocator's cache."""
+    for row in rows:
+        row.step = None
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def run(results: Results, *, device: torch.device, minutes: float, solo_learn: Path | None = None) -> None:
+    """Every setting of the device within about `minutes`; rows that do not fit are written as absent.
+
+    Raises `RuntimeError` where the authors' step is not ours in eager fp32.
+    """
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    deadline = time.perf_counter() + 60 * minutes
+    settings = SETTINGS[device.type]
+    for number, (name, batch_size) in enumerate(settings):
+        overrides = [f"train.batch_size={batch_size}", f"train.device={device.type}", "data.backend=synthetic"]
+        config = load_config(name, overrides)
+        check_authors(config)
+        share = (deadline - time.perf_counter()) / (len(settings) - number)
+        measure(results, Setting(config, device, solo_learn), share)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description="Time the training step.")
+    parser.add_argument("--out", type=Path, help="folder for step.jsonl; without it lines are only printed")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--solo-learn", type=Path, help="a checkout of github.com/vturrisi/solo-learn")
+    arguments = parser.parse_args(argv)
+    device = choose_device(arguments.device)
+    options = {"minutes": arguments.minutes, "solo_learn": arguments.solo_learn}
+    run(Results(arguments.out, device), device=device, **options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

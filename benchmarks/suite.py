@@ -1,0 +1,118 @@
+"""Every benchmark in one command: `python -m benchmarks.suite --out DIR --minutes 8`.
+
+Each runs in a process of its own, so that none inherits another's memory, thread pools or compiled code, and one that
+crashes takes no other with it. A benchmark that fails fails the suite after the others have run, and its lines are put
+aside: a table never shows what is left of it.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.environment import CHECKOUT
+from benchmarks.images import photographs
+from benchmarks.tables import TABLES, read, render
+from fastsiam.config import UserError
+
+DRAWN_COUNT = 256
+
+# A benchmark may overrun its share, for compilation most of all; one that takes this much more is stopped.
+_OVERRUN, _GRACE_SECONDS = 3, 300
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A script to run, its share of the minutes, and which of the suite's own options it takes."""
+
+    module: str
+    share: float
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.module.rpartition(".")[2]
+
+
+BENCHMARKS = (
+    Benchmark("benchmarks.loss", 0.07),
+    Benchmark("benchmarks.augment", 0.10),
+    Benchmark("benchmarks.step", 0.42, ("solo_learn",)),
+    Benchmark("benchmarks.loader", 0.23, ("images", "solo_learn")),
+    Benchmark("benchmarks.end_to_end", 0.18, ("images",)),
+)
+
+
+def run(out: Path, minutes: float, device: str, options: dict[str, Path | None]) -> list[str]:
+    """Run all of BENCHMARKS into `out` and print their tables; returns what failed, as "NAME (why)"."""
+    taken = [benchmark.name for benchmark in BENCHMARKS if (out / f"{benchmark.name}.jsonl").exists()]
+    if taken:
+        raise UserError(f"--out: {out} already holds results of {', '.join(taken)}; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    for benchmark in BENCHMARKS:
+        print(f"== {benchmark.name}, {benchmark.share * minutes:.1f} of {minutes:g} minutes", flush=True)
+        begun = time.perf_counter()
+        reason = run_one(benchmark, out, minutes * benchmark.share, device, options)
+        print(f"== {benchmark.name}: {reason or 'done'}, {time.perf_counter() - begun:.0f} s\n", flush=True)
+        if reason:
+            failed.append(f"{benchmark.name} ({reason})")
+    for name, table in TABLES.items():
+        path = out / f"{table.benchmark}.jsonl"
+        if path.exists():
+            print(f"{name}: {render(table, read(path))}")
+    return failed
+
+
+def run_one(
+    benchmark: Benchmark, out: Path, minutes: float, device: str, options: dict[str, Path | None]
+) -> str | None:
+    """One benchmark in its own process; returns why it failed, or None."""
+    command = [sys.executable, "-m", benchmark.module, "--out", str(out), "--device", device, "--minutes", f"{minutes}"]
+    for name in benchmark.options:
+        if options[name] is not None:
+            command += [f"--{name.replace('_', '-')}", str(options[name])]
+    # As `fastsiam.train` sets it: OpenMP threads that spin starve the decoder's on small machines.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    limit = _OVERRUN * minutes * 60 + _GRACE_SECONDS
+    try:
+        code = subprocess.run(command, cwd=CHECKOUT, env=environment, timeout=limit).returncode
+        reason = f"exit code {code}" if code else None
+    except subprocess.TimeoutExpired:
+        reason = f"stopped after {limit:.0f} s"
+    lines = out / f"{benchmark.name}.jsonl"
+    if reason is None and not lines.exists():
+        reason = "no result lines"
+    if reason and lines.exists():
+        lines.rename(lines.with_suffix(".failed"))
+    return reason
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description="Run every benchmark.")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the result lines, one file a benchmark")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for all together, compilation included")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--images", type=Path, help="folder of real JPEGs; without it JPEGs are drawn into DIR/images")
+    parser.add_argument("--solo-learn", type=Path, help="checkout of solo-learn, to measure it too")
+    arguments = parser.parse_args(argv)
+    out = arguments.out.resolve()
+    try:
+        images, label = photographs(arguments.images, out / "images", DRAWN_COUNT)
+        print(f"images: {label}")
+        solo_learn = arguments.solo_learn and arguments.solo_learn.resolve()
+        options = {"images": images.resolve(), "solo_learn": solo_learn}
+        failed = run(out, arguments.minutes, arguments.device, options)
+    except UserError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    if failed:
+        print(f"benchmarks: failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""The README's tables, made from `results/<date>_<machine>/<benchmark>.jsonl` and from nothing else.
+
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. `python -m benchmarks.tables` writes what is
+between, `--check` exits with 1 where that would change the README. Of every machine the newest folder that holds the
+benchmark is shown. A line from a checkout with changes is refused: nobody could measure it again.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.environment import CHECKOUT
+from benchmarks.protocol import SCHEMA
+from fastsiam.config import UserError
+
+MARKER = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
+OPENING = "<!-- table:"
+FOLDER = re.compile(r"\d{4}-\d{2}-\d{2}_(.+)")
+ABSENT, NOTHING = "absent", "-"
+
+# What the lines of one file must share, since the caption says it once.
+_CAPTION_VERSIONS = ("torch", "cuda", "triton", "torchvision", "numba", "dali")
+_ONE_RUN = ("gpu", "driver", "cpu", "cores", "threads", "commit", "python", *_CAPTION_VERSIONS)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of a result line. `spread` adds [p20, p80]: of a time, or of a rate that goes with 1 / time."""
+
+    header: str
+    key: str
+    scale: float = 1.0
+    unit: str = ""
+    spread: bool = False
+
+    def text(self, line: dict) -> str:
+        if ABSENT in line:
+            return ABSENT
+        value = line.get(self.key)
+        if value is None:
+            return NOTHING
+        if isinstance(value, str):
+            return value
+        value = value if self.scale == 1 else value * self.scale
+        text = number(value) + self.unit
+        if not self.spread:
+            return text
+        low, high = line["p20_seconds"] / line["median_seconds"], line["p80_seconds"] / line["median_seconds"]
+        if not self.key.endswith("seconds"):
+            low, high = 1 / high, 1 / low
+        return f"{text} [{number(value * low)}, {number(value * high)}]"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table of the README: which benchmark, which rows in which order, which columns."""
+
+    benchmark: str
+    columns: tuple[Column, ...]
+    baseline: str | None = None
+    """The variant that a last column compares with, within equal params."""
+    rows: tuple[str, ...] | None = None
+    """Variants in order, each of them shown though it be absent; None: all of the file, in its order."""
+    without: tuple[str, ...] = ()
+    """Variants that another table shows; for `rows` None."""
+    speed: str | None = None
+    """The number that the last column is a ratio of; None: 1 / median_seconds."""
+
+
+MS = Column("ms [p20, p80]", "median_seconds", scale=1000, spread=True)
+IMAGES = Column("images/s [p20, p80]", "images_per_second", spread=True)
+MEMORY = Column("peak MiB", "peak_memory_bytes", scale=2**-20)
+LAUNCHES = Column("launches", "launches")
+BANDWIDTH = (
+    Column("GB/s", "gigabytes_per_second"),
+    Column("of the copy bandwidth", "share_of_copy_bandwidth", scale=100, unit=" %"),
+)
+
+STEP = (
+    IMAGES,
+    Column("TFLOP/s", "teraflops_per_second"),
+    *(Column(f"of {level}", f"share_of_{level}", scale=100, unit=" %") for level in ("L0", "L1", "L4", "L6")),
+    MEMORY,
+    LAUNCHES,
+    Column("first step, s", "first_step_seconds"),
+)
+LOADER = (IMAGES, Column("CPU ms an image", "cpu_seconds_per_image", scale=1000))
+END_TO_END = (
+    IMAGES,
+    Column("limit", "limit"),
+    Column("of the limit", "share_of_limit", scale=100, unit=" %"),
+)
+PEERS = ("lightly", "lightly + bf16 + channels-last", "solo-learn")
+
+TABLES = {
+    "step": Table("step", STEP, baseline="authors", without=PEERS, speed="images_per_second"),
+    "peers": Table("step", STEP, baseline="authors", rows=("authors", *PEERS, "fastsiam"), speed="images_per_second"),
+    "loader": Table("loader", LOADER, baseline="authors", speed="images_per_second"),
+    "end_to_end": Table("end_to_end", END_TO_END),
+    "loss": Table("loss", (MS, *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"),
+    "augment": Table(
+        "augment", (MS, Column("ms a view", "ms_per_view"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"
+    ),
+}
+
+
+def number(value: float) -> str:
+    """Three significant digits, whole numbers from 1,000 on; integers in full."""
+    if isinstance(value, int) or value == 0:
+        return f"{value:,.0f}"
+    value = float(f"{value:.3g}") if abs(value) < 1000 else value
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def read(path: Path) -> list[dict]:
+    """The result lines of a file; raises `UserError` naming file and line number where one is not ours."""
+    lines, seen = [], {}
+    for place, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        where = f"{path}:{place}"
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where}: not JSON: {error.msg}") from None
+        if not isinstance(line, dict) or line.get("schema") != SCHEMA:
+            raise UserError(f"{where}: the line is not of schema {SCHEMA}")
+        if line["benchmark"] != path.stem:
+            raise UserError(f"{where}: a line of benchmark '{line['benchmark']}'")
+        row = line["variant"], _key(line)
+        if row in seen:
+            raise UserError(f"{where}: {line['variant']} {line['params']} is already in line {seen[row]}")
+        seen[row] = place
+        first = lines[0] if lines else line
+        differing = [key for key in _ONE_RUN if line["environment"].get(key) != first["environment"].get(key)]
+        if differing:
+            raise UserError(f"{where}: {', '.join(differing)} differ from line 1; a file is one run")
+        lines.append(line)
+    return lines
+
+
+def refuse_unrepeatable(path: Path, lines: list[dict]) -> None:
+    """Raise `UserError` at the first line whose code cannot be checked out again."""
+    for place, line in enumerate(lines, 1):
+        if not line["environment"].get("commit"):
+            raise UserError(f"{path}:{place}: no commit")
+        if line["environment"].get("dirty") is not False:
+            raise UserError(f"{path}:{place}: measured from a checkout with changes (dirty)")
+
+
+def read_all(results: Path) -> dict[str, list[list[dict]]]:
+    """By benchmark: the lines of each machine's newest run, machines in the order of their names."""
+    newest = {}
+    for path in sorted(results.glob("*/*.jsonl")):
+        folder = FOLDER.fullmatch(path.parent.name)
+        if not folder:
+            raise UserError(f"{path.parent}: a folder of results is named <date>_<machine>, as in 2026-01-31_h200")
+        lines = read(path)
+        refuse_unrepeatable(path, lines)
+        if lines:
+            newest[path.stem, folder[1]] = lines
+    found = {}
+    for (benchmark, _), lines in sorted(newest.items()):
+        found.setdefault(benchmark, []).append(lines)
+    return found
+
+
+def render(table: Table, lines: list[dict]) -> str:
+    """Caption and Markdown table of one file's lines; params that differ between lines are columns."""
+    groups = {}
+    for line in lines:
+        groups.setdefault(_key(line), {})[line["variant"]] = line
+    shown = [row for group in groups.values() for row in _rows(table, group)]
+    names = list(dict.fromkeys(name for line in shown for name in line["params"]))
+    values = {name: [line["params"].get(name) for line in shown] for name in names}
+    varying = [name for name in names if any(value != values[name][0] for value in values[name])]
+    columns = [column for column in table.columns if any(line.get(column.key) is not None for line in shown)]
+    header = [*varying, "variant", *(column.header for column in columns)]
+    header += [f"against {table.baseline}"] if table.baseline else []
+    body = []
+    for line in shown:
+        cells = [_param(line["params"].get(name)) for name in varying]
+        cells += [line["variant"], *(column.text(line) for column in columns)]
+        if table.baseline:
+            cells.append(_ratio(table, line, groups[_key(line)].get(table.baseline)))
+        body.append(cells)
+    text_cells = len(varying) + 1
+    rule = [*["---"] * text_cells, *["---:"] * (len(header) - text_cells)]
+    text = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
+    constant = {name: values[name][0] for name in names if name not in varying}
+    return f"{caption(shown, constant)}\n\n{text}\n"
+
+
+def caption(lines: list[dict], constant: dict) -> str:
+    """Machine, versions, what all rows share, n, commit and day, and how to get what is absent."""
+    machine = lines[0]["environment"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    if machine["gpu"]:
+        limit = machine["power_limit_watts"]
+        power = f", {limit:.0f} W" if limit else ""
+        where = f"{machine['gpu']} (driver {machine['driver']}{power}), {where}"
+    versions = [f"{name} {machine[name]}" for name in _CAPTION_VERSIONS if machine.get(name)]
+    counts = [len(line["samples_seconds"]) for line in lines if line["samples_seconds"]]
+    n = f"n = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") if counts else "n = 0"
+    shared = [f"{name} {_param(value)}" for name, value in constant.items()]
+    commit = f"commit {machine['commit'][:12]}" if machine["commit"] else "no commit"
+    parts = [where, ", ".join(versions), ", ".join([*shared, n]), commit, machine["date"][:10]]
+    missing = {line["variant"]: line[ABSENT] for line in lines if line.get(ABSENT)}
+    parts += [f"{variant} is absent: {sentence}" for variant, sentence in missing.items()]
+    return "; ".join(filter(None, parts)) + "."
+
+
+def fill(readme: str, found: dict[str, list[list[dict]]]) -> str:
+    """The README's text with every marked table made anew; raises `UserError` where one cannot be made."""
+    if readme.count(OPENING) != len(MARKER.findall(readme)) or any(
+        OPENING in body for _, body in MARKER.findall(readme)
+    ):
+        raise UserError("README: a '<!-- table: NAME -->' has no '<!-- /table -->' after it, each on its own line")
+
+    def replacement(match: re.Match) -> str:
+        name = match[1]
+        if name not in TABLES:
+            raise UserError(f"README: there is no table '{name}'; there are {', '.join(TABLES)}")
+        table = TABLES[name]
+        if not found.get(table.benchmark):
+            raise UserError(f"README: table '{name}' has no lines in results/*/{table.benchmark}.jsonl")
+        text = "\n".join(render(table, lines) for lines in found[table.benchmark])
+        return f"<!-- table: {name} -->\n{text}<!-- /table -->"
+
+    return MARKER.sub(replacement, readme)
+
+
+def _key(line: dict) -> str:
+    return json.dumps(line["params"], sort_keys=True)
+
+
+def _rows(table: Table, group: dict[str, dict]) -> list[dict]:
+    """The lines of one group of equal params in the table's order; a row asked for and not there is absent."""
+    if table.rows is None:
+        return [line for variant, line in group.items() if variant not in table.without]
+    like = next(iter(group.values()))
+    stand_in = {"params": like["params"], "samples_seconds": [], "environment": like["environment"], ABSENT: ""}
+    return [group.get(variant, {**stand_in, "variant": variant}) for variant in table.rows]
+
+
+def _ratio(table: Table, line: dict, baseline: dict | None) -> str:
+    """How many times as fast as the baseline."""
+    if ABSENT in line or baseline is None or ABSENT in baseline:
+        return ABSENT
+    if table.speed is None:
+        return f"{number(baseline['median_seconds'] / line['median_seconds'])}x"
+    return f"{number(line[table.speed] / baseline[table.speed])}x"
+
+
+def _param(value) -> str:
+    return NOTHING if value is None else str(value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="Write the README's tables.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README would change")
+    parser.add_argument("--readme", type=Path, default=CHECKOUT / "README.md")
+    parser.add_argument("--results", type=Path, default=CHECKOUT / "benchmarks" / "results")
+    arguments = parser.parse_args(argv)
+    before = arguments.readme.read_text(encoding="utf-8")
+    try:
+        after = fill(before, read_all(arguments.results))
+    except UserError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    if after == before:
+        return 0
+    if arguments.check:
+        print(f"{arguments.readme} is not what {arguments.results} gives: python -m benchmarks.tables", file=sys.stderr)
+        return 1
+    arguments.readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

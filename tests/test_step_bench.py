@@ -1,0 +1,176 @@
+"""benchmarks.step: its rows are one function, the product's row is the product, its arithmetic is right."""
+
+import contextlib
+import dataclasses
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+import benchmarks.ablation as ablation_module
+from benchmarks import step as step_benchmark
+from benchmarks.ablation import (
+    Inputs,
+    Switches,
+    ablation,
+    build_ablated,
+    build_product,
+    check_authors,
+    initial_weights,
+    product,
+)
+from benchmarks.flops import flops_per_image
+from benchmarks.protocol import Results
+from fastsiam.config import load_config
+from fastsiam.session import Session
+from tests.test_peers import CPU, batches, small_config
+
+
+def test_the_fastsiam_row_is_a_session_step_and_so_are_its_switches(tiny):
+    config = load_config("quickstart", tiny("data.backend=synthetic", "data.train=null", "data.val=null"))
+    inputs = Inputs(config, CPU).like(torch.float32, torch.channels_last)
+    with Session(config) as session:
+        session.start()
+        expected = [session.step(inputs[number % 2])["loss"].item() for number in range(5)]
+    with contextlib.ExitStack() as stack:
+        row = build_product(config, stack)
+        assert [row(inputs[number % 2]).item() for number in range(5)] == expected
+    switched = build_ablated(product(CPU, torch.float32), config, initial_weights(config), CPU)
+    assert [switched(inputs[number % 2]).item() for number in range(5)] == expected
+    assert len(set(expected)) == 5
+
+
+def test_every_row_is_the_same_function_in_fp32():
+    """Losses and weights over four steps; a strong weight decay makes that of each optimizer show."""
+    config = small_config(3, "optimizer.weight_decay=0.1")
+    weights = initial_weights(config)
+    rows = {name: switches for name, switches in ablation(CPU, torch.float32).items() if not switches.compile}
+    assert len(rows) == 5
+    losses, states = {}, {}
+    for name, switches in rows.items():
+        step = build_ablated(switches, config, weights, CPU)
+        losses[name], states[name] = [step(views).item() for views in batches(4)], step.model.state_dict()
+    for name in rows:
+        assert losses[name] == pytest.approx(losses["authors"], abs=1e-5), name
+        for key, value in states[name].items():
+            torch.testing.assert_close(value, states["authors"][key], rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_rows_stay_near_fp32():
+    config = small_config()
+    weights = initial_weights(config)
+    expected = build_ablated(Switches(), config, weights, CPU)(batches(1)[0]).item()
+    for name, switches in ablation(CPU, torch.bfloat16).items():
+        if not switches.compile:
+            views = batches(1)[0].to(torch.float32 if switches.forward == "authors" else torch.bfloat16)
+            found = build_ablated(switches, config, weights, CPU)(views).item()
+            assert found == pytest.approx(expected, abs=0.02), name
+            assert name == "authors" or found != expected, name
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_each_row_turns_on_one_switch_more(kind):
+    """Rows need no device to be listed."""
+    device = torch.device(kind)
+    rows = ablation(device, torch.bfloat16)
+    beside = {"compile, two calls", "compile max-autotune", "compile with CUDA graphs"}
+    ladder = [switches for name, switches in rows.items() if name not in beside]
+    if kind == "cpu":
+        # The product does not compile on a CPU: its row stands on the last uncompiled one.
+        assert ladder.pop(-2) == dataclasses.replace(ladder[-2], compile="default")
+        assert ladder[-1] == product(device, torch.bfloat16)
+    for before, after in pairwise(ladder):
+        before, after = dataclasses.asdict(before), dataclasses.asdict(after)
+        assert sum(before[key] != after[key] for key in before) == 1
+    assert rows["+ fused SGD"] == product(device, torch.bfloat16)
+
+
+def test_a_wrong_step_is_not_timed(monkeypatch):
+    config = small_config()
+    check_authors(config)
+    monkeypatch.setattr(ablation_module, "negative_cosine_ref", lambda p1, p2, z1, z2: -(p1 * z2).sum(1).mean() * 1e-3)
+    with pytest.raises(RuntimeError, match="the authors' loss"):
+        check_authors(config)
+
+
+def test_a_wrong_update_is_not_timed(monkeypatch):
+    config = small_config()
+    monkeypatch.setattr(ablation_module.authors, "SimSiam", _FrozenPredictor)
+    with pytest.raises(RuntimeError, match="after the authors' steps predictor"):
+        check_authors(config)
+
+
+class _FrozenPredictor(ablation_module.authors.SimSiam):
+    def __init__(self, model):
+        super().__init__(model)
+        self.predictor[-1].bias.requires_grad_(False)
+
+
+def test_flops_of_resnet50_are_those_of_the_paper():
+    """He et al. 2016 and torchvision: 4.09 G multiply-adds forward at 224 px. Backward costs twice that but for the
+    stem, whose input needs no gradient (118 M); the heads have 14.7 M (SimSiam, section 4)."""
+    views = 2 * (6 * 4.089e9 - 2 * 0.118e9 + 6 * 14.68e6)
+    assert flops_per_image(load_config("r50_100ep")) == pytest.approx(views, rel=0.01)
+
+
+def test_flops_do_not_depend_on_the_implementation():
+    config = small_config()
+    assert flops_per_image(config) == 2 * _counted_by_hand(config)
+
+
+def _counted_by_hand(config):
+    """Forward and backward of one view, layer by layer from the shapes that pass through the model."""
+    model, total = ablation_module.authors.SimSiam(config.model), 0
+
+    def add(layer, inputs, output):
+        nonlocal total
+        multiply_adds = layer.weight.numel() * output.numel() // output.shape[0] // layer.weight.shape[0]
+        total += (4 if layer is model.encoder.conv1 else 6) * multiply_adds
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            layer.register_forward_hook(add)
+    view = torch.zeros(2, 3, config.views.size, config.views.size)
+    model.predictor(model.projector(model.encoder(view)))
+    return total
+
+
+@pytest.fixture
+def lines(tmp_path, monkeypatch):
+    """A function that runs the benchmark on the small config for so many minutes, and gives its lines by variant."""
+    (tmp_path / "small.yaml").write_text(small_config().to_yaml())
+    monkeypatch.setattr(step_benchmark, "SETTINGS", {"cpu": ((str(tmp_path / "small.yaml"), 4),)})
+    monkeypatch.setattr(step_benchmark, "REPEATS", 3)
+    monkeypatch.setattr(step_benchmark, "COMPILE_SECONDS", {None: 0, "default": 1e9})
+
+    def run(minutes):
+        step_benchmark.run(Results(tmp_path / "out", CPU), device=CPU, minutes=minutes)
+        text = (tmp_path / "out" / "step.jsonl").read_text()
+        return {line["variant"]: line for line in map(json.loads, text.splitlines())}
+
+    return run
+
+
+def test_lines_hold_rates_and_nothing_is_dropped(lines):
+    found = lines(minutes=5)
+    assert list(found) == [*ablation(CPU, torch.float32), "fastsiam", "lightly", "solo-learn"]
+    for name, line in found.items():
+        assert line["params"] == {"encoder": "resnet18", "size": 16, "batch": 4}
+        if "absent" not in line:
+            assert line["images_per_second"] == pytest.approx(4 / line["median_seconds"])
+            assert line["flops_per_image"] == flops_per_image(small_config())
+            assert line["share_of_L0"] is None
+            assert len(line["samples_seconds"]) == 3, name
+    absent = {name: line["absent"] for name, line in found.items() if "absent" in line and name != "lightly"}
+    assert absent == {
+        "+ compile": "the time was too short; give more --minutes",
+        "compile, two calls": "the time was too short; give more --minutes",
+        "solo-learn": "give a checkout of github.com/vturrisi/solo-learn with --solo-learn PATH",
+    }
+
+
+def test_little_time_still_compares_the_ends(lines):
+    found = lines(minutes=0)
+    assert {"authors", "fastsiam"} <= {name for name, line in found.items() if line["samples_seconds"]}
+    assert "the time was too short" in found["+ one call"]["absent"]
