@@ -31,6 +31,8 @@ setup(
         # 1.51 is the first release with wheels for both CUDA majors. The two share one import path: install one.
         "dali": ["nvidia-dali-cuda120>=1.51"],
         "dali-cu13": ["nvidia-dali-cuda130>=1.51"],
+        # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
+        "peers": ["lightly"],
         "dev": ["pytest", "ruff", "build", "setuptools", "wheel"],
     },
     entry_points={"console_scripts": ["fastsiam=fastsiam.__main__:main"]},

@@ -21,6 +21,7 @@ _VERSIONS = {
     "numba": ("numba",),
     "torchvision": ("torchvision",),
     "dali": ("nvidia-dali-cuda120", "nvidia-dali-cuda130"),
+    "lightly": ("lightly",),
 }
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
@@ -29,8 +30,8 @@ def environment(device: torch.device) -> dict:
     """What a result line says of its machine; GPU fields and absent packages are None.
 
     Keys: gpu, driver, power_limit_watts; cpu, isa (the extensions that matter here), cores, threads,
-    omp_wait_policy; python, cuda (that torch was built for), torch, triton, numba, torchvision, dali; commit (40 hex
-    digits, None outside a git checkout) and dirty (True where a tracked file differs from it, or an untracked one is
+    omp_wait_policy; python, cuda (that torch was built for), torch, triton, numba, torchvision, dali, lightly; commit
+    (40 hex digits, None outside a git checkout) and dirty (True where a tracked file differs from it, or an untracked one is
     not ignored; files in benchmarks/results do not count).
     """
     cpu, flags = _cpu()

@@ -23,7 +23,7 @@ FOLDER = re.compile(r"\d{4}-\d{2}-\d{2}_(.+)")
 ABSENT, NOTHING = "absent", "-"
 
 # What the lines of one file must share, since the caption says it once.
-_CAPTION_VERSIONS = ("torch", "cuda", "triton", "torchvision", "numba", "dali")
+_CAPTION_VERSIONS = ("torch", "cuda", "triton", "torchvision", "numba", "dali", "lightly")
 _ONE_RUN = ("gpu", "driver", "cpu", "cores", "threads", "commit", "python", *_CAPTION_VERSIONS)
 
 

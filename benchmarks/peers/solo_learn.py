@@ -174,15 +174,23 @@ class _Views:
 
     def __init__(self, pipeline, batches: int):
         self._pipeline, self._batches = pipeline, batches
+        # DALI's first call schedules as many as it prepares ahead, each later one schedules one.
+        self._pipeline.schedule_run()
+        self._scheduled = AHEAD
 
     def __iter__(self):
-        for _ in range(min(AHEAD, self._batches)):
-            self._pipeline.schedule_run()
+        while self._scheduled < min(AHEAD, self._batches):
+            self._schedule()
         for number in range(self._batches):
             *views, _ = self._pipeline.share_outputs()
             # DALI uses its buffers again.
             views = [torch.from_dlpack(view.as_tensor()).clone() for view in views]
             self._pipeline.release_outputs()
+            self._scheduled -= 1
             if number + AHEAD < self._batches:
-                self._pipeline.schedule_run()
+                self._schedule()
             yield views
+
+    def _schedule(self):
+        self._pipeline.schedule_run()
+        self._scheduled += 1
