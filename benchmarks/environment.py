@@ -31,8 +31,8 @@ def environment(device: torch.device) -> dict:
 
     Keys: gpu, driver, power_limit_watts; cpu, isa (the extensions that matter here), cores, threads,
     omp_wait_policy; python, cuda (that torch was built for), torch, triton, numba, torchvision, dali, lightly; commit
-    (40 hex digits, None outside a git checkout) and dirty (True where a tracked file differs from it, or an untracked one is
-    not ignored; files in benchmarks/results do not count).
+    (40 hex digits, None outside a git checkout) and dirty (True where a tracked file differs from it, or an untracked
+    one is not ignored; files in benchmarks/results do not count).
     """
     cpu, flags = _cpu()
     return {

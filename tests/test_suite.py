@@ -1,5 +1,7 @@
 """The suite's process, and the images it hands out."""
 
+import importlib
+import inspect
 import json
 
 import pytest
@@ -75,10 +77,11 @@ def test_results_are_not_mixed(scripts, tmp_path, capsys):
     assert "already holds results of loss" in capsys.readouterr().err
 
 
-def test_shares_add_up_and_every_script_is_there():
+def test_shares_add_up_and_every_script_takes_its_options():
     assert sum(benchmark.share for benchmark in suite.BENCHMARKS) == pytest.approx(1)
     for benchmark in suite.BENCHMARKS:
-        assert (suite.CHECKOUT / f"{benchmark.module.replace('.', '/')}.py").is_file()
+        taken = set(inspect.signature(importlib.import_module(benchmark.module).run).parameters)
+        assert taken == {"results", "device", "minutes", *benchmark.options}
 
 
 def test_drawn_images_are_a_function_of_their_index_and_weigh_as_photographs_do(tmp_path):
