@@ -1,7 +1,8 @@
 """The augmenter alone: the fused kernel (numba on a CPU, Triton on CUDA) beside plain torch and torch.compile.
 
-What is timed is the public function: on a CPU with its preparation of the draws, on CUDA the device's work alone. torch.compile gets the same mathematics without
-indices that depend on the draws: every operation on all views, then a choice.
+What is timed is the public function: on a CPU with its preparation of the draws, on CUDA the device's part.
+torch.compile gets the same mathematics without indices that depend on the draws: every operation on all views, then
+a choice.
 """
 
 import argparse
