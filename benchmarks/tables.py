@@ -1,8 +1,9 @@
 """The README's tables, made from `results/<date>_<machine>/<benchmark>.jsonl` and from nothing else.
 
-A table stands between `<!-- table: NAME -->` and `<!-- /table -->`. `python -m benchmarks.tables` writes what is
-between, `--check` exits with 1 where that would change the README. Of every machine the newest folder that holds the
-benchmark is shown. A line from a checkout with changes is refused: nobody could measure it again.
+A table stands between `<!-- table: NAME -->` and `<!-- /table -->`; `gpu_tests` stands for the sentence that names the
+last commit verified on a GPU. `python -m benchmarks.tables` writes what is between, `--check` exits with 1 where that
+would change the README. Of every machine the newest folder that holds the benchmark is shown. A line from a checkout
+with changes is refused: nobody could measure it again.
 """
 
 import argparse
@@ -21,6 +22,7 @@ MARKER = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 OPENING = "<!-- table:"
 FOLDER = re.compile(r"\d{4}-\d{2}-\d{2}_(.+)")
 ABSENT, NOTHING = "absent", "-"
+GPU_TESTS = "gpu_tests"
 
 # What the lines of one file must share, since the caption says it once.
 _CAPTION_VERSIONS = ("torch", "cuda", "triton", "torchvision", "numba", "dali", "lightly")
@@ -221,8 +223,10 @@ def fill(readme: str, found: dict[str, list[list[dict]]]) -> str:
 
     def replacement(match: re.Match) -> str:
         name = match[1]
+        if name == GPU_TESTS:
+            return f"<!-- table: {name} -->\n{last_verified(found.get(name, []))}\n<!-- /table -->"
         if name not in TABLES:
-            raise UserError(f"README: there is no table '{name}'; there are {', '.join(TABLES)}")
+            raise UserError(f"README: there is no table '{name}'; there are {', '.join([*TABLES, GPU_TESTS])}")
         table = TABLES[name]
         if not found.get(table.benchmark):
             raise UserError(f"README: table '{name}' has no lines in results/*/{table.benchmark}.jsonl")
@@ -230,6 +234,20 @@ def fill(readme: str, found: dict[str, list[list[dict]]]) -> str:
         return f"<!-- table: {name} -->\n{text}<!-- /table -->"
 
     return MARKER.sub(replacement, readme)
+
+
+def last_verified(machines: list[list[dict]]) -> str:
+    """The newest commit on which no test marked gpu failed or was skipped, as a sentence."""
+    whole = [line for lines in machines for line in lines if line["passed"] and not line["failed"] + line["skipped"]]
+    if not whole:
+        return "No commit has been verified on a GPU yet."
+    line = max(whole, key=lambda line: line["environment"]["date"])
+    machine = line["environment"]
+    mixed = "seen" if line["mixed_decoding"] else "not seen"
+    return (
+        f"Last commit verified on a GPU: {machine['commit'][:12]} on {machine['gpu']}, {machine['date'][:10]} "
+        f"(torch {machine['torch']}): {line['passed']} tests passed, mixed decoding {mixed}."
+    )
 
 
 def _key(line: dict) -> str:

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 from fastsiam.config import load_config
 from fastsiam.data.demo import draw_demo
+from tests.gpu_record import GpuRecord
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -105,6 +106,11 @@ def run_python(*arguments, wait=True, **environment):
     return start(
         command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
     )
+
+
+def pytest_configure(config):
+    if torch.cuda.is_available():
+        config.pluginmanager.register(GpuRecord())
 
 
 def pytest_collection_modifyitems(items):

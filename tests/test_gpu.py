@@ -16,6 +16,7 @@ from fastsiam.data.sources import open_source
 from fastsiam.device import choose_precision
 from fastsiam.kernels import negative_cosine
 from fastsiam.session import Session
+from tests.gpu_record import DECODER
 from tests.test_loader import SPEC
 from tests.test_train import lines
 
@@ -24,16 +25,19 @@ BACKENDS = ("dali", "pil") if dali_installed() else ("pil",)
 
 
 def crops(photos, backend, device):
+    """The crops of an epoch, and the backend in words."""
     source = open_source(str(photos))
     opened = open_backend(backend, source, SPEC.size, 2, 5, 1 if backend == "dali" else 0, torch.device(device))
     loader = Loader(source, (SPEC, SPEC), opened, batch_size=5, seed=0, dtype=torch.float32)
-    return [batch.clone() for _, batch in opened.crops(loader._requests(0, 0, deque()))]
+    return [batch.clone() for _, batch in opened.crops(loader._requests(0, 0, deque()))], opened.description
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_crops_are_on_the_device_and_those_of_the_cpu(photos, backend):
+def test_crops_are_on_the_device_and_those_of_the_cpu(photos, backend, record_property):
     """nvJPEG and libjpeg differ in rounding and chroma upsampling."""
-    for here, there in zip(crops(photos, backend, "cuda"), crops(photos, "pil", "cpu"), strict=True):
+    ours, description = crops(photos, backend, "cuda")
+    record_property(DECODER, description)
+    for here, there in zip(ours, crops(photos, "pil", "cpu")[0], strict=True):
         assert here.is_cuda
         assert (here.cpu().float() - there.float()).abs().mean() < 1.0
 

@@ -213,6 +213,35 @@ def test_three_digits(value, text):
     assert number(value) == text
 
 
+def gpu_tests(commit, date, passed=16, failed=0, skipped=0, mixed=True, gpu="NVIDIA H200"):
+    machine = {**GPU, "gpu": gpu, "commit": commit * 40, "date": date}
+    counts = {"passed": passed, "failed": failed, "skipped": skipped, "mixed_decoding": mixed}
+    return [{**line("pytest -m gpu", (None, None, None), 0, "gpu_tests", machine), **counts}]
+
+
+def test_the_readme_names_the_last_commit_that_passed_on_a_gpu(folder, tmp_path):
+    marker = "<!-- table: gpu_tests -->\n<!-- /table -->\n"
+
+    def sentence(files):
+        assert main(folder(files, marker)) == 0
+        return (tmp_path / "README.md").read_text().splitlines()[1]
+
+    assert sentence({"2026-01-31_epyc/loss.jsonl": LINES}) == "No commit has been verified on a GPU yet."
+    fails = {"2026-02-03_h200/gpu_tests.jsonl": gpu_tests("c", "2026-02-03", failed=1)}
+    assert sentence(fails) == "No commit has been verified on a GPU yet."
+    both = {
+        "2026-02-01_h200/gpu_tests.jsonl": gpu_tests("a", "2026-02-01"),
+        "2026-02-02_h100/gpu_tests.jsonl": gpu_tests("b", "2026-02-02", 14, mixed=False, gpu="NVIDIA H100"),
+    }
+    (tmp_path / "results/2026-02-03_h200/gpu_tests.jsonl").unlink()
+    assert sentence(both) == (
+        "Last commit verified on a GPU: bbbbbbbbbbbb on NVIDIA H100, 2026-02-02 (torch 2.15.0): 14 tests passed, "
+        "mixed decoding not seen."
+    )
+    skips = {"2026-02-04_h100/gpu_tests.jsonl": gpu_tests("d", "2026-02-04", skipped=2)}
+    assert "verified on a GPU: aaaaaaaaaaaa on NVIDIA H200" in sentence(skips)
+
+
 def test_the_readme_here_is_what_the_results_give():
     assert main(["--check"]) == 0
 
