@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numba.extending import overload
 
+from fastsiam.kernels.numba_threads import as_torch_has
 from fastsiam.kernels.reference import LUMA
 from fastsiam.kernels.table import BLUR, COLOR, FLIP, REACH, SOLARIZE
 
@@ -25,20 +26,16 @@ def augment_on_cpu(crops, table, scale, bias, exact, dtype):
     """The op for CPU tensors; see `augment_views`. fp16 is rounded from fp32 by torch: numba has no fp16 here."""
     num_views, size = crops.shape[:2]
     out = torch.empty(num_views, size, 3 * size, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
-    threads = torch.get_num_threads()
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
-    state = np.empty((numba.get_num_threads(), size, 3 * size), np.float32)
-    (_augment_exactly if exact else _augment_by_matrix)(
-        crops.contiguous().view(num_views, size, 3 * size).numpy(),
-        table.contiguous().numpy(),
-        np.asarray(scale, np.float32),
-        np.asarray(bias, np.float32),
-        state,
-        out.view(torch.uint16).numpy() if dtype == torch.bfloat16 else out.numpy(),
-    )
-    # When numba starts its OpenMP threads it sets the process's number of them, which is torch's too.
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    kernel = _augment_exactly if exact else _augment_by_matrix
+    with as_torch_has() as threads:
+        kernel(
+            crops.contiguous().view(num_views, size, 3 * size).numpy(),
+            table.contiguous().numpy(),
+            np.asarray(scale, np.float32),
+            np.asarray(bias, np.float32),
+            np.empty((threads, size, 3 * size), np.float32),
+            out.view(torch.uint16).numpy() if dtype == torch.bfloat16 else out.numpy(),
+        )
     return out.view(num_views, size, size, 3).to(dtype).permute(0, 3, 1, 2)
 
 

@@ -1,7 +1,8 @@
 """NVIDIA DALI: one graph for both devices, each image decoded once and cropped V times.
 
-DALI keeps no random state here: paths, boxes and indices are inputs of the graph. CPU operators without a GPU,
-mixed (nvJPEG) decoding and GPU resizing with one.
+DALI keeps no random state here: paths, boxes and indices are inputs of the graph. With a GPU: mixed (nvJPEG) decoding
+and GPU resizing. Without one DALI decodes only, and `crop_on_cpu` crops: 766 images/s in place of 473 (two 224 px views
+of ImageNet photographs, two cores).
 """
 
 import os
@@ -13,8 +14,10 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 
+from fastsiam.data.loader import CropRequest
 from fastsiam.data.pil import decode
-from fastsiam.data.sources import ImageSource
+from fastsiam.data.sources import BadImageError, ImageSource
+from fastsiam.kernels.crop_numba import crop_on_cpu
 
 # Batches decoded ahead of the one in use.
 PREFETCH = 2
@@ -26,11 +29,14 @@ def open_backend(source, size, num_views, batch_size, workers, device) -> "DaliB
 
 @pipeline_def
 def crop_graph(source, num_views: int, size: int, decoder: str):
-    """[paths, indices, boxes of each view] -> [crops uint8 [S, S, 3] of each view, index]."""
+    """[paths, indices, boxes of each view] -> [crops uint8 [S, S, 3] of each view, index, shape of the image].
+
+    `decoder`: mixed, for a GPU; cpu runs as well, which is how the graph is tested without one.
+    """
     paths, indices, *boxes = fn.external_source(
         source, num_outputs=2 + num_views, dtype=[types.UINT8, types.INT64] + [types.FLOAT] * num_views
     )
-    images = fn.decoders.image(fn.io.file.read(paths), device=decoder, output_type=types.RGB)
+    images = decode_graph(paths, decoder)
     crops = [
         fn.resize(
             images,
@@ -42,20 +48,31 @@ def crop_graph(source, num_views: int, size: int, decoder: str):
         )
         for box in boxes
     ]
-    return *crops, indices
+    return *crops, indices, images.shape(device="cpu")
+
+
+@pipeline_def
+def image_graph(source):
+    """[paths, indices] -> [whole images uint8 [H, W, 3], index], on the CPU."""
+    paths, indices = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT64])
+    return decode_graph(paths, "cpu"), indices
+
+
+def decode_graph(paths, decoder: str):
+    return fn.decoders.image(fn.io.file.read(paths), device=decoder, output_type=types.RGB)
 
 
 class DaliBackend:
-    """DALI's antialiased linear filter on its own decoder's pixels."""
+    """DALI decodes; its antialiased linear filter crops on a GPU, ours on the CPU."""
 
     def __init__(self, source: ImageSource, size, num_views, batch_size, threads, device: torch.device):
         self._source, self._size, self._num_views, self._batch_size = source, size, num_views, batch_size
         self._threads, self._device = threads, device
-        self._decoder = "mixed" if device.type == "cuda" else "cpu"
-        self.description = f"dali {dali.__version__} ({self._decoder} decoder, {threads} threads)"
+        decoder = "mixed" if device.type == "cuda" else "cpu"
+        self.description = f"dali {dali.__version__} ({decoder} decoder, {threads} threads)"
         self._pipeline = None
         self._requests = iter(())
-        self._in_flight: deque[np.ndarray] = deque()
+        self._in_flight: deque[CropRequest] = deque()
 
     def crops(self, requests):
         if self._pipeline is None:
@@ -65,14 +82,23 @@ class DaliBackend:
         try:
             while True:
                 try:
-                    *views, indices = self._pipeline.run()
+                    outputs = self._pipeline.run()
                 except StopIteration:
                     break
                 except RuntimeError as error:
                     self._name_bad_file(error)
                     raise
-                self._in_flight.popleft()
-                yield np.array(indices.as_cpu().as_tensor()).reshape(-1), self._own(views)
+                request = self._in_flight.popleft()
+                if self._device.type == "cuda":
+                    *views, indices, shapes = outputs
+                    sizes = np.array(shapes.as_tensor())[:, :2]
+                else:
+                    images, indices = outputs
+                    images = [images[row] for row in range(len(images))]
+                    sizes = np.array([image.shape()[:2] for image in images])
+                self._check_sizes(request, sizes)
+                crops = self._own(views) if self._device.type == "cuda" else self._crop(images, request)
+                yield np.array(indices.as_cpu().as_tensor()).reshape(-1), crops
             self._pipeline.reset()
             finished = True
         finally:
@@ -85,34 +111,48 @@ class DaliBackend:
         self._in_flight.clear()
 
     def _build(self):
-        pipeline = crop_graph(
-            self._next_inputs,
-            self._num_views,
-            self._size,
-            self._decoder,
-            batch_size=self._batch_size,
-            num_threads=self._threads,
-            device_id=self._device.index or 0 if self._device.type == "cuda" else None,
-            prefetch_queue_depth=PREFETCH,
-        )
+        options = {"batch_size": self._batch_size, "num_threads": self._threads, "prefetch_queue_depth": PREFETCH}
+        if self._device.type == "cuda":
+            options["device_id"] = self._device.index or 0
+            pipeline = crop_graph(self._next_inputs, self._num_views, self._size, "mixed", **options)
+        else:
+            pipeline = image_graph(self._next_inputs, device_id=None, **options)
         pipeline.build()
         return pipeline
 
     def _next_inputs(self):
         request = next(self._requests)
-        self._in_flight.append(request.indices)
+        self._in_flight.append(request)
         paths = [np.frombuffer(os.fsencode(self._source.path(i)), np.uint8) for i in request.indices]
+        inputs = paths, request.indices.reshape(-1, 1)
+        if self._device.type != "cuda":
+            return inputs
         boxes = request.boxes.astype(np.float32)
         boxes[..., 2:] += boxes[..., :2]
-        return paths, request.indices.reshape(-1, 1), *boxes
+        return *inputs, *boxes
+
+    def _crop(self, images, request):
+        """Before the next run, in which DALI uses the images' memory again."""
+        addresses = np.array([image.data_ptr() for image in images], np.int64)
+        return crop_on_cpu(addresses, request.sizes, request.boxes, self._size)
 
     def _own(self, views):
         """One uint8 tensor [V*N, S, S, 3] of ours: DALI reuses its buffers at the next run."""
         tensors = [torch.from_dlpack(view.as_tensor()) for view in views]
         return torch.cat(tensors).to(self._device)
 
+    def _check_sizes(self, request, sizes):
+        """The boxes were drawn for the sizes in the files' headers: another size is another picture."""
+        wrong = np.flatnonzero((sizes != request.sizes).any(1))
+        if len(wrong):
+            row = wrong[0]
+            raise BadImageError(
+                f"{self._source.path(request.indices[row])} decodes to {sizes[row].tolist()} pixels (height, width), "
+                f"but its header says {request.sizes[row].tolist()}"
+            )
+
     def _name_bad_file(self, error):
         """DALI's error names no file: decode what was in flight with PIL, which raises for the first bad one."""
-        for indices in self._in_flight:
-            for index in indices:
+        for request in self._in_flight:
+            for index in request.indices:
                 decode(self._source.path(index))

@@ -33,6 +33,8 @@ class CropRequest:
     """[N] int64 into the source."""
     boxes: np.ndarray
     """[V, N, 4] int32: top, left, height, width in pixels of the displayed image."""
+    sizes: np.ndarray
+    """[N, 2] int32: height and width of the displayed image, as the boxes were drawn for."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Loader:
             indices = order[first : first + share]
             sizes = self.source.sizes(indices)
             boxes = [draws.crop_boxes(s, self.seed, epoch, indices, v, sizes) for v, s in enumerate(self.specs)]
-            request = CropRequest(indices, np.stack(boxes))
+            request = CropRequest(indices, np.stack(boxes), sizes)
             pending.append(request)
             yield request
 
@@ -150,7 +152,8 @@ class EvaluationLoader:
     def _requests(self, indices, pending):
         for start in range(0, len(indices), self.batch_size):
             part = indices[start : start + self.batch_size]
-            request = CropRequest(part, draws.center_boxes(self.source.sizes(part), self.crop_ratio)[None])
+            sizes = self.source.sizes(part)
+            request = CropRequest(part, draws.center_boxes(sizes, self.crop_ratio)[None], sizes)
             pending.append(request)
             yield request
 
