@@ -25,6 +25,7 @@ from benchmarks import peers
 from benchmarks.images import SUFFIXES, photographs
 from benchmarks.peers import AbsentError, authors, lightly, solo_learn
 from benchmarks.protocol import Results, interleave
+from fastsiam import host_memory
 from fastsiam.config import load_config
 from fastsiam.data.loader import Loader, choose_backend, open_backend
 from fastsiam.data.sources import ImageSource, open_source
@@ -239,6 +240,9 @@ def run(
 ) -> None:
     """Every comparison within about `minutes`; `images` is a folder of JPEGs, drawn ones stand in for none."""
     deadline = time.perf_counter() + 60 * minutes
+    if device.type == "cpu":
+        # As in training. The peers' workers are processes of their own, which this does not reach.
+        host_memory.keep_freed()
     # Workers begin as forks of a process that has imported what all of them need.
     multiprocessing.set_forkserver_preload(["torch", "torchvision.transforms", peers.__name__])
     every = builders(device, solo_learn)

@@ -26,9 +26,11 @@ from benchmarks.ablation import (
     initial_weights,
     product,
 )
+from benchmarks.aside import Aside
 from benchmarks.flops import flops_per_image
 from benchmarks.peers import AbsentError, lightly, solo_learn
 from benchmarks.protocol import MIN_ROUNDS, Results, Samples, count_launches, interleave, peak_memory
+from fastsiam import host_memory
 from fastsiam.config import Config, load_config
 from fastsiam.device import autocast, choose_device, choose_precision
 
@@ -51,7 +53,10 @@ GRAPHS = "reduce-overhead"
 
 @dataclass
 class Row:
-    """One line of the table; `build()` gives the step on its own copy of the model, or raises `AbsentError`."""
+    """One line of the table; `build()` gives the step, on a model of its own, as a function of the input set's number.
+
+    It raises `AbsentError` for what cannot run here.
+    """
 
     name: str
     switches: Switches
@@ -75,7 +80,21 @@ class Setting:
         self.params = {"encoder": config.model.encoder, "size": config.views.size, "batch": config.train.batch_size}
 
     def rows(self, stack: contextlib.ExitStack) -> list[Row]:
-        """In the table's order; what the steps hold open is closed with `stack`."""
+        """In the table's order; what the steps hold open is closed with `stack`.
+
+        What the allocator has once kept it uses again, whatever it is told then: rows that keep freed memory run in a
+        process of their own, which takes its turns.
+        """
+        rows = self.rows_here(stack)
+        kept = [row for row in rows if row.switches.memory == "kept"]
+        if kept:
+            aside = stack.enter_context(Aside(_serve_kept, self.config, self.checkout))
+        for row in kept:
+            row.build = functools.partial(aside.bind, row.name)
+        return rows
+
+    def rows_here(self, stack: contextlib.ExitStack) -> list[Row]:
+        """The same, all of them in this process."""
         rows = []
         for name, switches in ablation(self.device, self.dtype).items():
             build = functools.partial(build_ablated, switches, self.config, self.weights, self.device)
@@ -90,7 +109,14 @@ class Setting:
         # Its own configs ask for mixed precision and channels-last.
         solo = replace(fast, forward="solo-learn")
         build = self._peer(solo_learn.build_step, solo, checkout=self.checkout)
-        return [*rows, Row("solo-learn", solo, build, needed=True)]
+        rows.append(Row("solo-learn", solo, build, needed=True))
+        for row in rows:
+            row.build = functools.partial(self._on_inputs, row.build, row.switches)
+        return rows
+
+    def _on_inputs(self, build, switches):
+        step, views = build(), self.inputs.of(switches)
+        return lambda index: step(views[index % len(views)])
 
     def _peer(self, build_step, switches, **more):
         precision = autocast(self.device, torch.bfloat16 if switches.precision == "bf16" else torch.float32)
@@ -105,16 +131,11 @@ class Setting:
             **more,
         )
 
-    def call(self, row: Row, index: int):
-        """One step of a row on the input set of this index."""
-        views = self.inputs.of(row.switches)
-        return row.step(views[index % len(views)])
-
     def numbers(self, row: Row, images_per_second: float) -> dict:
         """What a line says beside its time."""
         h200 = self.device.type == "cuda" and "H200" in torch.cuda.get_device_name(self.device)
         rooflines = h200 and (self.params["encoder"], self.params["size"]) == ("resnet50", 224)
-        call = functools.partial(self.call, row, 0)
+        call = functools.partial(row.step, 0)
         return {
             "images_per_second": images_per_second,
             "flops_per_image": self.flops,
@@ -128,6 +149,14 @@ class Setting:
             "launches": count_launches(call, self.device),
             "switches": asdict(row.switches),
         }
+
+
+def _serve_kept(name: str, config: Config, checkout: Path | None, stack: contextlib.ExitStack) -> Callable[[int], None]:
+    """In the process aside: build the row of this name, on a CPU."""
+    host_memory.keep_freed()
+    rows = Setting(config, torch.device("cpu"), checkout).rows_here(stack)
+    step = next(row for row in rows if row.name == name).build()
+    return step
 
 
 def measure(results: Results, setting: Setting, seconds: float) -> None:
@@ -177,17 +206,17 @@ def prepare(setting: Setting, rows: list[Row], deadline: float) -> dict[str, str
         except AbsentError as error:
             absent[row.name] = str(error)
             continue
-        row.first_step_seconds = timed(functools.partial(setting.call, row, 0), setting.device)
+        row.first_step_seconds = timed(functools.partial(row.step, 0), setting.device)
         row.step_seconds = row.first_step_seconds
         if row.switches.compile or setting.device.type == "cuda":
-            row.step_seconds = timed(functools.partial(setting.call, row, 1), setting.device)
+            row.step_seconds = timed(functools.partial(row.step, 1), setting.device)
     return absent
 
 
 def run_in_turns(setting: Setting, rows: list[Row], deadline: float) -> dict[str, Samples]:
     """Seconds per step of every row that was built."""
     return interleave(
-        {row.name: functools.partial(setting.call, row) for row in rows if row.step is not None},
+        {row.name: row.step for row in rows if row.step is not None},
         device=setting.device,
         warmup=WARMUP,
         repeats=REPEATS,

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 import fastsiam
-from fastsiam import checkpoint, collapse, optim
+from fastsiam import checkpoint, collapse, host_memory, optim
 from fastsiam.announce import closing_lines, knn_text, opening_lines, schedule_line
 from fastsiam.config import Config, UserError
 from fastsiam.data.loader import build_loader, choose_backend
@@ -81,6 +81,7 @@ class Session:
         if self.source is not None:
             self.loader.backend.close()
         self.folder.close()
+        host_memory.give_back_freed()
 
     def warn(self, sentence: str) -> None:
         self.warnings.append(sentence)
@@ -103,6 +104,8 @@ class Session:
     def start(self) -> None:
         """Build model and optimizer, enter the run folder, restore or measure the controls."""
         config = self.config
+        if self.device.type == "cpu":
+            host_memory.keep_freed()
         torch.manual_seed(config.train.seed)
         self.method = build_method(config).to(self.device)
         if config.train.channels_last:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from itertools import pairwise
 
 import pytest
@@ -20,6 +21,7 @@ from benchmarks.ablation import (
     initial_weights,
     product,
 )
+from benchmarks.aside import Aside
 from benchmarks.flops import flops_per_image
 from benchmarks.protocol import Results
 from fastsiam.config import load_config
@@ -46,7 +48,7 @@ def test_every_row_is_the_same_function_in_fp32():
     config = small_config(3, "optimizer.weight_decay=0.1")
     weights = initial_weights(config)
     rows = {name: switches for name, switches in ablation(CPU, torch.float32).items() if not switches.compile}
-    assert len(rows) == 5
+    assert len(rows) == 6
     losses, states = {}, {}
     for name, switches in rows.items():
         step = build_ablated(switches, config, weights, CPU)
@@ -77,13 +79,43 @@ def test_each_row_turns_on_one_switch_more(kind):
     beside = {"compile, two calls", "compile max-autotune", "compile with CUDA graphs"}
     ladder = [switches for name, switches in rows.items() if name not in beside]
     if kind == "cpu":
-        # The product does not compile on a CPU: its row stands on the last uncompiled one.
-        assert ladder.pop(-2) == dataclasses.replace(ladder[-2], compile="default")
+        # The product does not compile on a CPU: the optimizers stand on the last uncompiled row.
+        assert ladder.pop(-3) == dataclasses.replace(ladder[-3], compile="default")
         assert ladder[-1] == product(device, torch.bfloat16)
     for before, after in pairwise(ladder):
         before, after = dataclasses.asdict(before), dataclasses.asdict(after)
         assert sum(before[key] != after[key] for key in before) == 1
-    assert rows["+ fused SGD"] == product(device, torch.bfloat16)
+    assert rows["+ fused SGD" if kind == "cuda" else "+ freed memory kept"] == product(device, torch.bfloat16)
+
+
+def build_counter(name, start, stack):
+    """For the process aside: numbers of one name, which may be wrong."""
+    stack.callback(print, f"{name} ends", flush=True)
+    return lambda index: [start][index]
+
+
+def build_nothing(name, stack):
+    os._exit(3)
+
+
+def test_a_row_aside_runs_there_and_its_errors_come_back(capfd):
+    with Aside(build_counter, 5) as aside:
+        step = aside.bind("row")
+        assert step(0) is None
+        with pytest.raises(RuntimeError, match="row, in the process aside:\n(.*\n)*IndexError"):
+            step(1)
+        assert step(0) is None
+    assert capfd.readouterr().out == "row ends\n"
+    with Aside(build_nothing) as aside, pytest.raises(RuntimeError, match="x: the process aside has ended with code 3"):
+        aside.bind("x")
+
+
+def test_rows_that_keep_memory_run_aside(lines):
+    """Their steps are the product's: losses cannot be seen from here, times and switches can."""
+    found = lines(minutes=5)
+    kept = {name for name, line in found.items() if line["switches"]["memory"] == "kept"}
+    assert kept == {"+ freed memory kept", "fastsiam"}
+    assert all(found[name]["median_seconds"] > 0 for name in kept)
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch):
