@@ -42,7 +42,7 @@ class Switches:
     optimizer: str = "default"
     """default: torch.optim.SGD as it comes; fused: torch's fused kernel; apex: NVIDIA's FusedSGD."""
     memory: str = "default"
-    """kept: memory that a step frees stays with the process (fastsiam.host_memory), which is a matter of the process."""
+    """kept: memory that a step frees stays with the process, which is a matter of the whole process."""
 
 
 def product(device: torch.device, dtype: torch.dtype) -> Switches:

@@ -155,8 +155,7 @@ def _serve_kept(name: str, config: Config, checkout: Path | None, stack: context
     """In the process aside: build the row of this name, on a CPU."""
     host_memory.keep_freed()
     rows = Setting(config, torch.device("cpu"), checkout).rows_here(stack)
-    step = next(row for row in rows if row.name == name).build()
-    return step
+    return next(row for row in rows if row.name == name).build()
 
 
 def measure(results: Results, setting: Setting, seconds: float) -> None:
