@@ -88,7 +88,10 @@ def run(results: Results, *, device: torch.device, minutes: float, images: Path 
     batch_size, steps = BATCH[device.type], STEPS[device.type]
     with tempfile.TemporaryDirectory() as scratch:
         folder, label = photographs(images, scratch, DRAWN_IMAGES)
-        files = files_of(folder)
+        # A list reaches what lies below its own folder.
+        link = Path(scratch) / "photographs"
+        link.symlink_to(folder.resolve())
+        files = [f"photographs/{Path(path).relative_to(folder.resolve())}" for path in files_of(folder)]
         listed = Path(scratch) / "images.txt"
         listed.write_text("\n".join(files[index % len(files)] for index in range(batch_size * steps)))
         overrides = [

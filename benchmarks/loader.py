@@ -27,8 +27,9 @@ from benchmarks.peers import AbsentError, authors, lightly, solo_learn
 from benchmarks.protocol import Results, interleave
 from fastsiam import host_memory
 from fastsiam.config import load_config
+from fastsiam.data.files import Files
 from fastsiam.data.loader import Loader, choose_backend, open_backend
-from fastsiam.data.sources import ImageSource, open_source
+from fastsiam.data.sources import ImageSource, of_files, open_source
 from fastsiam.data.views import view_specs
 from fastsiam.device import choose_device
 
@@ -149,10 +150,9 @@ def decoded_twice(case: Case, backend: str):
 
 def source_of(paths: tuple[str, ...]) -> ImageSource:
     """The files as a source; one may come several times."""
-    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
-        file.write("\n".join(paths))
-        file.flush()
-        return open_source(file.name)
+    names = np.array([os.fsencode(Path(path).resolve().relative_to("/")) for path in paths])
+    bytes_of = np.array([os.stat(path).st_size for path in paths])
+    return of_files(Files(Path("/"), names, bytes_of, np.full(len(paths), -1), ()))
 
 
 def peer(case: Case, build_loader: Callable, *more):

@@ -40,6 +40,8 @@ class DataConfig(Section):
     """Who decodes and crops. auto: DALI where it is installed, else PIL; the choice is printed."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Decoding threads (dali) or processes (pil); null: one per core, 0: in the training process (pil)."""
+    max_bad_fraction: Probability = 0.001
+    """A run stops when more than this share of the images could not be decoded; what a scan found does not count."""
     demo_seed: Annotated[int, Field(ge=0)] | None = None
     """Draw the demo images of this seed beside data.train where they are missing; null never draws."""
 
@@ -250,6 +252,7 @@ OPERATIONAL = (
     "data.train",
     "data.val",
     "data.workers",
+    "data.max_bad_fraction",
     "data.demo_seed",
     "train.max_steps",
     "train.log_every_steps",

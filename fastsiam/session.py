@@ -13,6 +13,7 @@ from fastsiam import checkpoint, collapse, host_memory, optim
 from fastsiam.announce import closing_lines, knn_text, opening_lines, schedule_line
 from fastsiam.config import Config, UserError
 from fastsiam.data.loader import build_loader, choose_backend
+from fastsiam.data.skip import SkipFile, SkipList
 from fastsiam.data.sources import open_sources
 from fastsiam.data.views import view_specs
 from fastsiam.device import (
@@ -47,7 +48,8 @@ class Session:
         self.precision = autocast(self.device, self.dtype)
         self.compiles = choose_compile(config.train.compile, self.device)
         self.source, self.val = open_sources(config, self.warn, self.say)
-        self.loader = build_loader(config, self.source, device=self.device, dtype=self.dtype)
+        self.skips = [self._skip_list(source, name) for source, name in ((self.source, "skip"), (self.val, "skip_val"))]
+        self.loader = build_loader(config, self.source, skip=self.skips[0], device=self.device, dtype=self.dtype)
         steps = config.train.epochs * self.loader.steps_per_epoch
         self.last_step = min(steps, config.train.max_steps or steps)
         self._saved = checkpoint.load_newest(self.folder.path, self.warn)
@@ -119,7 +121,9 @@ class Session:
         self._started = True
         self.folder.set_status("running", pid=os.getpid())
         if self.source is not None:
-            self.monitor = Monitor(config, self.source, self.val, self.device, self.dtype, self.precision)
+            self.monitor = Monitor(
+                config, self.source, self.val, self.device, self.dtype, self.precision, skips=self.skips
+            )
         counts = len(self.source or ()), len(self.val or ())
         for line in opening_lines(config, *counts, self.loader_text, f"run folder {self.folder.path}"):
             self.say(line)
@@ -264,6 +268,19 @@ class Session:
             return False
         return True
 
+    def _skip_list(self, source, name):
+        """Files that cannot be decoded are told, written to metrics.jsonl, and known to the run when it resumes."""
+        if source is None:
+            return None
+        file = SkipFile(self.folder.path / f"{name}.tsv", source)
+
+        def report(index, reason, count):
+            file.add(index, reason)
+            self.folder.write({"kind": "bad_file", "step": self.state.step, "message": reason, "bad_files": count})
+            self.say(f"bad file  {reason}; another image takes its place ({count} of {len(source):,})", "yellow")
+
+        return SkipList(len(source), self.config.data.max_bad_fraction, file.known(), report)
+
     @property
     def loader_text(self) -> str:
         return self.loader.backend.description if self.source is not None else "synthetic: one fixed batch"
@@ -273,6 +290,8 @@ class Session:
         self._write("collapse", **self.measures.fields())
 
     def _knn(self) -> float:
+        # Decoders and their buffers would otherwise lie beside those of the evaluation.
+        self.loader.backend.close()
         top1 = self.monitor.knn(self.method)
         self._last_knn = (self.state.step, top1)
         self._write("knn", knn_top1=top1)

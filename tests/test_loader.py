@@ -10,7 +10,7 @@ import torch
 from fastsiam.config import UserError
 from fastsiam.data import draws, loader, pil
 from fastsiam.data.loader import EvaluationLoader, Loader, LoaderError, open_backend
-from fastsiam.data.sources import BadImageError, open_source
+from fastsiam.data.sources import open_source
 from fastsiam.data.synthetic import SyntheticLoader
 from fastsiam.data.views import RECIPES
 
@@ -77,7 +77,15 @@ def test_the_graph_for_a_gpu_crops_as_pil_does(photos):
     requests = list(made._requests(0, 0, deque()))
     made.backend._requests = iter(requests)
     graph = dali.crop_graph(
-        made.backend._next_inputs, 2, SIZE, "cpu", batch_size=5, num_threads=1, device_id=None, prefetch_queue_depth=1
+        made.backend._next_inputs,
+        2,
+        SIZE,
+        "cpu",
+        False,
+        batch_size=5,
+        num_threads=1,
+        device_id=None,
+        prefetch_queue_depth=1,
     )
     graph.build()
     expected = uint8_crops(photos, "pil").view(3, 2, 5, SIZE, SIZE, 3)
@@ -95,7 +103,7 @@ def test_an_image_of_another_size_than_its_header_said_is_named(photos):
     made = make(photos, "dali", batch_size=16)
     made.source.image_sizes[:] = made.source.sizes(np.arange(16))
     made.source.image_sizes[6] += 1
-    with pytest.raises(BadImageError, match=r"decodes to \[.*\] pixels \(height, width\), but its header says"):
+    with pytest.raises(UserError, match=r"decodes to \[.*\] pixels \(height, width\), but its header says"):
         list(made.epoch(0))
 
 
@@ -165,7 +173,7 @@ def test_the_number_of_workers_changes_nothing(photos, backend, workers):
 def test_pil_decodes_each_image_once(photos, monkeypatch):
     calls = []
     real = pil.decode
-    monkeypatch.setattr(pil, "decode", lambda path: calls.append(path) or real(path))
+    monkeypatch.setattr(pil, "decode", lambda path, name: calls.append(path) or real(path, name))
     made = make(photos, "pil")
     list(made.epoch(0))
     assert sorted(calls) == sorted(made.source.path(i) for i in draws.epoch_order(0, 0, 16)[:15])
@@ -191,7 +199,7 @@ def test_a_file_that_cannot_be_decoded_is_named(photos, tmp_path, backend, conte
     bad = tmp_path / "photos/class2/10.jpg"
     data = bad.read_bytes()
     bad.write_bytes(data[: len(data) // 2] if content is None else content)
-    with pytest.raises(BadImageError, match="class2/10.jpg cannot be decoded"):
+    with pytest.raises(UserError, match="class2/10.jpg cannot be decoded"):
         list(make(tmp_path / "photos", backend, batch_size=16).epoch(0))
 
 

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 
 from fastsiam.config import UserError
+from fastsiam.data.headers import BadImageError, read_header
 from fastsiam.data.pil import decode
-from fastsiam.data.sources import BadImageError, check_labels, displayed_size, open_source
+from fastsiam.data.sources import check_labels, open_source
 
 
 def picture(path, size=(8, 6), color=(200, 30, 90)):
@@ -99,7 +100,7 @@ def test_a_header_that_cannot_be_read_names_the_file(tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"not a picture")
     with pytest.raises(BadImageError, match="bad.jpg cannot be decoded"):
-        displayed_size(bad)
+        read_header(bad)
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):

@@ -34,6 +34,7 @@ _SLOTS = {
             "blur_sigma",
             "solarize",
             "probe",
+            "replacement",
         )
     )
 }
@@ -74,6 +75,21 @@ def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """The order of an epoch: a permutation of range(num_images), int64."""
     keys = _bits(seed, epoch, np.arange(num_images), 0, _SLOTS["order"])
     return np.argsort(keys, kind="stable")
+
+
+def replace_skipped(seed: int, epoch: int, indices: np.ndarray, skipped: np.ndarray) -> np.ndarray:
+    """`indices` [n] with another image, drawn at random, in the place of each that `skipped` [N] (bool) leaves out.
+
+    The replacement depends on the epoch and the image alone, unless a draw falls on an image that is left out too:
+    then it is drawn again.
+    """
+    replaced = np.array(indices)
+    attempt = 0
+    while (rows := np.flatnonzero(skipped[replaced])).size:
+        drawn = uniform(seed, epoch, indices[rows], attempt, _SLOTS["replacement"])
+        replaced[rows] = (drawn * len(skipped)).astype(np.int64)
+        attempt += 1
+    return replaced
 
 
 def probe_indices(seed: int, num_images: int, count: int) -> np.ndarray:

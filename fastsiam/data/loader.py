@@ -16,6 +16,7 @@ import torch
 from fastsiam.config import Config, UserError
 from fastsiam.data import draws
 from fastsiam.data.augment import augment
+from fastsiam.data.skip import SkipList, UndecodableError
 from fastsiam.data.sources import ImageSource
 from fastsiam.data.views import ViewSpec, view_specs
 from fastsiam.kernels.reference import normalize, to_unit
@@ -56,10 +57,13 @@ class Backend(Protocol):
     """Decoder with its version, printed and recorded with the run."""
 
     def crops(self, requests: Iterable[CropRequest]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """For each request in turn its indices, as they went through the backend, and uint8 [V*N, S, S, 3]."""
+        """For each request in turn its indices, as they went through the backend, and uint8 [V*N, S, S, 3].
+
+        Raises `UndecodableError` for the first request with files that cannot be decoded.
+        """
 
     def close(self) -> None:
-        """Free threads, processes and memory."""
+        """Free threads, processes and memory; the next call of `crops` begins anew."""
 
 
 class Loader:
@@ -78,14 +82,17 @@ class Loader:
         batch_size: int,
         seed: int,
         dtype: torch.dtype,
+        skip: SkipList | None = None,
         rank: int = 0,
         world_size: int = 1,
     ):
+        """`skip` knows which images are left out; without one the first that cannot be decoded stops the run."""
         if batch_size % world_size:
             raise UserError(f"train.batch_size: {batch_size} does not divide over {world_size} processes")
         check_batch_size(batch_size, len(source), source.root)
         self.source, self.specs, self.backend = source, specs, backend
         self.batch_size, self.seed, self.dtype = batch_size, seed, dtype
+        self.skip = skip or SkipList(len(source), 0.0)
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = len(source) // batch_size
 
@@ -96,11 +103,9 @@ class Loader:
         """
         if cursor % self.batch_size:
             raise ValueError(f"cursor {cursor} is not at a batch of {self.batch_size}")
-        pending: deque[CropRequest] = deque()
         expected = (self.steps_per_epoch - cursor // self.batch_size) * self.batch_size // self.world_size
         delivered = 0
-        for indices, crops in self.backend.crops(self._requests(epoch, cursor, pending)):
-            check_delivery(pending, indices, crops, len(self.specs))
+        for indices, crops in self._crops(epoch, cursor):
             delivered += len(indices)
             yield Batch(self._augment(crops, epoch, indices), _labels(self.source, indices), indices)
         if delivered != expected:
@@ -109,17 +114,40 @@ class Loader:
                 f"delivered {delivered}"
             )
 
+    def _crops(self, epoch, cursor):
+        """A batch with files that cannot be decoded is asked for again without them."""
+        finished = False
+        while not finished:
+            pending: deque[CropRequest] = deque()
+            try:
+                for indices, crops in self.backend.crops(self._requests(epoch, cursor, pending)):
+                    check_delivery(pending, indices, crops, len(self.specs))
+                    cursor += self.batch_size
+                    yield indices, crops
+                finished = True
+            except UndecodableError as error:
+                self.skip.add(error.reasons)
+
     def _requests(self, epoch, cursor, pending):
         order = draws.epoch_order(self.seed, epoch, len(self.source))
         share = self.batch_size // self.world_size
         for start in range(cursor, self.steps_per_epoch * self.batch_size, self.batch_size):
             first = start + self.rank * share
-            indices = order[first : first + share]
+            indices = self._readable(epoch, order[first : first + share])
             sizes = self.source.sizes(indices)
             boxes = [draws.crop_boxes(s, self.seed, epoch, indices, v, sizes) for v, s in enumerate(self.specs)]
             request = CropRequest(indices, np.stack(boxes), sizes)
             pending.append(request)
             yield request
+
+    def _readable(self, epoch, asked):
+        """Replacements for those that are left out, and for those whose header cannot be read."""
+        while True:
+            indices = draws.replace_skipped(self.seed, epoch, asked, self.skip.mask)
+            reasons = self.source.look(indices)
+            if not reasons:
+                return indices
+            self.skip.add(reasons)
 
     def _augment(self, crops, epoch, indices):
         parts = [draws.augment_draws(s, self.seed, epoch, indices, v) for v, s in enumerate(self.specs)]
@@ -130,24 +158,45 @@ class Loader:
 
 
 class EvaluationLoader:
-    """Each image once, in the source's order: the centred crop of `crop_ratio`, resized and normalised."""
+    """Each image once, in the source's order: the centred crop of `crop_ratio`, resized and normalised.
 
-    def __init__(self, source, spec: ViewSpec, backend: Backend, *, batch_size: int, crop_ratio: float, dtype):
+    Images that cannot be decoded are left out.
+    """
+
+    def __init__(
+        self,
+        source,
+        spec: ViewSpec,
+        backend: Backend,
+        *,
+        batch_size: int,
+        crop_ratio: float,
+        dtype,
+        skip: SkipList | None = None,
+    ):
         self.source, self.spec, self.backend = source, spec, backend
         self.batch_size, self.crop_ratio, self.dtype = batch_size, crop_ratio, dtype
+        self.skip = skip or SkipList(len(source), 0.0)
 
     def batches(self, indices: np.ndarray | None = None) -> Iterator[Batch]:
         """All images, or those of `indices`; the last batch may be smaller."""
-        indices = np.arange(len(self.source)) if indices is None else indices
-        pending: deque[CropRequest] = deque()
-        delivered = 0
-        for came, crops in self.backend.crops(self._requests(indices, pending)):
-            check_delivery(pending, came, crops, 1)
-            delivered += len(came)
-            views = normalize(to_unit(crops), self.spec.mean, self.spec.std, self.dtype)
-            yield Batch(views, _labels(self.source, came), came)
-        if delivered != len(indices):
-            raise LoaderError(f"evaluation: expected {len(indices)} images, delivered {delivered}")
+        rest = np.arange(len(self.source)) if indices is None else indices
+        self.skip.add(self.source.look(rest[~self.skip.mask[rest]]))
+        finished = False
+        while not finished:
+            rest = rest[~self.skip.mask[rest]]
+            pending: deque[CropRequest] = deque()
+            try:
+                for found, crops in self.backend.crops(self._requests(rest, pending)):
+                    check_delivery(pending, found, crops, 1)
+                    rest = rest[len(found) :]
+                    views = normalize(to_unit(crops), self.spec.mean, self.spec.std, self.dtype)
+                    yield Batch(views, _labels(self.source, found), found)
+                finished = True
+            except UndecodableError as error:
+                self.skip.add(error.reasons)
+        if len(rest):
+            raise LoaderError(f"evaluation: the last {len(rest)} images were not delivered")
 
     def _requests(self, indices, pending):
         for start in range(0, len(indices), self.batch_size):
@@ -180,6 +229,7 @@ def build_loader(
     config: Config,
     source: ImageSource | None = None,
     *,
+    skip: SkipList | None = None,
     device="cpu",
     dtype=torch.float32,
     rank: int = 0,
@@ -213,12 +263,15 @@ def build_loader(
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         dtype=dtype,
+        skip=skip,
         rank=rank,
         world_size=world_size,
     )
 
 
-def build_evaluation_loader(config: Config, source: ImageSource, *, device="cpu", dtype=torch.float32):
+def build_evaluation_loader(
+    config: Config, source: ImageSource, *, skip: SkipList | None = None, device="cpu", dtype=torch.float32
+):
     """The loader of kNN and of the collapse guard: the training backend and normalisation, no augmentation."""
     name, _ = choose_backend(config.data.backend)
     batch_size = min(config.train.batch_size, len(source))
@@ -230,6 +283,7 @@ def build_evaluation_loader(config: Config, source: ImageSource, *, device="cpu"
         batch_size=batch_size,
         crop_ratio=config.evaluate.crop_ratio,
         dtype=dtype,
+        skip=skip,
     )
 
 

@@ -1,6 +1,8 @@
 """PIL decodes, torchvision crops, a DataLoader spreads the work: slow, right, and the truth for tests."""
 
+import io
 import multiprocessing
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -10,7 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from fastsiam.data.sources import BadImageError, ImageSource
+from fastsiam.data.headers import BadImageError
+from fastsiam.data.skip import UndecodableError
+from fastsiam.data.sources import ImageSource
 
 
 def open_backend(source, size, num_views, batch_size, workers, device) -> "PilBackend":
@@ -18,17 +22,25 @@ def open_backend(source, size, num_views, batch_size, workers, device) -> "PilBa
     return PilBackend(source, size, workers, device)
 
 
-def decode(path) -> Image.Image:
-    """The RGB image as displayed (EXIF orientation applied); raises `BadImageError` naming the file."""
+def decode(file: Path | bytes, name: object = None) -> Image.Image:
+    """The RGB image as displayed (EXIF orientation applied); raises `BadImageError` naming the file.
+
+    `file` is a path, or a file's bytes.
+    """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 # PIL clips 16-bit grey at 255 where every other decoder scales it.
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
             return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise BadImageError(f"{path} cannot be decoded: {error}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImageError(f"{name or file} cannot be decoded: {error}") from error
+
+
+def decode_image(source: ImageSource, index: int) -> Image.Image:
+    """Image `index` of a source; raises `BadImageError`."""
+    return decode(source.read(index) if source.packed else source.path(index), source.name(index))
 
 
 class PilBackend:
@@ -36,28 +48,33 @@ class PilBackend:
 
     def __init__(self, source: ImageSource, size: int, workers: int, device: torch.device):
         self.description = f"pil {PIL.__version__} ({workers or 'no'} workers)"
-        self._device = device
+        self._source, self._size, self._workers, self._device = source, size, workers, device
         self._requests = _Requests()
-        self._loader = DataLoader(
-            _Crops(source, size),
-            batch_sampler=self._requests,
-            num_workers=workers,
-            collate_fn=_collate,
-            # A fork would copy the locks of the decoder threads that live in this process.
-            multiprocessing_context="forkserver" if workers else None,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-        )
+        self._loader = None
 
     def crops(self, requests):
+        if self._loader is None:
+            self._loader = self._build()
         self._requests.current = requests
         for indices, crops in self._loader:
-            if isinstance(crops, str):
-                raise BadImageError(crops)
+            if isinstance(crops, dict):
+                raise UndecodableError(crops)
             yield indices.numpy(), crops.to(self._device, non_blocking=True)
 
     def close(self):
         self._loader = None
+
+    def _build(self):
+        return DataLoader(
+            _Crops(self._source, self._size),
+            batch_sampler=self._requests,
+            num_workers=self._workers,
+            collate_fn=_collate,
+            # A fork would copy the locks of the decoder threads that live in this process.
+            multiprocessing_context="forkserver" if self._workers else None,
+            persistent_workers=self._workers > 0,
+            pin_memory=self._device.type == "cuda",
+        )
 
 
 class _Requests:
@@ -78,7 +95,7 @@ class _Crops(Dataset):
         """The image's index and its crops uint8 [V, S, S, 3], or the sentence that names a bad file."""
         index, boxes = item
         try:
-            image = decode(self._source.path(index))
+            image = decode_image(self._source, index)
         except BadImageError as error:
             return index, str(error)
         size = [self._size, self._size]
@@ -88,8 +105,8 @@ class _Crops(Dataset):
 
 def _collate(samples):
     indices, crops = zip(*samples, strict=True)
-    bad = [crop for crop in crops if isinstance(crop, str)]
+    bad = {index: crop for index, crop in samples if isinstance(crop, str)}
     if bad:
-        return torch.tensor(indices), bad[0]
+        return torch.tensor(indices), bad
     views = torch.from_numpy(np.stack(crops, 1))
     return torch.tensor(indices), views.view(-1, *views.shape[2:])

@@ -1,36 +1,43 @@
-"""What images there are: a folder (labelled, nested or flat) or a text list of files."""
+"""What images there are, and where the bytes of each lie: a folder, a text list, or tar shards."""
 
 import hashlib
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from fastsiam.config import Config, UserError
 from fastsiam.data import demo
+from fastsiam.data.files import Files, files_of_folder, files_of_list
+from fastsiam.data.headers import UNKNOWN, UNREADABLE, BadImageError, read_header
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)
+_READERS = 8
 
 
-class BadImageError(UserError):
-    """A file that cannot be decoded, by name."""
+@dataclass(frozen=True)
+class Packed:
+    """Where N images lie inside tar files."""
+
+    shards: tuple[str, ...]
+    """File names below the source's root."""
+    shard: np.ndarray
+    """[N] int32: which of them."""
+    offset: np.ndarray
+    """[N] int64: of the image's first byte."""
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """N image files below one root; the order is that of the sorted relative names.
+    """N images below one root, in an order of their own that runs depend on.
 
     Names are one bytes array, not N Python objects: a list would be copied page by page into every worker.
     """
 
     root: Path
     names: np.ndarray
-    """[N] bytes ('S'): paths relative to `root`."""
+    """[N] bytes ('S'): paths relative to `root`, or names of members."""
     file_sizes: np.ndarray
     """[N] int64, bytes."""
     labels: np.ndarray
@@ -38,23 +45,56 @@ class ImageSource:
     classes: tuple[str, ...]
     """Class names by label; empty where there are no labels."""
     image_sizes: np.ndarray
-    """[N, 2] int32 heights and widths as displayed (EXIF orientation applied), 0 until read by `sizes`."""
+    """[N, 2] int32 heights and widths as displayed (EXIF orientation applied), 0 until read by `look`."""
+    kinds: np.ndarray
+    """[N] uint8, of `fastsiam.data.headers`: UNKNOWN until read by `look`."""
+    packed: Packed | None = None
+    """None where each image is a file of its own."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def path(self, index: int) -> Path:
+        """Where the image's file is, or the shard that holds it."""
+        if self.packed:
+            return self.root / self.packed.shards[self.packed.shard[index]]
         return self.root / os.fsdecode(bytes(self.names[index]))
 
-    def sizes(self, indices: np.ndarray) -> np.ndarray:
-        """Heights and widths [n, 2] int32 of some images, read from the files' headers at their first use.
+    def name(self, index: int) -> str:
+        """For people: path of the file, or of the shard and the member in it."""
+        return f"{self.path(index)}/{os.fsdecode(bytes(self.names[index]))}" if self.packed else str(self.path(index))
 
-        Raises `BadImageError` naming a file whose header cannot be read.
-        """
-        missing = np.unique(indices[self.image_sizes[indices, 0] == 0])
+    def read(self, index: int) -> bytes:
+        """The image's encoded bytes; raises `BadImageError` where they cannot be read."""
+        try:
+            with open(self.path(index), "rb") as file:
+                if not self.packed:
+                    return file.read()
+                data = os.pread(file.fileno(), self.file_sizes[index], self.packed.offset[index])
+        except OSError as error:
+            raise BadImageError(f"{self.name(index)} cannot be read: {error}") from error
+        if len(data) != self.file_sizes[index]:
+            raise BadImageError(f"{self.name(index)} cannot be read: the shard ends after {len(data)} bytes of it")
+        return data
+
+    def look(self, indices: np.ndarray) -> dict[int, str]:
+        """Read the headers of those images that nobody has looked at; returns why some cannot be read, by index."""
+        missing = np.unique(indices[self.kinds[indices] == UNKNOWN])
+        reasons = {}
         if len(missing):
-            with ThreadPoolExecutor(min(8, len(missing))) as pool:
-                self.image_sizes[missing] = list(pool.map(lambda i: displayed_size(self.path(i)), missing))
+            with ThreadPoolExecutor(min(_READERS, len(missing))) as pool:
+                found = list(pool.map(self._header, missing.tolist()))
+            for index, header in zip(missing.tolist(), found, strict=True):
+                if isinstance(header, str):
+                    reasons[index] = header
+                    self.kinds[index] = UNREADABLE
+                else:
+                    self.image_sizes[index], self.kinds[index] = header[:2], header.kind
+        return reasons
+
+    def sizes(self, indices: np.ndarray) -> np.ndarray:
+        """Heights and widths [n, 2] int32 of some images, 0 where the header cannot be read."""
+        self.look(indices)
         return self.image_sizes[indices]
 
     def fingerprint(self) -> str:
@@ -63,19 +103,31 @@ class ImageSource:
         digest.update(self.file_sizes.astype("<i8").tobytes())
         return digest.hexdigest()[:16]
 
+    def _header(self, index):
+        try:
+            return read_header(self.read(index) if self.packed else self.path(index), self.name(index))
+        except BadImageError as error:
+            return str(error)
+
 
 def open_source(location: str, key: str = "data.train") -> ImageSource:
     """The images at `location`, a folder or a text list; `key` is the config key that errors name."""
     path = Path(location)
     if path.is_dir():
-        return _from_folder(path, key)
+        return of_files(files_of_folder(path, key))
     if path.is_file():
-        return _from_list(path, key)
+        return of_files(files_of_list(path, key))
     raise UserError(
         f"{key}: there is no {location}; expected {location}/CLASS/IMAGE.jpg (one folder a class, as ImageNet is "
         f"usually unpacked); set {key}=PATH to your images: any folder of them, nested or flat, with labels or "
         "without, or a text file with a path a line"
     )
+
+
+def of_files(files: Files) -> ImageSource:
+    """A source of files that nobody has looked at yet."""
+    count = len(files.names)
+    return ImageSource(**files._asdict(), image_sizes=np.zeros((count, 2), np.int32), kinds=np.zeros(count, np.uint8))
 
 
 def open_sources(config: Config, warn, say) -> "tuple[ImageSource | None, ImageSource | None]":
@@ -130,92 +182,3 @@ def check_labels(train: ImageSource, val: ImageSource) -> None:
             f"data.val: {len(unknown)} of its {len(val.classes)} classes are not in data.train, for example "
             f"{unknown[0]}; set data.val to images of the same classes, or data.val=null"
         )
-
-
-def displayed_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image as displayed, from its header; raises `BadImageError`."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            # Only an EXIF block can turn the image, and parsing one costs more than the rest of the header.
-            turned = "exif" in image.info and image.getexif().get(_ORIENTATION) in _TRANSPOSED
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise BadImageError(f"{path} cannot be decoded: {error}") from error
-    return (width, height) if turned else (height, width)
-
-
-def _from_folder(root: Path, key: str) -> ImageSource:
-    found = sorted(_walk(root))
-    if not found:
-        raise UserError(f"{key}: no images under {root}: {_what_is_there(root)}; looked for {' '.join(EXTENSIONS)}")
-    firsts = [name.partition("/")[0] if "/" in name else None for name, _ in found]
-    classes = tuple(sorted(set(firsts))) if None not in firsts else ()
-    if len(classes) < 2:
-        classes = ()
-    number = {name: label for label, name in enumerate(classes)}
-    return _source(root, found, [number.get(first, -1) for first in firsts], classes)
-
-
-def _from_list(path: Path, key: str) -> ImageSource:
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{key}: {path} is neither a folder nor a text file with a path a line") from None
-    if not lines:
-        raise UserError(f"{key}: the list {path} is empty")
-    entries = [line.partition("\t") for line in lines]
-    names = [name.strip() for name, _, _ in entries]
-    given = [label.strip() for _, _, label in entries]
-    if any(given) and not all(given):
-        line = given.index("") + 1
-        raise UserError(f"{key}: in {path} some lines have a label after a tab, but entry {line} has none")
-    classes = tuple(sorted(set(given))) if all(given) else ()
-    number = {name: label for label, name in enumerate(classes)}
-    found = []
-    for name in names:
-        try:
-            found.append((name, (path.parent / name).stat().st_size))
-        except OSError:
-            raise UserError(f"{key}: {path} lists {name}, but there is no {path.parent / name}") from None
-    return _source(path.parent, found, [number.get(label, -1) for label in given], classes)
-
-
-def _source(root, found, labels, classes):
-    names, file_sizes = zip(*found, strict=True)
-    return ImageSource(
-        root=root,
-        names=np.array([os.fsencode(name) for name in names]),
-        file_sizes=np.array(file_sizes, np.int64),
-        labels=np.array(labels, np.int64),
-        classes=classes,
-        image_sizes=np.zeros((len(names), 2), np.int32),
-    )
-
-
-def _walk(root: Path) -> Iterator[tuple[str, int]]:
-    """Relative names and sizes of the image files below `root`, following links but no loop; hidden ones not."""
-    seen = set()
-    stack = [""]
-    while stack:
-        folder = stack.pop()
-        status = os.stat(os.path.join(root, folder))
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir():
-                    stack.append(name)
-                elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
-                    yield name, entry.stat().st_size
-
-
-def _what_is_there(root: Path) -> str:
-    names = sorted(os.listdir(root))
-    if not names:
-        return "the folder is empty"
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"it holds {len(names)} {'entry' if len(names) == 1 else 'entries'} ({shown})"

@@ -22,12 +22,13 @@ PIXEL_SIDE = 32
 class Monitor:
     """Measures a method on fixed images; leaves it in training mode."""
 
-    def __init__(self, config: Config, train: ImageSource, val: ImageSource | None, device, dtype, precision):
+    def __init__(self, config: Config, train: ImageSource, val: ImageSource | None, device, dtype, precision, skips):
+        """`skips`: a `SkipList` for the images of `train` and one for those of `val`."""
         self._config, self._precision = config, precision
-        self._train = build_evaluation_loader(config, train, device=device, dtype=dtype)
+        self._train = build_evaluation_loader(config, train, skip=skips[0], device=device, dtype=dtype)
         self._val = None
         if val is not None:
-            self._val = build_evaluation_loader(config, val, device=device, dtype=dtype)
+            self._val = build_evaluation_loader(config, val, skip=skips[1], device=device, dtype=dtype)
             self._val_label = torch.tensor([train.classes.index(name) for name in val.classes])
         self._probe_indices = draws.probe_indices(config.train.seed, len(train), PROBE_IMAGES)
         self._probe = None
@@ -72,6 +73,7 @@ class Monitor:
         return measure(torch.cat(parts))
 
     def close(self) -> None:
+        """Free the decoders; the next measurement begins with new ones."""
         self._train.backend.close()
         if self._val:
             self._val.backend.close()
@@ -80,6 +82,7 @@ class Monitor:
         settings = self._config.evaluate
         bank, bank_labels = extract(encoder, self._train.batches(), self._precision)
         queries, query_labels = extract(encoder, self._val.batches(), self._precision)
+        self.close()
         return knn_accuracy(
             bank,
             bank_labels,
