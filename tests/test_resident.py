@@ -66,6 +66,14 @@ def crops_of(source, backend, size):
     ]
 
 
+def differences(folder, store_size, size):
+    """Crops out of a store less those of PIL, [V, crops, S, S, 3]."""
+    source = open_source(str(folder))
+    both = (open_resident(source, store_size, size), open_backend("pil", source, size, 2, 4, 0, CPU))
+    ours, theirs = (torch.cat([crops for _, crops in crops_of(source, one, size)], 1).float() for one in both)
+    return ours - theirs
+
+
 @pytest.mark.parametrize("size", [24, 32, 40])
 def test_images_stored_at_their_own_size_are_cropped_as_the_decoded_files_are(tiles, size):
     source = open_source(str(tiles))
@@ -82,20 +90,25 @@ def test_images_stored_at_their_own_size_are_cropped_as_the_decoded_files_are(ti
 
 
 def test_images_stored_smaller_are_cropped_nearly_as_pil_does(tmp_path, photos):
-    """ImageNet photographs at 160 px, views of 96 px: 1.8 of 255 on average; drawn ones, which are smooth, 0.6."""
-    root, bound = (SAMPLE, 3.0) if SAMPLE.is_dir() else (photos, 1.5)
+    """Of ImageNet photographs at 160 px views of 96 px are 2.0 of 255 off PIL's on average, the worst crop 4.6."""
+    root = SAMPLE if SAMPLE.is_dir() else photos
     names = sorted(str(path) for path in root.rglob("*.*") if path.suffix.lower() in (".jpg", ".jpeg"))[:12]
     for number, name in enumerate(names):
         shutil.copy(name, tmp_path / f"{number:02d}.jpg")
-    source = open_source(str(tmp_path))
-    pairs = zip(
-        crops_of(source, open_resident(source, 160, 96), 96),
-        crops_of(source, open_backend("pil", source, 96, 2, 4, 0, CPU), 96),
-        strict=True,
-    )
-    differences = [(ours.float() - theirs.float()).abs() for (_, ours), (_, theirs) in pairs]
-    assert torch.stack(differences).mean() < bound
-    assert torch.stack(differences).mean((2, 3, 4)).max() < 3 * bound
+    off = differences(tmp_path, 160, 96)
+    assert off.abs().mean() < 3
+    assert off.abs().mean((2, 3, 4)).max() < 7
+
+
+def test_the_store_keeps_the_geometry(tmp_path):
+    """Ramps, which lose nothing: a crop shifted by a tenth of a pixel of the store would be off by 0.3 levels."""
+    rows, columns = np.mgrid[:240, :400]
+    ramps = np.stack([rows * 255 / 239, columns * 255 / 399, 255 - rows * 255 / 239], 2)
+    for number in range(8):
+        Image.fromarray(ramps.round().astype(np.uint8)).save(tmp_path / f"{number}.png")
+    off = differences(tmp_path, 80, 40)
+    assert off.mean((2, 3)).abs().max() < 0.3
+    assert off.abs().max() <= 2
 
 
 def test_boxes_are_scaled_each_way():
@@ -196,7 +209,9 @@ def test_files_that_cannot_be_decoded_are_named_when_they_are_asked_for(photos, 
         said = []
         skip = SkipList(16, 0.2, report=lambda index, reason, count, said=said: said.append((index, reason)))
         made = Loader(source, (SPEC, SPEC), backend, batch_size=4, seed=0, dtype=torch.float32, skip=skip)
-        delivered = np.concatenate([batch.indices for batch in made.epoch(0)])
+        # No box is drawn for an image without a size.
+        with np.errstate(invalid="raise", divide="raise"):
+            delivered = np.concatenate([batch.indices for batch in made.epoch(0)])
         assert len(delivered) == 16
         assert not np.isin(delivered, bad).any()
         assert sorted(index for index, _ in said) == bad

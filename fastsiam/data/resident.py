@@ -1,7 +1,9 @@
 """The whole data set in memory, decoded once: crops by one kernel, with no worker and no file after the first start.
 
 An image is stored squashed to a square. A crop's box maps into it linearly, and a crop is resized to a square anyway,
-so its geometry is that of a crop of the original; what the original had beyond the store's pixels is lost.
+so its geometry is that of a crop of the original; what the original had beyond the store's pixels is lost: views of
+160 px out of ImageNet photographs stored at 160 px are 3.8 of 255 off those of the files on average, and nothing is
+where images are stored at their own size.
 """
 
 from pathlib import Path
