@@ -75,6 +75,9 @@ def test_crops_that_are_wrong_are_not_timed():
     crop.check("rounding", CASE, few, expected)
     with pytest.raises(RuntimeError, match="crop: half at .* is off by up to 4 levels and by 4 on average"):
         crop.check("half", CASE, expected // 2, expected)
+    few[0, 0, 0] += 2
+    with pytest.raises(RuntimeError, match="crop: spots at .* is off by up to 3 levels"):
+        crop.check("spots", CASE, few, expected)
     with pytest.raises(RuntimeError, match="off by up to 1 levels and by 1 on average"):
         crop.check("brighter", CASE, expected + 1, expected)
 
