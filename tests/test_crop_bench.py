@@ -69,7 +69,7 @@ def test_the_variants_are_the_kernel_and_the_reference(monkeypatch):
 
 
 def test_crops_that_are_wrong_are_not_timed():
-    expected = torch.full((2, 10, 10, 3), 7, dtype=torch.uint8)
+    expected = torch.full((2, 40, 40, 3), 7, dtype=torch.uint8)
     few = expected.clone()
     few[0, 0, :2] += 1
     crop.check("rounding", CASE, few, expected)

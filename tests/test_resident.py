@@ -242,6 +242,15 @@ def test_what_does_not_fit_is_refused_with_the_size_that_would(photos, decoded, 
         open_resident(source, 13)
 
 
+def test_a_store_that_nobody_can_reach_takes_no_room(photos, decoded, monkeypatch):
+    source = open_source(str(photos))
+    monkeypatch.setattr(resident, "free_bytes", lambda device: 100_000)
+    run = [open_resident(source, 40)]
+    run.append(run)
+    del run
+    assert open_resident(source, 20)
+
+
 def test_free_memory_is_what_the_kernel_says_is_available():
     with open("/proc/meminfo") as file:
         total = int(file.readline().split()[1]) * 1024

@@ -6,6 +6,7 @@ so its geometry is that of a crop of the original; what the original had beyond 
 where images are stored at their own size.
 """
 
+import gc
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -64,6 +65,10 @@ class Store:
         return images
 
     def _check_memory(self):
+        # The store of a run that has ended: its objects refer to each other, and torch keeps what they free.
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         others = [store for store in _stores.values() if store.device == self.device and store._images is None]
         room = int((free_bytes(self.device) - sum(store.cache.bytes for store in others)) * (1 - HEAD_ROOM))
         if self.cache.bytes > room:
