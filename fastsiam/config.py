@@ -36,8 +36,11 @@ class DataConfig(Section):
     """Folder of images (labelled `class/x.jpg`, nested or flat) or a text list of files; null for synthetic."""
     val: str | None = None
     """Labelled images for kNN; null trains without."""
-    backend: Literal["auto", "dali", "pil", "synthetic"] = "auto"
-    """Who decodes and crops. auto: DALI where it is installed, else PIL; the choice is printed."""
+    backend: Literal["auto", "dali", "pil", "resident", "synthetic"] = "auto"
+    """Who decodes and crops. auto: DALI where it is installed, else PIL; the choice is printed. resident: all images
+    lie decoded in the memory of the compute device."""
+    store_size: PositiveInt | None = None
+    """Side in pixels of the squares that resident stores the images as: 3 * store_size^2 bytes an image."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Decoding threads (dali) or processes (pil); null: one per core, 0: in the training process (pil)."""
     max_bad_fraction: Probability = 0.001
@@ -223,6 +226,11 @@ class Config(Section):
     def needs_data(self):
         if self.data.train is None and self.data.backend != "synthetic":
             raise ValueError("data.train: null is for data.backend=synthetic; give a folder or a list of files")
+        if self.data.backend == "resident" and self.data.store_size is None:
+            raise ValueError(
+                "data.store_size: null, but data.backend=resident stores images at a size in pixels; set "
+                f"data.store_size={self.views.size} (the views' own) or more"
+            )
         return self
 
     @property

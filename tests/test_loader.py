@@ -16,14 +16,17 @@ from fastsiam.data.views import RECIPES
 
 SIZE = 24
 SPEC = dataclasses.replace(RECIPES["simsiam"], size=SIZE)
-BACKENDS = ("dali", "pil")
+BACKENDS = ("dali", "pil", "resident")
+# At least the longest side of the photos: a store of this size loses nothing but to rounding.
+STORE = 200
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("resident_cache")
 
 
 def make(photos, backend, *, batch_size=5, workers=None, dtype=torch.float32, rank=0, world_size=1, spec=SPEC, seed=0):
     source = open_source(str(photos))
-    workers = (1 if backend == "dali" else 0) if workers is None else workers
-    opened = open_backend(backend, source, spec.size, 2, batch_size // world_size, workers, CPU)
+    workers = (0 if backend == "pil" else 1) if workers is None else workers
+    opened = open_backend(backend, source, spec.size, 2, batch_size // world_size, workers, CPU, STORE)
     return Loader(
         source, (spec, spec), opened, batch_size=batch_size, seed=seed, dtype=dtype, rank=rank, world_size=world_size
     )
@@ -242,7 +245,7 @@ def test_a_batch_larger_than_the_data_is_refused_with_advice(photos):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_evaluation_gives_each_image_once_in_order_centred_and_plain(photos, backend):
     source = open_source(str(photos))
-    opened = open_backend(backend, source, SIZE, 1, 6, 1 if backend == "dali" else 0, CPU)
+    opened = open_backend(backend, source, SIZE, 1, 6, 0 if backend == "pil" else 1, CPU, STORE)
     made = EvaluationLoader(source, SPEC, opened, batch_size=6, crop_ratio=0.875, dtype=torch.float32)
     for _ in range(2):
         batches = list(made.batches())

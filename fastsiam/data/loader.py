@@ -254,7 +254,14 @@ def build_loader(
 
         source = open_source(config.data.train)
     backend = open_backend(
-        name, source, config.views.size, len(specs), config.train.batch_size // world_size, config.data.workers, device
+        name,
+        source,
+        config.views.size,
+        len(specs),
+        config.train.batch_size // world_size,
+        config.data.workers,
+        device,
+        config.data.store_size,
     )
     return Loader(
         source,
@@ -275,7 +282,8 @@ def build_evaluation_loader(
     """The loader of kNN and of the collapse guard: the training backend and normalisation, no augmentation."""
     name, _ = choose_backend(config.data.backend)
     batch_size = min(config.train.batch_size, len(source))
-    backend = open_backend(name, source, config.views.size, 1, batch_size, config.data.workers, torch.device(device))
+    data, device = config.data, torch.device(device)
+    backend = open_backend(name, source, config.views.size, 1, batch_size, data.workers, device, data.store_size)
     return EvaluationLoader(
         source,
         view_specs(config.views)[0],
@@ -287,10 +295,20 @@ def build_evaluation_loader(
     )
 
 
-def open_backend(name: str, source, size: int, num_views: int, batch_size: int, workers: int | None, device) -> Backend:
-    """One backend by its config name, `dali` or `pil`."""
+def open_backend(
+    name: str,
+    source: ImageSource,
+    size: int,
+    num_views: int,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    store_size: int | None = None,
+) -> Backend:
+    """One backend by its config name, `dali`, `pil` or `resident`, which alone has use for a `store_size`."""
     module = import_module(f"fastsiam.data.{name}")
-    return module.open_backend(source, size, num_views, batch_size, workers, device)
+    more = (store_size,) if name == "resident" else ()
+    return module.open_backend(source, size, num_views, batch_size, workers, device, *more)
 
 
 def choose_backend(asked: str) -> tuple[str, str]:
