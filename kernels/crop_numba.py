@@ -48,7 +48,7 @@ def _crop_all(addresses, sizes, boxes, out):
     for crop in numba.prange(len(boxes)):
         image = crop % len(addresses)
         shape = (sizes[image, 0], 3 * sizes[image, 1])
-        _crop(numba.carray(_pointer(addresses[image]), shape, dtype=np.uint8), boxes[crop], out[crop])
+        crop_into(numba.carray(_pointer(addresses[image]), shape, dtype=np.uint8), boxes[crop], out[crop])
 
 
 @intrinsic
@@ -60,7 +60,8 @@ def _pointer(typing_context, address):
 
 
 @numba.njit(**JIT)
-def _crop(image, box, out):
+def crop_into(image, box, out):
+    """One crop, called from compiled code: `image` uint8 [H, 3W], `box` [4] inside it, `out` uint8 [S, 3S]."""
     size, width = out.shape[0], image.shape[1] // 3
     row_start, row_taps, row_weights = _filter(box[0], box[2], image.shape[0], size)
     start, taps, weights = _filter(box[1], box[3], width, size)

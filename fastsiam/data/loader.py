@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, util
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from fastsiam.config import Config, UserError
 from fastsiam.data import draws
 from fastsiam.data.augment import augment
+from fastsiam.data.beton import is_beton
 from fastsiam.data.skip import SkipList, UndecodableError
 from fastsiam.data.sources import ImageSource
 from fastsiam.data.views import ViewSpec, view_specs
@@ -242,7 +244,7 @@ def build_loader(
     """
     device = torch.device(device)
     specs = view_specs(config.views)
-    name, _ = choose_backend(config.data.backend)
+    name, _ = choose_backend(config.data.backend, config.data.train)
     if name == "synthetic":
         from fastsiam.data.synthetic import SyntheticLoader
 
@@ -280,7 +282,7 @@ def build_evaluation_loader(
     config: Config, source: ImageSource, *, skip: SkipList | None = None, device="cpu", dtype=torch.float32
 ):
     """The loader of kNN and of the collapse guard: the training backend and normalisation, no augmentation."""
-    name, _ = choose_backend(config.data.backend)
+    name, _ = choose_backend(config.data.backend, source.root)
     batch_size = min(config.train.batch_size, len(source))
     data, device = config.data, torch.device(device)
     backend = open_backend(name, source, config.views.size, 1, batch_size, data.workers, device, data.store_size)
@@ -305,14 +307,19 @@ def open_backend(
     device: torch.device,
     store_size: int | None = None,
 ) -> Backend:
-    """One backend by its config name, `dali`, `pil` or `resident`, which alone has use for a `store_size`."""
+    """One backend by its config name, `dali`, `pil`, `ffcv` or `resident`, which alone has use for a `store_size`."""
     module = import_module(f"fastsiam.data.{name}")
     more = (store_size,) if name == "resident" else ()
     return module.open_backend(source, size, num_views, batch_size, workers, device, *more)
 
 
-def choose_backend(asked: str) -> tuple[str, str]:
-    """The backend that `data.backend` leads to, and the reason in words."""
+def choose_backend(asked: str, location: str | Path | None = None) -> tuple[str, str]:
+    """The backend that `data.backend` leads to for the images at `location`, and the reason in words."""
+    if asked == "ffcv" or (asked == "auto" and is_beton(location)):
+        if util.find_spec("ffcv") is None:
+            # Says what to install.
+            import_module("fastsiam.data.ffcv_library")
+        return "ffcv", "asked for" if asked == "ffcv" else "auto: a .beton"
     if asked != "auto":
         if asked == "dali" and not dali_installed():
             raise ImportError(
