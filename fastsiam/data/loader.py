@@ -126,6 +126,7 @@ class Loader:
                     yield indices, crops
                 finished = True
             except UndecodableError as error:
+                self.source.forget(error.reasons)
                 self.skip.add(error.reasons)
 
     def _requests(self, epoch, cursor, pending):
@@ -194,6 +195,7 @@ class EvaluationLoader:
                     yield Batch(views, _labels(self.source, found), found)
                 finished = True
             except UndecodableError as error:
+                self.source.forget(error.reasons)
                 self.skip.add(error.reasons)
         if len(rest):
             raise LoaderError(f"evaluation: the last {len(rest)} images were not delivered")

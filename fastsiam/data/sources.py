@@ -1,7 +1,7 @@
 """What images there are, and where the bytes of each lie: a folder, a text list, or tar shards."""
 
-import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,22 +10,11 @@ import numpy as np
 
 from fastsiam.config import Config, UserError
 from fastsiam.data import demo
-from fastsiam.data.files import Files, files_of_folder, files_of_list
+from fastsiam.data.files import Files, Packed, files_of_list, fingerprint
 from fastsiam.data.headers import UNKNOWN, UNREADABLE, BadImageError, read_header
+from fastsiam.data.index import Index, open_folder, unread
 
 _READERS = 8
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Where N images lie inside tar files."""
-
-    shards: tuple[str, ...]
-    """File names below the source's root."""
-    shard: np.ndarray
-    """[N] int32: which of them."""
-    offset: np.ndarray
-    """[N] int64: of the image's first byte."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +39,10 @@ class ImageSource:
     """[N] uint8, of `fastsiam.data.headers`: UNKNOWN until read by `look`."""
     packed: Packed | None = None
     """None where each image is a file of its own."""
+    cached_kinds: np.ndarray | None = None
+    """`kinds` in the index cache, where `look` writes too; a file that cannot be read is looked at again next time."""
+    known_fingerprint: str | None = None
+    """From the index; None: `fingerprint` computes it."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -90,7 +83,14 @@ class ImageSource:
                     self.kinds[index] = UNREADABLE
                 else:
                     self.image_sizes[index], self.kinds[index] = header[:2], header.kind
+                    if self.cached_kinds is not None:
+                        self.cached_kinds[index] = header.kind
         return reasons
+
+    def forget(self, indices: Iterable[int]) -> None:
+        """Do not trust the cache for these images, which were not as their headers said: the next start looks again."""
+        if self.cached_kinds is not None:
+            self.cached_kinds[list(indices)] = UNKNOWN
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
         """Heights and widths [n, 2] int32 of some images, 0 where the header cannot be read."""
@@ -99,9 +99,7 @@ class ImageSource:
 
     def fingerprint(self) -> str:
         """Hash of relative names and file sizes: the same data under another root has the same one."""
-        digest = hashlib.sha256(self.names.tobytes())
-        digest.update(self.file_sizes.astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
+        return self.known_fingerprint or fingerprint(self.names, self.file_sizes)
 
     def _header(self, index):
         try:
@@ -111,23 +109,33 @@ class ImageSource:
 
 
 def open_source(location: str, key: str = "data.train") -> ImageSource:
-    """The images at `location`, a folder or a text list; `key` is the config key that errors name."""
+    """The images at `location`: a folder of files or of tar shards, or a text list; `key`: the config key of errors."""
     path = Path(location)
     if path.is_dir():
-        return of_files(files_of_folder(path, key))
+        return _of_index(open_folder(path, key))
     if path.is_file():
         return of_files(files_of_list(path, key))
+    advice = f"set {key}=PATH to" if "." in key else "give the path of"
     raise UserError(
         f"{key}: there is no {location}; expected {location}/CLASS/IMAGE.jpg (one folder a class, as ImageNet is "
-        f"usually unpacked); set {key}=PATH to your images: any folder of them, nested or flat, with labels or "
-        "without, or a text file with a path a line"
+        f"usually unpacked); {advice} your images: any folder of them, nested or flat, with labels or "
+        "without, a folder of tar shards, or a text file with a path a line"
     )
 
 
 def of_files(files: Files) -> ImageSource:
     """A source of files that nobody has looked at yet."""
-    count = len(files.names)
-    return ImageSource(**files._asdict(), image_sizes=np.zeros((count, 2), np.int32), kinds=np.zeros(count, np.uint8))
+    return _of_index(unread(files))
+
+
+def _of_index(index: Index) -> ImageSource:
+    return ImageSource(
+        **index.files._asdict(),
+        image_sizes=index.image_sizes,
+        kinds=index.kinds,
+        cached_kinds=index.cached_kinds,
+        known_fingerprint=index.fingerprint,
+    )
 
 
 def open_sources(config: Config, warn, say) -> "tuple[ImageSource | None, ImageSource | None]":
