@@ -33,7 +33,7 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     train: str | None
-    """Folder of images (labelled `class/x.jpg`, nested or flat) or a text list of files; null for synthetic."""
+    """Folder of images (labelled `class/x.jpg`, nested or flat) or tar shards, or a text list; null for synthetic."""
     val: str | None = None
     """Labelled images for kNN; null trains without."""
     backend: Literal["auto", "dali", "pil", "synthetic"] = "auto"
@@ -42,6 +42,8 @@ class DataConfig(Section):
     """Decoding threads (dali) or processes (pil); null: one per core, 0: in the training process (pil)."""
     max_bad_fraction: Probability = 0.001
     """A run stops when more than this share of the images could not be decoded; what a scan found does not count."""
+    manifest: str | None = None
+    """What a scan has found in data.train, if it was written elsewhere than the index cache, where it is looked for."""
     demo_seed: Annotated[int, Field(ge=0)] | None = None
     """Draw the demo images of this seed beside data.train where they are missing; null never draws."""
 
@@ -253,6 +255,7 @@ OPERATIONAL = (
     "data.val",
     "data.workers",
     "data.max_bad_fraction",
+    "data.manifest",
     "data.demo_seed",
     "train.max_steps",
     "train.log_every_steps",

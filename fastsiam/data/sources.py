@@ -3,16 +3,16 @@
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from fastsiam.config import Config, UserError
-from fastsiam.data import demo
+from fastsiam.data import demo, manifest
 from fastsiam.data.files import Files, Packed, files_of_list, fingerprint
 from fastsiam.data.headers import UNKNOWN, UNREADABLE, BadImageError, read_header
-from fastsiam.data.index import Index, open_folder, unread
+from fastsiam.data.index import Index, cache_folder, open_folder, unread
 
 _READERS = 8
 
@@ -43,6 +43,8 @@ class ImageSource:
     """`kinds` in the index cache, where `look` writes too; a file that cannot be read is looked at again next time."""
     known_fingerprint: str | None = None
     """From the index; None: `fingerprint` computes it."""
+    left_out: str = ""
+    """How many images a scan leaves out, why, and by which manifest; empty for none."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -108,8 +110,22 @@ class ImageSource:
             return str(error)
 
 
-def open_source(location: str, key: str = "data.train") -> ImageSource:
-    """The images at `location`: a folder of files or of tar shards, or a text list; `key`: the config key of errors."""
+def open_source(location: str, key: str = "data.train", scanned: str | None = None) -> ImageSource:
+    """The images at `location`: a folder of files or of tar shards, or a text list; `key` is the config key of errors.
+
+    `scanned`: the manifest of a scan; without one, that in the index cache, if there is one. Images that it leaves out
+    are UNREADABLE or UNWANTED.
+    """
+    source = open_unscanned(location, key)
+    path = Path(scanned) if scanned is not None else manifest.default_path(cache_folder(Path(location)))
+    if scanned is None and not path.exists():
+        return source
+    left_out = manifest.apply(path, source, "data.manifest" if scanned is not None else key)
+    return replace(source, left_out=left_out)
+
+
+def open_unscanned(location: str, key: str) -> ImageSource:
+    """All images at `location`, whatever a scan has found."""
     path = Path(location)
     if path.is_dir():
         return _of_index(open_folder(path, key))
@@ -149,7 +165,7 @@ def open_sources(config: Config, warn, say) -> "tuple[ImageSource | None, ImageS
         return None, None
     if data.demo_seed is not None:
         draw_missing_demo(config, say)
-    train = open_source(data.train)
+    train = open_source(data.train, scanned=data.manifest)
     if data.val is None:
         return train, None
     if not Path(data.val).exists():
