@@ -1,9 +1,10 @@
-"""python -m fastsiam.prepare {demo,pack,scan}: make data sets that training reads, and check them."""
+"""python -m fastsiam.prepare {demo,pack,scan,cifar10}: make data sets that training reads, and check them."""
 
 import argparse
 import contextlib
 import os
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastsiam.config import UserError
-from fastsiam.data import demo, manifest, pack
+from fastsiam.data import cifar10, demo, manifest, pack
 from fastsiam.data.index import cache_folder
 from fastsiam.data.sources import open_source, open_unscanned
 
@@ -23,7 +24,7 @@ _SHOWN = 50
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastsiam.prepare", description="Make data sets, and check them.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for add in (_add_demo, _add_pack, _add_scan):
+    for add in (_add_demo, _add_pack, _add_scan, _add_cifar10):
         add(commands)
     arguments = parser.parse_args(argv)
     try:
@@ -128,6 +129,33 @@ def _print_verdicts(rows):
         print(f"{row.verdict}\t{os.fsdecode(row.name)}")
     if len(out) > _SHOWN:
         print(f"and {len(out) - _SHOWN:,} more in the manifest")
+
+
+def _add_cifar10(commands):
+    command = commands.add_parser(
+        "cifar10",
+        help="CIFAR-10 as folders of images",
+        description=f"Write OUT/train/CLASS/ and OUT/val/CLASS/ from {cifar10.ARCHIVE}, its folder {cifar10.FOLDER} "
+        "(as PNG, which loses nothing), or a folder or tar of images {train,test}/CLASS/IMAGE.jpg (their bytes as they "
+        "are). Without SRC torchvision downloads the archive.",
+    )
+    command.add_argument("source", metavar="SRC", type=Path, nargs="?")
+    command.add_argument(
+        "out", metavar="OUT", type=Path, help="a new folder; r18_cifar10_800ep.yaml reads data/cifar10"
+    )
+    command.set_defaults(run=_cifar10)
+
+
+def _cifar10(arguments):
+    def warn(sentence):
+        print(f"warning: {sentence}", file=sys.stderr)
+
+    with contextlib.ExitStack() as stack:
+        source = arguments.source
+        if source is None:
+            source = cifar10.download(Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        counts = cifar10.convert(source, arguments.out, warn, stack.enter_context(_progress("writing")))
+    print(f"{arguments.out} holds {counts['train']:,} images in train and {counts['val']:,} in val")
 
 
 @contextlib.contextmanager
