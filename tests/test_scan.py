@@ -2,6 +2,8 @@
 
 import io
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -85,6 +87,22 @@ def test_each_file_gets_its_verdict(folder):
     assert {row.verdict for row in rows} == set(manifest.VERDICTS) - {"unreadable"}
     assert [row.file_size for row in rows] == [len(data) for data, *_ in files().values()]
     assert manifest.read_rows(manifest.default_path(cache_folder(folder))) == rows
+
+
+def test_a_file_of_16_bits_a_colour_is_told_from_one_of_8(tmp_path):
+    """Pillow's mode is RGB for both, and it writes only the one of 8: this one is put together by hand."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    for bits in (8, 16):
+        rows = np.random.default_rng(0).integers(0, 256, (4, 4 * 3 * bits // 8), np.uint8)
+        data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+        head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, bits, 2, 0, 0, 0))
+        png = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+        (tmp_path / f"{bits:02d}.png").write_bytes(png)
+    rows = scan.scan(open_source(str(tmp_path)), tmp_path / "found.tsv", workers=0)
+    assert [(row.verdict, row.kind) for row in rows] == [("ok", PLAIN), ("16-bit", PLAIN)]
 
 
 def test_worker_processes_find_the_same(folder):
