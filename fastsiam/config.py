@@ -33,8 +33,7 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     train: str | None
-    """Folder of images (labelled `class/x.jpg`, nested or flat) or of tar shards, text list of files, or .beton; null:
-    synthetic."""
+    """Folder of images (labelled `class/x.jpg`, nested or flat) or tar shards, text list, .beton; null: synthetic."""
     val: str | None = None
     """Labelled images for kNN; null trains without."""
     backend: Literal["auto", "dali", "pil", "ffcv", "resident", "synthetic"] = "auto"
