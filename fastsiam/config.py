@@ -38,6 +38,8 @@ class DataConfig(Section):
     """Labelled images for kNN; null trains without."""
     backend: Literal["auto", "dali", "pil", "synthetic"] = "auto"
     """Who decodes and crops. auto: DALI where it is installed, else PIL; the choice is printed."""
+    augment: Literal["fastsiam", "dali"] = "fastsiam"
+    """dali: DALI's own operators in its own order make the views, with our draws; needs data.backend=dali."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Decoding threads (dali) or processes (pil); null: one per core, 0: in the training process (pil)."""
     max_bad_fraction: Probability = 0.001
@@ -223,6 +225,15 @@ class Config(Section):
     def needs_data(self):
         if self.data.train is None and self.data.backend != "synthetic":
             raise ValueError("data.train: null is for data.backend=synthetic; give a folder or a list of files")
+        return self
+
+    @model_validator(mode="after")
+    def augments_what_it_decodes(self):
+        if self.data.augment == "dali" and self.data.backend != "dali":
+            raise ValueError(
+                f"data.augment: dali needs data.backend=dali, but it is {self.data.backend}; set that, or "
+                "data.augment=fastsiam"
+            )
         return self
 
     @property
