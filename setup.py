@@ -31,6 +31,9 @@ setup(
         # 1.51 is the first release with wheels for both CUDA majors. The two share one import path: install one.
         "dali": ["nvidia-dali-cuda120>=1.51"],
         "dali-cu13": ["nvidia-dali-cuda130>=1.51"],
+        # Built from source: needs Debian's libopencv-dev, libturbojpeg0-dev and pkg-config. It imports distutils, which
+        # from Python 3.12 on comes from setuptools.
+        "ffcv": ["ffcv>=1.0.2", "setuptools"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
         "peers": ["lightly"],
         "dev": ["pytest", "ruff", "build", "setuptools", "wheel"],

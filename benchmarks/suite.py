@@ -40,8 +40,9 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("benchmarks.loss", 0.07),
     Benchmark("benchmarks.augment", 0.10),
-    Benchmark("benchmarks.step", 0.42, ("solo_learn",)),
-    Benchmark("benchmarks.loader", 0.23, ("images", "solo_learn")),
+    Benchmark("benchmarks.crop", 0.05),
+    Benchmark("benchmarks.step", 0.39, ("solo_learn",)),
+    Benchmark("benchmarks.loader", 0.21, ("images", "solo_learn")),
     Benchmark("benchmarks.end_to_end", 0.18, ("images",)),
 )
 

@@ -107,6 +107,7 @@ TABLES = {
     "augment": Table(
         "augment", (MS, Column("ms a view", "ms_per_view"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"
     ),
+    "crop": Table("crop", (MS, Column("ms a crop", "ms_per_crop"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"),
 }
 
 

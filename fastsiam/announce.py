@@ -20,7 +20,7 @@ def opening_lines(config: Config, num_train: int, num_val: int, loader_text: str
     model, train = config.model, config.train
     device = choose_device(train.device)
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[choose_precision(train.precision, device)]
-    _, reason = choose_backend(config.data.backend)
+    _, reason = choose_backend(config.data.backend, config.data.train)
     lines = [f"fastsiam  {fastsiam.__version__}, torch {torch.__version__}; {where}"]
     if num_train:
         val = f", {num_val:,} for kNN under {config.data.val}" if num_val else ", no kNN"
@@ -124,7 +124,7 @@ def knn_text(knn: float | None) -> str:
 def dry_run(config: Config) -> None:
     """Print the resolved config and what would run; draws and writes nothing. Raises what the run would raise."""
     print(config.to_yaml())
-    name, _ = choose_backend(config.data.backend)
+    name, _ = choose_backend(config.data.backend, config.data.train)
     num_train, num_val = _count(config)
     if num_train:
         check_batch_size(config.train.batch_size, num_train, config.data.train)

@@ -33,15 +33,18 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     train: str | None
-    """Folder of images (labelled `class/x.jpg`, nested or flat) or a text list of files; null for synthetic."""
+    """Folder of images (labelled `class/x.jpg`, nested or flat), text list of files, or .beton; null for synthetic."""
     val: str | None = None
     """Labelled images for kNN; null trains without."""
-    backend: Literal["auto", "dali", "pil", "synthetic"] = "auto"
-    """Who decodes and crops. auto: DALI where it is installed, else PIL; the choice is printed."""
+    backend: Literal["auto", "dali", "pil", "ffcv", "resident", "synthetic"] = "auto"
+    """Who decodes and crops. auto: ffcv for a .beton, else DALI where installed, else PIL; the choice is printed.
+    resident: all images lie decoded in the memory of the compute device."""
     augment: Literal["fastsiam", "dali"] = "fastsiam"
     """dali: DALI's own operators in its own order make the views, with our draws; needs data.backend=dali."""
+    store_size: PositiveInt | None = None
+    """Side in pixels of the squares that resident stores the images as: 3 * store_size^2 bytes an image."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Decoding threads (dali) or processes (pil); null: one per core, 0: in the training process (pil)."""
+    """Decoding threads (dali, ffcv) or processes (pil); null: one per core, 0: in the training process (pil)."""
     max_bad_fraction: Probability = 0.001
     """A run stops when more than this share of the images could not be decoded; what a scan found does not count."""
     demo_seed: Annotated[int, Field(ge=0)] | None = None
@@ -225,6 +228,29 @@ class Config(Section):
     def needs_data(self):
         if self.data.train is None and self.data.backend != "synthetic":
             raise ValueError("data.train: null is for data.backend=synthetic; give a folder or a list of files")
+        if self.data.backend == "resident" and self.data.store_size is None:
+            raise ValueError(
+                "data.store_size: null, but data.backend=resident stores images at a size in pixels; set "
+                f"data.store_size={self.views.size} (the views' own) or more"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def ffcv_reads_betons(self):
+        backend = self.data.backend
+        for key, location in (("data.train", self.data.train), ("data.val", self.data.val)):
+            if location is None or backend in ("auto", "synthetic"):
+                continue
+            if backend == "ffcv" and not location.endswith(".beton"):
+                raise ValueError(
+                    f"{key}: data.backend=ffcv reads .beton files, and {location} is none; write one by "
+                    f"python -m fastsiam.prepare ffcv {location} OUT.beton, and set {key}=OUT.beton"
+                )
+            if backend != "ffcv" and location.endswith(".beton"):
+                raise ValueError(
+                    f"{key}: {location} was written by python -m fastsiam.prepare ffcv, and data.backend={backend} "
+                    "cannot read it; set data.backend=ffcv"
+                )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ import torch
 
 from fastsiam.config import Config
 from fastsiam.data.loader import dali_installed
+from fastsiam.data.resident import free_bytes
 from fastsiam.data.sources import ImageSource
 
 WAIT_LIMIT = 0.1
@@ -140,15 +141,12 @@ def describe(config: Config, source: ImageSource | None, backend: str, device: t
         workers=config.data.workers or cores,
         cores=cores,
         dali_installed=dali_installed(),
-        small_files=count > 0 and source.packed is None and source.file_sizes.mean() < SMALL_FILE_BYTES,
+        small_files=_has_small_files(source) if count and backend != "ffcv" else False,
         store_size=side,
         resident_bytes=3 * side**2 * count,
-        free_bytes=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_bytes(),
+        free_bytes=free_bytes(device),
     )
 
 
-def _available_bytes() -> int:
-    """The kernel's estimate of what can be had without swapping (proc(5), meminfo)."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        found = dict(line.split(":") for line in file)
-    return int(found["MemAvailable"].split()[0]) << 10
+def _has_small_files(source: ImageSource) -> bool:
+    return source.packed is None and source.file_sizes.mean() < SMALL_FILE_BYTES

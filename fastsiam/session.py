@@ -43,12 +43,14 @@ class Session:
             raise UserError(f"fastsiam.train runs as one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}")
         self.folder = RunFolder(config)
         self.folder.check_config()
-        self.backend_name, _ = choose_backend(config.data.backend)
+        self.backend_name, _ = choose_backend(config.data.backend, config.data.train)
         self.device = choose_device(config.train.device)
         self.dtype = choose_precision(config.train.precision, self.device)
         self.precision = autocast(self.device, self.dtype)
         self.compiles = choose_compile(config.train.compile, self.device)
         self.source, self.val = open_sources(config, self.warn, self.say)
+        if self.val is not None:
+            choose_backend(config.data.backend, self.val.root)
         self.skips = [self._skip_list(source, name) for source, name in ((self.source, "skip"), (self.val, "skip_val"))]
         self.loader = build_loader(config, self.source, skip=self.skips[0], device=self.device, dtype=self.dtype)
         steps = config.train.epochs * self.loader.steps_per_epoch

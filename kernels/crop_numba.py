@@ -12,6 +12,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from fastsiam.kernels.numba_threads import as_torch_has
+from fastsiam.kernels.reference import CROP_EDGE
 
 JIT = {"fastmath": True, "cache": True}
 
@@ -25,14 +26,20 @@ def crop_on_cpu(addresses: np.ndarray, sizes: np.ndarray, boxes: np.ndarray, siz
     `ValueError` for a box that reaches outside its image.
     """
     sizes, boxes = np.ascontiguousarray(sizes, np.int64), np.ascontiguousarray(boxes, np.float64)
-    begin, length = boxes[..., :2], boxes[..., 2:]
-    if (begin < 0).any() or (length <= 0).any() or (begin + length > sizes).any():
-        raise ValueError("crop_on_cpu: a box is empty or reaches outside its image")
+    check_boxes(boxes, sizes)
     num_views, num_images = boxes.shape[:2]
     out = torch.empty(num_views * num_images, size, 3 * size, dtype=torch.uint8)
     with as_torch_has():
         _crop_all(addresses, sizes, boxes.reshape(-1, 4), out.numpy())
     return out.view(-1, size, size, 3)
+
+
+def check_boxes(boxes: np.ndarray, sizes: np.ndarray) -> None:
+    """Raise `ValueError` for boxes [..., 4] that are empty or reach outside images of `sizes` [..., 2]."""
+    begin, length = boxes[..., :2], boxes[..., 2:]
+    inside = (begin >= -CROP_EDGE) & (length > 0) & (begin + length <= sizes + CROP_EDGE)
+    if not inside.all():
+        raise ValueError("a box is empty or reaches outside its image")
 
 
 @numba.njit(parallel=True, **JIT)
@@ -41,7 +48,7 @@ def _crop_all(addresses, sizes, boxes, out):
     for crop in numba.prange(len(boxes)):
         image = crop % len(addresses)
         shape = (sizes[image, 0], 3 * sizes[image, 1])
-        _crop(numba.carray(_pointer(addresses[image]), shape, dtype=np.uint8), boxes[crop], out[crop])
+        crop_into(numba.carray(_pointer(addresses[image]), shape, dtype=np.uint8), boxes[crop], out[crop])
 
 
 @intrinsic
@@ -53,7 +60,8 @@ def _pointer(typing_context, address):
 
 
 @numba.njit(**JIT)
-def _crop(image, box, out):
+def crop_into(image, box, out):
+    """One crop, called from compiled code: `image` uint8 [H, 3W], `box` [4] inside it, `out` uint8 [S, 3S]."""
     size, width = out.shape[0], image.shape[1] // 3
     row_start, row_taps, row_weights = _filter(box[0], box[2], image.shape[0], size)
     start, taps, weights = _filter(box[1], box[3], width, size)
@@ -88,7 +96,8 @@ def _filter(begin, length, limit, size):
     """
     scale = length / size
     reach = max(scale, 1.0)
-    low, high = max(int(np.floor(begin)), 0), min(int(np.ceil(begin + length)), limit)
+    low = min(int(np.floor(begin + CROP_EDGE)), limit - 1)
+    high = min(max(int(np.ceil(begin + length - CROP_EDGE)), low + 1), limit)
     start, taps = np.empty(size, np.int64), np.empty(size, np.int64)
     weights = np.zeros((size, 2 * int(np.ceil(reach)) + 1), np.float32)
     for x in range(size):

@@ -15,6 +15,8 @@ BLUR_TAPS = 13
 # ITU-R 601-2 luma as torchvision rounds it.
 LUMA = (0.2989, 0.587, 0.114)
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+# A box that ends this little past a pixel's edge, as rounding errors in fp32 make it, does not take the pixel in.
+CROP_EDGE = 2.0**-10
 YIQ_TO_RGB = tuple(map(tuple, torch.linalg.inv(torch.tensor(RGB_TO_YIQ, dtype=torch.float64)).tolist()))
 
 
@@ -177,7 +179,7 @@ def augment_views_ref(crops, *, flip, sigma, order, factors, grayscale, solarize
     if color == "exact":
         x = _exact_color(x, order, factors, grayscale)
     else:
-        drawn = (_send(draw, x) for draw in (order, factors.to(x.dtype), grayscale))
+        drawn = (send(draw, x) for draw in (order, factors.to(x.dtype), grayscale))
         x = apply_color(x, *color_matrix(x.mean((2, 3)), *drawn)).clamp_(0, 1)
     x = _on(x, solarize, lambda part: torch.where(part >= 0.5, 1 - part, part))
     return normalize(x, mean, std, dtype)
@@ -213,11 +215,41 @@ def _on(x, chosen, function, *draws):
     rows = chosen.nonzero().squeeze(1)
     if len(rows) == 0:
         return x
-    index = _send(rows, x)
-    part = function(x.index_select(0, index), *(_send(draw[rows].to(x.dtype), x) for draw in draws))
+    index = send(rows, x)
+    part = function(x.index_select(0, index), *(send(draw[rows].to(x.dtype), x) for draw in draws))
     return part if len(rows) == len(x) else x.index_copy(0, index, part)
 
 
-def _send(tensor, like):
+def crop_resize_ref(images, boxes, size, indices=None):
+    """B crops as products with dense matrices of weights, in fp32 or the dtype of `boxes`; see `crop_resize`."""
+    boxes = send(boxes, images)
+    boxes = boxes.to(torch.promote_types(boxes.dtype, torch.float32))
+    if indices is not None:
+        images = images[send(indices, images)]
+    top, left, height, width = boxes.unbind(1)
+    down = crop_weights(top, height, images.shape[1], size).unsqueeze(1)
+    along = crop_weights(left, width, images.shape[2], size).unsqueeze(1)
+    crops = down @ images.permute(0, 3, 1, 2).to(boxes.dtype) @ along.transpose(2, 3)
+    return (crops + 0.5).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def crop_weights(begin, length, limit: int, size: int):
+    """Pillow's bilinear filter (Resample.c) along one axis: [B, size, limit], each row of it summing to 1.
+
+    `begin`, `length`: [B] in pixels of `limit`. A triangle about the output's centre, of two pixels where the box is
+    enlarged and of two outputs where it shrinks, over the pixels that the box touches.
+    """
+    scale = (length / size).view(-1, 1, 1)
+    place = torch.arange(limit, device=begin.device, dtype=begin.dtype)
+    output = torch.arange(size, device=begin.device, dtype=begin.dtype).view(1, -1, 1)
+    center = begin.view(-1, 1, 1) + (output + 0.5) * scale
+    low = torch.floor(begin + CROP_EDGE)
+    high = torch.maximum(torch.ceil(begin + length - CROP_EDGE), low + 1).view(-1, 1, 1)
+    weights = (1 - (place + 0.5 - center).abs() / scale.clamp(min=1)).clamp(min=0)
+    weights = weights * ((place >= low.view(-1, 1, 1)) & (place < high))
+    return weights / weights.sum(2, keepdim=True)
+
+
+def send(tensor, like):
     """A host tensor on the device of `like`, through pinned memory: a copy from pageable memory waits for it."""
-    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else tensor
+    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda and not tensor.is_cuda else tensor

@@ -14,11 +14,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsiam.kernels import augment_triton, cosine
+from fastsiam.kernels import augment_triton, cosine, crop_triton
 
-# What a launch passes for the paper's shapes: [N, 2048] bf16 rows, contiguous, and uint8 crops of 224 px.
+# What a launch passes for the paper's shapes: [N, 2048] bf16 rows, contiguous, and uint8 crops of 224 px. The kernel
+# that crops is that of 224 px out of 256.
 COSINE_POINTERS = {"statistics": "*fp32", "partial": "*fp32", "loss": "*fp32", "grad": "*fp32", "counter": "*i32"}
 AUGMENT_POINTERS = {"crops": "*u8", "out": "*bf16", "draws": "*fp32", "shift": "*fp32", "scratch": "*fp32"}
+CROP_POINTERS = {"images": "*u8", "boxes": "*fp32", "indices": "*i64", "out": "*u8"}
 
 
 def variants(dim=2048):
@@ -42,6 +44,8 @@ def variants(dim=2048):
                 constants,
                 augment_triton.NUM_WARPS,
             )
+    tile = {"ROWS": crop_triton.TILE // crop_triton.BLOCK, "BLOCK": crop_triton.BLOCK, "INDEXED": True}
+    yield "crop", crop_triton._crop_kernel, CROP_POINTERS, tile, crop_triton.NUM_WARPS
 
 
 def compiled(kernel, pointers, constants, num_warps, capability):
@@ -53,7 +57,7 @@ def compiled(kernel, pointers, constants, num_warps, capability):
             signature[name], values[(place,)] = "constexpr", constants[name]
             continue
         is_float = name.startswith(("scale_", "bias_"))
-        is_number = name in ("num_rows", "size", "strips") or name.endswith(("_row", "_target"))
+        is_number = name in ("num_rows", "size", "strips", "height", "width") or name.endswith(("_row", "_target"))
         signature[name] = "fp32" if is_float else "i32" if is_number else pointers.get(name, "*bf16")
         if not is_float:
             attributes[(place,)] = [["tt.divisibility", 16]]

@@ -77,6 +77,13 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
+def resident_cache(tmp_path, monkeypatch):
+    """Where the backend resident keeps decoded images during a test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/fastsiam/resident"
+
+
+@pytest.fixture
 def tiny(demo_folder, tmp_path):
     """A function giving the overrides of a tiny quickstart on the demo images, with its run folder in tmp_path."""
 

@@ -30,7 +30,10 @@ MISTAKES = {
     "boolean for an integer": (["train.epochs=true"], "train.epochs: true should be a valid integer"),
     "out of range": (["views.flip=1.5"], "views.flip: 1.5 should be less than or equal to 1"),
     "negative batch": (["train.batch_size=-4"], "train.batch_size: -4 should be greater than 1"),
-    "unknown choice": (["data.backend=dalli"], "data.backend: 'dalli' should be 'auto', 'dali', 'pil' or 'synthetic'"),
+    "unknown choice": (
+        ["data.backend=dalli"],
+        "data.backend: 'dalli' should be 'auto', 'dali', 'pil', 'ffcv', 'resident' or 'synth",
+    ),
     "unknown encoder": (["model.encoder=resnet51"], "did you mean resnet50?"),
     "impossible depth": (["model.encoder=cifar_resnet10"], "cifar_resnetN with N = 8, 14, 20"),
     "empty range": (["views.crop_scale=[0.9, 0.2]"], "views.crop_scale: [0.9, 0.2] is not a range inside (0, 1]"),
@@ -42,6 +45,7 @@ MISTAKES = {
         "data.augment: dali needs data.backend=dali, but it is pil; set that, or data.augment=fastsiam",
     ),
     "dali's recipe by chance": (["data.augment=dali"], "data.augment: dali needs data.backend=dali, but it is auto"),
+    "no size": (["data.backend=resident"], "data.store_size: null, but data.backend=resident stores images at a size"),
     "no data": (["data.train=null"], "data.train: null is for data.backend=synthetic"),
 }
 

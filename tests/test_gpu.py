@@ -14,20 +14,22 @@ from fastsiam.data.draws import augment_draws
 from fastsiam.data.loader import Loader, dali_installed, open_backend
 from fastsiam.data.sources import open_source
 from fastsiam.device import choose_precision
-from fastsiam.kernels import negative_cosine
+from fastsiam.kernels import crop_resize, negative_cosine
 from fastsiam.session import Session
 from tests.gpu_record import DECODER
-from tests.test_loader import SPEC
+from tests.test_crop_resize import pictures
+from tests.test_loader import SPEC, STORE
 from tests.test_train import lines
 
-pytestmark = pytest.mark.gpu
-BACKENDS = ("dali", "pil") if dali_installed() else ("pil",)
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("resident_cache")]
+BACKENDS = ("dali", "pil", "resident") if dali_installed() else ("pil", "resident")
 
 
 def crops(photos, backend, device):
     """The crops of an epoch, and the backend in words."""
     source = open_source(str(photos))
-    opened = open_backend(backend, source, SPEC.size, 2, 5, 1 if backend == "dali" else 0, torch.device(device))
+    workers = 0 if backend == "pil" else 1
+    opened = open_backend(backend, source, SPEC.size, 2, 5, workers, torch.device(device), STORE)
     loader = Loader(source, (SPEC, SPEC), opened, batch_size=5, seed=0, dtype=torch.float32)
     return [batch.clone() for _, batch in opened.crops(loader._requests(0, 0, deque()))], opened.description
 
@@ -58,7 +60,7 @@ def test_training_compiled_in_bf16_follows_eager_fp32(tiny, tmp_path, backend):
     for precision, compiled in (("fp32", "off"), ("auto", "auto")):
         overrides = tiny(
             "train.device=cuda", f"train.precision={precision}", f"train.compile={compiled}", f"data.backend={backend}",
-            f"run.name={precision}", "train.max_steps=4", "data.workers=2", "data.val=null",
+            "data.store_size=48", f"run.name={precision}", "train.max_steps=4", "data.workers=2", "data.val=null",
         )  # fmt: skip
         fastsiam.pretrain(load_config("quickstart", overrides))
         losses.append([line["loss"] for line in lines(tmp_path / "runs" / precision) if line["kind"] == "train"])
@@ -155,6 +157,38 @@ def test_views_on_the_device_take_two_launches():
         torch.cuda.synchronize()
     kernels = [event.name for event in profiler.events() if "kernel" in event.name]
     assert sorted(kernels) == ["_contrast_kernel", "_views_kernel"]
+
+
+def some_boxes(count=64):
+    """Of 50 x 40 px images: from a hundredth of the area to all of it, at fractions of pixels."""
+    generator = torch.Generator().manual_seed(0)
+    length = (0.1 + 0.9 * torch.rand(count, 2, generator=generator)) * torch.tensor([50, 40])
+    begin = torch.rand(count, 2, generator=generator) * (torch.tensor([50, 40]) - length)
+    return torch.cat([begin, length], 1), torch.randint(0, 8, (count,), generator=generator)
+
+
+@pytest.mark.parametrize("size", [7, 32, 96])
+def test_crops_out_of_a_store_are_those_of_the_cpu(size):
+    images, (boxes, indices) = pictures(8, 50, 40), some_boxes()
+    here, there = crop_resize(images.cuda(), boxes, size, indices), crop_resize(images, boxes, size, indices)
+    difference = (here.cpu().int() - there.int()).abs()
+    assert difference.max() <= 1
+    assert difference.float().mean() < 0.01
+    assert torch.equal(here, crop_resize(images.cuda(), boxes.cuda(), size, indices.cuda()))
+
+
+def test_cropping_out_of_a_store_is_one_launch_and_does_not_wait_for_the_device():
+    images, (boxes, indices) = pictures(8, 50, 40).cuda(), some_boxes()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            crop_resize(images, boxes, 32, indices)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        crop_resize(images, boxes, 32, indices)
+        torch.cuda.synchronize()
+    assert [event.name for event in profiler.events() if "kernel" in event.name] == ["_crop_kernel"]
 
 
 def test_auto_precision_is_bf16_where_the_gpu_multiplies_it():

@@ -13,20 +13,31 @@ from fastsiam.data.loader import EvaluationLoader, Loader, LoaderError, open_bac
 from fastsiam.data.sources import open_source
 from fastsiam.data.synthetic import SyntheticLoader
 from fastsiam.data.views import RECIPES
+from tests.betons import beton_of
 
 SIZE = 24
 SPEC = dataclasses.replace(RECIPES["simsiam"], size=SIZE)
-BACKENDS = ("dali", "pil")
+BACKENDS = ("dali", "pil", "ffcv", "resident")
+# At least the longest side of the photos: a store of this size loses nothing but to rounding.
+STORE = 200
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("resident_cache")
 
 
 def make(photos, backend, *, batch_size=5, workers=None, dtype=torch.float32, rank=0, world_size=1, spec=SPEC, seed=0):
-    source = open_source(str(photos))
-    workers = (1 if backend == "dali" else 0) if workers is None else workers
-    opened = open_backend(backend, source, spec.size, 2, batch_size // world_size, workers, CPU)
+    source = source_of(photos, backend)
+    workers = (0 if backend == "pil" else 1) if workers is None else workers
+    opened = open_backend(backend, source, spec.size, 2, batch_size // world_size, workers, CPU, STORE)
     return Loader(
         source, (spec, spec), opened, batch_size=batch_size, seed=seed, dtype=dtype, rank=rank, world_size=world_size
     )
+
+
+def source_of(photos, backend):
+    """The photos as the backend reads them: for ffcv half as JPEG, half as pixels, none shrunk."""
+    if backend != "ffcv":
+        return open_source(str(photos))
+    return beton_of(photos, "mixed")
 
 
 def uint8_crops(photos, backend, **options):
@@ -162,7 +173,7 @@ def test_ranks_share_an_epoch_without_overlap_and_agree_with_one_process(photos,
         make(photos, backend, world_size=2)
 
 
-@pytest.mark.parametrize(("backend", "workers"), [("dali", 3), ("pil", 2)])
+@pytest.mark.parametrize(("backend", "workers"), [("dali", 3), ("pil", 2), ("ffcv", 3)])
 def test_the_number_of_workers_changes_nothing(photos, backend, workers):
     made = make(photos, backend, workers=workers)
     expected = [batch.views for batch in make(photos, backend).epoch(0)]
@@ -242,8 +253,8 @@ def test_a_batch_larger_than_the_data_is_refused_with_advice(photos):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_evaluation_gives_each_image_once_in_order_centred_and_plain(photos, backend):
-    source = open_source(str(photos))
-    opened = open_backend(backend, source, SIZE, 1, 6, 1 if backend == "dali" else 0, CPU)
+    source, originals = source_of(photos, backend), open_source(str(photos))
+    opened = open_backend(backend, source, SIZE, 1, 6, 0 if backend == "pil" else 1, CPU, STORE)
     made = EvaluationLoader(source, SPEC, opened, batch_size=6, crop_ratio=0.875, dtype=torch.float32)
     for _ in range(2):
         batches = list(made.batches())
@@ -253,7 +264,7 @@ def test_evaluation_gives_each_image_once_in_order_centred_and_plain(photos, bac
     views = torch.cat([batch.views for batch in made.batches(subset)])
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (SPEC.mean, SPEC.std))
     for row, index in enumerate(subset):
-        image = pil.decode(source.path(index))
+        image = pil.decode(originals.path(index))
         side = round(0.875 * min(image.size))
         left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
         image = image.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), pil.Image.Resampling.BILINEAR)

@@ -61,7 +61,7 @@ def test_dalis_own_augmentation_delivers_every_image(case):
 
 def test_decoding_twice_is_what_it_says(case, monkeypatch):
     decoded, decode = [], pil.decode
-    monkeypatch.setattr(pil, "decode", lambda path: decoded.append(path) or decode(path))
+    monkeypatch.setattr(pil, "decode", lambda path, name: decoded.append(path) or decode(path, name))
     ours(case, "pil")[0](0)
     assert len(decoded) == 24
     decoded_twice(case, "pil")[0](0)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, util
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from fastsiam.config import Config, UserError
 from fastsiam.data import draws
 from fastsiam.data.augment import augment
+from fastsiam.data.beton import is_beton
 from fastsiam.data.skip import SkipList, UndecodableError
 from fastsiam.data.sources import ImageSource
 from fastsiam.data.views import ViewSpec, view_specs
@@ -144,9 +146,7 @@ class Loader:
             indices = self._readable(epoch, order[first : first + share])
             sizes = self.source.sizes(indices)
             boxes = [draws.crop_boxes(s, self.seed, epoch, indices, v, sizes) for v, s in enumerate(self.specs)]
-            drawn = None
-            if self.backend_augments:
-                drawn = draws.AugmentDraws.concatenate(self._draws(epoch, indices))
+            drawn = draws.AugmentDraws.concatenate(self._draws(epoch, indices)) if self.backend_augments else None
             request = CropRequest(indices, np.stack(boxes), sizes, drawn)
             pending.append(request)
             yield request
@@ -256,7 +256,7 @@ def build_loader(
     """
     device = torch.device(device)
     specs = view_specs(config.views)
-    name, _ = choose_backend(config.data.backend)
+    name, _ = choose_backend(config.data.backend, config.data.train)
     if name == "synthetic":
         from fastsiam.data.synthetic import SyntheticLoader
 
@@ -273,7 +273,8 @@ def build_loader(
 
         backend = open_recipe(source, specs, share, config.data.workers, device, dtype)
     else:
-        backend = open_backend(name, source, config.views.size, len(specs), share, config.data.workers, device)
+        data, size = config.data, config.views.size
+        backend = open_backend(name, source, size, len(specs), share, data.workers, device, data.store_size)
     return Loader(
         source,
         specs,
@@ -292,9 +293,10 @@ def build_evaluation_loader(
     config: Config, source: ImageSource, *, skip: SkipList | None = None, device="cpu", dtype=torch.float32
 ):
     """The loader of kNN and of the collapse guard: the training backend and normalisation, no augmentation."""
-    name, _ = choose_backend(config.data.backend)
+    name, _ = choose_backend(config.data.backend, source.root)
     batch_size = min(config.train.batch_size, len(source))
-    backend = open_backend(name, source, config.views.size, 1, batch_size, config.data.workers, torch.device(device))
+    data, device = config.data, torch.device(device)
+    backend = open_backend(name, source, config.views.size, 1, batch_size, data.workers, device, data.store_size)
     return EvaluationLoader(
         source,
         view_specs(config.views)[0],
@@ -306,14 +308,29 @@ def build_evaluation_loader(
     )
 
 
-def open_backend(name: str, source, size: int, num_views: int, batch_size: int, workers: int | None, device) -> Backend:
-    """One backend by its config name, `dali` or `pil`."""
+def open_backend(
+    name: str,
+    source: ImageSource,
+    size: int,
+    num_views: int,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    store_size: int | None = None,
+) -> Backend:
+    """One backend by its config name, `dali`, `pil`, `ffcv` or `resident`, which alone has use for a `store_size`."""
     module = import_module(f"fastsiam.data.{name}")
-    return module.open_backend(source, size, num_views, batch_size, workers, device)
+    more = (store_size,) if name == "resident" else ()
+    return module.open_backend(source, size, num_views, batch_size, workers, device, *more)
 
 
-def choose_backend(asked: str) -> tuple[str, str]:
-    """The backend that `data.backend` leads to, and the reason in words."""
+def choose_backend(asked: str, location: str | Path | None = None) -> tuple[str, str]:
+    """The backend that `data.backend` leads to for the images at `location`, and the reason in words."""
+    if asked == "ffcv" or (asked == "auto" and is_beton(location)):
+        if util.find_spec("ffcv") is None:
+            # Says what to install.
+            import_module("fastsiam.data.ffcv_library")
+        return "ffcv", "asked for" if asked == "ffcv" else "auto: a .beton"
     if asked != "auto":
         if asked == "dali" and not dali_installed():
             raise ImportError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsiam.config import Config, UserError
-from fastsiam.data import demo
+from fastsiam.data import beton, demo
 from fastsiam.data.files import Files, files_of_folder, files_of_list
 from fastsiam.data.headers import UNKNOWN, UNREADABLE, BadImageError, read_header
 
@@ -111,8 +111,10 @@ class ImageSource:
 
 
 def open_source(location: str, key: str = "data.train") -> ImageSource:
-    """The images at `location`, a folder or a text list; `key` is the config key that errors name."""
+    """The images at `location`, a folder, a text list or a .beton; `key` is the config key that errors name."""
     path = Path(location)
+    if beton.is_beton(path):
+        return beton.open_beton(path, key)
     if path.is_dir():
         return of_files(files_of_folder(path, key))
     if path.is_file():

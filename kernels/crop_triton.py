@@ -1,0 +1,93 @@
+"""Crop and resize on CUDA in one launch: a program makes a tile of one crop.
+
+The tiles are flat rows of RGB elements. An output sums what lies under its triangle, rows in the outer loop, columns in
+the inner one: 2 x 2 pixels where the box is enlarged, which is what a store near the size of the views is for. A pass
+each way, through scratch, would pay only where boxes shrink much.
+"""
+
+import triton
+import triton.language as tl
+
+from fastsiam.kernels import reference
+
+EDGE = tl.constexpr(reference.CROP_EDGE)
+# Elements of a tile, 8 a thread, and the most of them in a row.
+TILE, BLOCK, NUM_WARPS = 1024, 256, 4
+
+
+def crop_on_cuda(images, boxes, size, indices):
+    """The op for CUDA tensors, `boxes` fp32; see `crop_resize`."""
+    out = images.new_empty((len(boxes), size, size, 3))
+    if not len(boxes):
+        return out
+    block = min(BLOCK, triton.next_power_of_2(3 * size))
+    rows = min(TILE // block, triton.next_power_of_2(size))
+    grid = (len(boxes), triton.cdiv(size, rows), triton.cdiv(3 * size, block))
+    _crop_kernel[grid](
+        images, boxes.contiguous(), boxes if indices is None else indices.contiguous(), out, *images.shape[1:3], size,
+        INDEXED=indices is not None, ROWS=rows, BLOCK=block, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _crop_kernel(
+    images, boxes, indices, out, height, width, size, INDEXED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    crop = tl.program_id(0).to(tl.int64)
+    image = crop
+    if INDEXED:
+        image = tl.load(indices + crop)
+    boxes += 4 * crop
+    top, row_pixels, row_begin, row_scale = _span(tl.load(boxes), tl.load(boxes + 2), height, size)
+    left, column_pixels, column_begin, column_scale = _span(tl.load(boxes + 1), tl.load(boxes + 3), width, size)
+    images += image * height * width * 3 + (top * width + left) * 3
+
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    first_row, row_center, row_slope, row_taps = _taps(rows, row_begin, row_scale, row_pixels, size)
+    first, center, slope, taps = _taps(element // 3, column_begin, column_scale, column_pixels, size)
+
+    row_sum, column_sum = tl.zeros([ROWS], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for tap in range(taps):
+        column_sum += _weight(first + tap, column_pixels, center, slope)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for row_tap in range(row_taps):
+        row = first_row + row_tap
+        row_weight = _weight(row, row_pixels, row_center, row_slope)
+        row_sum += row_weight
+        line = tl.zeros([ROWS, BLOCK], tl.float32)
+        for tap in range(taps):
+            column = first + tap
+            place = row[:, None] * (3 * width) + (3 * column + element % 3)[None, :]
+            mask = (row < row_pixels)[:, None] & (column < column_pixels)[None, :]
+            value = tl.load(images + place, mask=mask, other=0).to(tl.float32)
+            line += _weight(column, column_pixels, center, slope)[None, :] * value
+        total += row_weight[:, None] * line
+    value = total / (row_sum[:, None] * column_sum[None, :]) + 0.5
+    places = out + crop * size * size * 3 + rows[:, None] * (3 * size) + element[None, :]
+    tl.store(places, value.to(tl.int32).to(tl.uint8), mask=(rows < size)[:, None] & (element < 3 * size)[None, :])
+
+
+@triton.jit
+def _span(begin, length, limit, size):
+    """First pixel that the box touches, how many it touches, where it begins relative to the first, and the scale."""
+    low = tl.minimum(tl.maximum(tl.floor(begin + EDGE).to(tl.int32), 0), limit - 1)
+    high = tl.minimum(tl.maximum(tl.ceil(begin + length - EDGE).to(tl.int32), low + 1), limit)
+    return low, high - low, begin - low.to(tl.float32), length / size
+
+
+@triton.jit
+def _taps(output, begin, scale, pixels, size):
+    """For each output place its first pixel and the triangle's centre and slope; and how many pixels it may cover."""
+    reach = tl.maximum(scale, 1.0)
+    # Places past the crop are not stored, but the sum of their weights is a divisor.
+    center = begin + (tl.minimum(output, size - 1).to(tl.float32) + 0.5) * scale
+    first = tl.minimum(tl.maximum(tl.floor(center - reach + 0.5).to(tl.int32), 0), pixels - 1)
+    return first, center, 1.0 / reach, tl.ceil(2.0 * reach).to(tl.int32)
+
+
+@triton.jit
+def _weight(place, pixels, center, slope):
+    weight = tl.maximum(1.0 - tl.abs(place.to(tl.float32) + 0.5 - center) * slope, 0.0)
+    return tl.where(place < pixels, weight, 0.0)
