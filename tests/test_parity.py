@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import struct
+from importlib.metadata import version
 
 import numpy as np
 import nvidia.dali
@@ -19,6 +20,7 @@ from fastsiam.data.loader import CropRequest, EvaluationLoader, Loader, open_bac
 from fastsiam.data.sources import open_source
 from fastsiam.data.views import RECIPES
 from fastsiam.session import Session
+from tests.betons import beton_of
 
 SIZE = 24
 CPU = torch.device("cpu")
@@ -247,16 +249,29 @@ def test_evaluation_decodes_as_training_does(kinds, backend):
     opened.close()
 
 
-VERSIONS = {"dali": ("dali", nvidia.dali.__version__, "nvimgcodec "), "pil": ("pil", PIL.__version__, "libjpeg")}
+# What the first words of a backend's description are, and what else names its decoder.
+DALI = f"dali {nvidia.dali.__version__}"
+DECODERS = {
+    "dali": (DALI, "nvimgcodec "),
+    "pil": (f"pil {PIL.__version__}", "libjpeg"),
+    "ffcv": (f"ffcv {version('ffcv')}", "JPEG"),
+    "resident": ("resident", f"decoded by {DALI} on cpu"),
+}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_decoder_and_its_version_stand_in_the_environment(tiny, tmp_path, backend):
-    with Session(load_config("quickstart", tiny(f"data.backend={backend}", "data.workers=1"))) as session:
+@pytest.mark.parametrize("backend", DECODERS)
+def test_the_decoder_and_its_version_stand_in_the_environment(tiny, tmp_path, demo_folder, backend):
+    """That of training, which is that of validation too."""
+    overrides = tiny(f"data.backend={backend}", "data.workers=1", "data.store_size=32")
+    if backend == "ffcv":
+        overrides += [f"data.{part}={beton_of(demo_folder / part, 'jpg').root}" for part in ("train", "val")]
+    with Session(load_config("quickstart", overrides)) as session:
         session.start()
         told = json.loads((tmp_path / "runs/run/environment.json").read_text())["loader"]
-        assert session.monitor._train.backend.description == told
-        assert session.monitor._val.backend.description == told
-    name, version, decoder = VERSIONS[backend]
-    assert told.startswith(f"{name} {version} (")
-    assert decoder in told
+        train, val = (loader.backend.description for loader in (session.monitor._train, session.monitor._val))
+    assert train == told
+    begin, decoder = DECODERS[backend]
+    assert told.startswith(begin)
+    for text in (told, val):
+        assert text.split(" (")[0] == told.split(" (")[0]
+        assert decoder in text
