@@ -12,7 +12,7 @@ import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data import draws
 from fastsiam.data.dali_recipe import open_recipe
-from fastsiam.data.loader import Loader
+from fastsiam.data.loader import Loader, open_backend
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import open_source
 from fastsiam.data.views import RECIPES
@@ -101,6 +101,24 @@ def test_flips_and_greys_are_those_drawn(photos):
     spread = np.ptp(greyed, axis=3).max((1, 2))
     assert (spread[drawn.grayscale] <= 1).all()
     assert (greyed[~drawn.grayscale] == crops[~drawn.grayscale]).all()
+
+
+def test_without_any_draw_views_are_pils_crops(photos):
+    """What the other tests compare with; the filter rounds once where Pillow's rounds twice."""
+    crops, _ = views(photos, NOTHING, epochs=(0,))
+    source = open_source(str(photos))
+    pil = Loader(
+        source,
+        (NOTHING, NOTHING),
+        open_backend("pil", source, 24, 2, 8, 0, torch.device("cpu")),
+        batch_size=8,
+        seed=0,
+        dtype=torch.float32,
+    )
+    expected = torch.cat([batch.views for batch in pil.epoch(0)]).permute(0, 2, 3, 1).double().numpy()
+    difference = np.abs(crops - expected)
+    assert difference.mean() < 0.5
+    assert difference.mean((1, 2, 3)).max() < 1.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
