@@ -15,8 +15,13 @@ from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.record import duration
 
 
-def opening_lines(config: Config, num_train: int, num_val: int, loader_text: str, where: str) -> list[str]:
-    """Everything that was chosen, before the first step: data, backend, views, model, step, schedule."""
+def opening_lines(
+    config: Config, num_train: int, num_val: int, loader_text: str, where: str, left_out: list[str]
+) -> list[str]:
+    """Everything that was chosen, before the first step: data, backend, views, model, step, schedule.
+
+    `left_out`: what a scan leaves out of the training images and of those for kNN.
+    """
     model, train = config.model, config.train
     device = choose_device(train.device)
     dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[choose_precision(train.precision, device)]
@@ -25,6 +30,7 @@ def opening_lines(config: Config, num_train: int, num_val: int, loader_text: str
     if num_train:
         val = f", {num_val:,} for kNN under {config.data.val}" if num_val else ", no kNN"
         lines.append(f"data      {num_train:,} images under {config.data.train}{val}")
+        lines += [f"left out  {text}" for text in left_out if text]
     lines += [
         f"backend   {loader_text}, {reason}",
         f"views     2 x {config.views.size} px, recipe {config.views.recipe}, " + _augmenter_text(config, device),
@@ -125,10 +131,11 @@ def dry_run(config: Config) -> None:
     """Print the resolved config and what would run; draws and writes nothing. Raises what the run would raise."""
     print(config.to_yaml())
     name, _ = choose_backend(config.data.backend, config.data.train)
-    num_train, num_val = _count(config)
+    num_train, num_val, left_out = _count(config)
     if num_train:
         check_batch_size(config.train.batch_size, num_train, config.data.train)
-    lines = opening_lines(config, num_train, num_val, name, f"would run in {config.run.dir}/{config.run.name}")
+    where = f"would run in {config.run.dir}/{config.run.name}"
+    lines = opening_lines(config, num_train, num_val, name, where, left_out)
     print("\n".join(lines))
     if name == "synthetic":
         from fastsiam.data.synthetic import IMAGENET_TRAIN_IMAGES
@@ -137,11 +144,16 @@ def dry_run(config: Config) -> None:
     print(schedule_line(config, num_train // config.train.batch_size))
 
 
-def _count(config: Config) -> tuple[int, int]:
-    if config.data.backend == "synthetic":
-        return 0, 0
-    if config.data.demo_seed is not None and not Path(config.data.train).exists():
-        print(f"the demo images of seed {config.data.demo_seed} would be drawn to {Path(config.data.train).parent}")
-        return demo.TRAIN_PER_CLASS * len(demo.CLASSES), demo.VAL_PER_CLASS * len(demo.CLASSES)
-    has_val = config.data.val is not None and Path(config.data.val).exists()
-    return len(open_source(config.data.train)), len(open_source(config.data.val, "data.val")) if has_val else 0
+def _count(config: Config) -> tuple[int, int, list[str]]:
+    """Images for training and for kNN, and what is left out of them."""
+    data = config.data
+    if data.backend == "synthetic":
+        return 0, 0, []
+    if data.demo_seed is not None and not Path(data.train).exists():
+        print(f"the demo images of seed {data.demo_seed} would be drawn to {Path(data.train).parent}")
+        return demo.TRAIN_PER_CLASS * len(demo.CLASSES), demo.VAL_PER_CLASS * len(demo.CLASSES), []
+    train = open_source(data.train, scanned=data.manifest)
+    if data.val is None or not Path(data.val).exists():
+        return len(train), 0, [train.left_out]
+    val = open_source(data.val, "data.val")
+    return len(train), len(val), [train.left_out, val.left_out]

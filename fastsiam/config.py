@@ -33,7 +33,8 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     train: str | None
-    """Folder of images (labelled `class/x.jpg`, nested or flat), text list of files, or .beton; null for synthetic."""
+    """Folder of images (labelled `class/x.jpg`, nested or flat) or of tar shards, text list of files, or .beton; null:
+    synthetic."""
     val: str | None = None
     """Labelled images for kNN; null trains without."""
     backend: Literal["auto", "dali", "pil", "ffcv", "resident", "synthetic"] = "auto"
@@ -47,6 +48,8 @@ class DataConfig(Section):
     """Decoding threads (dali, ffcv) or processes (pil); null: one per core, 0: in the training process (pil)."""
     max_bad_fraction: Probability = 0.001
     """A run stops when more than this share of the images could not be decoded; what a scan found does not count."""
+    manifest: str | None = None
+    """What a scan has found in data.train, if it was written elsewhere than the index cache, where it is looked for."""
     demo_seed: Annotated[int, Field(ge=0)] | None = None
     """Draw the demo images of this seed beside data.train where they are missing; null never draws."""
 
@@ -290,6 +293,7 @@ OPERATIONAL = (
     "data.val",
     "data.workers",
     "data.max_bad_fraction",
+    "data.manifest",
     "data.demo_seed",
     "train.max_steps",
     "train.log_every_steps",

@@ -128,7 +128,8 @@ class Session:
                 config, self.source, self.val, self.device, self.dtype, self.precision, skips=self.skips
             )
         counts = len(self.source or ()), len(self.val or ())
-        for line in opening_lines(config, *counts, self.loader_text, f"run folder {self.folder.path}"):
+        left_out = [source.left_out for source in (self.source, self.val) if source is not None]
+        for line in opening_lines(config, *counts, self.loader_text, f"run folder {self.folder.path}", left_out):
             self.say(line)
         self.say(schedule_line(config, self.loader.steps_per_epoch))
         if self._saved:

@@ -34,7 +34,8 @@ LAYERS = (
     {"fastsiam.train", "fastsiam.__main__"},
 )
 TORCH_FREE = (
-    "config", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "train", "prepare", "record",
+    "config", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack", "data.cifar10",
+    "train", "prepare", "record",
 )  # fmt: skip
 
 

@@ -71,6 +71,17 @@ def test_what_is_missing_is_named(tmp_path):
         assert str(error.value).startswith("data.train:")
 
 
+@pytest.mark.parametrize("name", ["/etc/passwd.jpg", "../secret.jpg", "pictures/../../secret.jpg", ".."])
+def test_a_list_names_nothing_outside_its_folder(tmp_path, name):
+    picture(tmp_path / "secret.jpg")
+    picture(tmp_path / "in/pictures/1.jpg")
+    (tmp_path / "in/list.txt").write_text(f"pictures/1.jpg\npictures/../pictures/1.jpg\n{name}\n")
+    with pytest.raises(UserError, match=f"data.train: .*list.txt lists {name}, outside "):
+        open_source(str(tmp_path / "in/list.txt"))
+    (tmp_path / "in/list.txt").write_text("pictures/1.jpg\npictures/../pictures/1.jpg\n")
+    assert len(open_source(str(tmp_path / "in/list.txt"))) == 2
+
+
 def test_a_loop_of_links_ends(tmp_path):
     picture(tmp_path / "a/1.jpg")
     picture(tmp_path / "b/2.jpg")

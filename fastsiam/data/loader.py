@@ -18,6 +18,7 @@ from fastsiam.config import Config, UserError
 from fastsiam.data import draws
 from fastsiam.data.augment import augment
 from fastsiam.data.beton import is_beton
+from fastsiam.data.headers import UNREADABLE
 from fastsiam.data.skip import SkipList, UndecodableError
 from fastsiam.data.sources import ImageSource
 from fastsiam.data.views import ViewSpec, view_specs
@@ -101,7 +102,7 @@ class Loader:
         check_batch_size(batch_size, len(source), source.root)
         self.source, self.specs, self.backend = source, specs, backend
         self.batch_size, self.seed, self.dtype = batch_size, seed, dtype
-        self.skip = skip or SkipList(len(source), 0.0)
+        self.skip = skip or SkipList(len(source), 0.0, source.kinds >= UNREADABLE)
         self.rank, self.world_size, self.backend_augments = rank, world_size, backend_augments
         self.steps_per_epoch = len(source) // batch_size
 
@@ -136,6 +137,7 @@ class Loader:
                     yield indices, crops
                 finished = True
             except UndecodableError as error:
+                self.source.forget(error.reasons)
                 self.skip.add(error.reasons)
 
     def _requests(self, epoch, cursor, pending):
@@ -190,7 +192,7 @@ class EvaluationLoader:
     ):
         self.source, self.spec, self.backend = source, spec, backend
         self.batch_size, self.crop_ratio, self.dtype = batch_size, crop_ratio, dtype
-        self.skip = skip or SkipList(len(source), 0.0)
+        self.skip = skip or SkipList(len(source), 0.0, source.kinds >= UNREADABLE)
 
     def batches(self, indices: np.ndarray | None = None) -> Iterator[Batch]:
         """All images, or those of `indices`; the last batch may be smaller."""
@@ -208,6 +210,7 @@ class EvaluationLoader:
                     yield Batch(views, _labels(self.source, found), found)
                 finished = True
             except UndecodableError as error:
+                self.source.forget(error.reasons)
                 self.skip.add(error.reasons)
         if len(rest):
             raise LoaderError(f"evaluation: the last {len(rest)} images were not delivered")
@@ -266,7 +269,7 @@ def build_loader(
     if source is None:
         from fastsiam.data.sources import open_source
 
-        source = open_source(config.data.train)
+        source = open_source(config.data.train, scanned=config.data.manifest)
     share, augments = config.train.batch_size // world_size, config.data.augment == "dali"
     if augments:
         from fastsiam.data.dali_recipe import open_recipe

@@ -1,31 +1,20 @@
 """What images there are, and where the bytes of each lie: a folder, a text list, or tar shards."""
 
-import hashlib
 import os
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from fastsiam.config import Config, UserError
-from fastsiam.data import beton, demo
-from fastsiam.data.files import Files, files_of_folder, files_of_list
+from fastsiam.data import beton, demo, manifest
+from fastsiam.data.files import Files, Packed, files_of_list, fingerprint
 from fastsiam.data.headers import UNKNOWN, UNREADABLE, BadImageError, read_header
+from fastsiam.data.index import Index, cache_folder, open_folder, unread
 
 _READERS = 8
-
-
-@dataclass(frozen=True)
-class Packed:
-    """Where N images lie inside tar files."""
-
-    shards: tuple[str, ...]
-    """File names below the source's root."""
-    shard: np.ndarray
-    """[N] int32: which of them."""
-    offset: np.ndarray
-    """[N] int64: of the image's first byte."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +39,12 @@ class ImageSource:
     """[N] uint8, of `fastsiam.data.headers`: UNKNOWN until read by `look`."""
     packed: Packed | None = None
     """None where each image is a file of its own."""
+    cached_kinds: np.ndarray | None = None
+    """`kinds` in the index cache, where `look` writes too; a file that cannot be read is looked at again next time."""
+    known_fingerprint: str | None = None
+    """From the index; None: `fingerprint` computes it."""
+    left_out: str = ""
+    """How many images a scan leaves out, why, and by which manifest; empty for none."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -90,7 +85,14 @@ class ImageSource:
                     self.kinds[index] = UNREADABLE
                 else:
                     self.image_sizes[index], self.kinds[index] = header[:2], header.kind
+                    if self.cached_kinds is not None:
+                        self.cached_kinds[index] = header.kind
         return reasons
+
+    def forget(self, indices: Iterable[int]) -> None:
+        """Do not trust the cache for these images, which were not as their headers said: the next start looks again."""
+        if self.cached_kinds is not None:
+            self.cached_kinds[list(indices)] = UNKNOWN
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
         """Heights and widths [n, 2] int32 of some images, 0 where the header cannot be read."""
@@ -99,9 +101,7 @@ class ImageSource:
 
     def fingerprint(self) -> str:
         """Hash of relative names and file sizes: the same data under another root has the same one."""
-        digest = hashlib.sha256(self.names.tobytes())
-        digest.update(self.file_sizes.astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
+        return self.known_fingerprint or fingerprint(self.names, self.file_sizes)
 
     def _header(self, index):
         try:
@@ -110,26 +110,50 @@ class ImageSource:
             return str(error)
 
 
-def open_source(location: str, key: str = "data.train") -> ImageSource:
-    """The images at `location`, a folder, a text list or a .beton; `key` is the config key that errors name."""
+def open_source(location: str, key: str = "data.train", scanned: str | None = None) -> ImageSource:
+    """The images at `location`: a folder of files or of tar shards, a text list, or a .beton; `key` is for errors.
+
+    `scanned`: the manifest of a scan; without one, that in the index cache, if there is one. Images that it leaves out
+    are UNREADABLE or UNWANTED.
+    """
+    source = open_unscanned(location, key)
+    path = Path(scanned) if scanned is not None else manifest.default_path(cache_folder(Path(location)))
+    if scanned is None and not path.exists():
+        return source
+    left_out = manifest.apply(path, source, "data.manifest" if scanned is not None else key)
+    return replace(source, left_out=left_out)
+
+
+def open_unscanned(location: str, key: str) -> ImageSource:
+    """All images at `location`, whatever a scan has found."""
     path = Path(location)
     if beton.is_beton(path):
         return beton.open_beton(path, key)
     if path.is_dir():
-        return of_files(files_of_folder(path, key))
+        return _of_index(open_folder(path, key))
     if path.is_file():
         return of_files(files_of_list(path, key))
+    advice = f"set {key}=PATH to" if "." in key else "give the path of"
     raise UserError(
         f"{key}: there is no {location}; expected {location}/CLASS/IMAGE.jpg (one folder a class, as ImageNet is "
-        f"usually unpacked); set {key}=PATH to your images: any folder of them, nested or flat, with labels or "
-        "without, or a text file with a path a line"
+        f"usually unpacked); {advice} your images: any folder of them, nested or flat, with labels or "
+        "without, a folder of tar shards, or a text file with a path a line"
     )
 
 
 def of_files(files: Files) -> ImageSource:
     """A source of files that nobody has looked at yet."""
-    count = len(files.names)
-    return ImageSource(**files._asdict(), image_sizes=np.zeros((count, 2), np.int32), kinds=np.zeros(count, np.uint8))
+    return _of_index(unread(files))
+
+
+def _of_index(index: Index) -> ImageSource:
+    return ImageSource(
+        **index.files._asdict(),
+        image_sizes=index.image_sizes,
+        kinds=index.kinds,
+        cached_kinds=index.cached_kinds,
+        known_fingerprint=index.fingerprint,
+    )
 
 
 def open_sources(config: Config, warn, say) -> "tuple[ImageSource | None, ImageSource | None]":
@@ -143,7 +167,7 @@ def open_sources(config: Config, warn, say) -> "tuple[ImageSource | None, ImageS
         return None, None
     if data.demo_seed is not None:
         draw_missing_demo(config, say)
-    train = open_source(data.train)
+    train = open_source(data.train, scanned=data.manifest)
     if data.val is None:
         return train, None
     if not Path(data.val).exists():

@@ -1,0 +1,268 @@
+"""Tar shards hold the same images as the folder: bytes, names, labels, order, views."""
+
+import io
+import os
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastsiam.config import UserError
+from fastsiam.data import pack
+from fastsiam.data.headers import UNKNOWN, UNWANTED
+from fastsiam.data.index import PACK_INCOMPLETE, PACK_INDEX
+from fastsiam.data.loader import Loader, open_backend
+from fastsiam.data.sources import ImageSource, open_source
+from fastsiam.data.views import RECIPES
+from fastsiam.prepare import main
+
+
+def add(tar, name, data=b"", **fields):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def shard(path, *members):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data, *fields in members:
+            add(tar, name, data, **(fields[0] if fields else {}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def picture():
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (200, 30, 90)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def packed(photos, tmp_path):
+    assert pack.pack(open_source(str(photos)), tmp_path / "packed", 40_000) > 2
+    return tmp_path / "packed"
+
+
+def test_a_pack_holds_what_the_folder_holds(photos, packed):
+    folder, source = open_source(str(photos)), open_source(str(packed))
+    assert source.names.tolist() == folder.names.tolist()
+    assert source.labels.tolist() == folder.labels.tolist()
+    assert source.classes == folder.classes
+    assert source.fingerprint() == folder.fingerprint()
+    assert [source.read(row) for row in range(16)] == [folder.read(row) for row in range(16)]
+    everything = np.arange(16)
+    assert (source.kinds != UNKNOWN).all()
+    assert source.image_sizes.tolist() == folder.sizes(everything).tolist()
+    assert source.kinds.tolist() == folder.kinds.tolist()
+    for path in packed.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            assert path.stat().st_size < 40_000 + 2 * tarfile.RECORDSIZE or len(tar.getnames()) == 2
+
+
+def test_others_read_the_shards(photos, packed):
+    folder = open_source(str(photos))
+    found = []
+    for path in sorted(packed.glob("*.tar")):
+        with tarfile.open(path) as tar:
+            members = tar.getmembers()
+            for image, label in zip(members[::2], members[1::2], strict=True):
+                assert label.name == os.path.splitext(image.name)[0] + ".cls"
+                found.append((image.name, tar.extractfile(image).read(), int(tar.extractfile(label).read())))
+    expected = [(os.fsdecode(folder.names[row]), folder.read(row), folder.labels[row]) for row in range(16)]
+    assert found == expected
+
+
+@pytest.mark.parametrize("backend", ["dali", "pil"])
+def test_views_from_a_pack_are_those_from_the_folder(photos, packed, backend):
+    views = []
+    for location in (photos, packed):
+        source = open_source(str(location))
+        opened = open_backend(backend, source, 24, 2, 8, 1 if backend == "dali" else 0, torch.device("cpu"))
+        spec = RECIPES["demo"]
+        made = Loader(source, (spec, spec), opened, batch_size=8, seed=0, dtype=torch.float32)
+        batches = list(made.epoch(0))
+        views.append([(batch.indices.tolist(), batch.labels.tolist(), batch.views) for batch in batches])
+        opened.close()
+    assert len(views[0]) == 2
+    for (indices, labels, one), (packed_indices, packed_labels, other) in zip(*views, strict=True):
+        assert (indices, labels) == (packed_indices, packed_labels)
+        assert torch.equal(one, other)
+
+
+def test_without_its_index_a_pack_is_any_webdataset(photos, packed):
+    shutil.rmtree(packed / PACK_INDEX)
+    folder, source = open_source(str(photos)), open_source(str(packed))
+    assert source.names.tolist() == folder.names.tolist()
+    assert source.labels.tolist() == folder.labels.tolist()
+    assert source.classes == ("0", "1", "2", "3")
+    assert [source.read(row) for row in range(16)] == [folder.read(row) for row in range(16)]
+
+
+def test_keys_are_unique_and_a_list_keeps_its_order(tmp_path, picture):
+    names = ["x/b.v2.jpg", "a.jpg", "a.png", "x/b_v2.jpg", "a.jpg"]
+    for number, name in enumerate(names[:4]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture + bytes([number]))
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    pack.pack(open_source(str(tmp_path / "list.txt")), tmp_path / "out", 10**6)
+    source = open_source(str(tmp_path / "out"))
+    assert [os.fsdecode(name) for name in source.names] == names
+    assert [source.read(row)[-1] for row in range(5)] == [0, 1, 2, 3, 1]
+    assert source.labels.tolist() == [-1] * 5
+    with tarfile.open(tmp_path / "out/shard-00000.tar") as tar:
+        assert tar.getnames() == ["x/b_v2.jpg", "a.jpg", "a_2.png", "x/b_v2_2.jpg", "a_3.jpg"]
+
+
+def test_what_a_scan_leaves_out_is_not_packed(photos, tmp_path):
+    source = open_source(str(photos))
+    source.kinds[[2, 9]] = UNWANTED
+    pack.pack(source, tmp_path / "out", 10**9)
+    kept = np.delete(source.names, [2, 9])
+    assert open_source(str(tmp_path / "out")).names.tolist() == kept.tolist()
+
+
+@pytest.mark.parametrize("backend", ["dali", "pil"])
+def test_an_image_that_a_shard_no_longer_holds_is_named(packed, backend):
+    source = open_source(str(packed))
+    shards = sorted(packed.glob("*.tar"))
+    last = int(source.packed.offset[-1])
+    os.truncate(shards[-1], last + 100)
+    opened = open_backend(backend, source, 24, 2, 16, 1 if backend == "dali" else 0, torch.device("cpu"))
+    spec = RECIPES["demo"]
+    made = Loader(source, (spec, spec), opened, batch_size=16, seed=0, dtype=torch.float32)
+    name = f"{shards[-1].name}/{os.fsdecode(source.names[-1])}"
+    with pytest.raises(UserError, match=f"{name} cannot be read: the shard ends after 100 bytes of it"):
+        list(made.epoch(0))
+    opened.close()
+
+
+def test_an_interrupted_pack_is_told_and_begun_anew(photos, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    real = ImageSource.read
+
+    def interrupted(source, index):
+        if index == 9:
+            raise KeyboardInterrupt
+        return real(source, index)
+
+    monkeypatch.setattr(ImageSource, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack.pack(open_source(str(photos)), out, 20_000)
+    assert len(list(out.glob("*.tar"))) > 1
+    with pytest.raises(UserError, match=r"data.train: .*out was not packed to the end"):
+        open_source(str(out))
+    monkeypatch.undo()
+    pack.pack(open_source(str(photos)), out, 10**6)
+    assert [path.name for path in sorted(out.iterdir())] == [PACK_INDEX, "shard-00000.tar"]
+    assert len(open_source(str(out))) == 16
+    with pytest.raises(UserError, match="out is not empty"):
+        pack.pack(open_source(str(photos)), out, 10**6)
+    (out / PACK_INCOMPLETE).touch()
+    (out / "thesis.txt").touch()
+    with pytest.raises(UserError, match="holds thesis.txt, which is no part of a pack"):
+        pack.pack(open_source(str(photos)), out, 10**6)
+
+
+@pytest.mark.parametrize("change", [lambda text: text.replace("shard-00000", "../shard-00000"), lambda text: text[:50]])
+def test_an_index_that_is_damaged_or_leads_outside_is_refused(packed, change):
+    path = packed / PACK_INDEX / "index.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UserError, match=f"data.train: .*{PACK_INDEX} is damaged; pack the images again"):
+        open_source(str(packed))
+
+
+def test_the_same_images_give_the_same_shards(photos, packed, tmp_path):
+    pack.pack(open_source(str(photos)), tmp_path / "again", 40_000)
+    for path in packed.glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+
+
+LINK = {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}
+HARD_LINK = {"type": tarfile.LNKTYPE, "linkname": "a.jpg"}
+DEVICE = {"type": tarfile.CHRTYPE}
+
+
+@pytest.mark.parametrize(
+    ("member", "reason"),
+    [
+        (("b.jpg", b"", LINK), "b.jpg, neither a plain file nor a folder"),
+        (("b.jpg", b"", HARD_LINK), "b.jpg, neither a plain file nor a folder"),
+        (("b.jpg", b"", DEVICE), "b.jpg, neither a plain file nor a folder"),
+        (("/b.jpg", b"x"), "/b.jpg, a path that leads out"),
+        (("../b.jpg", b"x"), "../b.jpg, a path that leads out"),
+        (("x/../b.jpg", b"x"), "x/../b.jpg, a path that leads out"),
+    ],
+)
+def test_members_that_are_no_files_inside_are_refused(tmp_path, picture, member, reason):
+    shard(tmp_path / "shards/0.tar", ("a.jpg", picture), member)
+    with pytest.raises(UserError, match=rf"data.train: .*0.tar holds {reason}"):
+        open_source(str(tmp_path / "shards"))
+
+
+@pytest.mark.parametrize(
+    ("members", "reason"),
+    [
+        ([("a.jpg", b"x"), ("a.png", b"x")], "holds two images of the key a"),
+        ([("a.jpg", b"x"), ("a.cls", b"3"), ("b.jpg", b"x")], "has no .cls member for b.jpg"),
+        ([("a.jpg", b"x"), ("a.cls", b"dog")], "holds a.cls with b'dog'; a label is a whole number"),
+        ([("a.txt", b"x")], "no images under .*it holds 1 entry"),
+    ],
+)
+def test_foreign_shards_that_make_no_sense_are_refused(tmp_path, members, reason):
+    shard(tmp_path / "shards/0.tar", *members)
+    with pytest.raises(UserError, match=f"data.train: .*{reason}"):
+        open_source(str(tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("keep", [200, 700, 1536, 2048])
+def test_a_foreign_shard_that_was_cut_off_is_refused(tmp_path, keep):
+    path = shard(tmp_path / "shards/0.tar", ("a.jpg", b"x" * 512), ("b.jpg", b"y" * 512))
+    os.truncate(path, keep)
+    with pytest.raises(UserError, match="0.tar is not a whole uncompressed tar file"):
+        open_source(str(tmp_path / "shards"))
+
+
+def test_foreign_shards_are_read_in_order_with_their_labels(tmp_path, picture):
+    shard(tmp_path / "s/1.tar", ("./", b"", {"type": tarfile.DIRTYPE}), ("./c.jpg", picture), ("./c.cls", b"0\n"))
+    members = [("b.cls", b"2"), ("b.JPEG", picture), ("b.json", b"{}"), ("a.seg.png", b"mask"), ("a.png", picture)]
+    shard(tmp_path / "s/0.tar", *members, ("a.cls", b"1"))
+    source = open_source(str(tmp_path / "s"))
+    assert [os.fsdecode(name) for name in source.names] == ["b.JPEG", "a.png", "./c.jpg"]
+    assert (source.labels.tolist(), source.classes) == ([2, 1, 0], ("0", "1", "2"))
+    assert [source.read(row) for row in range(3)] == [picture] * 3
+    assert source.name(0) == f"{tmp_path}/s/0.tar/b.JPEG"
+
+
+def test_tar_files_beside_the_images_unpacked_from_them_are_ignored(tmp_path, picture):
+    (tmp_path / "n01").mkdir()
+    (tmp_path / "n01/a.jpg").write_bytes(picture)
+    shard(tmp_path / "n01.tar", ("a.jpg", picture))
+    source = open_source(str(tmp_path))
+    assert (source.names.tolist(), source.packed) == ([b"n01/a.jpg"], None)
+
+
+def test_sizes_are_written_in_thousands():
+    assert [pack.parse_size(text) for text in ("1GB", "1.5 mb", "20k", "512", "2TB")] == [
+        10**9, 1_500_000, 20_000, 512, 2 * 10**12,
+    ]  # fmt: skip
+    for text in ("big", "0GB", "-1GB", "1XB", ""):
+        with pytest.raises(UserError, match="--shard-size: .*is no size"):
+            pack.parse_size(text)
+
+
+def test_the_command_says_what_it_made(photos, tmp_path, capsys):
+    arguments = ["pack", str(photos), str(tmp_path / "out")]
+    assert main([*arguments, "--shard-size", "40kB"]) == 0
+    made = len(list((tmp_path / "out").glob("*.tar")))
+    assert f"out holds {made} shards; data.train={tmp_path}/out reads them" in capsys.readouterr().out
+    assert main(arguments) == 2
+    expected = f"fastsiam: pack: {tmp_path}/out is not empty; name a new folder, or delete this one\n"
+    assert capsys.readouterr().err == expected
+    assert main(["pack", str(tmp_path / "nowhere"), str(tmp_path / "o")]) == 2
+    assert "fastsiam: SRC: there is no" in capsys.readouterr().err
