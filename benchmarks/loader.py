@@ -120,10 +120,19 @@ def drain(batches: Iterable, device: torch.device) -> int:
     return images
 
 
-def ours(case: Case, backend: str, color: str = "matrix", dtype=torch.float32, decode_device=None, num_views=2):
+def ours(
+    case: Case,
+    backend: str,
+    color: str = "matrix",
+    dtype=torch.float32,
+    decode_device=None,
+    num_views=2,
+    backend_augments=False,
+):
     """Epochs of the training loader, and its backend in words; raises `AbsentError` for one that is not installed.
 
     `decode_device`: where decoding, cropping and augmenting happen before the views go to the case's device.
+    `backend_augments`: DALI's own operators make the views (`data.augment=dali`).
     """
     try:
         choose_backend(backend)
@@ -133,8 +142,14 @@ def ours(case: Case, backend: str, color: str = "matrix", dtype=torch.float32, d
     specs = view_specs(config.views, num_views)
     source = source_of(case.paths)
     device = decode_device or case.device
-    opened = open_backend(backend, source, case.size, num_views, case.batch_size, case.workers, device)
-    loader = Loader(source, specs, opened, batch_size=case.batch_size, seed=0, dtype=dtype)
+    if backend_augments:
+        from fastsiam.data.dali_recipe import open_recipe
+
+        opened = open_recipe(source, specs, case.batch_size, case.workers, device, dtype)
+    else:
+        opened = open_backend(backend, source, case.size, num_views, case.batch_size, case.workers, device)
+    numbers = {"batch_size": case.batch_size, "seed": 0, "dtype": dtype}
+    loader = Loader(source, specs, opened, **numbers, backend_augments=backend_augments)
 
     def epoch(index):
         return drain((batch.views.chunk(num_views) for batch in loader.epoch(index)), case.device)
@@ -168,6 +183,10 @@ def builders(device: torch.device, checkout: Path | None) -> dict[str, Callable]
         "dali matrix": functools.partial(ours, backend="dali"),
         "dali matrix bf16": functools.partial(ours, backend="dali", dtype=torch.bfloat16),
         "dali exact": functools.partial(ours, backend="dali", color="exact"),
+        "dali, its own augmentation": functools.partial(ours, backend="dali", backend_augments=True),
+        "dali, its own augmentation, bf16": functools.partial(
+            ours, backend="dali", backend_augments=True, dtype=torch.bfloat16
+        ),
         "dali matrix, decoded twice": functools.partial(decoded_twice, backend="dali"),
         "pil matrix": functools.partial(ours, backend="pil"),
         "authors": functools.partial(peer, build_loader=authors.build_loader),

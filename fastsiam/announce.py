@@ -33,8 +33,7 @@ def opening_lines(
         lines += [f"left out  {text}" for text in left_out if text]
     lines += [
         f"backend   {loader_text}, {reason}",
-        f"views     2 x {config.views.size} px, recipe {config.views.recipe}, colour {config.views.color}"
-        + _augmenter_text(config, device),
+        f"views     2 x {config.views.size} px, recipe {config.views.recipe}, " + _augmenter_text(config, device),
         f"model     {config.method.name}, {model.encoder} ({model.stem} stem"
         + (f", width {model.width}" if model.width else "")
         + f"), projector {model.projector.layers} x {model.projector.out}, predictor {model.predictor.hidden}, "
@@ -50,11 +49,17 @@ def opening_lines(
 
 def _augmenter_text(config, device):
     if config.data.backend == "synthetic":
-        return ", as they are"
+        return "as they are"
+    if config.data.augment == "dali":
+        return (
+            "augmented by DALI: not our augmenter's views; colour in one order whatever views.color says (saturation "
+            "and hue in YIQ, contrast about mid-grey, brightness), the blur after it, 8 bits between operations"
+        )
+    colour = f"colour {config.views.color}, augmented by "
     if device.type == "cuda":
-        return ", augmented by Triton"
+        return colour + "Triton"
     first = "" if is_compiled(config.views.color == "exact") else " (compiled now, once on this machine: about 15 s)"
-    return f", augmented by numba{first}"
+    return f"{colour}numba{first}"
 
 
 def schedule_line(config: Config, steps_per_epoch: int) -> str:
@@ -63,6 +68,21 @@ def schedule_line(config: Config, steps_per_epoch: int) -> str:
     return (
         f"schedule  {config.train.epochs} epochs x {steps_per_epoch:,} steps = {total:,} steps, "
         f"{config.optimizer.schedule}{stop}"
+    )
+
+
+def progress_text(session, loss: float, images_per_second: float, wait_fraction: float) -> str:
+    """What the progress line says after a step."""
+    state, health = session.state, session.measures
+    measured = ""
+    if health:
+        measured = (
+            f"std_ratio {health.std_ratio:.2f} rank {health.effective_rank:.0f} |cos| {health.mean_abs_cos:.2f}  "
+        )
+    return (
+        f"epoch {min(state.epoch + 1, session.config.train.epochs)}/{session.config.train.epochs}  "
+        f"step {state.step}/{session.last_step}  loss {loss:+.3f} (cosine {-loss:.3f})  {measured}"
+        f"{images_per_second:,.0f} img/s  wait {100 * wait_fraction:.0f} %"
     )
 
 

@@ -39,6 +39,8 @@ class DataConfig(Section):
     backend: Literal["auto", "dali", "pil", "ffcv", "resident", "synthetic"] = "auto"
     """Who decodes and crops. auto: ffcv for a .beton, else DALI where installed, else PIL; the choice is printed.
     resident: all images lie decoded in the memory of the compute device."""
+    augment: Literal["fastsiam", "dali"] = "fastsiam"
+    """dali: DALI's own operators in its own order make the views, with our draws; needs data.backend=dali."""
     store_size: PositiveInt | None = None
     """Side in pixels of the squares that resident stores the images as: 3 * store_size^2 bytes an image."""
     workers: Annotated[int, Field(ge=0)] | None = None
@@ -251,6 +253,15 @@ class Config(Section):
                     f"{key}: {location} was written by python -m fastsiam.prepare ffcv, and data.backend={backend} "
                     "cannot read it; set data.backend=ffcv"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def augments_what_it_decodes(self):
+        if self.data.augment == "dali" and self.data.backend != "dali":
+            raise ValueError(
+                f"data.augment: dali needs data.backend=dali, but it is {self.data.backend}; set that, or "
+                "data.augment=fastsiam"
+            )
         return self
 
     @property

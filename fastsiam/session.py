@@ -10,7 +10,7 @@ from rich.console import Console
 
 import fastsiam
 from fastsiam import checkpoint, collapse, host_memory, optim
-from fastsiam.announce import closing_lines, knn_text, opening_lines, schedule_line
+from fastsiam.announce import closing_lines, knn_text, opening_lines, progress_text, schedule_line
 from fastsiam.config import Config, UserError
 from fastsiam.data.loader import build_loader, choose_backend
 from fastsiam.data.skip import SkipFile, SkipList
@@ -26,6 +26,7 @@ from fastsiam.device import (
 )
 from fastsiam.encoder import save_encoder
 from fastsiam.evaluation.monitor import Monitor
+from fastsiam.loader_advice import LoaderWatch, describe
 from fastsiam.methods import build_method
 from fastsiam.record import ProgressLine, Result, RunFolder
 from fastsiam.state import State, Stopwatch
@@ -143,6 +144,7 @@ class Session:
         self.progress = ProgressLine(self.console, self.last_step, self.state.step)
         self._saved_at = time.perf_counter()
         self._logged = (self.state.step, dict(self.clock.totals))
+        self._watch = LoaderWatch(lambda: describe(config, self.source, self.backend_name, self.device))
 
     def set_learning_rate(self, progress: float) -> float:
         return optim.set_learning_rate(self.optimizer, self.config, progress)
@@ -170,20 +172,11 @@ class Session:
         self._logged = (state.step, dict(totals))
         self._write("train", loss=loss, lr=rate, images_per_second=images_per_second, data_wait_fraction=wait_fraction)
         if not math.isfinite(loss):
-            self._write("warning", message=f"the loss of step {state.step} is {loss}")
-            self.say(f"warning: the loss of step {state.step:,} is {loss}", "yellow")
-        health = self.measures
-        self.progress.show(
-            state.step,
-            f"epoch {min(state.epoch + 1, self.config.train.epochs)}/{self.config.train.epochs}  "
-            f"step {state.step}/{self.last_step}  loss {loss:+.3f} (cosine {-loss:.3f})  "
-            + (
-                f"std_ratio {health.std_ratio:.2f} rank {health.effective_rank:.0f} |cos| {health.mean_abs_cos:.2f}  "
-                if health
-                else ""
-            )
-            + f"{images_per_second:,.0f} img/s  wait {100 * wait_fraction:.0f} %",
-        )
+            self._tell(f"the loss of step {state.step:,} is {loss}")
+        advice = self._watch.add(waited, stepped)
+        if advice:
+            self._tell(advice)
+        self.progress.show(state.step, progress_text(self, loss, images_per_second, wait_fraction))
 
     def judge_collapse(self) -> bool:
         """Measure z on the probe images; True where the run must stop."""
@@ -253,6 +246,10 @@ class Session:
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, soft_wrap=True)
+
+    def _tell(self, warning: str) -> None:
+        self.say(f"warning: {warning}", "yellow")
+        self._write("warning", message=warning)
 
     def _step(self, views):
         self.optimizer.zero_grad(set_to_none=True)

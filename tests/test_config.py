@@ -40,6 +40,11 @@ MISTAKES = {
     "section as value": (["train=3"], "train: 3 should be a valid dictionary"),
     "no override": (["train.epochs"], "'train.epochs' is no override"),
     "unreadable value": (["train.epochs=[1"], "train.epochs: '[1' is not readable as YAML"),
+    "dali's recipe elsewhere": (
+        ["data.augment=dali", "data.backend=pil"],
+        "data.augment: dali needs data.backend=dali, but it is pil; set that, or data.augment=fastsiam",
+    ),
+    "dali's recipe by chance": (["data.augment=dali"], "data.augment: dali needs data.backend=dali, but it is auto"),
     "no size": (["data.backend=resident"], "data.store_size: null, but data.backend=resident stores images at a size"),
     "no data": (["data.train=null"], "data.train: null is for data.backend=synthetic"),
 }

@@ -44,6 +44,16 @@ def test_crops_are_on_the_device_and_those_of_the_cpu(photos, backend, record_pr
         assert (here.cpu().float() - there.float()).abs().mean() < 1.0
 
 
+@pytest.mark.skipif(not dali_installed(), reason="DALI's own augmentation needs it")
+def test_dalis_own_augmentation_on_the_device_is_that_of_the_cpu(photos):
+    from tests.test_dali_recipe import EVERYTHING, make
+
+    there = make(photos, EVERYTHING).epoch(0)
+    for here, expected in zip(make(photos, EVERYTHING, device="cuda").epoch(0), there, strict=True):
+        assert here.views.is_cuda
+        assert (here.views.cpu() - expected.views).abs().mean() < 1.0
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_training_compiled_in_bf16_follows_eager_fp32(tiny, tmp_path, backend):
     losses = []

@@ -22,7 +22,14 @@ LAYERS = (
         "fastsiam.collapse",
         "fastsiam.host_memory",
     },
-    {"fastsiam.methods", "fastsiam.evaluation", "fastsiam.checkpoint", "fastsiam.record", "fastsiam.state"},
+    {
+        "fastsiam.methods",
+        "fastsiam.evaluation",
+        "fastsiam.checkpoint",
+        "fastsiam.record",
+        "fastsiam.state",
+        "fastsiam.loader_advice",
+    },
     {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare"},
     {"fastsiam.train", "fastsiam.__main__"},
 )

@@ -84,7 +84,7 @@ def test_the_graph_for_a_gpu_crops_as_pil_does(photos):
     from fastsiam.data import dali
 
     made = make(photos, "dali")
-    made.backend._device = torch.device("cuda")
+    made.backend._on_gpu = True
     requests = list(made._requests(0, 0, deque()))
     made.backend._requests = iter(requests)
     graph = dali.crop_graph(
@@ -93,6 +93,7 @@ def test_the_graph_for_a_gpu_crops_as_pil_does(photos):
         SIZE,
         "cpu",
         False,
+        {"device_memory_padding": 1 << 20, "host_memory_padding": 1 << 20, "preallocate_width_hint": 200},
         batch_size=5,
         num_threads=1,
         device_id=None,
@@ -101,7 +102,7 @@ def test_the_graph_for_a_gpu_crops_as_pil_does(photos):
     graph.build()
     expected = uint8_crops(photos, "pil").view(3, 2, 5, SIZE, SIZE, 3)
     for request, crops in zip(requests, expected, strict=True):
-        *views, indices, shapes = graph.run()
+        indices, shapes, *views = graph.run()
         assert np.array(indices.as_tensor()).reshape(-1).tolist() == request.indices.tolist()
         assert (np.array(shapes.as_tensor())[:, :2] == request.sizes).all()
         for view, crop in zip(views, crops, strict=True):

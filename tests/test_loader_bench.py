@@ -1,5 +1,6 @@
 """benchmarks.loader and benchmarks.end_to_end: what a sample holds, counted and computed, never timed."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -48,6 +49,14 @@ def test_an_epoch_delivers_every_image(case, backend, build):
     epoch, description = build(case, backend)
     assert [epoch(0), epoch(1)] == [24, 24]
     assert description.startswith(backend)
+
+
+def test_dalis_own_augmentation_delivers_every_image(case):
+    rows = loader.builders(CPU, None)
+    for name in ("dali, its own augmentation", "dali, its own augmentation, bf16"):
+        epoch, description = rows[name](dataclasses.replace(case, workers=1))
+        assert epoch(0) == 24
+        assert description.endswith("augmented by DALI")
 
 
 def test_decoding_twice_is_what_it_says(case, monkeypatch):

@@ -7,6 +7,7 @@ of ImageNet photographs, two cores).
 
 import os
 from collections import deque
+from importlib import metadata
 
 import numpy as np
 import nvidia.dali as dali
@@ -15,7 +16,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 
 from fastsiam.data.converted import Converted
-from fastsiam.data.headers import ODD, BadImageError
+from fastsiam.data.headers import ODD, UNKNOWN, UNREADABLE, BadImageError
 from fastsiam.data.loader import CropRequest
 from fastsiam.data.pil import decode_image
 from fastsiam.data.skip import UndecodableError
@@ -24,47 +25,74 @@ from fastsiam.kernels.crop_numba import crop_on_cpu
 
 # Batches decoded ahead of the one in use.
 PREFETCH = 2
+# Of a device's memory, for buffers that only the largest image needs.
+MEMORY_SHARE = 0.1
+# Bytes a pixel of a 4:2:0 JPEG: 16-bit coefficients of 1.5 components in pinned memory; on the device the decoded
+# planes beside them. NVIDIA's own sizes for ImageNet, 140,544,512 and 211,025,920, stand in that ratio. The hardware
+# decoder's buffers are sized for 4:4:4 (nvImageCodec, hw_decoder.cpp).
+PINNED_BYTES, DEVICE_BYTES, HARDWARE_BYTES = 3.0, 4.5, 3.0
 
 
 def open_backend(source, size, num_views, batch_size, workers, device) -> "DaliBackend":
     return DaliBackend(source, size, num_views, batch_size, workers or os.cpu_count(), device)
 
 
+def decoder_memory(source: ImageSource, batch_size: int, threads: int, device_bytes: int) -> dict[str, int]:
+    """Hints of fn.decoders.image: what the mixed decoder allocates at once, in place of growing in mid-epoch.
+
+    They fit the largest image, and are left at DALI's own where some header has not been read yet, or where they would
+    take more than a tenth of the device's memory.
+    """
+    used = source.kinds < UNREADABLE
+    if not used.any() or (source.kinds == UNKNOWN).any():
+        return {}
+    height, width = max(source.image_sizes[used].tolist(), key=lambda size: size[0] * size[1])
+    pixels, limit = height * width, MEMORY_SHARE * device_bytes
+    hints = {}
+    if threads * pixels * DEVICE_BYTES <= limit:
+        hints["device_memory_padding"] = int(pixels * DEVICE_BYTES)
+        hints["host_memory_padding"] = int(pixels * PINNED_BYTES)
+    if batch_size * pixels * HARDWARE_BYTES <= limit:
+        hints |= {"preallocate_height_hint": height, "preallocate_width_hint": width}
+    return hints
+
+
 @pipeline_def
-def crop_graph(source, num_views: int, size: int, decoder: str, packed: bool):
-    """[files, indices, boxes of each view] -> [crops uint8 [S, S, 3] of each view, index, shape of the image].
+def crop_graph(source, num_views: int, size: int, decoder: str, packed: bool, memory: dict[str, int]):
+    """[files, indices, boxes of each view] -> [index, shape of the image, crops uint8 [S, S, 3] of each view].
 
     `decoder`: mixed, for a GPU; cpu runs as well, which is how the graph is tested without one. `packed`: files are
-    given as their bytes, otherwise as paths.
+    given as their bytes, otherwise as paths. `memory`: of `decoder_memory`.
     """
     files, indices, *boxes = fn.external_source(
         source, num_outputs=2 + num_views, dtype=[types.UINT8, types.INT64] + [types.FLOAT] * num_views
     )
-    images = decode_graph(files, decoder, packed)
-    crops = [
-        fn.resize(
-            images,
-            size=(size, size),
-            roi_start=box[:2],
-            roi_end=box[2:],
-            interp_type=types.INTERP_LINEAR,
-            antialias=True,
-        )
-        for box in boxes
-    ]
-    return *crops, indices, images.shape(device="cpu")
+    images = decode_graph(files, decoder, packed, memory)
+    return indices, images.shape(device="cpu"), *(resized(images, box, size) for box in boxes)
 
 
 @pipeline_def
 def image_graph(source, decoder: str, packed: bool):
-    """[files, indices] -> [whole images uint8 [H, W, 3], index]."""
+    """[files, indices] -> [index, whole images uint8 [H, W, 3]]."""
     files, indices = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT64])
-    return decode_graph(files, decoder, packed), indices
+    return indices, decode_graph(files, decoder, packed, {})
 
 
-def decode_graph(files, decoder: str, packed: bool):
+def decode_graph(files, decoder: str, packed: bool, memory: dict[str, int]):
     encoded = files if packed else fn.io.file.read(files)
-    return fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
+    return fn.decoders.image(encoded, device=decoder, output_type=types.RGB, **memory)
+
+
+def resized(images, box, size: int):
+    """`box`: float [4], top, left, bottom, right in pixels."""
+    return fn.resize(
+        images,
+        size=(size, size),
+        roi_start=box[:2],
+        roi_end=box[2:],
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
 
 
 class DaliBackend:
@@ -73,9 +101,9 @@ class DaliBackend:
     def __init__(self, source: ImageSource, size, num_views, batch_size, threads, device: torch.device):
         self._source, self._size, self._num_views, self._batch_size = source, size, num_views, batch_size
         self._threads, self._device, self._packed = threads, device, source.packed is not None
-        on_gpu = device.type == "cuda"
-        self._decoder, self._device_id = ("mixed", device.index or 0) if on_gpu else ("cpu", None)
-        self.description = f"dali {dali.__version__} ({self._decoder} decoder, {threads} threads)"
+        self._on_gpu = device.type == "cuda"
+        self._decoder, self._device_id = ("mixed", device.index or 0) if self._on_gpu else ("cpu", None)
+        self.description = f"dali {dali.__version__} ({decoder_text()}, {self._decoder}, {threads} threads)"
         self._pipeline = None
         self._requests = iter(())
         self._in_flight: deque[CropRequest] = deque()
@@ -89,25 +117,19 @@ class DaliBackend:
         try:
             while True:
                 try:
-                    outputs = self._pipeline.run()
+                    indices, *outputs = self._pipeline.run()
                 except StopIteration:
                     break
                 except RuntimeError:
+                    # Before another is built: 400 graphs in a row grew the process by 40 MB where each lived on until
+                    # the next was there, by 3 MB where it did not.
+                    self._pipeline = None
                     reasons = self._undecodable()
                     if not reasons:
                         raise
                     raise UndecodableError(reasons) from None
-                request = self._in_flight.popleft()
-                if self._device.type == "cuda":
-                    *views, indices, shapes = outputs
-                    sizes = np.array(shapes.as_tensor())[:, :2]
-                else:
-                    images, indices = outputs
-                    images = [images[row] for row in range(len(images))]
-                    sizes = np.array([image.shape()[:2] for image in images])
-                self._check_sizes(request, sizes)
-                crops = self._own(views) if self._device.type == "cuda" else self._crop(images, request)
-                yield np.array(indices.as_cpu().as_tensor()).reshape(-1), crops
+                delivered = self._deliver(self._in_flight.popleft(), outputs)
+                yield np.array(indices.as_cpu().as_tensor()).reshape(-1), delivered
             self._pipeline.reset()
             finished = True
         finally:
@@ -127,14 +149,36 @@ class DaliBackend:
             "device_id": self._device_id,
             "prefetch_queue_depth": PREFETCH,
         }
-        if self._device.type == "cuda":
-            pipeline = crop_graph(
-                self._next_inputs, self._num_views, self._size, self._decoder, self._packed, **options
-            )
-        else:
-            pipeline = image_graph(self._next_inputs, self._decoder, self._packed, **options)
+        pipeline = self._graph(self._memory(), options)
         pipeline.build()
         return pipeline
+
+    def _memory(self):
+        if not self._on_gpu:
+            return {}
+        device_bytes = torch.cuda.get_device_properties(self._device).total_memory
+        return decoder_memory(self._source, self._batch_size, self._threads, device_bytes)
+
+    def _graph(self, memory, options):
+        if not self._on_gpu:
+            return image_graph(self._next_inputs, self._decoder, self._packed, **options)
+        return crop_graph(
+            self._next_inputs, self._num_views, self._size, self._decoder, self._packed, memory, **options
+        )
+
+    def _inputs(self, request):
+        """What the graph takes beside files and indices."""
+        return corners(request.boxes) if self._on_gpu else ()
+
+    def _deliver(self, request, outputs):
+        """uint8 crops [V*N, S, S, 3] of what the graph has made; its memory is used again at the next run."""
+        if self._on_gpu:
+            return self._own(request, outputs)
+        (images,) = outputs
+        images = [images[row] for row in range(len(images))]
+        self._check_sizes(request, np.array([image.shape()[:2] for image in images]))
+        addresses = np.array([image.data_ptr() for image in images], np.int64)
+        return crop_on_cpu(addresses, request.sizes, request.boxes, self._size)
 
     def _next_inputs(self):
         request = next(self._requests)
@@ -147,12 +191,7 @@ class DaliBackend:
                 reasons[index] = str(error)
         if reasons:
             raise UndecodableError(reasons)
-        inputs = files, request.indices.reshape(-1, 1)
-        if self._device.type != "cuda":
-            return inputs
-        boxes = request.boxes.astype(np.float32)
-        boxes[..., 2:] += boxes[..., :2]
-        return *inputs, *boxes
+        return files, request.indices.reshape(-1, 1), *self._inputs(request)
 
     def _file(self, index):
         """What the graph decodes, as uint8: path or bytes of the file, or of what PIL made of it."""
@@ -162,15 +201,11 @@ class DaliBackend:
             file = self._source.read(index) if self._packed else os.fsencode(self._source.path(index))
         return np.frombuffer(file, np.uint8)
 
-    def _crop(self, images, request):
-        """Before the next run, in which DALI uses the images' memory again."""
-        addresses = np.array([image.data_ptr() for image in images], np.int64)
-        return crop_on_cpu(addresses, request.sizes, request.boxes, self._size)
-
-    def _own(self, views):
-        """One uint8 tensor [V*N, S, S, 3] of ours: DALI reuses its buffers at the next run."""
-        tensors = [torch.from_dlpack(view.as_tensor()) for view in views]
-        return torch.cat(tensors).to(self._device)
+    def _own(self, request, outputs):
+        """What the graph made of each view as one tensor [V*N, S, S, 3] of ours."""
+        shapes, *views = outputs
+        self._check_sizes(request, np.array(shapes.as_tensor())[:, :2])
+        return torch.cat([torch.from_dlpack(view.as_tensor()) for view in views]).to(self._device)
 
     def _check_sizes(self, request, sizes):
         """The boxes were drawn for the sizes in the files' headers: another size is another picture."""
@@ -185,24 +220,52 @@ class DaliBackend:
             )
 
     def _undecodable(self):
-        """Why files in flight cannot be decoded: DALI's error names none, so each is tried alone."""
+        """Why files in flight cannot be decoded: DALI's error names none, so each is tried alone, by PIL first."""
+        indices = [index for request in self._in_flight for index in request.indices.tolist()]
         reasons = {}
-        for index in (index for request in self._in_flight for index in request.indices.tolist()):
+        for index in indices:
             try:
                 decode_image(self._source, index)
-                self._decode_alone(index)
             except BadImageError as error:
                 reasons[index] = str(error)
+        return reasons or self._refused_by_dali(indices)
+
+    def _refused_by_dali(self, indices):
+        """Sentences for those that PIL decodes and DALI does not, by index."""
+        reasons = {}
+        while indices:
+            decoded, reason = self._decode_in_turn(indices)
+            if reason is None:
+                break
+            name = self._source.name(indices[decoded])
+            reasons[indices[decoded]] = f"{name} cannot be decoded by DALI: {reason}"
+            indices = indices[decoded + 1 :]
         return reasons
 
-    def _decode_alone(self, index):
-        """Raise `BadImageError` where DALI fails at what PIL decodes."""
-        file, number = self._file(index), np.array([index])
+    def _decode_in_turn(self, indices):
+        """How many of `indices` one graph decodes before it fails, and what it says then; it is invalid afterwards."""
+        files = (([self._file(index)], [np.array([index])]) for index in indices)
         options = {"batch_size": 1, "num_threads": 1, "device_id": self._device_id, "prefetch_queue_depth": 1}
-        graph = image_graph(lambda: ([file], [number]), self._decoder, self._packed, **options)
+        graph = image_graph(lambda: next(files), self._decoder, self._packed, exec_async=False, **options)
         graph.build()
+        for decoded in range(len(indices)):
+            try:
+                graph.run()
+            except RuntimeError as error:
+                return decoded, str(error).strip().partition("\n")[0]
+        return len(indices), None
+
+
+def corners(boxes: np.ndarray) -> np.ndarray:
+    """Top, left, height, width [..., 4] as float32 top, left, bottom, right."""
+    return np.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], -1).astype(np.float32)
+
+
+def decoder_text() -> str:
+    """nvImageCodec, which decodes for DALI, with its version; it comes as a package of its own for each CUDA."""
+    for name in ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"):
         try:
-            graph.run()
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            raise BadImageError(f"{self._source.name(index)} cannot be decoded by DALI: {reason}") from None
+            return f"nvimgcodec {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return "nvimgcodec of unknown version"

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +14,15 @@ from fastsiam.config import UserError
 # can be decoded.
 UNKNOWN, PLAIN, ODD, UNREADABLE, UNWANTED = range(5)
 
-_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)
-# Formats and PIL modes that DALI, OpenCV and PIL decode to the same RGB. CMYK, palettes, transparency, 16 bits and
-# animations are each decoder's own.
+_ORIENTATION, _SHORT, _TRANSPOSED = 0x0112, 3, (5, 6, 7, 8)
+# Formats and PIL modes that DALI, OpenCV and PIL decode to the same RGB, one level off at most. CMYK, palettes,
+# transparency, 16-bit grey and animations are each decoder's own.
 _PLAIN = {("JPEG", "RGB"), ("JPEG", "L"), ("MPO", "RGB"), ("PNG", "RGB"), ("PNG", "L"), ("BMP", "RGB"), ("WEBP", "RGB")}
-# Only here every decoder turns the picture as EXIF says.
-_TURNED_BY_ALL = ("JPEG", "MPO")
+# Of 16-bit bitmaps DALI refuses some and widens others its own way.
+_PLAIN_BITMAPS = ("BGR", "BGRX")
+# Where Pillow finds an orientation: an EXIF block, the same as text in a PNG, or XMP.
+_TURNING = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+_PNG_SIGNATURE_BYTES = 8
 
 
 class BadImageError(UserError):
@@ -39,14 +43,57 @@ def read_header(file: Path | str | bytes, name: object = None) -> Header:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else os.fspath(file)) as image:
             width, height = image.size
-            # Only an EXIF block can turn the image, and parsing one costs more than the rest of the header.
-            orientation = image.getexif().get(_ORIENTATION, 1) if "exif" in image.info else 1
-            plain = (image.format, image.mode) in _PLAIN and not (
-                getattr(image, "is_animated", False) and image.format != "MPO"
-            )
-            plain = plain and (orientation == 1 or image.format in _TURNED_BY_ALL)
+            turned = orientation(image)
+            plain = _is_plain(image, turned)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImageError(f"{name} cannot be decoded: {error}") from error
-    if orientation in _TRANSPOSED:
+    if turned in _TRANSPOSED:
         width, height = height, width
     return Header(height, width, PLAIN if plain else ODD)
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation of an image that has just been opened, or XMP's where EXIF has none; 1 for none.
+
+    XMP behind the pixels of a PNG is not looked at: nobody else does.
+    """
+    # Only these can turn the image, and parsing them costs more than the rest of the header.
+    if any(key in image.info for key in _TURNING) or (image.format == "PNG" and _has_chunk(image.fp, b"eXIf")):
+        return image.getexif().get(_ORIENTATION, 1)
+    return 1
+
+
+def _is_plain(image, turned):
+    if (image.format, image.mode) not in _PLAIN:
+        return False
+    if image.format in ("JPEG", "MPO"):
+        return not _is_stored_as_rgb(image) and (turned == 1 or _turned_by_all(image.info.get("exif", b""), turned))
+    if image.format == "BMP" and image.tile[0].args[0] not in _PLAIN_BITMAPS:
+        return False
+    return turned == 1 and not getattr(image, "is_animated", False)
+
+
+def _turned_by_all(exif, turned):
+    """Whether a JPEG's EXIF says it as a 16-bit number: DALI reads no other, and no XMP."""
+    return any(
+        struct.pack(order + "HHIH", _ORIENTATION, _SHORT, 1, turned) in exif
+        for order, mark in (("<", b"II"), (">", b"MM"))
+        if exif[6:8] == mark
+    )
+
+
+def _is_stored_as_rgb(image):
+    """Without YCbCr, told by Adobe's mark or by the names of the components; only some decoders look at them."""
+    return image.mode == "RGB" and (image.info.get("adobe_transform") == 0 or [c[0] for c in image.layer] == [*b"RGB"])
+
+
+def _has_chunk(file, kind):
+    """Whether a PNG has a chunk of this kind anywhere; leaves the file where it was. Reads 8 bytes a chunk."""
+    place = file.tell()
+    file.seek(_PNG_SIGNATURE_BYTES)
+    found = False
+    while not found and len(head := file.read(8)) == 8:
+        found = head[4:] == kind
+        file.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)
+    file.seek(place)
+    return found

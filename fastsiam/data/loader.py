@@ -39,6 +39,8 @@ class CropRequest:
     """[V, N, 4] int32: top, left, height, width in pixels of the displayed image."""
     sizes: np.ndarray
     """[N, 2] int32: height and width of the displayed image, as the boxes were drawn for."""
+    drawn: draws.AugmentDraws | None = None
+    """V*N rows for a backend that augments too, else None."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ class Backend(Protocol):
     def crops(self, requests: Iterable[CropRequest]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """For each request in turn its indices, as they went through the backend, and uint8 [V*N, S, S, 3].
 
+        A backend that augments gives finished views instead, [V*N, 3, S, S] as `Batch` holds them.
         Raises `UndecodableError` for the first request with files that cannot be decoded.
         """
 
@@ -88,15 +91,19 @@ class Loader:
         skip: SkipList | None = None,
         rank: int = 0,
         world_size: int = 1,
+        backend_augments: bool = False,
     ):
-        """`skip` knows which images are left out; without one the first that cannot be decoded stops the run."""
+        """`skip` knows which images are left out; without one the first that cannot be decoded stops the run.
+
+        `backend_augments`: requests carry the draws, and the backend delivers finished views.
+        """
         if batch_size % world_size:
             raise UserError(f"train.batch_size: {batch_size} does not divide over {world_size} processes")
         check_batch_size(batch_size, len(source), source.root)
         self.source, self.specs, self.backend = source, specs, backend
         self.batch_size, self.seed, self.dtype = batch_size, seed, dtype
         self.skip = skip or SkipList(len(source), 0.0, source.kinds >= UNREADABLE)
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.backend_augments = rank, world_size, backend_augments
         self.steps_per_epoch = len(source) // batch_size
 
     def epoch(self, epoch: int, cursor: int = 0) -> Iterator[Batch]:
@@ -110,7 +117,8 @@ class Loader:
         delivered = 0
         for indices, crops in self._crops(epoch, cursor):
             delivered += len(indices)
-            yield Batch(self._augment(crops, epoch, indices), _labels(self.source, indices), indices)
+            views = crops if self.backend_augments else self._augment(crops, epoch, indices)
+            yield Batch(views, _labels(self.source, indices), indices)
         if delivered != expected:
             raise LoaderError(
                 f"epoch {epoch} on rank {self.rank}: expected {expected} images, {self.backend.description} "
@@ -140,7 +148,8 @@ class Loader:
             indices = self._readable(epoch, order[first : first + share])
             sizes = self.source.sizes(indices)
             boxes = [draws.crop_boxes(s, self.seed, epoch, indices, v, sizes) for v, s in enumerate(self.specs)]
-            request = CropRequest(indices, np.stack(boxes), sizes)
+            drawn = draws.AugmentDraws.concatenate(self._draws(epoch, indices)) if self.backend_augments else None
+            request = CropRequest(indices, np.stack(boxes), sizes, drawn)
             pending.append(request)
             yield request
 
@@ -153,8 +162,11 @@ class Loader:
                 return indices
             self.skip.add(reasons)
 
+    def _draws(self, epoch, indices):
+        return [draws.augment_draws(s, self.seed, epoch, indices, v) for v, s in enumerate(self.specs)]
+
     def _augment(self, crops, epoch, indices):
-        parts = [draws.augment_draws(s, self.seed, epoch, indices, v) for v, s in enumerate(self.specs)]
+        parts = self._draws(epoch, indices)
         if len(set(self.specs)) == 1:
             return augment(crops, draws.AugmentDraws.concatenate(parts), self.specs[0], self.dtype)
         views = zip(crops.chunk(len(self.specs)), parts, self.specs, strict=True)
@@ -258,16 +270,14 @@ def build_loader(
         from fastsiam.data.sources import open_source
 
         source = open_source(config.data.train, scanned=config.data.manifest)
-    backend = open_backend(
-        name,
-        source,
-        config.views.size,
-        len(specs),
-        config.train.batch_size // world_size,
-        config.data.workers,
-        device,
-        config.data.store_size,
-    )
+    share, augments = config.train.batch_size // world_size, config.data.augment == "dali"
+    if augments:
+        from fastsiam.data.dali_recipe import open_recipe
+
+        backend = open_recipe(source, specs, share, config.data.workers, device, dtype)
+    else:
+        data, size = config.data, config.views.size
+        backend = open_backend(name, source, size, len(specs), share, data.workers, device, data.store_size)
     return Loader(
         source,
         specs,
@@ -278,6 +288,7 @@ def build_loader(
         skip=skip,
         rank=rank,
         world_size=world_size,
+        backend_augments=augments,
     )
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from fastsiam.data.headers import BadImageError
+from fastsiam.data.headers import BadImageError, orientation
 from fastsiam.data.skip import UndecodableError
 from fastsiam.data.sources import ImageSource
 
@@ -29,7 +29,8 @@ def decode(file: Path | bytes, name: object = None) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            image = ImageOps.exif_transpose(image)
+            if orientation(image) != 1:
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 # PIL clips 16-bit grey at 255 where every other decoder scales it.
                 image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
@@ -47,7 +48,9 @@ class PilBackend:
     """Crops by PIL's antialiased bilinear filter; `workers` processes, 0 for none."""
 
     def __init__(self, source: ImageSource, size: int, workers: int, device: torch.device):
-        self.description = f"pil {PIL.__version__} ({workers or 'no'} workers)"
+        turbo = features.version_feature("libjpeg_turbo")
+        jpeg = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
+        self.description = f"pil {PIL.__version__} ({jpeg}, {workers or 'no'} workers)"
         self._source, self._size, self._workers, self._device = source, size, workers, device
         self._requests = _Requests()
         self._loader = None
