@@ -279,7 +279,8 @@ class Session:
             self.folder.write({"kind": "bad_file", "step": self.state.step, "message": reason, "bad_files": count})
             self.say(f"bad file  {reason}; another image takes its place ({count} of {len(source):,})", "yellow")
 
-        return SkipList(len(source), self.config.data.max_bad_fraction, file.known(), report)
+        location = self.config.data.train if name == "skip" else self.config.data.val
+        return SkipList(len(source), self.config.data.max_bad_fraction, file.known(), report, location)
 
     @property
     def loader_text(self) -> str:

@@ -11,6 +11,7 @@ from fastsiam.data.dali import decoder_memory
 from fastsiam.data.headers import ODD, PLAIN, UNKNOWN, UNREADABLE
 from fastsiam.data.loader import open_backend
 from fastsiam.data.sources import open_source
+from fastsiam.session import Session
 from tests.conftest import run_python
 
 BEGIN = """
@@ -22,6 +23,7 @@ from fastsiam.data import draws
 from fastsiam.data.loader import Loader, open_backend
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import open_source
+from fastsiam.session import Session
 from fastsiam.data.views import RECIPES
 import dataclasses
 
@@ -138,3 +140,20 @@ def test_only_the_mixed_decoder_gets_them(folder, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     made._on_gpu = True
     assert made._memory()["preallocate_width_hint"] == 2000
+
+
+def test_the_training_loader_is_freed_before_evaluation(tiny_config):
+    """Its decoders and buffers would lie beside those of the evaluation."""
+    with Session(tiny_config("train.epochs=1")) as session:
+        session.start()
+        list(session.loader.epoch(0, cursor=72))
+        trained = session.loader.backend
+        assert trained._pipeline is not None
+        extract = session.monitor._train.batches
+        seen = []
+        session.monitor._train.batches = lambda *which: seen.append(trained._pipeline) or extract(*which)
+        session.state.epoch = 1
+        session.evaluate_if_due()
+        assert seen == [None]
+        assert session.monitor._train.backend._pipeline is None
+        assert len(list(session.loader.epoch(1, cursor=72))) == 1

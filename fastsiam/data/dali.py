@@ -7,6 +7,7 @@ of ImageNet photographs, two cores).
 
 import os
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 
 import numpy as np
@@ -221,14 +222,20 @@ class DaliBackend:
 
     def _undecodable(self):
         """Why files in flight cannot be decoded: DALI's error names none, so each is tried alone, by PIL first."""
-        indices = [index for request in self._in_flight for index in request.indices.tolist()]
-        reasons = {}
-        for index in indices:
-            try:
-                decode_image(self._source, index)
-            except BadImageError as error:
-                reasons[index] = str(error)
-        return reasons or self._refused_by_dali(indices)
+        batches = [request.indices.tolist() for request in self._in_flight]
+        with ThreadPoolExecutor(self._threads) as pool:
+            for indices in batches:
+                refused = zip(indices, pool.map(self._refused_by_pil, indices), strict=True)
+                if reasons := {index: reason for index, reason in refused if reason}:
+                    return reasons
+        return self._refused_by_dali([index for indices in batches for index in indices])
+
+    def _refused_by_pil(self, index):
+        try:
+            decode_image(self._source, index)
+        except BadImageError as error:
+            return str(error)
+        return None
 
     def _refused_by_dali(self, indices):
         """Sentences for those that PIL decodes and DALI does not, by index."""

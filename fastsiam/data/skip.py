@@ -30,11 +30,15 @@ class SkipList:
         max_fraction: float,
         known: np.ndarray | None = None,
         report: Callable[[int, str, int], None] = lambda index, reason, count: None,
+        location: str = "PATH",
     ):
-        """`known`: [N] bool. `report(index, reason, count)` is told of each file found, and how many there are."""
+        """`known`: [N] bool. `report(index, reason, count)` is told of each file found, and how many there are.
+
+        `location`: of the images, for what is said to the user.
+        """
         self.mask = np.zeros(num_images, bool) if known is None else known.copy()
         self.found: dict[int, str] = {}
-        self._max_fraction, self._report = max_fraction, report
+        self._max_fraction, self._report, self._location = max_fraction, report, location
 
     def add(self, reasons: dict[int, str]) -> None:
         """Leave these images out from now on; raises `UserError` with the list where they become too many."""
@@ -47,9 +51,9 @@ class SkipList:
             names = "\n  ".join(list(self.found.values())[:_SHOWN])
             more = f"\n  and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
             raise UserError(
-                f"{len(self.found)} of {len(self.mask):,} images cannot be used, more than "
-                f"data.max_bad_fraction={self._max_fraction:g} allows; python -m fastsiam.prepare scan PATH finds them "
-                f"all beforehand, and runs leave out what it found:\n  {names}{more}"
+                f"{len(self.found)} of {len(self.mask):,} images cannot be used, more than data.max_bad_fraction="
+                f"{self._max_fraction:g} allows; python -m fastsiam.prepare scan {self._location} finds them all "
+                f"beforehand, and runs leave out what it found:\n  {names}{more}"
             )
         if self.mask.all():
             raise UserError("none of the images can be decoded")
