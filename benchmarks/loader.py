@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from benchmarks.peers import AbsentError, authors, lightly, solo_learn
 from benchmarks.protocol import Results, interleave
 from fastsiam import host_memory
 from fastsiam.config import load_config
+from fastsiam.data import beton
 from fastsiam.data.files import Files
 from fastsiam.data.loader import Loader, choose_backend, open_backend
 from fastsiam.data.sources import ImageSource, of_files, open_source
@@ -128,11 +130,13 @@ def ours(
     decode_device=None,
     num_views=2,
     backend_augments=False,
+    source=None,
+    store_size=None,
 ):
     """Epochs of the training loader, and its backend in words; raises `AbsentError` for one that is not installed.
 
     `decode_device`: where decoding, cropping and augmenting happen before the views go to the case's device.
-    `backend_augments`: DALI's own operators make the views (`data.augment=dali`).
+    `backend_augments`: DALI's own operators make the views (`data.augment=dali`). `source`: in place of the files.
     """
     try:
         choose_backend(backend)
@@ -140,14 +144,15 @@ def ours(
         raise AbsentError(str(error)) from error
     config = load_config("r50_100ep", [f"views.size={case.size}", f"views.color={color}"])
     specs = view_specs(config.views, num_views)
-    source = source_of(case.paths)
+    source = source or source_of(case.paths)
     device = decode_device or case.device
     if backend_augments:
         from fastsiam.data.dali_recipe import open_recipe
 
         opened = open_recipe(source, specs, case.batch_size, case.workers, device, dtype)
     else:
-        opened = open_backend(backend, source, case.size, num_views, case.batch_size, case.workers, device)
+        numbers = case.size, num_views, case.batch_size, case.workers
+        opened = open_backend(backend, source, *numbers, device, store_size)
     numbers = {"batch_size": case.batch_size, "seed": 0, "dtype": dtype}
     loader = Loader(source, specs, opened, **numbers, backend_augments=backend_augments)
 
@@ -161,6 +166,36 @@ def decoded_twice(case: Case, backend: str):
     """Each image decoded once for each of its views, as two pipelines with a decoder each do."""
     epoch, description = ours(case, backend, num_views=1)
     return lambda index: (epoch(2 * index) + epoch(2 * index + 1)) // 2, description
+
+
+def from_beton(case: Case):
+    """The files as `prepare ffcv` stores them by default, written before anything is timed."""
+    try:
+        choose_backend("ffcv")
+    except ImportError as error:
+        raise AbsentError(str(error)) from error
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name) / "images.beton"
+    beton.write_beton(source_of(case.paths), path)
+    epoch, description = ours(case, "ffcv", source=open_source(str(path)))
+    return _with(folder, epoch), description
+
+
+def from_memory(case: Case):
+    """The files decoded to the size of the views beforehand: what is timed is cropping and augmenting."""
+    folder = tempfile.TemporaryDirectory()
+    with mock.patch.dict(os.environ, XDG_CACHE_HOME=folder.name):
+        epoch, description = ours(case, "resident", store_size=case.size)
+    return _with(folder, epoch), description
+
+
+def _with(folder: tempfile.TemporaryDirectory, epoch: Callable[[int], int]) -> Callable[[int], int]:
+    """`epoch`, holding on to the folder that it reads from."""
+
+    def reading(index, _folder=folder):
+        return epoch(index)
+
+    return reading
 
 
 def source_of(paths: tuple[str, ...]) -> ImageSource:
@@ -189,6 +224,8 @@ def builders(device: torch.device, checkout: Path | None) -> dict[str, Callable]
         ),
         "dali matrix, decoded twice": functools.partial(decoded_twice, backend="dali"),
         "pil matrix": functools.partial(ours, backend="pil"),
+        "ffcv matrix": from_beton,
+        "resident matrix": from_memory,
         "authors": functools.partial(peer, build_loader=authors.build_loader),
         "lightly": functools.partial(peer, build_loader=lightly.build_loader),
         "solo-learn": lambda case: peer(case, solo_learn.build_loader, checkout),

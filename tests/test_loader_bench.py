@@ -1,10 +1,12 @@
 """benchmarks.loader and benchmarks.end_to_end: what a sample holds, counted and computed, never timed."""
 
 import dataclasses
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import types
 
 import pytest
@@ -57,6 +59,18 @@ def test_dalis_own_augmentation_delivers_every_image(case):
         epoch, description = rows[name](dataclasses.replace(case, workers=1))
         assert epoch(0) == 24
         assert description.endswith("augmented by DALI")
+
+
+@pytest.mark.parametrize("name", ["ffcv matrix", "resident matrix"])
+def test_prepared_images_are_read_from_a_folder_that_goes_with_the_row(case, name, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    epoch, description = loader.builders(CPU, None)[name](dataclasses.replace(case, workers=1))
+    assert [epoch(0), epoch(1)] == [24, 24]
+    assert description.startswith(name.partition(" ")[0])
+    assert len(list(tmp_path.iterdir())) == 1
+    del epoch
+    gc.collect()
+    assert not list(tmp_path.iterdir())
 
 
 def test_decoding_twice_is_what_it_says(case, monkeypatch):
