@@ -113,22 +113,22 @@ class LoaderWatch:
         )
 
 
-def window_of(wait_fraction: float, before: list[list[int]], after: list[list[int]]) -> Window:
-    """Of two `cpu_times`."""
+def window_of(wait_fraction: float, before: dict[str, list[int]], after: dict[str, list[int]]) -> Window:
+    """Of two `cpu_times`; cores that this process may use at both."""
     idle = disk = 0.0
-    for first, last in zip(before, after, strict=True):
-        spent = [b - a for a, b in zip(first, last, strict=True)]
+    for core in before.keys() & after.keys():
+        spent = [b - a for a, b in zip(before[core], after[core], strict=True)]
         total = max(sum(spent), 1)
         idle, disk = idle + spent[_IDLE] / total, disk + spent[_IOWAIT] / total
     return Window(wait_fraction, idle, disk)
 
 
-def cpu_times() -> list[list[int]]:
+def cpu_times() -> dict[str, list[int]]:
     """Ticks of user, nice, system, idle, iowait, ... of each core that this process may use (proc(5), stat)."""
     allowed = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     with open("/proc/stat", encoding="ascii") as file:
         lines = [line.split() for line in file if line.startswith("cpu")]
-    return [[int(ticks) for ticks in line[1:9]] for line in lines if line[0] in allowed]
+    return {line[0]: [int(ticks) for ticks in line[1:9]] for line in lines if line[0] in allowed}
 
 
 def describe(config: Config, source: ImageSource | None, backend: str, device: torch.device) -> Loading:

@@ -1,11 +1,14 @@
 """Files that cannot be decoded: named, counted, replaced; the run goes on, or stops with the list."""
 
 import json
+import os
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import draws
@@ -203,3 +206,53 @@ def test_a_run_with_too_many_stops_with_one_message(tiny, demo_folder, tmp_path,
     said = capsys.readouterr().err
     assert said.startswith("fastsiam: 1 of 80 images cannot be used, more than data.max_bad_fraction=0.001 allows")
     assert json.loads((tmp_path / "runs/run/status.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_name_that_is_no_text_is_told_and_known_again(photos, tmp_path, backend):
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    (root / os.fsdecode(b"class0/\xff.jpg")).write_bytes(b"not a picture")
+    source = open_source(str(root))
+    file, told = SkipFile(tmp_path / "skip.tsv", source), []
+
+    def report(index, reason, count):
+        file.add(index, reason)
+        told.append(reason)
+
+    skip = SkipList(len(source), 0.5, report=report)
+    assert len(list(make(root, backend, skip, source=source).epoch(0))) == 4
+    assert "class0/\\xff.jpg cannot be decoded" in told[0]
+    assert np.flatnonzero(file.known()).tolist() == np.flatnonzero(skip.mask).tolist()
+    assert skip.mask.sum() == 1
+
+
+@pytest.fixture
+def transparent(tmp_path):
+    """24 PNGs with an alpha channel, which reach DALI as bitmaps."""
+    root = tmp_path / "transparent"
+    root.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(24):
+        Image.fromarray(generator.integers(0, 256, (30, 40, 4), np.uint8)).save(root / f"{number:02}.png")
+    return root
+
+
+def test_bitmaps_live_as_long_as_their_batch(transparent, tmp_path, monkeypatch):
+    from fastsiam.data.dali import PREFETCH
+
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    made = make(transparent, "dali", batch_size=2)
+    left = [len(list((tmp_path / "temporary").rglob("*.bmp"))) for _ in made.epoch(0)]
+    assert len(left) == 12
+    assert 2 <= max(left) <= 2 * (PREFETCH + 1)
+    assert left[-1] == 0
+    made.backend.close()
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_bitmaps_that_cannot_be_written_are_one_sentence(transparent, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="is converted for DALI, but .*nowhere does not take it .*; set TMPDIR"):
+        list(make(transparent, "dali").epoch(0))

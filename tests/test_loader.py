@@ -111,8 +111,9 @@ def test_the_graph_for_a_gpu_crops_as_pil_does(photos):
             assert difference.mean((1, 2, 3)).max() < 1.0
 
 
-def test_an_image_of_another_size_than_its_header_said_is_named(photos):
-    made = make(photos, "dali", batch_size=16)
+@pytest.mark.parametrize("backend", ["dali", "pil"])
+def test_an_image_of_another_size_than_its_header_said_is_named(photos, backend):
+    made = make(photos, backend, batch_size=16)
     made.source.image_sizes[:] = made.source.sizes(np.arange(16))
     made.source.image_sizes[6] += 1
     with pytest.raises(UserError, match=r"decodes to \[.*\] pixels \(height, width\), but its header says"):

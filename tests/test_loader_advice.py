@@ -79,12 +79,15 @@ def test_backends_that_decode_nothing_get_no_advice(backend):
 
 
 def test_idle_and_waiting_cores_are_counted_from_ticks():
-    """User, nice, system, idle, iowait, irq, softirq, steal of two cores: one half idle, one a quarter for a disk."""
-    before = [[100, 0, 50, 1000, 10, 0, 0, 0], [5, 5, 5, 5, 5, 5, 5, 5]]
-    after = [[150, 0, 50, 1050, 10, 0, 0, 0], [65, 5, 20, 5, 30, 5, 5, 5]]
+    """User, nice, system, idle, iowait, irq, softirq, steal of two cores: one half idle, one a quarter for a disk.
+
+    A third and a fourth were taken from the process and given to it meanwhile.
+    """
+    before = {"cpu0": [100, 0, 50, 1000, 10, 0, 0, 0], "cpu1": [5] * 8, "cpu2": [9] * 8}
+    after = {"cpu0": [150, 0, 50, 1050, 10, 0, 0, 0], "cpu1": [65, 5, 20, 5, 30, 5, 5, 5], "cpu3": [99] * 8}
     assert window_of(0.2, before, after) == Window(0.2, idle_cores=0.5, disk_cores=0.25)
     now = cpu_times()
-    assert all(len(ticks) == 8 for ticks in now)
+    assert all(len(ticks) == 8 for ticks in now.values())
     assert window_of(0.2, now, now) == Window(0.2, 0.0, 0.0)
 
 

@@ -3,23 +3,31 @@
 import io
 import shutil
 import tempfile
-from collections import OrderedDict
+from collections import deque
 from pathlib import Path
 
+from fastsiam.config import UserError
 from fastsiam.data.pil import decode_image
 from fastsiam.data.sources import ImageSource
 
-# More than the batches in flight ask for together; the oldest are forgotten.
-_KEPT = 4096
-
 
 class Converted:
-    """BMP files, which lose nothing, made where they are asked for; at most 4,096 at a time, in a temporary folder."""
+    """BMP files, which lose nothing, in a temporary folder; they live as long as their batch is under way."""
 
     def __init__(self, source: ImageSource):
         self._source = source
         self._folder: Path | None = None
-        self._paths: OrderedDict[int, Path] = OrderedDict()
+        self._batches: deque[list[Path]] = deque()
+        self._written = 0
+
+    def begin(self) -> None:
+        """What is asked for from now on belongs to another batch."""
+        self._batches.append([])
+
+    def finish(self) -> None:
+        """Delete the files of the oldest batch."""
+        for path in self._batches.popleft():
+            path.unlink()
 
     def bytes(self, index: int) -> bytes:
         """Raises `BadImageError` where PIL cannot decode it."""
@@ -28,17 +36,20 @@ class Converted:
         return buffer.getvalue()
 
     def path(self, index: int) -> Path:
-        """Raises `BadImageError` where PIL cannot decode it."""
-        if index in self._paths:
-            self._paths.move_to_end(index)
-            return self._paths[index]
-        if self._folder is None:
-            self._folder = Path(tempfile.mkdtemp(prefix="fastsiam-"))
-        path = self._folder / f"{index}.bmp"
-        path.write_bytes(self.bytes(index))
-        self._paths[index] = path
-        if len(self._paths) > _KEPT:
-            self._paths.popitem(last=False)[1].unlink()
+        """Raises `BadImageError` where PIL cannot decode it, `UserError` where the file cannot be written."""
+        content = self.bytes(index)
+        try:
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="fastsiam-"))
+            path = self._folder / f"{self._written}.bmp"
+            self._batches[-1].append(path)
+            path.write_bytes(content)
+        except OSError as error:
+            raise UserError(
+                f"{self._source.name(index)} is converted for DALI, but {tempfile.gettempdir()} does not take it "
+                f"({error}); set TMPDIR to a folder with room, or data.backend=pil"
+            ) from error
+        self._written += 1
         return path
 
     def clear(self) -> None:
@@ -46,4 +57,4 @@ class Converted:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._folder = None
-        self._paths.clear()
+        self._batches.clear()

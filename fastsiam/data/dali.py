@@ -17,7 +17,7 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 
 from fastsiam.data.converted import Converted
-from fastsiam.data.headers import ODD, UNKNOWN, UNREADABLE, BadImageError
+from fastsiam.data.headers import ODD, UNKNOWN, UNREADABLE, BadImageError, other_size
 from fastsiam.data.loader import CropRequest
 from fastsiam.data.pil import decode_image
 from fastsiam.data.skip import UndecodableError
@@ -129,6 +129,7 @@ class DaliBackend:
                     if not reasons:
                         raise
                     raise UndecodableError(reasons) from None
+                self._converted.finish()
                 delivered = self._deliver(self._in_flight.popleft(), outputs)
                 yield np.array(indices.as_cpu().as_tensor()).reshape(-1), delivered
             self._pipeline.reset()
@@ -184,6 +185,7 @@ class DaliBackend:
     def _next_inputs(self):
         request = next(self._requests)
         self._in_flight.append(request)
+        self._converted.begin()
         files, reasons = [], {}
         for index in request.indices.tolist():
             try:
@@ -214,9 +216,8 @@ class DaliBackend:
         if len(wrong):
             raise UndecodableError(
                 {
-                    int(request.indices[row]): f"{self._source.name(request.indices[row])} decodes to "
-                    f"{sizes[row].tolist()} pixels (height, width), but its header says {request.sizes[row].tolist()}"
-                    for row in wrong
+                    index: other_size(self._source.name(index), sizes[row], request.sizes[row])
+                    for row, index in zip(wrong, request.indices[wrong].tolist(), strict=True)
                 }
             )
 

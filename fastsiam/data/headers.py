@@ -97,3 +97,11 @@ def _has_chunk(file, kind):
         file.seek(int.from_bytes(head[:4]) + 4, os.SEEK_CUR)
     file.seek(place)
     return found
+
+
+def other_size(name: str, found, expected) -> str:
+    """The sentence for a file that decodes to other pixels than its header, or an index of it, says."""
+    return (
+        f"{name} decodes to {list(map(int, found))} pixels (height, width), but its header says "
+        f"{list(map(int, expected))}"
+    )

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from fastsiam.data.headers import BadImageError, orientation
+from fastsiam.data.headers import BadImageError, orientation, other_size
 from fastsiam.data.skip import UndecodableError
 from fastsiam.data.sources import ImageSource
 
@@ -87,7 +87,7 @@ class _Requests:
 
     def __iter__(self):
         for request in self.current:
-            yield list(zip(request.indices.tolist(), request.boxes.transpose(1, 0, 2), strict=True))
+            yield list(zip(request.indices.tolist(), request.boxes.transpose(1, 0, 2), request.sizes, strict=True))
 
 
 class _Crops(Dataset):
@@ -96,11 +96,14 @@ class _Crops(Dataset):
 
     def __getitem__(self, item):
         """The image's index and its crops uint8 [V, S, S, 3], or the sentence that names a bad file."""
-        index, boxes = item
+        index, boxes, expected = item
         try:
             image = decode_image(self._source, index)
         except BadImageError as error:
             return index, str(error)
+        # Boxes for another size would be filled up with black.
+        if image.size[::-1] != tuple(expected):
+            return index, other_size(self._source.name(index), image.size[::-1], expected)
         size = [self._size, self._size]
         crops = [np.asarray(TF.resized_crop(image, *box.tolist(), size, InterpolationMode.BILINEAR)) for box in boxes]
         return index, np.stack(crops)

@@ -1,5 +1,6 @@
 """Images that a run leaves out: those that a scan has found, and those that could not be decoded on the way."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,6 +46,8 @@ class SkipList:
         for index, reason in reasons.items():
             if not self.mask[index]:
                 self.mask[index] = True
+                # Names that are no UTF-8 could be written nowhere.
+                reason = os.fsencode(reason).decode(errors="backslashreplace")
                 self.found[index] = reason
                 self._report(index, reason, len(self.found))
         if len(self.found) > self._max_fraction * len(self.mask):
