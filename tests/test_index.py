@@ -174,6 +174,22 @@ def test_a_file_that_was_replaced_in_place_fails_once_and_is_read_again_at_the_n
     assert len(epoch().indices) == 40
 
 
+def test_of_two_first_starts_the_slower_uses_the_index_of_the_faster(folder, monkeypatch):
+    faster, real = [], index.write_index
+
+    def late(*arguments):
+        monkeypatch.setattr(index, "write_index", real)
+        faster.append(open_source(str(folder)))
+        real(*arguments)
+
+    monkeypatch.setattr(index, "write_index", late)
+    slower = open_source(str(folder))
+    faster[0].look(np.arange(20))
+    slower.look(np.arange(20, 40))
+    assert open_source(str(folder)).kinds.tolist() == [PLAIN] * 40
+    assert [path.name for path in cache_folder(folder).iterdir()] == ["index"]
+
+
 def test_two_folders_have_two_caches_and_links_to_one_share_it(folder, tmp_path):
     (tmp_path / "link").symlink_to(folder)
     assert cache_folder(tmp_path / "link") == cache_folder(folder) != cache_folder(folder / "class0")

@@ -1,6 +1,7 @@
 """Tar shards hold the same images as the folder: bytes, names, labels, order, views."""
 
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -169,7 +170,14 @@ def test_an_interrupted_pack_is_told_and_begun_anew(photos, tmp_path, monkeypatc
         pack.pack(open_source(str(photos)), out, 10**6)
 
 
-@pytest.mark.parametrize("change", [lambda text: text.replace("shard-00000", "../shard-00000"), lambda text: text[:50]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("shard-00000", "../shard-00000"),
+        lambda text: json.dumps(json.loads(text) | {"shards": None}),
+        lambda text: text[:50],
+    ],
+)
 def test_an_index_that_is_damaged_or_leads_outside_is_refused(packed, change):
     path = packed / PACK_INDEX / "index.json"
     path.write_text(change(path.read_text()))

@@ -13,6 +13,7 @@ from PIL import Image
 import fastsiam
 from fastsiam.config import UserError, load_config
 from fastsiam.data import draws, loader, pil, resident, store_cache
+from fastsiam.data.headers import PLAIN, UNREADABLE, UNWANTED
 from fastsiam.data.loader import EvaluationLoader, Loader, open_backend
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import open_source
@@ -188,7 +189,10 @@ def test_a_start_that_was_stopped_while_decoding_leaves_nothing_to_use(photos, d
         patch.setattr(pil.PilBackend, "crops", stopped)
         with pytest.raises(Stop):
             open_resident(source, 48)
-    assert [path.name.endswith(".partial") for path in resident_cache.iterdir() if path.is_dir()] == [True]
+    assert [path.name for path in resident_cache.iterdir() if path.is_dir()] == []
+    killed = next(resident_cache.glob("*.lock")).with_suffix(".partial")
+    killed.mkdir()
+    (killed / "images.npy").write_bytes(b"half")
     before = len(decoded)
     found = crops_of(source, open_resident(source, 48), 24)
     assert len(decoded) - before == 16
@@ -257,13 +261,53 @@ def test_free_memory_is_what_the_kernel_says_is_available():
     assert 0.01 * total < resident.free_bytes(CPU) < total
 
 
+def test_a_store_in_a_cache_that_can_only_be_read_is_used(photos, decoded, monkeypatch):
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    open_resident(open_source(str(photos)), 48)
+    source = open_source(str(photos))
+    gc.collect()
+    monkeypatch.setattr(store_cache.Path, "touch", read_only)
+    assert len(crops_of(source, open_resident(source, 48), 24)) == 4
+    assert len(decoded) == 16
+
+
+def test_a_store_outlives_the_verdicts_of_a_scan(photos, decoded):
+    """What a scan found unwanted is decoded too, with or without a known size; what it found unreadable is not."""
+    source = open_source(str(photos))
+    source.look(np.array([5]))
+    source.kinds[[5, 9]], source.kinds[12] = UNWANTED, UNREADABLE
+    backend = open_resident(source, 48)
+    assert source.kinds[[5, 9, 12]].tolist() == [UNWANTED, UNWANTED, UNREADABLE]
+    assert list(backend._store.bad) == [12]
+    del backend
+    gc.collect()
+    later = open_source(str(photos))
+    later.kinds[12] = UNREADABLE
+    backend = open_resident(later, 48)
+    assert later.kinds[[5, 9]].tolist() == [PLAIN, PLAIN]
+    assert (backend._store.images()[[5, 9]].float().std((1, 2, 3)) > 1).all()
+    assert sorted(decoded) == [*range(12), 13, 14, 15]
+
+
 def test_a_disk_without_room_is_one_sentence(photos, monkeypatch, resident_cache):
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store_cache.os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=r"under .*resident, which cannot be written .*No space left.*XDG_CACHE_HOME"):
+    sentence = r"under .*resident, which cannot be written .*No space left.*XDG_CACHE_HOME"
+    with pytest.raises(UserError, match=sentence):
         open_resident(open_source(str(photos)), 48)
+    assert [path.suffix for path in resident_cache.iterdir()] == [".lock"]
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(resident_cache.parents[1]))
+    for module, function in ((store_cache.np, "savez"), (store_cache.os, "fsync")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, function, full)
+            with pytest.raises(UserError, match=sentence):
+                open_resident(open_source(str(photos)), 48)
+        assert [path.suffix for path in resident_cache.iterdir()] == [".lock"]
     resident_cache.parent.rename(resident_cache.parent.with_name("away"))
     resident_cache.parent.write_text("a file in the way")
     with pytest.raises(UserError, match="cannot be written"):

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,8 +74,9 @@ def open_folder(root: Path, key: str) -> Index:
         changes = [directory.mtime_ns for directory in state["directories"]] + [mtime for *_, mtime in state["files"]]
         if max(changes) < state["listed_ns"] - _SETTLED_NS:
             with contextlib.suppress(OSError):
-                write_index(folder, found, state)
-                found = read_index(folder, root, cached=True) or found
+                # Another start may have written it meanwhile, and has it mapped.
+                write_index(folder, found, state, lambda: read_index(folder, root, cached=True) is not None)
+            found = read_index(folder, root, cached=True) or found
     return found
 
 
@@ -84,10 +86,11 @@ def unread(files: Files) -> Index:
     return Index(files, np.zeros((count, 2), np.int32), np.zeros(count, np.uint8), None, None)
 
 
-def write_index(folder: Path, index: Index, state: dict) -> None:
+def write_index(folder: Path, index: Index, state: dict, keep: Callable[[], bool] = lambda: False) -> None:
     """Write beside `folder`, fsync, rename; raises `OSError` where that is not possible.
 
-    What cannot be decoded is written as UNKNOWN: the next start looks again.
+    A folder that is there is replaced, unless `keep()`. What cannot be decoded is written as UNKNOWN: the next start
+    looks again.
     """
     files = index.files
     columns = {"names": files.names, "file_sizes": files.file_sizes, "labels": files.labels}
@@ -114,6 +117,8 @@ def write_index(folder: Path, index: Index, state: dict) -> None:
             _to_disk(file)
         temporary.chmod(0o755)
         if folder.exists():
+            if keep():
+                return
             folder.rename(temporary / "before")
         temporary.rename(folder)
         shutil.rmtree(folder / "before", ignore_errors=True)
@@ -132,8 +137,10 @@ def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
             return None
         load = {name: _load(folder / f"{name}.npy", "r") for name in ("names", "file_sizes", "labels")}
         packed = None
+        # A pack may come from anywhere: only the names of its shards are paths, and they are checked.
+        if not cached and not note["shards"]:
+            return None
         if note["shards"] is not None:
-            # A pack may come from anywhere.
             if any(is_outside(shard) for shard in note["shards"]):
                 return None
             places = (_load(folder / f"{name}.npy", "r") for name in ("shard", "offset"))

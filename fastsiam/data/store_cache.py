@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastsiam.config import UserError
-from fastsiam.data.headers import UNKNOWN, UNREADABLE
+from fastsiam.data.headers import UNKNOWN, UNREADABLE, UNWANTED
 from fastsiam.data.loader import Backend, CropRequest, check_delivery, choose_backend, open_backend
 from fastsiam.data.skip import UndecodableError
 from fastsiam.data.sources import ImageSource
@@ -73,6 +73,9 @@ class StoreCache:
 
         Raises `UserError` where the folder cannot be written.
         """
+        # A cache of others may be read-only.
+        if self.folder.exists():
+            return
         lock = self.folder.with_name(f"{self.folder.name}.lock")
         with self._writing():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -100,18 +103,24 @@ class StoreCache:
             flush=True,
         )
         began = time.monotonic()
-        with self._writing():
-            # What a start that was stopped has left.
+        try:
+            with self._writing():
+                # What a start that was killed has left.
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                images = self._allocate(partial / "images.npy")
+            with _without_verdicts(source):
+                bad = self._fill(images, source)
+                headers = {"sizes": source.image_sizes.copy(), "kinds": source.kinds.copy()}
+            with self._writing():
+                images.flush()
+                (partial / "bad.json").write_text(json.dumps(bad), encoding="utf-8")
+                np.savez(partial / "headers.npz", **headers)
+                for path in (*partial.iterdir(), partial):
+                    _sync(path)
+                partial.rename(self.folder)
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            images = self._allocate(partial / "images.npy")
-        bad = self._fill(images, source)
-        images.flush()
-        (partial / "bad.json").write_text(json.dumps(bad), encoding="utf-8")
-        np.savez(partial / "headers.npz", sizes=source.image_sizes, kinds=source.kinds)
-        for path in (*partial.iterdir(), partial):
-            _sync(path)
-        partial.rename(self.folder)
         print(f"decoded   in {time.monotonic() - began:.0f} s; {len(bad)} images are unusable", flush=True)
 
     def _allocate(self, path):
@@ -125,7 +134,7 @@ class StoreCache:
         everything = np.arange(self.number)
         unreadable = source.look(everything)
         left_out = everything[source.kinds >= UNREADABLE].tolist()
-        bad = {index: unreadable.get(index, f"{source.name(index)} is not to be used") for index in left_out}
+        bad = {index: unreadable.get(index, f"{source.name(index)} cannot be decoded") for index in left_out}
         rest, said = everything[source.kinds < UNREADABLE], time.monotonic()
         while len(rest):
             pending: deque[CropRequest] = deque()
@@ -144,6 +153,17 @@ class StoreCache:
         # A source says once why a header cannot be read: to the loader that asks for the image.
         source.kinds[list(unreadable)] = UNKNOWN
         return bad
+
+
+@contextlib.contextmanager
+def _without_verdicts(source):
+    """For a while no image is UNWANTED: a store outlives the scan whose verdict that is."""
+    unwanted = source.kinds == UNWANTED
+    source.kinds[unwanted] = UNKNOWN
+    try:
+        yield
+    finally:
+        source.kinds[unwanted] = UNWANTED
 
 
 def _whole_images(source, indices, pending):
