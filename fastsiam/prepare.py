@@ -50,7 +50,7 @@ def _add_demo(commands):
 
 def _demo(arguments):
     demo.draw_demo(arguments.folder, arguments.seed)
-    print(f"the demo images of seed {arguments.seed} are in {arguments.folder}")
+    _say(f"the demo images of seed {arguments.seed} are in {arguments.folder}")
 
 
 def _add_pack(commands):
@@ -70,10 +70,10 @@ def _pack(arguments):
     shard_bytes = pack.parse_size(arguments.shard_size)
     source = open_source(arguments.source, "SRC")
     if source.left_out:
-        print(f"left out  {source.left_out}")
+        _say(f"left out  {source.left_out}")
     with _progress("packing") as progress:
         shards = pack.pack(source, arguments.out, shard_bytes, progress)
-    print(f"{arguments.out} holds {shards} shards; data.train={arguments.out} reads them")
+    _say(f"{arguments.out} holds {shards} shards; data.train={arguments.out} reads them")
 
 
 def _add_scan(commands):
@@ -116,7 +116,7 @@ def _scan(arguments):
             progress=progress,
         )
     _print_verdicts(rows)
-    print(f"manifest  {path}" + (f"; data.manifest={path} names it to a run" if arguments.out else ""))
+    _say(f"manifest  {path}" + (f"; data.manifest={path} names it to a run" if arguments.out else ""))
 
 
 def _print_verdicts(rows):
@@ -128,9 +128,9 @@ def _print_verdicts(rows):
     Console().print(table)
     out = [row for row in rows if manifest.VERDICTS[row.verdict].kind]
     for row in out[:_SHOWN]:
-        print(f"{row.verdict}\t{os.fsdecode(row.name)}")
+        _say(f"{row.verdict}\t{os.fsdecode(row.name)}")
     if len(out) > _SHOWN:
-        print(f"and {len(out) - _SHOWN:,} more in the manifest")
+        _say(f"and {len(out) - _SHOWN:,} more in the manifest")
 
 
 def _add_ffcv(commands):
@@ -140,7 +140,7 @@ def _add_ffcv(commands):
 
 
 def _ffcv(arguments):
-    print(beton.run(arguments))
+    _say(beton.run(arguments))
 
 
 def _add_cifar10(commands):
@@ -167,7 +167,12 @@ def _cifar10(arguments):
         if source is None:
             source = cifar10.download(Path(stack.enter_context(tempfile.TemporaryDirectory())))
         counts = cifar10.convert(source, arguments.out, warn, stack.enter_context(_progress("writing")))
-    print(f"{arguments.out} holds {counts['train']:,} images in train and {counts['val']:,} in val")
+    _say(f"{arguments.out} holds {counts['train']:,} images in train and {counts['val']:,} in val")
+
+
+def _say(text):
+    """Print; of a file's name the bytes that are no UTF-8 as \\xNN, which a terminal's encoding would refuse."""
+    print(text.encode(errors="surrogateescape").decode(errors="backslashreplace"))
 
 
 @contextlib.contextmanager

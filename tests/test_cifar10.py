@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import tarfile
@@ -135,6 +136,69 @@ def test_a_batch_that_names_code_is_refused_and_not_run(value, extracted, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros((20, 3072), object),
+        np.zeros((20, 3072), np.float32),
+        np.zeros((20, 3072), [("a", np.uint8)]),
+        np.dtype("O"),
+    ],
+)
+def test_arrays_that_are_not_uint8_are_refused_before_they_are_made(values):
+    with pytest.raises(UserError, match="is no batch of CIFAR-10 .it asks for the dtype"):
+        cifar10.load_batch(pickle.dumps({"data": values}, 2), "x")
+
+
+def test_a_pickle_cannot_call_numpy_or_name_a_codec_that_is_not_there():
+    # ndarray((2,), "O"), a dtype u1 with fields, and codecs.encode("x", "nope").
+    fields = b"cnumpy\ndtype\n" + text("u1") + number(0) + number(1) + b"\x87R"
+    fields += b"(" + number(3) + text("|") + b"N" + items([]) + b"N" + number(-1) + number(-1) + number(63) + b"tb"
+    for value, expected in (
+        (b"cnumpy\nndarray\n" + number(2) + b"\x85" + text("O") + b"\x86R", "not callable"),
+        (fields, "a dtype of several parts"),
+        (b"c_codecs\nencode\nX\1\0\0\0xX\4\0\0\0nope\x86R", "unknown encoding"),
+    ):
+        with pytest.raises(UserError, match=expected):
+            cifar10.load_batch(pickled({"data": value}), "x")
+
+
+@pytest.mark.parametrize("label", ["../../x", "/x", ".", "..", "", "a/b", "a\0b"])
+def test_a_class_that_names_no_folder_of_its_own_is_refused(label, extracted, tmp_path):
+    names = items([text(name) for name in (*CLASSES[:9], label)])
+    (extracted / "batches.meta").write_bytes(pickled({"label_names": names}))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="batches.meta names the class .*, which cannot name a folder"):
+        cifar10.convert(extracted, tmp_path / "deep", pytest.fail)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tar_member_with_a_nul_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        info = tarfile.TarInfo("x.jpg")
+        info.pax_headers = {"path": "train/c\0t/x.jpg"}
+        tar.addfile(info, io.BytesIO())
+    with pytest.raises(UserError, match="which cannot name a file"):
+        cifar10.convert(tmp_path / "bad.tar", tmp_path / "out", pytest.fail)
+
+
+def test_names_and_labels_of_other_types_are_refused(extracted, tmp_path):
+    names = pickle.dumps({"label_names": list(CLASSES)}, 2)
+    for meta in ({}, {"label_names": "cat"}, {"label_names": [1]}, {"label_names": np.zeros(10, np.uint8)}):
+        (extracted / "batches.meta").write_bytes(pickle.dumps(meta, 2))
+        with pytest.raises(UserError, match="batches.meta is no batches.meta of CIFAR-10"):
+            cifar10.convert(extracted, tmp_path / "out", pytest.fail)
+    (extracted / "batches.meta").write_bytes(pickle.dumps({"label_names": ["cat", "cat"]}, 2))
+    with pytest.raises(UserError, match="names a class twice"):
+        cifar10.convert(extracted, tmp_path / "out", pytest.fail)
+    (extracted / "batches.meta").write_bytes(names)
+    images = np.zeros((2, 3072), np.uint8)
+    for labels in ([0, 1.0], [0, True], [0, "1"]):
+        (extracted / "test_batch").write_bytes(pickle.dumps({"data": images, "labels": labels}, 2))
+        with pytest.raises(UserError, match="test_batch has labels outside 0 to 9"):
+            cifar10.convert(extracted, tmp_path / "out", pytest.fail)
+
+
 def test_damage_is_told_in_one_sentence(extracted, archive, tmp_path):
     out = tmp_path / "out"
     images = np.zeros((3, 32, 32, 3), np.uint8)
@@ -203,6 +267,15 @@ def test_images_that_are_no_two_parts_of_the_same_classes_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="odd exists; name a new folder"):
         cifar10.convert(tmp_path / "half", tmp_path / "odd", pytest.fail)
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    pictures(tmp_path / "in", parts=("train", "test"))
+    (tmp_path / "in/val/cat").mkdir(parents=True)
+    shutil.copy(tmp_path / "in/test/cat/0001.jpg", tmp_path / "in/val/cat")
+    with pytest.raises(UserError, match="two images for val/cat/0001.jpg .*; rename or leave out one"):
+        cifar10.convert(tmp_path / "in", tmp_path / "out", pytest.fail)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tar_that_leads_outside_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """A scan says what is wrong with each file, goes on where it was stopped, and runs leave out what it found."""
 
 import io
+import os
 import shutil
 import struct
 import zlib
@@ -290,3 +291,24 @@ def test_the_command_says_what_is_left_out_and_what_is_only_reported(folder, tmp
     for option, text in (("--max-pixels=0", "--max-pixels: 0 is not from 1"), ("--workers=-1", "--workers: -1")):
         assert main(["scan", str(folder), option]) == 2
         assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("data", [encoded(noise(0)), b'{"a": 1}', b"a\nb\nc", b"name\tbytes", b"\n"])
+def test_a_file_that_is_no_manifest_stays_as_it_is(folder, tmp_path, data, capsys):
+    out = tmp_path / "mine"
+    out.write_bytes(data)
+    assert main(["scan", str(folder), "--workers", "0", "--out", str(out)]) == 2
+    assert f"--out: {out} is no manifest of python -m fastsiam.prepare scan" in capsys.readouterr().err
+    assert out.read_bytes() == data
+
+
+def test_a_name_that_is_not_utf_8_is_listed(folder, tmp_path, monkeypatch):
+    (folder / os.fsdecode(b"z\xff.jpg")).write_bytes(b"")
+    out = tmp_path / os.fsdecode(b"\xfe.tsv")
+    stdout = io.TextIOWrapper(io.BytesIO(), "utf-8", "strict")
+    monkeypatch.setattr("sys.stdout", stdout)
+    assert main(["scan", str(folder), "--workers", "0", "--out", str(out)]) == 0
+    stdout.flush()
+    printed = stdout.buffer.getvalue()
+    assert b"empty\tz\\xff.jpg\n" in printed
+    assert b"\\xfe.tsv names it to a run" in printed

@@ -25,15 +25,6 @@ ARCHIVE, FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 _MD5 = "c58f30108f718f92721af3b95e74349a"
 _META = "batches.meta"
 _BATCHES = {"train": tuple(f"data_batch_{number}" for number in range(1, 6)), "val": ("test_batch",)}
-# What a pickle of arrays asks for; numpy has moved its module since the archive was written.
-_ALLOWED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
-    # How Python 3 writes bytes in protocol 2.
-    ("_codecs", "encode"): codecs.encode,
-}
 _DAMAGED = (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
 _PARTS = {"train": "train", "test": "val", "val": "val"}
 _EXPECTED = f"expected {ARCHIVE}, its folder {FOLDER}, or a folder or tar of images {{train,test}}/CLASS/IMAGE.jpg"
@@ -61,7 +52,14 @@ def convert(
         for part, name, data in images:
             path = whole / part / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            try:
+                with open(path, "xb") as file:
+                    file.write(data)
+            except FileExistsError:
+                raise UserError(
+                    f"cifar10: {source} has two images for {part}/{name} (test and val both become val); "
+                    "rename or leave out one"
+                ) from None
             counts[part] += 1
             progress(sum(counts.values()), total)
         if not all(counts.values()):
@@ -89,18 +87,65 @@ def download(folder: Path) -> Path:
 
 
 def load_batch(data: bytes, name: str) -> dict:
-    """A pickled dict of plain values and arrays, by string keys; raises `UserError` for what asks for more."""
+    """A pickled dict of plain values and uint8 arrays, by string keys; raises `UserError` for what asks for more."""
     try:
         batch = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except _UNPICKLED as error:
         raise UserError(f"cifar10: {name} is no batch of CIFAR-10 ({error})") from error
     if not isinstance(batch, dict):
         raise UserError(f"cifar10: {name} is no batch of CIFAR-10 (it holds no dict)")
-    return {key.decode() if isinstance(key, bytes) else key: value for key, value in batch.items()}
+    batch = {key.decode(errors="replace") if isinstance(key, bytes) else key: value for key, value in batch.items()}
+    return {key: value.values if isinstance(value, _Array) else value for key, value in batch.items()}
+
+
+class _Bytes:
+    """Stands for the dtype uint8 in a pickle; there is no other."""
+
+    __slots__ = ()
+
+    def __init__(self, name, *flags):
+        if name not in ("u1", b"u1", "|u1", b"|u1", "uint8", b"uint8"):
+            raise pickle.UnpicklingError(f"it asks for the dtype {name!r}")
+
+    def __setstate__(self, state):
+        # Version, byte order, subarray, names, fields, and sizes that are those of the name.
+        if state[1] not in ("|", b"|") or any(part is not None for part in state[2:5]):
+            raise pickle.UnpicklingError("it asks for a dtype of several parts")
+
+
+class _Array:
+    """Stands for an array in a pickle; numpy itself would also make arrays of objects."""
+
+    values = None
+
+    def __init__(self, *kind):
+        pass
+
+    def __setstate__(self, state):
+        _, shape, dtype, by_columns, data = state
+        if not isinstance(dtype, _Bytes) or not isinstance(data, bytes):
+            raise pickle.UnpicklingError("it asks for an array that is not uint8")
+        self.values = np.frombuffer(data, np.uint8).reshape(shape, order="F" if by_columns else "C")
+
+
+# What a pickle of arrays asks for; numpy has moved its module since the archive was written.
+_ALLOWED = {
+    # Only ever an argument.
+    ("numpy", "ndarray"): None,
+    ("numpy", "dtype"): _Bytes,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
+    # How Python 3 writes bytes in protocol 2.
+    ("_codecs", "encode"): codecs.encode,
+}
+# What unpickling raises for bytes that are no pickle, or a forged one.
+_UNPICKLED = (
+    pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError, OverflowError, MemoryError
+)  # fmt: skip
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Makes numpy arrays, numbers, strings, lists and dicts; calls nothing else that a file names."""
+    """Makes arrays of uint8, numbers, strings, lists and dicts; calls nothing else that a file names."""
 
     def find_class(self, module, name):
         if (module, name) not in _ALLOWED:
@@ -138,6 +183,8 @@ def _of_tar(source):
                 check_member(member, source, "cifar10")
                 place = _place(member.name)
                 if member.isreg() and place:
+                    if not all(_is_plain(part) for part in place[1].split("/")):
+                        raise UserError(f"cifar10: {source} holds {member.name!r}, which cannot name a file")
                     yield *place, tar.extractfile(member).read()
     except _DAMAGED as error:
         raise UserError(f"cifar10: {source} ends too early ({error}); fetch it again") from error
@@ -151,9 +198,27 @@ def _place(name):
     return _PARTS[path.parts[-3]], "/".join(path.parts[-2:])
 
 
+def _is_plain(name):
+    """Whether it names a file or folder of its own in any folder."""
+    return name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
+def _classes(data, name):
+    names = load_batch(data, name).get("label_names")
+    if not isinstance(names, list) or not all(isinstance(label, (str, bytes)) for label in names):
+        raise UserError(f"cifar10: {name} is no {_META} of CIFAR-10 (a list label_names of strings)")
+    names = [label.decode(errors="replace") if isinstance(label, bytes) else label for label in names]
+    bad = next((label for label in names if not _is_plain(label)), None)
+    if bad is not None:
+        raise UserError(f"cifar10: {name} names the class {bad!r}, which cannot name a folder")
+    if len(set(names)) < len(names):
+        raise UserError(f"cifar10: {name} names a class twice")
+    return names
+
+
 def _of_batches(read, source):
     try:
-        classes = [name.decode() for name in load_batch(read(_META), f"{source}/{_META}")["label_names"]]
+        classes = _classes(read(_META), f"{source}/{_META}")
         batches = {part: [_checked(read(name), f"{source}/{name}", classes) for name in _BATCHES[part]]
                    for part in _BATCHES}  # fmt: skip
     except OSError as error:
@@ -179,7 +244,7 @@ def _checked(data, name, classes):
     good = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 2 and images.shape[1] == 3072
     if not good or not isinstance(labels, list) or len(labels) != len(images):
         raise UserError(f"cifar10: {name} is no batch of CIFAR-10 (data uint8 [n, 3072] and n labels)")
-    if not all(isinstance(label, int) and 0 <= label < len(classes) for label in labels):
+    if not all(type(label) is int and 0 <= label < len(classes) for label in labels):
         raise UserError(f"cifar10: {name} has labels outside 0 to {len(classes) - 1}")
     return np.ascontiguousarray(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), labels
 

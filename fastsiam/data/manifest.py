@@ -67,12 +67,18 @@ def default_path(cache_folder: Path) -> Path:
 
 
 def begin(path: Path) -> None:
-    """Make the file if there is none, and cut off a line that an interrupted scan has left unfinished."""
+    """Make the file if there is none, and cut off a line that an interrupted scan has left unfinished.
+
+    Raises `UserError` for a file that is no manifest, which stays as it is.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists() or not path.stat().st_size:
             path.write_bytes(_COLUMNS + b"\n")
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        data = path.read_bytes()
+        if not data.startswith(_COLUMNS + b"\n"):
+            raise _no_manifest(path, "--out")
+        os.truncate(path, data.rfind(b"\n") + 1)
     except OSError as error:
         raise UserError(
             f"the manifest {path} cannot be written ({error.strerror}); name a file elsewhere by --out FILE.tsv"
@@ -150,10 +156,14 @@ def _columns(path, key):
     columns = [fields[column::7] for column in range(7)]
     whole = head == _COLUMNS and data.count(b"\t") == 6 * data.count(b"\n")
     if not whole or set(columns[4]) - {name.encode() for name in VERDICTS} or set(columns[5]) - set(_KINDS.values()):
-        raise UserError(f"{key}: {path} is no manifest of python -m fastsiam.prepare scan; name another file")
+        raise _no_manifest(path, key)
     if b"\\" in data:
         columns[0] = [_name(name) for name in columns[0]]
     return columns
+
+
+def _no_manifest(path, key):
+    return UserError(f"{key}: {path} is no manifest of python -m fastsiam.prepare scan; name another file")
 
 
 def _rows_of(asked, names):
