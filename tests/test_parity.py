@@ -111,7 +111,11 @@ KINDS = {
     "plain.bmp": ("RGB", {}, PLAIN),
     "sixteen bits.bmp": ("RGB", {}, ODD),
     "plain.tif": ("RGB", {}, ODD),
+    "one pixel.jpg": ("RGB", {"quality": 90}, PLAIN),
+    "long.jpg": ("RGB", {"quality": 90}, PLAIN),
+    "animation, misnamed.png": ("P", {"format": "GIF", "save_all": True}, ODD),
 }
+SIZES = {"one pixel.jpg": (1, 1), "long.jpg": (12_000, 10)}
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +129,9 @@ def kinds(tmp_path_factory):
         elif mode == "P":
             image = smooth(generator).quantize(32)
         else:
-            image = smooth(generator, mode)
+            image = smooth(generator, mode, SIZES.get(name, (90, 60)))
+        if "save_all" in options:
+            options = {**options, "append_images": [smooth(generator).quantize(32)]}
         image.save(root / name, **options)
     late_exif(root / "turned late.png")
     sixteen_bits(root / "sixteen bits.bmp")
