@@ -2,7 +2,6 @@
 
 import contextlib
 import multiprocessing
-import traceback
 from collections.abc import Callable
 
 
@@ -10,16 +9,19 @@ class Aside:
     """`build(name, *arguments, stack)` is called there for each name that is bound, and gives a function of an index.
 
     A call costs the time of the function and 0.1 ms for the way there and back. What `build` enters into `stack` is
-    left when the context ends. An exception there is raised here as `RuntimeError` with its traceback.
+    left when the context ends. An exception ends the process there, with its traceback on stderr, and is a
+    `RuntimeError` here.
     """
 
     def __init__(self, build: Callable, *arguments):
         context = multiprocessing.get_context("spawn")
-        self._here, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, build, arguments), daemon=True)
+        self._here, self._there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(self._there, build, arguments), daemon=True)
 
     def __enter__(self):
         self._process.start()
+        # Open in one process only, so that its end is seen here.
+        self._there.close()
         return self
 
     def __exit__(self, *_):
@@ -34,14 +36,12 @@ class Aside:
         return lambda index: self._ask(name, index)
 
     def _ask(self, name, index):
-        self._here.send((name, index))
         try:
-            error = self._here.recv()
-        except EOFError:
+            self._here.send((name, index))
+            self._here.recv()
+        except (EOFError, OSError):
             self._process.join()
             raise RuntimeError(f"{name}: the process aside has ended with code {self._process.exitcode}") from None
-        if error:
-            raise RuntimeError(f"{name}, in the process aside:\n{error}")
 
 
 def _serve(pipe, build, arguments):
@@ -49,13 +49,8 @@ def _serve(pipe, build, arguments):
     with contextlib.ExitStack() as stack:
         while (asked := pipe.recv()) is not None:
             name, index = asked
-            try:
-                if index is None:
-                    built[name] = build(name, *arguments, stack)
-                else:
-                    built[name](index)
-            # Told to the other side, whatever it is.
-            except Exception:
-                pipe.send(traceback.format_exc())
+            if index is None:
+                built[name] = build(name, *arguments, stack)
             else:
-                pipe.send(None)
+                built[name](index)
+            pipe.send(None)
