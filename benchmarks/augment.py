@@ -5,23 +5,21 @@ torch.compile gets the same mathematics without indices that depend on the draws
 a choice.
 """
 
-import argparse
 import functools
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.environment import last_level_cache_bytes
-from benchmarks.protocol import Results, copy_bandwidth, count_launches, interleave, peak_memory
+from benchmarks.command import command
+from benchmarks.kernel import time_kernel
+from benchmarks.protocol import Results, copy_bandwidth
 from fastsiam.data.augment import host_draws
 from fastsiam.data.draws import augment_draws
 from fastsiam.data.views import ViewSpec
-from fastsiam.device import choose_device
 from fastsiam.kernels import augment_views, reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -118,24 +116,19 @@ def measure(results: Results, case: Case, device: torch.device, seconds: float, 
         if not off <= _MEAN_TOLERANCE:
             raise RuntimeError(f"augment: {name} at {case} is off by {off:.2g} on average from eager")
     bound = {name: lambda i, f=f: f(sets[i % len(sets)]) for name, f in functions.items()}
-    taken = interleave(bound, device=device, repeats=_REPEATS[device.type], calls=_CALLS[device.type], seconds=seconds)
-    for name, samples in taken.items():
-        rate = bytes_moved(case) / samples.median
-        results.add(
-            "augment",
-            name,
-            vars(case),
-            samples,
-            ms=samples.median * 1000,
-            ms_per_view=samples.median * 1000 / case.views,
-            bytes_moved=bytes_moved(case),
-            gigabytes_per_second=rate / 1e9,
-            share_of_copy_bandwidth=rate / bandwidth,
-            copy_gigabytes_per_second=bandwidth / 1e9,
-            last_level_cache_bytes=last_level_cache_bytes(device),
-            peak_memory_bytes=peak_memory(functools.partial(bound[name], 0), device),
-            launches=count_launches(functools.partial(bound[name], 0), device),
-        )
+    time_kernel(
+        results,
+        "augment",
+        vars(case),
+        bound,
+        device,
+        bytes_moved=bytes_moved(case),
+        bandwidth=bandwidth,
+        seconds=seconds,
+        repeats=_REPEATS[device.type],
+        calls=_CALLS[device.type],
+        each=("view", case.views),
+    )
 
 
 def run(results: Results, *, device: torch.device, minutes: float) -> None:
@@ -145,16 +138,5 @@ def run(results: Results, *, device: torch.device, minutes: float) -> None:
         measure(results, case, device, minutes * 60 / len(CASES[device.type]), bandwidth)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.augment", description="Time the augmenter.")
-    parser.add_argument("--out", type=Path, help="folder for augment.jsonl; without it lines are only printed")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--minutes", type=float, default=2.0)
-    arguments = parser.parse_args(argv)
-    device = choose_device(arguments.device)
-    run(Results(arguments.out, device), device=device, minutes=arguments.minutes)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(run, "augment", "Time the augmenter.", minutes=2.0))

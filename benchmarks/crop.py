@@ -4,22 +4,20 @@ Plain torch gathers the images and multiplies them by dense matrices of weights,
 public function: on a CPU with its checks of the boxes, on CUDA the device's part.
 """
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.environment import last_level_cache_bytes
-from benchmarks.protocol import Results, copy_bandwidth, count_launches, interleave, peak_memory
+from benchmarks.command import command
+from benchmarks.kernel import time_kernel
+from benchmarks.protocol import Results, copy_bandwidth
 from fastsiam.data.draws import crop_boxes
 from fastsiam.data.resident import boxes_in_store
 from fastsiam.data.views import ViewSpec
-from fastsiam.device import choose_device
 from fastsiam.kernels import crop_resize
 from fastsiam.kernels.reference import crop_resize_ref
 
@@ -97,25 +95,19 @@ def measure(results: Results, case: Case, device: torch.device, seconds: float, 
     for name, function in functions.items():
         check(name, case, function(sets[0]), expected)
     bound = {name: lambda i, f=f: f(sets[i % len(sets)]) for name, f in functions.items()}
-    taken = interleave(bound, device=device, repeats=_REPEATS[device.type], calls=_CALLS[device.type], seconds=seconds)
-    moved = bytes_moved(case, boxes)
-    for name, samples in taken.items():
-        rate = moved / samples.median
-        results.add(
-            "crop",
-            name,
-            vars(case),
-            samples,
-            ms=samples.median * 1000,
-            ms_per_crop=samples.median * 1000 / case.crops,
-            bytes_moved=moved,
-            gigabytes_per_second=rate / 1e9,
-            share_of_copy_bandwidth=rate / bandwidth,
-            copy_gigabytes_per_second=bandwidth / 1e9,
-            last_level_cache_bytes=last_level_cache_bytes(device),
-            peak_memory_bytes=peak_memory(functools.partial(bound[name], 0), device),
-            launches=count_launches(functools.partial(bound[name], 0), device),
-        )
+    time_kernel(
+        results,
+        "crop",
+        vars(case),
+        bound,
+        device,
+        bytes_moved=bytes_moved(case, boxes),
+        bandwidth=bandwidth,
+        seconds=seconds,
+        repeats=_REPEATS[device.type],
+        calls=_CALLS[device.type],
+        each=("crop", case.crops),
+    )
 
 
 def run(results: Results, *, device: torch.device, minutes: float) -> None:
@@ -125,16 +117,5 @@ def run(results: Results, *, device: torch.device, minutes: float) -> None:
         measure(results, case, device, minutes * 60 / len(CASES[device.type]), bandwidth)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.crop", description="Time crops out of a store.")
-    parser.add_argument("--out", type=Path, help="folder for crop.jsonl; without it lines are only printed")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--minutes", type=float, default=1.0)
-    arguments = parser.parse_args(argv)
-    device = choose_device(arguments.device)
-    run(Results(arguments.out, device), device=device, minutes=arguments.minutes)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(run, "crop", "Time crops out of a store.", minutes=1.0))

@@ -3,7 +3,6 @@
 On a CPU loader and step share the cores, so that training is slower than either; on a GPU they run side by side.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -13,11 +12,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from benchmarks.command import command
 from benchmarks.images import photographs
 from benchmarks.loader import DRAWN_IMAGES, files_of
 from benchmarks.protocol import MIN_ROUNDS, Results, Samples
 from fastsiam.config import load_config
-from fastsiam.device import choose_device
 from fastsiam.session import Session
 
 CONFIG = "r50_100ep"
@@ -125,17 +124,5 @@ def report(results: Results, session: Session, label: str, taken: dict[str, Samp
         results.add("end_to_end", name, params, samples, **numbers)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description="Time training on JPEGs.")
-    parser.add_argument("--out", type=Path, help="folder for end_to_end.jsonl; without it lines are only printed")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--minutes", type=float, default=2.0)
-    parser.add_argument("--images", type=Path, help="folder of JPEGs; without it they are drawn")
-    arguments = parser.parse_args(argv)
-    device = choose_device(arguments.device)
-    run(Results(arguments.out, device), device=device, minutes=arguments.minutes, images=arguments.images)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(run, "end_to_end", "Time training on JPEGs.", minutes=2.0))

@@ -5,7 +5,6 @@ authors' transforms, lightly's and solo-learn's. A sample is an epoch from its s
 begins with batches that were made while another was timed.
 """
 
-import argparse
 import functools
 import gc
 import multiprocessing
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks import peers
+from benchmarks.command import command
 from benchmarks.images import SUFFIXES, photographs
 from benchmarks.peers import AbsentError, authors, lightly, solo_learn
 from benchmarks.protocol import Results, interleave
@@ -33,7 +33,6 @@ from fastsiam.data.files import Files
 from fastsiam.data.loader import Loader, choose_backend, open_backend
 from fastsiam.data.sources import ImageSource, of_files, open_source
 from fastsiam.data.views import view_specs
-from fastsiam.device import choose_device
 
 SIZE, SMALL_SIZE = 224, 96
 DRAWN_IMAGES, IMAGES_PER_WORKER = 256, 256
@@ -314,19 +313,5 @@ def run(
             measure(results, case, few, (deadline - time.perf_counter()) / (len(others) - number))
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description="Time the loaders.")
-    parser.add_argument("--out", type=Path, help="folder for loader.jsonl; without it lines are only printed")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--minutes", type=float, default=4.0)
-    parser.add_argument("--images", type=Path, help="folder of JPEGs; without it they are drawn")
-    parser.add_argument("--solo-learn", type=Path, help="a checkout of github.com/vturrisi/solo-learn")
-    arguments = parser.parse_args(argv)
-    device = choose_device(arguments.device)
-    options = {"images": arguments.images, "solo_learn": arguments.solo_learn}
-    run(Results(arguments.out, device), device=device, minutes=arguments.minutes, **options)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(run, "loader", "Time the loaders.", minutes=4.0))

@@ -4,21 +4,20 @@ On a CPU `fastsiam.kernels.negative_cosine` is the plain torch reference, so the
 times are the device's: what the host needs to enqueue many launches is not in them, the launches are counted instead.
 """
 
-import argparse
 import functools
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
+from benchmarks.command import command
 from benchmarks.environment import last_level_cache_bytes
-from benchmarks.protocol import Results, copy_bandwidth, count_launches, interleave, peak_memory
-from fastsiam.device import choose_device
+from benchmarks.kernel import time_kernel
+from benchmarks.protocol import Results, copy_bandwidth
 from fastsiam.kernels import negative_cosine
 from fastsiam.kernels.reference import negative_cosine_ref
 
@@ -122,23 +121,19 @@ def measure(results: Results, case: Case, device: torch.device, seconds: float, 
     for name, loss in variants(device).items():
         check(name, loss, case, sets[0])
         bound[name] = bind(loss, case.mode, sets)
-    repeats, calls = _REPEATS[device.type], _CALLS[device.type]
-    taken = interleave(bound, device=device, warmup=5, repeats=repeats, calls=calls, seconds=seconds)
-    for name, samples in taken.items():
-        rate = bytes_moved(case) / samples.median
-        results.add(
-            "loss",
-            name,
-            case.params,
-            samples,
-            ms=samples.median * 1000,
-            bytes_moved=bytes_moved(case),
-            gigabytes_per_second=rate / 1e9,
-            share_of_copy_bandwidth=rate / bandwidth,
-            copy_gigabytes_per_second=bandwidth / 1e9,
-            peak_memory_bytes=peak_memory(functools.partial(bound[name], 0), device),
-            launches=count_launches(functools.partial(bound[name], 0), device),
-        )
+    time_kernel(
+        results,
+        "loss",
+        case.params,
+        bound,
+        device,
+        bytes_moved=bytes_moved(case),
+        bandwidth=bandwidth,
+        seconds=seconds,
+        repeats=_REPEATS[device.type],
+        calls=_CALLS[device.type],
+        warmup=5,
+    )
 
 
 def run(results: Results, *, device: torch.device, minutes: float) -> None:
@@ -149,16 +144,5 @@ def run(results: Results, *, device: torch.device, minutes: float) -> None:
         measure(results, case, device, minutes * 60 / len(cases), bandwidth)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description="Time SimSiam's loss.")
-    parser.add_argument("--out", type=Path, help="folder for loss.jsonl; without it lines are only printed")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--minutes", type=float, default=1.0)
-    arguments = parser.parse_args(argv)
-    device = choose_device(arguments.device)
-    run(Results(arguments.out, device), device=device, minutes=arguments.minutes)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(run, "loss", "Time SimSiam's loss.", minutes=1.0))

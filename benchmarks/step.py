@@ -4,7 +4,6 @@ Views are the synthetic backend's. The row `fastsiam` is a `fastsiam.session.Ses
 `fastsiam.train` runs. fp32 rows run as torch comes, so a GPU convolves them in TF32.
 """
 
-import argparse
 import contextlib
 import functools
 import gc
@@ -27,12 +26,13 @@ from benchmarks.ablation import (
     product,
 )
 from benchmarks.aside import Aside
+from benchmarks.command import command
 from benchmarks.flops import flops_per_image
 from benchmarks.peers import AbsentError, lightly, solo_learn
 from benchmarks.protocol import MIN_ROUNDS, Results, Samples, count_launches, interleave, peak_memory
 from fastsiam import host_memory
 from fastsiam.config import Config, load_config
-from fastsiam.device import autocast, choose_device, choose_precision
+from fastsiam.device import autocast, choose_precision
 
 # Config and batch: ImageNet's ResNet-50 at 224 px, CIFAR-10's ResNet-18 at 32 px.
 SETTINGS = {
@@ -267,18 +267,5 @@ def run(results: Results, *, device: torch.device, minutes: float, solo_learn: P
         measure(results, Setting(config, device, solo_learn), share)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description="Time the training step.")
-    parser.add_argument("--out", type=Path, help="folder for step.jsonl; without it lines are only printed")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--solo-learn", type=Path, help="a checkout of github.com/vturrisi/solo-learn")
-    arguments = parser.parse_args(argv)
-    device = choose_device(arguments.device)
-    options = {"minutes": arguments.minutes, "solo_learn": arguments.solo_learn}
-    run(Results(arguments.out, device), device=device, **options)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command(run, "step", "Time the training step.", minutes=10.0))
