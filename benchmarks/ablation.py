@@ -16,7 +16,7 @@ import fastsiam
 from benchmarks.peers import AbsentError, authors
 from fastsiam import optim
 from fastsiam.config import Config
-from fastsiam.data.loader import build_loader
+from fastsiam.data.backends import build_loader
 from fastsiam.device import autocast, choose_compile
 from fastsiam.kernels import negative_cosine
 from fastsiam.kernels.reference import negative_cosine_ref

@@ -29,8 +29,9 @@ from benchmarks.protocol import Results, interleave
 from fastsiam import host_memory
 from fastsiam.config import load_config
 from fastsiam.data import beton
+from fastsiam.data.backends import choose_backend, open_backend
 from fastsiam.data.files import Files
-from fastsiam.data.loader import Loader, choose_backend, open_backend
+from fastsiam.data.loader import Loader
 from fastsiam.data.sources import ImageSource, of_files, open_source
 from fastsiam.data.views import view_specs
 

@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load_config": "config",
     "pretrain": "train",
-    "build_loader": "data.loader",
+    "build_loader": "data.backends",
     "build_method": "methods",
     "load_encoder": "encoder",
     "knn_accuracy": "evaluation.knn",

@@ -8,7 +8,8 @@ import fastsiam
 from fastsiam import collapse
 from fastsiam.config import Config
 from fastsiam.data import demo
-from fastsiam.data.loader import check_batch_size, choose_backend
+from fastsiam.data.backends import choose_backend
+from fastsiam.data.loader import check_batch_size
 from fastsiam.data.sources import open_source
 from fastsiam.device import choose_compile, choose_device, choose_precision
 from fastsiam.kernels.augment_numba import is_compiled

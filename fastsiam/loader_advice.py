@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastsiam.config import Config
-from fastsiam.data.loader import dali_installed
+from fastsiam.data.backends import dali_installed
 from fastsiam.data.resident import free_bytes
 from fastsiam.data.sources import ImageSource
 

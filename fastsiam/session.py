@@ -12,7 +12,7 @@ import fastsiam
 from fastsiam import checkpoint, collapse, host_memory, optim
 from fastsiam.announce import closing_lines, knn_text, opening_lines, progress_text, schedule_line
 from fastsiam.config import Config, UserError
-from fastsiam.data.loader import build_loader, choose_backend
+from fastsiam.data.backends import build_loader, choose_backend
 from fastsiam.data.skip import SkipFile, SkipList
 from fastsiam.data.sources import open_sources
 from fastsiam.data.views import view_specs

@@ -12,8 +12,9 @@ from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import draws
+from fastsiam.data.backends import open_backend
 from fastsiam.data.headers import UNREADABLE
-from fastsiam.data.loader import EvaluationLoader, Loader, open_backend
+from fastsiam.data.loader import EvaluationLoader, Loader
 from fastsiam.data.skip import SkipFile, SkipList
 from fastsiam.data.sources import open_source
 from fastsiam.train import main

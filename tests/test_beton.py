@@ -10,9 +10,9 @@ from PIL import Image
 
 from fastsiam import prepare
 from fastsiam.config import UserError
+from fastsiam.data.backends import open_backend
 from fastsiam.data.beton import index_path, write_beton
 from fastsiam.data.headers import PLAIN, UNREADABLE, UNWANTED
-from fastsiam.data.loader import open_backend
 from fastsiam.data.pil import decode_image
 from fastsiam.data.sources import open_source
 from tests.betons import beton_of, stored_images

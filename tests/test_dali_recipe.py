@@ -11,8 +11,9 @@ import torch
 import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data import draws
+from fastsiam.data.backends import open_backend
 from fastsiam.data.dali_recipe import open_recipe
-from fastsiam.data.loader import Loader, open_backend
+from fastsiam.data.loader import Loader
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import open_source
 from fastsiam.data.views import RECIPES

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from fastsiam.config import UserError, load_config
-from fastsiam.data import draws, loader
+from fastsiam.data import backends, draws
+from fastsiam.data.backends import open_backend
 from fastsiam.data.beton import index_path, write_beton
-from fastsiam.data.loader import Loader, open_backend
+from fastsiam.data.loader import Loader
 from fastsiam.data.sources import open_source
 from fastsiam.data.views import RECIPES
 from fastsiam.train import pretrain
@@ -149,7 +150,8 @@ def test_torch_keeps_its_threads(photos):
     script = """
 import sys, numpy as np, torch
 torch.set_num_threads(3)
-from fastsiam.data.loader import CropRequest, open_backend
+from fastsiam.data.backends import open_backend
+from fastsiam.data.loader import CropRequest
 from fastsiam.data.sources import open_source
 source = open_source(sys.argv[1])
 backend = open_backend("ffcv", source, 8, 1, 4, 1, torch.device("cpu"))
@@ -193,9 +195,9 @@ def test_a_backend_and_data_that_do_not_go_together_are_one_sentence(overrides, 
 
 
 def test_auto_takes_ffcv_for_a_beton_alone():
-    assert loader.choose_backend("auto", "x.beton") == ("ffcv", "auto: a .beton")
-    assert loader.choose_backend("ffcv", "x.beton") == ("ffcv", "asked for")
-    assert loader.choose_backend("auto", "images")[0] == "dali"
+    assert backends.choose_backend("auto", "x.beton") == ("ffcv", "auto: a .beton")
+    assert backends.choose_backend("ffcv", "x.beton") == ("ffcv", "asked for")
+    assert backends.choose_backend("auto", "images")[0] == "dali"
 
 
 @pytest.mark.parametrize("reason", ["No module named 'ffcv'", "libopencv_core.so.406: cannot open shared object file"])
@@ -212,9 +214,9 @@ def test_without_ffcv_the_extra_and_the_system_packages_are_named(monkeypatch, r
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     absent = reason.startswith("No module")
-    monkeypatch.setattr(loader.util, "find_spec", lambda name: None if absent and name == "ffcv" else object())
+    monkeypatch.setattr(backends.util, "find_spec", lambda name: None if absent and name == "ffcv" else object())
     with pytest.raises(ImportError, match=r"libopencv-dev libturbojpeg0-dev pkg-config .* 'fastsiam\[ffcv\]'") as error:
-        open_backend(loader.choose_backend("ffcv")[0], None, SIZE, 2, 5, 1, CPU)
+        open_backend(backends.choose_backend("ffcv")[0], None, SIZE, 2, 5, 1, CPU)
     assert reason in str(error.value)
 
 

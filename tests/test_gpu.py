@@ -10,8 +10,9 @@ import torch
 import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data.augment import augment
+from fastsiam.data.backends import dali_installed, open_backend
 from fastsiam.data.draws import augment_draws
-from fastsiam.data.loader import Loader, dali_installed, open_backend
+from fastsiam.data.loader import Loader
 from fastsiam.data.sources import open_source
 from fastsiam.device import choose_precision
 from fastsiam.kernels import crop_resize, negative_cosine

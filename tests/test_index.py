@@ -12,9 +12,10 @@ from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import index, sources
+from fastsiam.data.backends import open_backend
 from fastsiam.data.headers import PLAIN, UNKNOWN, UNREADABLE
 from fastsiam.data.index import cache_folder
-from fastsiam.data.loader import Loader, open_backend
+from fastsiam.data.loader import Loader
 from fastsiam.data.sources import open_source
 from fastsiam.data.views import RECIPES
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastsiam.config import UserError
-from fastsiam.data import draws, loader, pil
-from fastsiam.data.loader import EvaluationLoader, Loader, LoaderError, open_backend
+from fastsiam.data import backends, draws, pil
+from fastsiam.data.backends import open_backend
+from fastsiam.data.loader import EvaluationLoader, Loader, LoaderError
 from fastsiam.data.sources import open_source
 from fastsiam.data.synthetic import SyntheticLoader
 from fastsiam.data.views import RECIPES
@@ -288,10 +289,10 @@ def test_synthetic_is_one_fixed_batch_for_an_epoch_of_imagenet():
 
 
 def test_auto_takes_dali_where_it_is_installed_and_says_what_else_it_took(monkeypatch):
-    assert loader.choose_backend("auto") == ("dali", "auto: DALI is installed")
-    monkeypatch.setattr(loader, "dali_installed", lambda: False)
-    name, reason = loader.choose_backend("auto")
+    assert backends.choose_backend("auto") == ("dali", "auto: DALI is installed")
+    monkeypatch.setattr(backends, "dali_installed", lambda: False)
+    name, reason = backends.choose_backend("auto")
     assert name == "pil"
     assert "fastsiam[dali]" in reason
     with pytest.raises(ImportError, match=r"fastsiam\[dali\]"):
-        loader.choose_backend("dali")
+        backends.choose_backend("dali")

@@ -18,7 +18,7 @@ from benchmarks.loader import Case, Row, cpu_seconds, decoded_twice, files_of, o
 from benchmarks.peers import AbsentError, authors
 from benchmarks.protocol import Results, Samples
 from fastsiam.data import pil
-from fastsiam.data.loader import dali_installed
+from fastsiam.data.backends import dali_installed
 
 CPU = torch.device("cpu")
 

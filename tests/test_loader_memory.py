@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from fastsiam.data.backends import open_backend
 from fastsiam.data.dali import decoder_memory
 from fastsiam.data.headers import ODD, PLAIN, UNKNOWN, UNREADABLE
-from fastsiam.data.loader import open_backend
 from fastsiam.data.sources import open_source
 from fastsiam.session import Session
 from tests.conftest import run_python
@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastsiam.data import draws
-from fastsiam.data.loader import Loader, open_backend
+from fastsiam.data.backends import open_backend
+from fastsiam.data.loader import Loader
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import open_source
 from fastsiam.session import Session

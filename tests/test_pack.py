@@ -13,9 +13,10 @@ from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import pack
+from fastsiam.data.backends import open_backend
 from fastsiam.data.headers import UNKNOWN, UNWANTED
 from fastsiam.data.index import PACK_INCOMPLETE, PACK_INDEX
-from fastsiam.data.loader import Loader, open_backend
+from fastsiam.data.loader import Loader
 from fastsiam.data.sources import ImageSource, open_source
 from fastsiam.data.views import RECIPES
 from fastsiam.prepare import main

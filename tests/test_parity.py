@@ -16,8 +16,9 @@ from PIL import Image
 
 from fastsiam.config import load_config
 from fastsiam.data import draws
+from fastsiam.data.backends import open_backend
 from fastsiam.data.headers import ODD, PLAIN
-from fastsiam.data.loader import CropRequest, EvaluationLoader, Loader, open_backend
+from fastsiam.data.loader import CropRequest, EvaluationLoader, Loader
 from fastsiam.data.sources import open_source
 from fastsiam.data.views import RECIPES
 from fastsiam.session import Session

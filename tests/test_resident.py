@@ -12,9 +12,10 @@ from PIL import Image
 
 import fastsiam
 from fastsiam.config import UserError, load_config
-from fastsiam.data import draws, loader, pil, resident, store_cache
+from fastsiam.data import backends, draws, pil, resident, store_cache
+from fastsiam.data.backends import open_backend
 from fastsiam.data.headers import PLAIN, UNREADABLE, UNWANTED
-from fastsiam.data.loader import EvaluationLoader, Loader, open_backend
+from fastsiam.data.loader import EvaluationLoader, Loader
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import open_source
 from fastsiam.kernels.crop_numba import crop_on_cpu
@@ -36,7 +37,7 @@ def stores_of_other_tests_are_gone():
 def decoded(monkeypatch):
     """The indices that PIL decodes, in a world without DALI."""
     calls, real = [], pil.decode_image
-    monkeypatch.setattr(loader, "dali_installed", lambda: False)
+    monkeypatch.setattr(backends, "dali_installed", lambda: False)
     monkeypatch.setattr(pil, "decode_image", lambda source, index: calls.append(index) or real(source, index))
     return calls
 
@@ -165,8 +166,8 @@ def test_evaluation_and_training_share_it(photos, decoded):
     source = open_source(str(photos))
     config = load_config("quickstart", [f"data.train={photos}", "data.backend=resident", "data.store_size=48",
                                         "train.batch_size=4", "data.workers=0"])  # fmt: skip
-    training = loader.build_loader(config, source)
-    evaluation = loader.build_evaluation_loader(config, source)
+    training = backends.build_loader(config, source)
+    evaluation = backends.build_evaluation_loader(config, source)
     assert isinstance(evaluation, EvaluationLoader)
     assert training.backend._store is evaluation.backend._store
     assert sum(len(batch.indices) for batch in evaluation.batches()) == len(decoded) == 16

@@ -13,9 +13,10 @@ from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import manifest, scan, sources
+from fastsiam.data.backends import build_loader, open_backend
 from fastsiam.data.headers import ODD, PLAIN, UNKNOWN, UNREADABLE, UNWANTED
 from fastsiam.data.index import cache_folder
-from fastsiam.data.loader import Loader, build_loader, open_backend
+from fastsiam.data.loader import Loader
 from fastsiam.data.pack import pack
 from fastsiam.data.sources import open_source
 from fastsiam.data.views import RECIPES

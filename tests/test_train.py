@@ -11,7 +11,7 @@ import fastsiam
 from fastsiam import device as device_module
 from fastsiam import session as session_module
 from fastsiam.config import load_config
-from fastsiam.data import loader as loader_module
+from fastsiam.data import backends as backends_module
 from fastsiam.train import main
 from tests.conftest import TINY
 
@@ -117,7 +117,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tmp_path, capsys, mo
     assert "it holds 1 entry (notes.txt)" in said(f"data.train={tmp_path}/bare")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "sees no CUDA device" in said("train.device=cuda")
-    monkeypatch.setattr(loader_module, "dali_installed", lambda: False)
+    monkeypatch.setattr(backends_module, "dali_installed", lambda: False)
     assert "fastsiam[dali]" in said("data.backend=dali")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE is 2" in said()

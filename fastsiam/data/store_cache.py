@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from fastsiam.config import UserError
+from fastsiam.data.backends import choose_backend, open_backend
 from fastsiam.data.headers import UNKNOWN, UNREADABLE, UNWANTED
-from fastsiam.data.loader import Backend, CropRequest, check_delivery, choose_backend, open_backend
+from fastsiam.data.loader import Backend, CropRequest, check_delivery
 from fastsiam.data.skip import UndecodableError
 from fastsiam.data.sources import ImageSource
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastsiam.collapse import PROBE_IMAGES, Measures, measure
 from fastsiam.config import Config
 from fastsiam.data import draws
-from fastsiam.data.loader import build_evaluation_loader
+from fastsiam.data.backends import build_evaluation_loader
 from fastsiam.data.sources import ImageSource
 from fastsiam.evaluation.knn import extract, knn_accuracy
 

@@ -1,0 +1,121 @@
+"""Which backend decodes and crops, and the loaders of a config over it."""
+
+from importlib import import_module, util
+from pathlib import Path
+
+import torch
+
+from fastsiam.config import Config
+from fastsiam.data.beton import is_beton
+from fastsiam.data.loader import Backend, EvaluationLoader, Loader
+from fastsiam.data.skip import SkipList
+from fastsiam.data.sources import ImageSource
+from fastsiam.data.views import view_specs
+
+
+def build_loader(
+    config: Config,
+    source: ImageSource | None = None,
+    *,
+    skip: SkipList | None = None,
+    device="cpu",
+    dtype=torch.float32,
+    rank: int = 0,
+    world_size: int = 1,
+):
+    """The training loader of a config: a `Loader`, or `SyntheticLoader` with `data.backend=synthetic`.
+
+    Raises `UserError` for a batch larger than the data, `ImportError` naming the extra for a backend asked for
+    that is not installed.
+    """
+    device = torch.device(device)
+    specs = view_specs(config.views)
+    name, _ = choose_backend(config.data.backend, config.data.train)
+    if name == "synthetic":
+        from fastsiam.data.synthetic import SyntheticLoader
+
+        return SyntheticLoader(
+            specs, batch_size=config.train.batch_size // world_size, seed=config.train.seed, device=device, dtype=dtype
+        )
+    if source is None:
+        from fastsiam.data.sources import open_source
+
+        source = open_source(config.data.train, scanned=config.data.manifest)
+    share, augments = config.train.batch_size // world_size, config.data.augment == "dali"
+    if augments:
+        from fastsiam.data.dali_recipe import open_recipe
+
+        backend = open_recipe(source, specs, share, config.data.workers, device, dtype)
+    else:
+        data, size = config.data, config.views.size
+        backend = open_backend(name, source, size, len(specs), share, data.workers, device, data.store_size)
+    return Loader(
+        source,
+        specs,
+        backend,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        dtype=dtype,
+        skip=skip,
+        rank=rank,
+        world_size=world_size,
+        backend_augments=augments,
+    )
+
+
+def build_evaluation_loader(
+    config: Config, source: ImageSource, *, skip: SkipList | None = None, device="cpu", dtype=torch.float32
+):
+    """The loader of kNN and of the collapse guard: the training backend and normalisation, no augmentation."""
+    name, _ = choose_backend(config.data.backend, source.root)
+    batch_size = min(config.train.batch_size, len(source))
+    data, device = config.data, torch.device(device)
+    backend = open_backend(name, source, config.views.size, 1, batch_size, data.workers, device, data.store_size)
+    return EvaluationLoader(
+        source,
+        view_specs(config.views)[0],
+        backend,
+        batch_size=batch_size,
+        crop_ratio=config.evaluate.crop_ratio,
+        dtype=dtype,
+        skip=skip,
+    )
+
+
+def open_backend(
+    name: str,
+    source: ImageSource,
+    size: int,
+    num_views: int,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    store_size: int | None = None,
+) -> Backend:
+    """One backend by its config name, `dali`, `pil`, `ffcv` or `resident`, which alone has use for a `store_size`."""
+    module = import_module(f"fastsiam.data.{name}")
+    more = (store_size,) if name == "resident" else ()
+    return module.open_backend(source, size, num_views, batch_size, workers, device, *more)
+
+
+def choose_backend(asked: str, location: str | Path | None = None) -> tuple[str, str]:
+    """The backend that `data.backend` leads to for the images at `location`, and the reason in words."""
+    if asked == "ffcv" or (asked == "auto" and is_beton(location)):
+        if util.find_spec("ffcv") is None:
+            # Says what to install.
+            import_module("fastsiam.data.ffcv_library")
+        return "ffcv", "asked for" if asked == "ffcv" else "auto: a .beton"
+    if asked != "auto":
+        if asked == "dali" and not dali_installed():
+            raise ImportError(
+                "data.backend: dali is not installed; pip install 'fastsiam[dali]' (CUDA 12, and machines without "
+                "a GPU) or 'fastsiam[dali-cu13]' (CUDA 13), or set data.backend=pil"
+            )
+        return asked, "asked for"
+    if dali_installed():
+        return "dali", "auto: DALI is installed"
+    return "pil", "auto: DALI is not installed (pip install 'fastsiam[dali]' for speed)"
+
+
+def dali_installed() -> bool:
+    return util.find_spec("nvidia") is not None and util.find_spec("nvidia.dali") is not None
