@@ -13,91 +13,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from fastsiam.config_data import DataConfig, PositiveFloat, PositiveInt, Section, ViewsConfig
 from fastsiam.config_file import UserError, apply_override, check, flat, read
-from fastsiam.data.views import RECIPES
 
 CONFIGS = Path(__file__).parent / "configs"
-
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Pair = Annotated[tuple[float, float], Field(strict=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-class DataConfig(Section):
-    train: str | None
-    """Folder of images (labelled `class/x.jpg`, nested or flat) or tar shards, text list, .beton; null: synthetic."""
-    val: str | None = None
-    """Labelled images for kNN; null trains without."""
-    backend: Literal["auto", "dali", "pil", "ffcv", "resident", "synthetic"] = "auto"
-    """Who decodes and crops. auto: ffcv for a .beton, else DALI where installed, else PIL; the choice is printed.
-    resident: all images lie decoded in the memory of the compute device."""
-    augment: Literal["fastsiam", "dali"] = "fastsiam"
-    """dali: DALI's own operators in its own order make the views, with our draws; needs data.backend=dali."""
-    store_size: PositiveInt | None = None
-    """Side in pixels of the squares that resident stores the images as: 3 * store_size^2 bytes an image."""
-    workers: Annotated[int, Field(ge=0)] | None = None
-    """Decoding threads (dali, ffcv) or processes (pil); null: one per core, 0: in the training process (pil)."""
-    max_bad_fraction: Probability = 0.001
-    """A run stops when more than this share of the images could not be decoded; what a scan found does not count."""
-    manifest: str | None = None
-    """What a scan has found in data.train, if it was written elsewhere than the index cache, where it is looked for."""
-    demo_seed: Annotated[int, Field(ge=0)] | None = None
-    """Draw the demo images of this seed beside data.train where they are missing; null never draws."""
-
-
-class ViewsConfig(Section):
-    """One recipe for both views; what is not written is filled in from the recipe."""
-
-    recipe: Literal[tuple(RECIPES)]
-    size: PositiveInt
-    """Side of a view in pixels."""
-    color: Literal["matrix", "exact"]
-    """exact: torchvision's jitter, operation by operation; matrix: the same jitter as one 3x4 matrix a view."""
-    crop_scale: Pair
-    """Range of the crop's area as a share of the image."""
-    flip: Probability
-    jitter: Probability
-    brightness: Probability
-    contrast: Probability
-    saturation: Probability
-    hue: Annotated[float, Field(ge=0, le=0.5)]
-    grayscale: Probability
-    blur: Probability
-    blur_sigma: Pair
-    """Range of the blur's standard deviation in pixels of the view."""
-    solarize: Probability
-    mean: Annotated[tuple[float, float, float], Field(strict=False)]
-    std: Annotated[tuple[float, float, float], Field(strict=False)]
-
-    @model_validator(mode="before")
-    @classmethod
-    def fill_from_recipe(cls, given):
-        if isinstance(given, dict) and given.get("recipe") in RECIPES:
-            return {**RECIPES[given["recipe"]].numbers(), **given}
-        return given
-
-    @model_validator(mode="after")
-    def check_ranges(self):
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"views.crop_scale: {list(self.crop_scale)} is not a range inside (0, 1]")
-        low, high = self.blur_sigma
-        if not 0 < low <= high <= 2:
-            # Thirteen taps cover three standard deviations up to 2.
-            raise ValueError(f"views.blur_sigma: {list(self.blur_sigma)} is not a range inside (0, 2]")
-        if self.blur and self.size < 7:
-            raise ValueError(f"views.size: {self.size} is below 7, the least that the 13-tap blur can reflect")
-        if min(self.std) <= 0:
-            raise ValueError(f"views.std: {list(self.std)} must be positive")
-        return self
 
 
 class ProjectorConfig(Section):
@@ -225,44 +146,6 @@ class Config(Section):
     collapse: CollapseConfig = CollapseConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig
-
-    @model_validator(mode="after")
-    def needs_data(self):
-        if self.data.train is None and self.data.backend != "synthetic":
-            raise ValueError("data.train: null is for data.backend=synthetic; give a folder or a list of files")
-        if self.data.backend == "resident" and self.data.store_size is None:
-            raise ValueError(
-                "data.store_size: null, but data.backend=resident stores images at a size in pixels; set "
-                f"data.store_size={self.views.size} (the views' own) or more"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def ffcv_reads_betons(self):
-        backend = self.data.backend
-        for key, location in (("data.train", self.data.train), ("data.val", self.data.val)):
-            if location is None or backend in ("auto", "synthetic"):
-                continue
-            if backend == "ffcv" and not location.endswith(".beton"):
-                raise ValueError(
-                    f"{key}: data.backend=ffcv reads .beton files, and {location} is none; write one by "
-                    f"python -m fastsiam.prepare ffcv {location} OUT.beton, and set {key}=OUT.beton"
-                )
-            if backend != "ffcv" and location.endswith(".beton"):
-                raise ValueError(
-                    f"{key}: {location} was written by python -m fastsiam.prepare ffcv, and data.backend={backend} "
-                    "cannot read it; set data.backend=ffcv"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def augments_what_it_decodes(self):
-        if self.data.augment == "dali" and self.data.backend != "dali":
-            raise ValueError(
-                f"data.augment: dali needs data.backend=dali, but it is {self.data.backend}; set that, or "
-                "data.augment=fastsiam"
-            )
-        return self
 
     @property
     def learning_rate(self) -> float:

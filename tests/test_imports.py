@@ -11,6 +11,7 @@ from tests.conftest import REPOSITORY, run_python
 LAYERS = (
     {"fastsiam.kernels"},
     {"fastsiam.config_file", "fastsiam.data.views"},
+    {"fastsiam.config_data"},
     {"fastsiam.config", "fastsiam.data.draws"},
     {"fastsiam.data.demo"},
     {
@@ -34,8 +35,8 @@ LAYERS = (
     {"fastsiam.train", "fastsiam.__main__"},
 )
 TORCH_FREE = (
-    "config", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack", "data.cifar10",
-    "train", "prepare", "record",
+    "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
+    "data.cifar10", "train", "prepare", "record",
 )  # fmt: skip
 
 

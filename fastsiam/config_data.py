@@ -1,0 +1,118 @@
+"""The sections data and views of a config: what images there are, who reads them, and what a view of one is."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from fastsiam.data.views import RECIPES
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    train: str | None
+    """Folder of images (labelled `class/x.jpg`, nested or flat) or tar shards, text list, .beton; null: synthetic."""
+    val: str | None = None
+    """Labelled images for kNN; null trains without."""
+    backend: Literal["auto", "dali", "pil", "ffcv", "resident", "synthetic"] = "auto"
+    """Who decodes and crops. auto: ffcv for a .beton, else DALI where installed, else PIL; the choice is printed.
+    resident: all images lie decoded in the memory of the compute device."""
+    augment: Literal["fastsiam", "dali"] = "fastsiam"
+    """dali: DALI's own operators in its own order make the views, with our draws; needs data.backend=dali."""
+    store_size: PositiveInt | None = None
+    """Side in pixels of the squares that resident stores the images as: 3 * store_size^2 bytes an image."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Decoding threads (dali, ffcv) or processes (pil); null: one per core, 0: in the training process (pil)."""
+    max_bad_fraction: Probability = 0.001
+    """A run stops when more than this share of the images could not be decoded; what a scan found does not count."""
+    manifest: str | None = None
+    """What a scan has found in data.train, if it was written elsewhere than the index cache, where it is looked for."""
+    demo_seed: Annotated[int, Field(ge=0)] | None = None
+    """Draw the demo images of this seed beside data.train where they are missing; null never draws."""
+
+    @model_validator(mode="after")
+    def what_there_is_to_read(self):
+        if self.train is None and self.backend != "synthetic":
+            raise ValueError("data.train: null is for data.backend=synthetic; give a folder or a list of files")
+        if self.backend == "resident" and self.store_size is None:
+            raise ValueError(
+                "data.store_size: null, but data.backend=resident stores images at a size in pixels; set it to "
+                "views.size or more"
+            )
+        if self.augment == "dali" and self.backend != "dali":
+            raise ValueError(
+                f"data.augment: dali needs data.backend=dali, but it is {self.backend}; set that, or "
+                "data.augment=fastsiam"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def ffcv_reads_betons(self):
+        for key, location in (("data.train", self.train), ("data.val", self.val)):
+            if location is None or self.backend in ("auto", "synthetic"):
+                continue
+            if self.backend == "ffcv" and not location.endswith(".beton"):
+                raise ValueError(
+                    f"{key}: data.backend=ffcv reads .beton files, and {location} is none; write one by "
+                    f"python -m fastsiam.prepare ffcv {location} OUT.beton, and set {key}=OUT.beton"
+                )
+            if self.backend != "ffcv" and location.endswith(".beton"):
+                raise ValueError(
+                    f"{key}: {location} was written by python -m fastsiam.prepare ffcv, and data.backend="
+                    f"{self.backend} cannot read it; set data.backend=ffcv"
+                )
+        return self
+
+
+class ViewsConfig(Section):
+    """One recipe for both views; what is not written is filled in from the recipe."""
+
+    recipe: Literal[tuple(RECIPES)]
+    size: PositiveInt
+    """Side of a view in pixels."""
+    color: Literal["matrix", "exact"]
+    """exact: torchvision's jitter, operation by operation; matrix: the same jitter as one 3x4 matrix a view."""
+    crop_scale: Pair
+    """Range of the crop's area as a share of the image."""
+    flip: Probability
+    jitter: Probability
+    brightness: Probability
+    contrast: Probability
+    saturation: Probability
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+    grayscale: Probability
+    blur: Probability
+    blur_sigma: Pair
+    """Range of the blur's standard deviation in pixels of the view."""
+    solarize: Probability
+    mean: Annotated[tuple[float, float, float], Field(strict=False)]
+    std: Annotated[tuple[float, float, float], Field(strict=False)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_from_recipe(cls, given):
+        if isinstance(given, dict) and given.get("recipe") in RECIPES:
+            return {**RECIPES[given["recipe"]].numbers(), **given}
+        return given
+
+    @model_validator(mode="after")
+    def check_ranges(self):
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"views.crop_scale: {list(self.crop_scale)} is not a range inside (0, 1]")
+        low, high = self.blur_sigma
+        if not 0 < low <= high <= 2:
+            # Thirteen taps cover three standard deviations up to 2.
+            raise ValueError(f"views.blur_sigma: {list(self.blur_sigma)} is not a range inside (0, 2]")
+        if self.blur and self.size < 7:
+            raise ValueError(f"views.size: {self.size} is below 7, the least that the 13-tap blur can reflect")
+        if min(self.std) <= 0:
+            raise ValueError(f"views.std: {list(self.std)} must be positive")
+        return self
