@@ -39,6 +39,7 @@ class Session:
         self.config = config
         self.console = Console()
         self.warnings: list[str] = []
+        self.progress = self.monitor = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(f"fastsiam.train runs as one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}")
         self.folder = RunFolder(config)
@@ -63,7 +64,6 @@ class Session:
         self.clock = Stopwatch()
         self._began = time.perf_counter()
         self._wall_before, self._train_before = self.state.wall_seconds, self.state.train_seconds
-        self.progress = self.monitor = None
         self.reason: str | None = None
         self._last_knn: tuple[int, float] | None = None
         self.measures: collapse.Measures | None = None
@@ -86,11 +86,16 @@ class Session:
         if self.source is not None:
             self.loader.backend.close()
         self.folder.close()
-        host_memory.give_back_freed()
+        if self.device.type == "cpu":
+            host_memory.give_back_freed()
 
     def warn(self, sentence: str) -> None:
-        self.warnings.append(sentence)
-        self.console.print(f"warning: {sentence}", style="yellow", highlight=False, soft_wrap=True)
+        """Said now, and in metrics.jsonl, once there is one."""
+        self.say(f"warning: {sentence}", "yellow")
+        if self.progress is None:
+            self.warnings.append(sentence)
+        else:
+            self._write("warning", message=sentence)
 
     def finished_result(self) -> Result | None:
         """What an earlier start of this run came to, if there is nothing left to do."""
@@ -136,12 +141,12 @@ class Session:
             self._restore(self._saved)
         else:
             self.folder.write_header()
-        for sentence in self.warnings:
-            self.folder.write({"kind": "warning", "step": self.state.step, "message": sentence})
         self._saved = None
         if self.state.step == 0 and config.evaluate.controls and self.monitor and self.monitor.has_knn:
             self._measure_controls()
         self.progress = ProgressLine(self.console, self.last_step, self.state.step)
+        for sentence in self.warnings:
+            self._write("warning", message=sentence)
         self._saved_at = time.perf_counter()
         self._logged = (self.state.step, dict(self.clock.totals))
         self._watch = LoaderWatch(lambda: describe(config, self.source, self.backend_name, self.device))
@@ -172,10 +177,10 @@ class Session:
         self._logged = (state.step, dict(totals))
         self._write("train", loss=loss, lr=rate, images_per_second=images_per_second, data_wait_fraction=wait_fraction)
         if not math.isfinite(loss):
-            self._tell(f"the loss of step {state.step:,} is {loss}")
+            self.warn(f"the loss of step {state.step:,} is {loss}")
         advice = self._watch.add(waited, stepped)
         if advice:
-            self._tell(advice)
+            self.warn(advice)
         self.progress.show(state.step, progress_text(self, loss, images_per_second, wait_fraction))
 
     def judge_collapse(self) -> bool:
@@ -189,8 +194,7 @@ class Session:
         if self.config.collapse.action == "stop":
             return True
         if self.guard.first_alarm:
-            self.say(f"warning: {self.reason}; {collapse.ADVICE}", "yellow")
-            self._write("warning", message=self.reason)
+            self.warn(f"{self.reason}; {collapse.ADVICE}")
         return False
 
     def evaluate_if_due(self) -> None:
@@ -246,10 +250,6 @@ class Session:
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, soft_wrap=True)
-
-    def _tell(self, warning: str) -> None:
-        self.say(f"warning: {warning}", "yellow")
-        self._write("warning", message=warning)
 
     def _step(self, views):
         self.optimizer.zero_grad(set_to_none=True)

@@ -46,10 +46,14 @@ class Index(NamedTuple):
     """None where nobody has computed it."""
 
 
+def cache_root() -> Path:
+    """$XDG_CACHE_HOME/fastsiam; below ~/.cache where the variable is not set."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsiam"
+
+
 def cache_folder(location: Path) -> Path:
     """Where the index of a folder or list is kept, and what a scan has found in it; need not exist."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "fastsiam" / "index" / hashlib.sha256(os.fsencode(location.resolve())).hexdigest()[:16]
+    return cache_root() / "index" / hashlib.sha256(os.fsencode(location.resolve())).hexdigest()[:16]
 
 
 def open_folder(root: Path, key: str) -> Index:

@@ -16,6 +16,7 @@ import torch
 from fastsiam.config import UserError
 from fastsiam.data.backends import choose_backend, open_backend
 from fastsiam.data.headers import UNKNOWN, UNREADABLE, UNWANTED
+from fastsiam.data.index import cache_root
 from fastsiam.data.loader import Backend, CropRequest, check_delivery
 from fastsiam.data.skip import UndecodableError
 from fastsiam.data.sources import ImageSource
@@ -47,7 +48,7 @@ class StoreCache:
         # Without the number of workers, which changes nothing.
         decoder = f"{backend.description.partition(' (')[0]} on {device.type}"
         name = f"{source.fingerprint()}-{size}px-{decoder.replace(' ', '-')}"
-        return cls(len(source), size, decoder, cache_root() / name, backend)
+        return cls(len(source), size, decoder, cache_root() / "resident" / name, backend)
 
     @property
     def bytes(self) -> int:
@@ -180,11 +181,6 @@ def _sync(path):
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-
-
-def cache_root() -> Path:
-    """$XDG_CACHE_HOME/fastsiam/resident; ~/.cache where the variable is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsiam" / "resident"
 
 
 def gigabytes(number: int) -> str:
