@@ -31,7 +31,6 @@ from fastsiam.data.ffcv_library import (
     allocate_query,
     imdecode,
 )
-from fastsiam.data.headers import UNREADABLE
 from fastsiam.data.skip import UndecodableError
 from fastsiam.data.sources import ImageSource
 from fastsiam.kernels.crop_numba import crop_into
@@ -151,11 +150,6 @@ class FfcvBackend:
 
     def _start(self, request, slot):
         indices = np.ascontiguousarray(request.indices, np.int64)
-        left_out = indices[self._source.kinds[indices] >= UNREADABLE].tolist()
-        if left_out:
-            raise UndecodableError(
-                {index: f"{self._source.name(index)} cannot be decoded: left out when written" for index in left_out}
-            )
         memory = tuple(part[slot][: len(indices)] for part in self._memory)
         # Boxes were drawn for the sizes before shrinking: the same crops as from the originals.
         memory[1][:] = request.boxes.transpose(1, 0, 2) * np.tile(self._scale[indices], 2)[:, None]
