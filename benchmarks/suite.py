@@ -54,10 +54,14 @@ def run(out: Path, minutes: float, device: str, options: dict[str, Path | None])
         raise UserError(f"--out: {out} already holds results of {', '.join(taken)}; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     failed = []
-    for benchmark in BENCHMARKS:
-        print(f"== {benchmark.name}, {benchmark.share * minutes:.1f} of {minutes:g} minutes", flush=True)
+    deadline = time.perf_counter() + 60 * minutes
+    for number, benchmark in enumerate(BENCHMARKS):
         begun = time.perf_counter()
-        reason = run_one(benchmark, out, minutes * benchmark.share, device, options)
+        # Of what is left: the next ones pay for one that took longer than its share.
+        share = benchmark.share / sum(other.share for other in BENCHMARKS[number:])
+        own = max(deadline - begun, 0) / 60 * share
+        print(f"== {benchmark.name}, {own:.1f} of {minutes:g} minutes", flush=True)
+        reason = run_one(benchmark, out, own, device, options)
         print(f"== {benchmark.name}: {reason or 'done'}, {time.perf_counter() - begun:.0f} s\n", flush=True)
         if reason:
             failed.append(f"{benchmark.name} ({reason})")

@@ -43,12 +43,25 @@ def test_each_gets_its_share_and_its_options(scripts, tmp_path, photos, capfd):
     found = {}
     for name in ("loss", "other"):
         found[name] = json.loads((tmp_path / "out" / f"{name}.jsonl").read_text())["arguments"]
+    minutes = {name: float(arguments.pop("minutes")) for name, arguments in found.items()}
     shared = {"out": str(tmp_path / "out"), "device": "cpu"}
-    assert found["loss"] == {**shared, "minutes": "0.5", "images": None}
-    assert found["other"] == {**shared, "minutes": "1.5", "images": str(photos)}
+    assert found["loss"] == {**shared, "images": None}
+    assert found["other"] == {**shared, "images": str(photos)}
+    assert minutes["loss"] == pytest.approx(0.5, abs=0.01)
+    # All that is left: loss has taken seconds of its half minute.
+    assert 1.5 < minutes["other"] < 2
     printed = capfd.readouterr().out
     assert "loss: a CPU, 1 cores, 1 threads; n = 1; no commit; 2026-01-01." in printed
     assert "| eager | 500 [400, 600] | 1.00x |" in printed
+
+
+def test_the_next_ones_pay_for_one_that_takes_too_long(scripts, tmp_path, monkeypatch):
+    clock = iter((0.0, 0.0, 90.0, 90.0, 90.0))
+    monkeypatch.setattr(suite.time, "perf_counter", lambda: next(clock))
+    assert scripts(Benchmark("loss", 0.25), Benchmark("other", 0.75), loss=GOOD, other=GOOD) == 0
+    arguments = json.loads((tmp_path / "out/other.jsonl").read_text())["arguments"]
+    # Two minutes less the minute and a half that the first one took.
+    assert float(arguments["minutes"]) == 0.5
 
 
 def test_one_that_fails_fails_the_suite_and_the_others_run(scripts, tmp_path, capfd):
@@ -66,7 +79,8 @@ def test_one_that_fails_fails_the_suite_and_the_others_run(scripts, tmp_path, ca
 
 def test_one_that_hangs_is_stopped(scripts, monkeypatch, capfd):
     monkeypatch.setattr(suite, "_GRACE_SECONDS", 0.5)
-    assert scripts(Benchmark("hangs", 0.0), hangs="import time; time.sleep(600)") == 1
+    monkeypatch.setattr(suite, "_OVERRUN", 0)
+    assert scripts(Benchmark("hangs", 1.0), hangs="import time; time.sleep(600)") == 1
     assert "hangs (stopped after 0 s)" in capfd.readouterr().err
 
 
