@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 from fastsiam.config import load_config
 from fastsiam.data.demo import draw_demo
 from tests.gpu_record import GpuRecord
+from tests.ranks import Ranks
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -51,6 +52,14 @@ def cache(tmp_path_factory):
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(scope="session")
+def ranks(cache):
+    """Functions run by several gloo processes, see `Ranks`."""
+    pool = Ranks()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")

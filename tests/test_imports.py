@@ -19,6 +19,7 @@ LAYERS = (
         "fastsiam.encoder",
         "fastsiam.norm",
         "fastsiam.device",
+        "fastsiam.distributed",
         "fastsiam.optim",
         "fastsiam.collapse",
         "fastsiam.host_memory",

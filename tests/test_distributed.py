@@ -1,0 +1,67 @@
+"""What the processes of a run agree on, in two gloo processes."""
+
+import pytest
+import torch.distributed as dist
+
+from fastsiam.config import UserError
+from fastsiam.distributed import World
+
+
+def world():
+    return World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
+
+
+def agreed():
+    mine = world()
+    return (
+        mine.share(f"from {mine.rank}"),
+        mine.collect(10 * mine.rank),
+        mine.largest(mine.rank, -mine.rank, 7),
+    )
+
+
+def test_all_ranks_come_to_the_same_values(ranks):
+    assert ranks(2, agreed) == [("from 0", [0, 10], [1, 0, 7])] * 2
+
+
+def one_fails(rank):
+    mine = world()
+    try:
+        with mine.together():
+            if mine.rank == rank:
+                raise UserError("no such folder")
+    except UserError as error:
+        return str(error)
+
+
+def test_the_mistake_of_one_is_the_mistake_of_all(ranks):
+    assert ranks(2, one_fails, 0) == ["no such folder", "no such folder (on rank 0)"]
+    assert ranks(2, one_fails, 1) == ["no such folder (on rank 1)", "no such folder"]
+    assert ranks(2, one_fails, None) == [None, None]
+
+
+def leave_and_find(folder):
+    mine = world()
+    with mine.leader_first():
+        found = (folder / "left").exists()
+        (folder / "left").touch()
+    return found
+
+
+def test_what_the_leader_leaves_the_others_find(ranks, tmp_path):
+    assert ranks(2, leave_and_find, tmp_path) == [False, True]
+
+
+def test_the_environment_says_who_this_is(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert World.of_environment() == World(0, 1, 0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(
+        UserError, match="LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not set; .*torchrun"
+    ):
+        World.of_environment()
+    for name, value in {"LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "host", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert World.of_environment() == World(rank=3, size=4, local_rank=1, local_size=2)
