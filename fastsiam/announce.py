@@ -40,12 +40,19 @@ def opening_lines(
         + f"), projector {model.projector.layers} x {model.projector.out}, predictor {model.predictor.hidden}, "
         f"batch-norm statistics {model.bn_statistics}",
         f"step      batch {train.batch_size}, learning rate {config.learning_rate:g} = {config.optimizer.base_lr:g} x "
-        f"{train.batch_size} / 256, {device.type}, {dtype}, "
+        f"{train.batch_size} / 256, {_optimizer_text(config)}, {device.type}, {dtype}, "
         f"{'channels-last' if train.channels_last else 'channels-first'}, "
         f"compile {'on' if choose_compile(train.compile, device) else 'off'}, "
         f"loss {'fused (Triton)' if device.type == 'cuda' else 'in plain torch'}",
     ]
     return lines
+
+
+def _optimizer_text(config):
+    settings = config.optimizer
+    if settings.name == "lars":
+        return f"lars (trust {settings.lars_trust:g})"
+    return "sgd (apex)" if settings.implementation == "apex" else "sgd"
 
 
 def _augmenter_text(config, device):

@@ -20,6 +20,9 @@ from fastsiam.config_file import UserError, apply_override, check, flat, read
 
 CONFIGS = Path(__file__).parent / "configs"
 
+# eta of SimCLR, BYOL and the paper's own linear evaluation.
+LARS_TRUST = 0.001
+
 
 class ProjectorConfig(Section):
     layers: Annotated[int, Field(ge=1)]
@@ -76,17 +79,35 @@ class MethodConfig(Section):
 
 
 class OptimizerConfig(Section):
-    name: Literal["sgd"]
+    name: Literal["sgd", "lars"]
+    """lars (arXiv 1708.03888) is for batches above 1024 and wants other rates: r50_100ep_b4096.yaml."""
+    implementation: Literal["torch", "apex"] = "torch"
+    """apex: NVIDIA's FusedSGD, the same mathematics; as with train.compile the last bits differ, so a run keeps it."""
     base_lr: PositiveFloat
     """Learning rate for a batch of 256; the rate used is base_lr * batch_size / 256."""
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: Annotated[float, Field(ge=0)]
-    """On every parameter, batch norm and biases included, as in the paper."""
+    """sgd: on every parameter, batch norm and biases included, as in the paper; lars: not on those of one dimension."""
+    lars_trust: PositiveFloat = LARS_TRUST
+    """LARS moves a tensor w by at most lr * lars_trust * |w|, before momentum; sgd has no use for it."""
     schedule: Literal["cosine_per_epoch", "cosine", "constant"]
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the run in which the rate rises linearly from zero."""
     predictor_lr: Literal["fixed", "scheduled"]
     """fixed: after the warm-up the predictor keeps its rate (paper, Table 1, which has no warm-up)."""
+
+    @model_validator(mode="after")
+    def options_of_the_optimizer(self):
+        if self.name == "lars" and self.implementation == "apex":
+            raise ValueError(
+                "optimizer.implementation: apex has no LARS; set optimizer.implementation=torch, or optimizer.name=sgd"
+            )
+        if self.name == "sgd" and self.lars_trust != LARS_TRUST:
+            raise ValueError(
+                f"optimizer.lars_trust: {self.lars_trust:g} has no effect with optimizer.name=sgd; set "
+                f"optimizer.name=lars, or optimizer.lars_trust={LARS_TRUST:g}"
+            )
+        return self
 
 
 class TrainConfig(Section):
@@ -146,6 +167,15 @@ class Config(Section):
     collapse: CollapseConfig = CollapseConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig
+
+    @model_validator(mode="after")
+    def scaled_gradients_have_their_optimizer(self):
+        if self.train.precision == "fp16" and self.optimizer.implementation == "apex":
+            raise ValueError(
+                "optimizer.implementation: apex does not take the scaled gradients of train.precision=fp16; set "
+                "optimizer.implementation=torch, or train.precision=bf16"
+            )
+        return self
 
     @property
     def learning_rate(self) -> float:

@@ -1,27 +1,101 @@
-"""Parameter groups, SGD, and learning rates as pure functions of progress in [0, 1]."""
+"""Parameter groups, SGD and LARS, and learning rates as pure functions of progress in [0, 1]."""
 
+import importlib.machinery
+import importlib.util
 import math
 
 import torch
 
-from fastsiam.config import Config
+from fastsiam.config import Config, UserError
+from fastsiam.device import TABLE_2
+from fastsiam.lars import LARS
+
+APEX = "optimizer.implementation: apex"
 
 
-def build_optimizer(method, config: Config) -> torch.optim.SGD:
-    """SGD over two groups, `scheduled` and `constant` rates; weight decay on every parameter, as in the paper."""
+def build_optimizer(method, config: Config) -> torch.optim.Optimizer:
+    """The optimizer of `config.optimizer` over the groups of `parameter_groups`.
+
+    SGD decays every parameter, as in the paper. With apex, `ImportError` says which apex is missing, and `UserError`
+    that the parameters are not on a CUDA device.
+    """
+    settings, groups = config.optimizer, parameter_groups(method, config)
+    numbers = {"lr": config.learning_rate, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
+    if settings.name == "lars":
+        return LARS(groups, **numbers, trust=settings.lars_trust)
+    if settings.implementation == "apex":
+        return _apex_sgd(groups, numbers)
+    return torch.optim.SGD(groups, **numbers, fused=True)
+
+
+def parameter_groups(method, config: Config) -> list[dict]:
+    """Groups with `scheduled`: whether their rate follows the schedule, or stays (`optimizer.predictor_lr: fixed`).
+
+    LARS splits each by `adapt`: parameters of one dimension, batch norm's and biases, are neither rescaled nor decayed,
+    as in SimCLR (arXiv 2002.05709) and BYOL (arXiv 2006.07733).
+    """
     constant = list(method.constant_lr_parameters()) if config.optimizer.predictor_lr == "fixed" else []
     held = {id(parameter) for parameter in constant}
     scheduled = [p for p in method.parameters() if id(p) not in held]
-    groups = [{"params": scheduled, "scheduled": True}]
-    if constant:
-        groups.append({"params": constant, "scheduled": False})
-    return torch.optim.SGD(
-        groups,
-        lr=config.learning_rate,
-        momentum=config.optimizer.momentum,
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
+    groups = [{"params": scheduled, "scheduled": True}, {"params": constant, "scheduled": False}]
+    if config.optimizer.name == "lars":
+        groups = [part for group in groups for part in _split_by_dimension(group)]
+    return [group for group in groups if group["params"]]
+
+
+def _split_by_dimension(group):
+    weights = [p for p in group["params"] if p.ndim > 1]
+    vectors = [p for p in group["params"] if p.ndim <= 1]
+    return [
+        group | {"params": weights, "adapt": True},
+        group | {"params": vectors, "adapt": False, "weight_decay": 0.0},
+    ]
+
+
+def _apex_sgd(groups, numbers):
+    """NVIDIA's FusedSGD, which computes what torch.optim.SGD does."""
+    if not all(parameter.is_cuda for group in groups for parameter in group["params"]):
+        raise UserError(f"{APEX} needs a CUDA device; set optimizer.implementation=torch")
+    source = "from source with the nvcc of torch's CUDA version (github.com/NVIDIA/apex)"
+    spec = importlib.util.find_spec("apex")
+    # A folder named apex, such as a clone, is found as well, without an origin.
+    if spec is None or spec.origin is None:
+        raise ImportError(f"{APEX} is not installed; build it {source}, or set optimizer.implementation=torch")
+    # Looked up without importing the parent: another project's package may do or lack anything.
+    if importlib.machinery.PathFinder.find_spec("apex.optimizers", spec.submodule_search_locations) is None:
+        raise ImportError(
+            f"{APEX} is NVIDIA's, but {spec.origin} belongs to another project of that name (it has no "
+            f"apex.optimizers); uninstall it and build NVIDIA's {source}, or set optimizer.implementation=torch"
+        )
+    from apex.optimizers import FusedSGD
+
+    try:
+        return FusedSGD(groups, **numbers)
+    except RuntimeError as error:
+        # "apex.optimizers.FusedSGD requires cuda extensions"; anything else is not ours to explain.
+        if "extensions" not in str(error):
+            raise
+        raise ImportError(
+            f"{APEX} is installed without its CUDA extensions ({error}); build it {source} and APEX_CPP_EXT=1 "
+            "APEX_CUDA_EXT=1, or set optimizer.implementation=torch"
+        ) from error
+
+
+def large_batch_warning(config: Config) -> str | None:
+    """One sentence where the paper's Table 2 speaks against this batch with this optimizer and warm-up, else None."""
+    batch_size, warnings = config.train.batch_size, []
+    if batch_size > 1024 and config.optimizer.name == "sgd":
+        warnings.append(
+            f"with SGD the paper's Table 2 has {TABLE_2[2048]} % at 2048 and {TABLE_2[4096]} % at 4096 against "
+            f"{TABLE_2[512]} % at 256 and 512 (ImageNet linear top-1, 100 epochs), and expects LARS to help: "
+            "optimizer.name=lars, with the rates of r50_100ep_b4096.yaml"
+        )
+    if batch_size >= 1024 and config.optimizer.warmup == 0:
+        share = round(10 / max(config.train.epochs, 100), 4)
+        warnings.append(
+            f"from 1024 images on the paper warms up over 10 epochs, and here is no warm-up: optimizer.warmup={share:g}"
+        )
+    return f"train.batch_size: {batch_size}; {'; '.join(warnings)}" if warnings else None
 
 
 def scale_at(progress: float, schedule: str, warmup: float, epochs: int) -> float:

@@ -45,6 +45,15 @@ MISTAKES = {
         "data.augment: dali needs data.backend=dali, but it is pil; set that, or data.augment=fastsiam",
     ),
     "dali's recipe by chance": (["data.augment=dali"], "data.augment: dali needs data.backend=dali, but it is auto"),
+    "lars by apex": (
+        ["optimizer.name=lars", "optimizer.implementation=apex"],
+        "optimizer.implementation: apex has no LARS; set optimizer.implementation=torch, or optimizer.name=sgd",
+    ),
+    "a ratio without lars": (
+        ["optimizer.lars_trust=0.01"],
+        "optimizer.lars_trust: 0.01 has no effect with optimizer.name=sgd; set optimizer.name=lars, or",
+    ),
+    "unknown optimizer": (["optimizer.name=adam"], "optimizer.name: 'adam' should be 'sgd' or 'lars'"),
     "no size": (["data.backend=resident"], "data.store_size: null, but data.backend=resident stores images at a size"),
     "no data": (["data.train=null"], "data.train: null is for data.backend=synthetic"),
 }
@@ -139,6 +148,22 @@ def test_differing_keys_name_what_computes_something_else():
     one = load_config("quickstart")
     other = load_config("quickstart", ["optimizer.base_lr=0.1", "data.workers=3"])
     assert differing_keys(one, other) == ["optimizer.base_lr (0.8, now 0.1)"]
+
+
+def test_a_run_keeps_its_optimizers_implementation():
+    """The last bits differ, and a run that goes on is the undisturbed one bit by bit."""
+    one, other = (load_config("quickstart", [f"optimizer.implementation={name}"]) for name in ("torch", "apex"))
+    assert differing_keys(one, other) == ["optimizer.implementation (torch, now apex)"]
+    assert one.run.name != other.run.name
+
+
+def test_apex_is_refused_for_scaled_gradients():
+    """Checked on the finished config, whichever precisions train.precision allows."""
+    config = load_config("quickstart", ["optimizer.implementation=apex"])
+    half = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp16"})})
+    with pytest.raises(ValueError, match="apex does not take the scaled gradients of train.precision=fp16"):
+        half.scaled_gradients_have_their_optimizer()
+    assert config.scaled_gradients_have_their_optimizer() is config
 
 
 def test_operational_keys_exist():

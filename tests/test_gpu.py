@@ -69,9 +69,10 @@ def test_training_compiled_in_bf16_follows_eager_fp32(tiny, tmp_path, backend):
     assert losses[1] == pytest.approx(losses[0], abs=0.05)
 
 
-def test_a_step_does_not_wait_for_the_device(tiny):
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_a_step_does_not_wait_for_the_device(tiny, optimizer):
     """CUDA raises at every operation that synchronises."""
-    overrides = tiny("train.device=cuda", "train.compile=off", "data.backend=synthetic")
+    overrides = tiny(f"optimizer.name={optimizer}", "train.device=cuda", "train.compile=off", "data.backend=synthetic")
     with Session(load_config("quickstart", overrides)) as session:
         session.start()
         views = next(session.loader.epoch(0)).views

@@ -21,6 +21,7 @@ LAYERS = (
         "fastsiam.device",
         "fastsiam.distributed",
         "fastsiam.optim",
+        "fastsiam.lars",
         "fastsiam.collapse",
         "fastsiam.host_memory",
     },

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from fastsiam.config import load_config
+from fastsiam.config import CONFIGS, load_config
 from fastsiam.methods import build_method
-from fastsiam.optim import build_optimizer, scale_at, set_learning_rate
+from fastsiam.optim import build_optimizer, large_batch_warning, scale_at, set_learning_rate
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 7, 49, 100, 800, 999])
@@ -109,3 +109,32 @@ def test_the_step_is_sgd_with_momentum_and_decay_in_the_gradient():
         velocity = 0.9 * velocity + gradient.double() + 5e-4 * weight
         weight = weight - 0.2 * velocity
     torch.testing.assert_close(method.weight.detach().double(), weight, rtol=1e-5, atol=1e-6)
+
+
+SGD_TOO_LARGE = (
+    "with SGD the paper's Table 2 has 67.9 % at 2048 and 64.0 % at 4096 against 68.1 % at 256 and 512 (ImageNet linear "
+    "top-1, 100 epochs), and expects LARS to help: optimizer.name=lars, with the rates of r50_100ep_b4096.yaml"
+)
+NO_WARMUP = "from 1024 images on the paper warms up over 10 epochs, and here is no warm-up: optimizer.warmup="
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "more", "expected"),
+    [
+        (1023, [], None),
+        (1024, [], f"train.batch_size: 1024; {NO_WARMUP}0.1"),
+        (1024, ["optimizer.warmup=0.1"], None),
+        (1025, ["optimizer.warmup=0.1"], f"train.batch_size: 1025; {SGD_TOO_LARGE}"),
+        (4096, [], f"train.batch_size: 4096; {SGD_TOO_LARGE}; {NO_WARMUP}0.1"),
+        (4096, ["optimizer.name=lars"], f"train.batch_size: 4096; {NO_WARMUP}0.1"),
+        (4096, ["optimizer.name=lars", "train.epochs=800"], f"train.batch_size: 4096; {NO_WARMUP}0.0125"),
+        (4096, ["optimizer.name=lars", "optimizer.warmup=0.1"], None),
+    ],
+)
+def test_large_batches_are_warned_of_with_the_papers_numbers(batch_size, more, expected):
+    config = load_config("r50_100ep", [f"train.batch_size={batch_size}", *more])
+    assert large_batch_warning(config) == expected
+
+
+def test_no_shipped_recipe_is_warned_of():
+    assert {large_batch_warning(load_config(path)) for path in CONFIGS.glob("*.yaml")} == {None}

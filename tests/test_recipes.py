@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from fastsiam.config import CONFIGS, differing_keys, load_config
+from fastsiam.device import TABLE_2
 from fastsiam.kernels import reference
 from fastsiam.methods import build_method
+from fastsiam.norm import PerViewBatchNorm1d, PerViewBatchNorm2d
+from fastsiam.optim import parameter_groups
 
 # SimSiam (arXiv 2011.10566): section 4 "Baseline settings", appendix A, Tables 1 and 4; kNN as its authors run it.
 IMAGENET = {
@@ -69,8 +72,9 @@ CIFAR10 = IMAGENET | {
 }
 
 DEVIATIONS = {
-    "r50_100ep": ("bf16 on GPUs", "statistics over the images of this process", "13 taps", "No bias", "DALI"),
-    "r18_cifar10_800ep": ("bf16 on GPUs", "flip before the jitter", "cropped from memory", "No bias", "this process"),
+    "r50_100ep": ("bf16 on GPUs", "13 taps", "No bias", "DALI"),
+    "r50_100ep_b4096": ("LARS", "SimCLR's for LARS", "bf16 on GPUs", "13 taps", "No bias", "DALI"),
+    "r18_cifar10_800ep": ("bf16 on GPUs", "flip before the jitter", "cropped from memory", "No bias"),
 }
 
 
@@ -103,6 +107,24 @@ def test_the_recipe_from_memory_differs_from_the_papers_where_its_head_says():
     assert f"{1_281_167 * 160 * 160 * 3 / 1e9:.1f} GB of the GPU's memory" in head
 
 
+def test_the_recipe_for_large_batches_is_the_papers_but_for_its_optimizer():
+    """SimCLR (arXiv 2002.05709), section 2.2: 4.8 = 0.3 x 4096 / 256, weight decay 1e-6, 10 epochs of warm-up."""
+    ours, papers = (load_config(name) for name in ("r50_100ep_b4096", "r50_100ep"))
+    assert differing_keys(papers, ours) == [
+        "optimizer.base_lr (0.05, now 0.3)",
+        "optimizer.name (sgd, now lars)",
+        "optimizer.warmup (0.0, now 0.1)",
+        "optimizer.weight_decay (0.0001, now 1e-06)",
+        "train.batch_size (512, now 4096)",
+    ]
+    assert ours.learning_rate == pytest.approx(4.8)
+    assert ours.optimizer.warmup * ours.train.epochs == pytest.approx(10)
+    text = (CONFIGS / "r50_100ep_b4096.yaml").read_text()
+    head = " ".join(text[: text.index("data:\n")].replace("#", "").split())
+    assert "No run has confirmed this recipe." in head
+    assert f"{TABLE_2[4096]} % at this batch with SGD, against {TABLE_2[512]} % at 256 and 512" in head
+
+
 def test_the_rate_at_the_papers_batch():
     assert load_config("r50_100ep").learning_rate == pytest.approx(0.1)
     assert load_config("r18_cifar10_800ep").learning_rate == pytest.approx(0.06)
@@ -129,12 +151,16 @@ def test_what_undoes_a_deviation_is_accepted():
 @pytest.mark.parametrize("name", DEVIATIONS)
 def test_the_deviations_are_what_the_code_does(name):
     config = load_config(name)
-    backend = {"r50_100ep": "auto", "r18_cifar10_800ep": "resident"}[name]
+    backend = "resident" if name == "r18_cifar10_800ep" else "auto"
     assert (config.train.precision, config.data.backend, config.views.color) == ("auto", backend, "exact")
     assert reference.BLUR_TAPS == 13
     with torch.device("meta"):
         method = build_method(config)
-    assert not any(isinstance(module, nn.SyncBatchNorm) for module in method.modules())
+    # No item speaks of batch norm: its statistics are over each view of the whole batch, as the authors' synchronised.
+    norms = [module for module in method.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    assert {type(module) for module in norms} == {PerViewBatchNorm1d, PerViewBatchNorm2d}
+    lars = [group["adapt"] for group in parameter_groups(method, config) if "adapt" in group]
+    assert set(lars) == ({True, False} if name == "r50_100ep_b4096" else set())
     linear = [module for module in method.modules() if isinstance(module, nn.Linear)]
     # The predictor's output is the only linear layer without a batch norm behind it.
     assert [layer.bias is not None for layer in linear] == [False] * (len(linear) - 1) + [True]
