@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,7 +130,8 @@ def build_ablated(switches: Switches, config: Config, weights: dict, device: tor
     def step(views):
         if switches.compile == "reduce-overhead":
             torch.compiler.cudagraph_mark_step_begin()
-        optimizer.zero_grad(set_to_none=True)
+        # apex's takes no argument.
+        optimizer.zero_grad()
         with precision():
             loss = forward(views)
         loss.backward()
@@ -144,18 +144,15 @@ def build_ablated(switches: Switches, config: Config, weights: dict, device: tor
 
 def build_sgd(implementation: str, method: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The product's parameter groups and numbers in one of three implementations."""
-    fused = optim.build_optimizer(method, config)
-    if implementation == "fused":
-        return fused
-    groups = [{"params": group["params"]} for group in fused.param_groups]
-    numbers = {key: fused.defaults[key] for key in ("lr", "momentum", "weight_decay")}
-    if implementation == "default":
-        return torch.optim.SGD(groups, **numbers)
-    if importlib.util.find_spec("apex") is None:
-        raise AbsentError("apex is not importable; it is built from source, github.com/NVIDIA/apex")
-    from apex.optimizers import FusedSGD
-
-    return FusedSGD(groups, **numbers)
+    chosen = config.optimizer.model_copy(update={"implementation": "apex" if implementation == "apex" else "torch"})
+    try:
+        optimizer = optim.build_optimizer(method, config.model_copy(update={"optimizer": chosen}))
+    except ImportError as error:
+        raise AbsentError(str(error)) from error
+    if implementation != "default":
+        return optimizer
+    groups = [{"params": group["params"]} for group in optimizer.param_groups]
+    return torch.optim.SGD(groups, **{key: optimizer.defaults[key] for key in ("lr", "momentum", "weight_decay")})
 
 
 def build_product(config: Config, stack: contextlib.ExitStack) -> Callable:
