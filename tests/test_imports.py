@@ -23,6 +23,7 @@ LAYERS = (
         "fastsiam.optim",
         "fastsiam.collapse",
         "fastsiam.host_memory",
+        "fastsiam.watchdog",
     },
     {
         "fastsiam.methods",
