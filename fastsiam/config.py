@@ -124,6 +124,8 @@ class TrainConfig(Section):
     channels_last: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     log_every_steps: PositiveInt = 50
+    watchdog_seconds: PositiveFloat = 600.0
+    """A run that comes to no step for so long writes the stacks of all its threads and ends with exit code 5."""
 
 
 class EvaluateConfig(Section):
@@ -209,6 +211,7 @@ OPERATIONAL = (
     "data.demo_seed",
     "train.max_steps",
     "train.log_every_steps",
+    "train.watchdog_seconds",
     "evaluate.knn_every_epochs",
     "evaluate.controls",
     "collapse.action",

@@ -24,6 +24,7 @@ LAYERS = (
         "fastsiam.lars",
         "fastsiam.collapse",
         "fastsiam.host_memory",
+        "fastsiam.watchdog",
     },
     {
         "fastsiam.methods",
