@@ -1,13 +1,16 @@
 """The run folder: config, environment, metrics.jsonl, status, and the line that a person watches."""
 
+import contextlib
 import fcntl
 import json
 import math
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from rich.console import Console
 from rich.live import Live
@@ -41,13 +44,21 @@ class Result:
 
 
 class RunFolder:
-    """`runs/NAME/`. Made only when the run really starts; `previous` tells what a folder of that name holds."""
+    """`runs/NAME/`. Made only when the run really starts; `previous` tells what a folder of that name holds.
 
-    def __init__(self, config: Config):
+    `warn(sentence)` is told once when the disk takes no more; training goes on meanwhile.
+    """
+
+    def __init__(self, config: Config, warn: Callable[[str], None]):
         self.config = config
-        base = Path(config.run.dir) / config.run.name
-        self.path = _next_free(base) if config.run.fresh else base
+        self._warn = warn
+        self._told = False
+        self.path = Path(config.run.dir) / config.run.name
+        if config.run.fresh:
+            with self._refusal():
+                self.path = _next_free(self.path)
         self.metrics_path = self.path / "metrics.jsonl"
+        self._metrics = _Lines(self.metrics_path)
         self._lock = None
 
     def exists(self) -> bool:
@@ -55,10 +66,13 @@ class RunFolder:
 
     def check_config(self) -> None:
         """Raise `UserError` where the folder was made by a config that computes something else."""
-        if not self.exists():
-            if self.path.exists() and any(entry.name != "lock" for entry in self.path.iterdir()):
-                raise UserError(f"{self.path} exists and is no run folder; set run.name or run.dir")
-            return
+        with self._refusal():
+            if not self.exists():
+                # A start that was killed before it had written its config leaves these.
+                begun = ("lock", "config.yaml.tmp")
+                if self.path.exists() and any(entry.name not in begun for entry in self.path.iterdir()):
+                    raise UserError(f"{self.path} exists and is no run folder; set run.name or run.dir")
+                return
         differing = differing_keys(load_config(self.path / "config.yaml"), self.config)
         if differing:
             raise UserError(
@@ -74,42 +88,146 @@ class RunFolder:
             return {}
 
     def open(self, environment: dict) -> None:
-        """Make the folder, or enter it again, and take its lock; raises `UserError` where another process has it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / "lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is training in {self.path}") from None
-        _write(self.path / "config.yaml", self.config.to_yaml())
-        _write(self.path / "environment.json", json.dumps(environment | {"commit": _commit()}, indent=1))
+        """Make the folder, or enter it again, and take its lock.
+
+        Raises `UserError` where another process has it, and where the folder cannot be made or written.
+        """
+        with self._refusal():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / "lock", "w")  # noqa: SIM115
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another process is training in {self.path}") from None
+            _write(self.path / "config.yaml", self.config.to_yaml())
+            _write(self.path / "environment.json", json.dumps(environment | {"commit": _commit()}, indent=1))
 
     def write_header(self) -> None:
         """Begin metrics.jsonl anew."""
-        self.metrics_path.write_text("", encoding="utf-8")
+        with self._refusal():
+            self.metrics_path.write_text("", encoding="utf-8")
         self.write({"kind": "header", "schema": SCHEMA, "name": self.config.run.name})
 
     def write(self, line: dict) -> None:
-        """Append one line to metrics.jsonl; numbers that are not finite become null."""
+        """Append one line to metrics.jsonl; numbers that are not finite become null.
+
+        A line that the disk does not take waits in memory and is tried again, in order, with the next one.
+        """
         clean = {key: None if _not_finite(value) else value for key, value in line.items()}
-        with open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean, allow_nan=False) + "\n")
+        self._metrics.pending.append(json.dumps(clean, allow_nan=False) + "\n")
+        self._flush()
 
-    def metrics_size(self) -> int:
-        """Bytes of metrics.jsonl: a checkpoint remembers it, and resuming cuts what came after."""
-        return self.metrics_path.stat().st_size
+    def metrics_state(self) -> dict:
+        """What a checkpoint remembers of metrics.jsonl: its `size` in bytes, on the disk, and the lines `pending`."""
+        self._flush()
+        try:
+            self._metrics.sync()
+        except OSError as error:
+            self._warn(
+                f"{self.metrics_path} could not be synced ({error.strerror or error}); a power cut may shorten it"
+            )
+        return {"size": self._metrics.size(), "pending": list(self._metrics.pending)}
 
-    def cut_metrics(self, size: int) -> None:
-        if self.metrics_path.exists() and self.metrics_path.stat().st_size > size:
-            os.truncate(self.metrics_path, size)
+    def restore_metrics(self, state: dict) -> None:
+        """Bring metrics.jsonl back to what it was at a checkpoint: what came after is cut off."""
+        with self._refusal():
+            if self._metrics.size() > state["size"]:
+                os.truncate(self.metrics_path, state["size"])
+        self._metrics.pending = list(state["pending"])
+        self._flush()
 
     def set_status(self, status: str, **details) -> None:
-        """running | done | preempted | collapsed | failed, with the reason: what a scheduler's script reads."""
-        _write(self.path / "status.json", json.dumps({"status": status, **details}, indent=1))
+        """running | done | preempted | collapsed | failed, with the reason: what a scheduler's script reads.
+
+        Where it cannot be written, `warn` is told and the status before it stays.
+        """
+        path = self.path / "status.json"
+        try:
+            _write(path, json.dumps({"status": status, **details}, indent=1))
+        except OSError as error:
+            self._warn(f"{path} could not be written ({error.strerror or error}); it should say {status}")
 
     def close(self) -> None:
+        """Try the lines that wait a last time, and give the lock back."""
+        error = self._metrics.flush()
+        if error:
+            lost = len(self._metrics.pending)
+            self._metrics.pending = []
+            self._warn(
+                f"{self.metrics_path} could not be written ({error.strerror or error}): {lost} lines of it are lost"
+            )
         if self._lock:
             self._lock.close()
+
+    def _flush(self) -> None:
+        error = self._metrics.flush()
+        if error and not self._told:
+            # Set first: the warning is a line of metrics.jsonl itself.
+            self._told = True
+            self._warn(
+                f"{self.metrics_path} could not be written ({error.strerror or error}); its lines wait in memory"
+            )
+        elif not error:
+            self._told = False
+
+    @contextlib.contextmanager
+    def _refusal(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.config.run.dir}: the run folder {self.path} cannot be made or written "
+                f"({error.strerror or error})"
+            ) from error
+
+
+class _Lines:
+    """Appends whole lines to a file, or nothing of a line; those that could not be written are `pending`, in order."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.pending: list[str] = []
+        self._whole: int | None = None
+
+    def flush(self) -> OSError | None:
+        """Write the pending lines, as many as the disk takes; returns why one was not."""
+        try:
+            while self.pending:
+                self._write(self.pending[0].encode())
+                del self.pending[0]
+        except OSError as error:
+            return error
+        return None
+
+    def size(self) -> int:
+        """Bytes of the whole lines in the file."""
+        if self._whole is not None:
+            return self._whole
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def sync(self) -> None:
+        if self._path.exists():
+            with open(self._path, "rb") as file:
+                os.fsync(file.fileno())
+
+    def _write(self, data: bytes) -> None:
+        with open(self._path, "ab", buffering=0) as file:
+            self._cut_back(file)
+            self._whole = os.fstat(file.fileno()).st_size
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                # Where this fails too, the next write begins with it.
+                with contextlib.suppress(OSError):
+                    self._cut_back(file)
+                raise
+        self._whole = None
+
+    def _cut_back(self, file: BinaryIO) -> None:
+        """Take away what a failed write has left of its line."""
+        if self._whole is not None and os.fstat(file.fileno()).st_size > self._whole:
+            file.truncate(self._whole)
 
 
 class ProgressLine:
@@ -153,9 +271,17 @@ def _next_free(base: Path) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
+    """Replace a file by a whole one; where that fails, the old one stays and nothing lies beside it."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _not_finite(value) -> bool:

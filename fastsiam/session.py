@@ -42,7 +42,7 @@ class Session:
         self.progress = self.monitor = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(f"fastsiam.train runs as one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}")
-        self.folder = RunFolder(config)
+        self.folder = RunFolder(config, self.warn)
         self.folder.check_config()
         self.backend_name, _ = choose_backend(config.data.backend, config.data.train)
         self.device = choose_device(config.train.device)
@@ -204,10 +204,15 @@ class Session:
 
     def save_if_due(self) -> None:
         if time.perf_counter() - self._saved_at >= self.config.checkpoint.every_seconds:
-            self.save()
+            try:
+                self.save()
+            except checkpoint.SaveError as error:
+                self.warn(f"at step {self.state.step:,}: {error}")
 
     def save(self) -> None:
         self._update_seconds()
+        # First, so that a disk that is full is asked once in every_seconds and not after each step.
+        self._saved_at = time.perf_counter()
         checkpoint.save(
             self.folder.path,
             {
@@ -218,11 +223,10 @@ class Session:
                 "random": torch.get_rng_state(),
                 "threads": torch.get_num_threads(),
                 "identity": self.identity,
-                "metrics_size": self.folder.metrics_size(),
+                "metrics": self.folder.metrics_state(),
             },
             self.config.checkpoint.keep,
         )
-        self._saved_at = time.perf_counter()
 
     def end(self, status: str, received: int | None = None) -> Result:
         """Last evaluation, last checkpoint, the closing lines."""
@@ -343,7 +347,7 @@ class Session:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.guard.collapsed_in_a_row = saved["collapsed_in_a_row"]
         torch.set_rng_state(saved["random"])
-        self.folder.cut_metrics(saved["metrics_size"])
+        self.folder.restore_metrics(saved["metrics"])
         self._write("resume")
         self.say(f"resume    at step {self.state.step:,}, epoch {self.state.epoch + 1}, image {self.state.cursor:,}")
         if saved["threads"] != torch.get_num_threads():

@@ -3,6 +3,7 @@
 import io
 import json
 
+import pytest
 from rich.console import Console
 
 from fastsiam.config import load_config
@@ -45,13 +46,14 @@ def test_durations():
 
 
 def test_metrics_never_hold_nan_or_infinity_and_are_cut_where_told(tmp_path):
-    folder = RunFolder(load_config("quickstart", [f"run.dir={tmp_path}"]))
+    folder = RunFolder(load_config("quickstart", [f"run.dir={tmp_path}"]), pytest.fail)
     folder.open({})
     folder.write_header()
-    size = folder.metrics_size()
+    state = folder.metrics_state()
+    assert state == {"size": folder.metrics_path.stat().st_size, "pending": []}
     folder.write({"kind": "train", "loss": float("nan"), "lr": float("inf"), "step": 1})
     text = folder.metrics_path.read_text()
     assert json.loads(text.splitlines()[1]) == {"kind": "train", "loss": None, "lr": None, "step": 1}
-    folder.cut_metrics(size)
+    folder.restore_metrics(state)
     assert folder.metrics_path.read_text() == text.splitlines()[0] + "\n"
     folder.close()

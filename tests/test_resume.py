@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import fastsiam
-from fastsiam.checkpoint import load_newest, save
-from fastsiam.config import UserError, load_config
+from fastsiam.config import load_config
 from fastsiam.train import StopSignals, main
 from tests.conftest import run_python
 from tests.test_train import lines, refused
@@ -194,41 +193,3 @@ def test_two_processes_cannot_train_in_one_folder(tiny, tmp_path, capsys):
         assert main(["--config", "quickstart", *tiny()]) == 2
         assert "another process is training in" in capsys.readouterr().err
     assert fastsiam.pretrain(load_config("quickstart", tiny())).status == "done"
-
-
-def test_saving_keeps_a_whole_checkpoint_at_every_moment(tmp_path, monkeypatch):
-    """A kill at each file operation of a save leaves a checkpoint that loads, the old one or the new."""
-    from pathlib import Path
-
-    save(tmp_path, {"step": 1}, keep=2)
-    save(tmp_path, {"step": 2}, keep=2)
-    real_replace, real_fsync = Path.replace, os.fsync
-    for fatal in range(4):
-        operations = []
-
-        def die(real, *arguments, fatal=fatal, operations=operations):
-            if len(operations) == fatal:
-                raise KeyboardInterrupt
-            operations.append(real)
-            return real(*arguments)
-
-        monkeypatch.setattr(Path, "replace", lambda self, target, die=die: die(real_replace, self, target))
-        monkeypatch.setattr(os, "fsync", lambda descriptor, die=die: die(real_fsync, descriptor))
-        with pytest.raises(KeyboardInterrupt):
-            save(tmp_path, {"step": 3}, keep=2)
-        monkeypatch.undo()
-        assert load_newest(tmp_path, warn=pytest.fail)["step"] in (2, 3)
-        save(tmp_path, {"step": 1}, keep=2)
-        save(tmp_path, {"step": 2}, keep=2)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint*.pt")) == ["checkpoint.1.pt", "checkpoint.pt"]
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (os.mkdir, (str(tmp_path / "owned"),))
-
-    torch.save(Evil(), tmp_path / "checkpoint.pt")
-    with pytest.raises(UserError, match="no whole checkpoint"):
-        load_newest(tmp_path, warn=lambda sentence: None)
-    assert not (tmp_path / "owned").exists()
