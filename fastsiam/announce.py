@@ -11,13 +11,19 @@ from fastsiam.data import demo
 from fastsiam.data.backends import choose_backend
 from fastsiam.data.loader import check_batch_size
 from fastsiam.data.sources import open_source
-from fastsiam.device import choose_compile, choose_device, choose_precision
+from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision
 from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.record import duration
 
 
 def opening_lines(
-    config: Config, num_train: int, num_val: int, loader_text: str, where: str, left_out: list[str]
+    config: Config,
+    num_train: int,
+    num_val: int,
+    loader_text: str,
+    where: str,
+    left_out: list[str],
+    world_size: int = 1,
 ) -> list[str]:
     """Everything that was chosen, before the first step: data, backend, views, model, step, schedule.
 
@@ -25,13 +31,17 @@ def opening_lines(
     """
     model, train = config.model, config.train
     device = choose_device(train.device)
-    dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[choose_precision(train.precision, device)]
+    dtype = choose_precision(train.precision, device)
+    dtype = next(name for name, known in DTYPES.items() if known == dtype)
     _, reason = choose_backend(config.data.backend, config.data.train)
     lines = [f"fastsiam  {fastsiam.__version__}, torch {torch.__version__}; {where}"]
     if num_train:
         val = f", {num_val:,} for kNN under {config.data.val}" if num_val else ", no kNN"
         lines.append(f"data      {num_train:,} images under {config.data.train}{val}")
         lines += [f"left out  {text}" for text in left_out if text]
+    if world_size > 1:
+        share = train.batch_size // world_size
+        lines.append(f"ranks     {world_size}, {share} images a step each; batch-norm statistics over all of them")
     lines += [
         f"backend   {loader_text}, {reason}",
         f"views     2 x {config.views.size} px, recipe {config.views.recipe}, " + _augmenter_text(config, device),
@@ -79,9 +89,9 @@ def schedule_line(config: Config, steps_per_epoch: int) -> str:
     )
 
 
-def progress_text(session, loss: float, images_per_second: float, wait_fraction: float) -> str:
-    """What the progress line says after a step."""
-    state, health = session.state, session.measures
+def progress_text(session, reading, images_per_second: float, wait_fraction: float) -> str:
+    """What the progress line says after a step; `reading` is of that step."""
+    state, health, loss = session.state, session.checkup.measures, reading.loss
     measured = ""
     if health:
         measured = (
@@ -91,6 +101,7 @@ def progress_text(session, loss: float, images_per_second: float, wait_fraction:
         f"epoch {min(state.epoch + 1, session.config.train.epochs)}/{session.config.train.epochs}  "
         f"step {state.step}/{session.last_step}  loss {loss:+.3f} (cosine {-loss:.3f})  {measured}"
         f"{images_per_second:,.0f} img/s  wait {100 * wait_fraction:.0f} %"
+        + (f"  {reading.skipped_steps} steps skipped (fp16)" if reading.skipped_steps else "")
     )
 
 
@@ -98,7 +109,9 @@ def closing_lines(status: str, session, knn: float | None) -> list[tuple[str, st
     """The last lines of a run, each with its style."""
     state, path = session.state, session.folder.path
     if status == "collapsed":
-        lines = [(f"COLLAPSED {session.reason}", "red"), (f"try       {collapse.ADVICE}", None)]
+        lines = [(f"COLLAPSED {session.checkup.reason}", "red"), (f"try       {collapse.ADVICE}", None)]
+    elif status == "failed":
+        lines = [(f"FAILED    {session.reason}", "red")]
     elif status == "preempted":
         lines = [(f"stopped   at step {state.step:,} with a checkpoint; the same command goes on from there", "yellow")]
     else:
@@ -118,16 +131,17 @@ def closing_lines(status: str, session, knn: float | None) -> list[tuple[str, st
             lines.append(
                 (f"kNN       {knn:.2f} % (k {settings.knn_k}, T {settings.knn_temperature:g}{before})", "bold")
             )
-    measures = session.measures
-    if measures and status != "collapsed":
+    measures = session.checkup.measures
+    if measures and status not in ("collapsed", "failed"):
         lines.append((f"collapse  {_verdict(session)}: {measures}", None))
     return [*lines, (f"run       {path}", None)]
 
 
 def _verdict(session) -> str:
-    if collapse.is_collapsed(session.measures):
-        judged = session.state.step >= session.guard.judge_from_step
-        return "COLLAPSED" if judged else f"too early to judge (from step {session.guard.judge_from_step:,} on)"
+    guard = session.checkup.guard
+    if collapse.is_collapsed(session.checkup.measures):
+        judged = session.state.step >= guard.judge_from_step
+        return "COLLAPSED" if judged else f"too early to judge (from step {guard.judge_from_step:,} on)"
     return "healthy"
 
 

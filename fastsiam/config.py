@@ -117,8 +117,8 @@ class TrainConfig(Section):
     batch_size: Annotated[int, Field(gt=1)]
     """Images in a step over all processes; each gives two views."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 where the hardware multiplies it natively, else fp32."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """auto: bf16 where the hardware multiplies it natively, else fp32. fp16 scales the loss (GradScaler)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """auto: on with CUDA, off on the CPU."""
     channels_last: bool = True

@@ -7,19 +7,32 @@ import torch
 
 from fastsiam.config import UserError
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 # SimSiam, Table 2: ImageNet linear top-1 after 100 epochs by batch size.
 TABLE_2 = {64: 66.1, 128: 67.3, 256: 68.1, 512: 68.1, 1024: 68.0, 2048: 67.9, 4096: 64.0}
 
 
-def choose_device(asked: str) -> torch.device:
-    """`auto` is CUDA where there is a device; raises `UserError` where CUDA is asked for and absent."""
+def choose_device(asked: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """`auto` is CUDA where there is a device, one for each of the `local_size` processes of this machine.
+
+    Raises `UserError` where CUDA is asked for and absent, and for more processes than devices.
+    """
     if asked == "cuda" and not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise UserError(
             f"train.device: cuda, but torch {torch.__version__} ({built}) sees no CUDA device; check nvidia-smi, or "
             "set train.device=cpu"
         )
-    return torch.device("cuda" if asked != "cpu" and torch.cuda.is_available() else "cpu")
+    if asked == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_size > torch.cuda.device_count():
+        raise UserError(
+            f"train.device: {local_size} processes on this machine, and {torch.cuda.device_count()} CUDA devices; set "
+            f"--nproc-per-node {torch.cuda.device_count()}, or train.device=cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def choose_precision(asked: str, device: torch.device) -> torch.dtype:
@@ -27,7 +40,7 @@ def choose_precision(asked: str, device: torch.device) -> torch.dtype:
     if asked == "auto":
         native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpu_multiplies_bf16()
         asked = "bf16" if native else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[asked]
+    return DTYPES[asked]
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -71,8 +84,13 @@ def out_of_memory_advice(batch_size: int, step_fits) -> str:
     """One sentence for a step that ran out of memory at `batch_size` images.
 
     `step_fits(batch)` tries a step of a smaller batch; the largest power-of-two fraction that fits is named with
-    what the paper's Table 2 says it costs.
+    what the paper's Table 2 says it costs. None: a rank among several, which cannot try alone.
     """
+    if step_fits is None:
+        return (
+            f"CUDA out of memory at train.batch_size={batch_size} over all processes; start more of them, or set "
+            f"train.batch_size={batch_size // 2} ({_table_2_cost(batch_size // 2)}; the learning rate follows)"
+        )
     smaller = batch_size // 2
     while smaller >= 2 and not step_fits(smaller):
         smaller //= 2

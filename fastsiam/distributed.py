@@ -6,6 +6,7 @@ Collectives on the host go through gloo, on GPUs through NCCL, in one process gr
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -60,10 +61,9 @@ class World:
             timeout=TIMEOUT,
             device_id=device if cuda else None,
         )
-        try:
-            yield
-        finally:
-            dist.destroy_process_group()
+        yield
+        # Not after an error: where a peer has gone, saying goodbye to it can hang.
+        dist.destroy_process_group()
 
     def share(self, value: object) -> object:
         """The first rank's value, on all ranks."""
@@ -90,23 +90,44 @@ class World:
         return found.tolist()
 
     def barrier(self) -> None:
+        """Wait until all ranks have come here."""
         self.largest(0)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows [n, ...] of all ranks in their order, on all of them; n may differ, the rest may not."""
+        if self.size == 1:
+            return rows
+        counts = self.collect(len(rows))
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        everybodys = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(everybodys, padded)
+        return torch.cat([part[:count] for part, count in zip(everybodys, counts, strict=True)])
+
+    def share_of(self, count: int) -> slice:
+        """This rank's part of `count` things, in the order of ranks; sizes differ by one at most."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A `UserError` or `ImportError` that one rank meets inside the block is one on all of them, at its end."""
+        """A `UserError` or `ImportError` that any rank meets inside the block ends all of them, at its end.
+
+        The first rank raises it, whoever met it; the others leave in silence with exit code 2.
+        """
         mine = None
         try:
             yield
         except (UserError, ImportError) as error:
             mine = error
         found = self.collect(None if mine is None else (type(mine), str(mine)))
+        if not any(found):
+            return
+        if not self.is_first:
+            sys.exit(2)
         if mine is not None:
             raise mine
-        for rank, other in enumerate(found):
-            if other is not None:
-                kind, sentence = other
-                raise kind(f"{sentence} (on rank {rank})")
+        rank, (kind, sentence) = next((rank, other) for rank, other in enumerate(found) if other)
+        raise kind(f"{sentence} (on rank {rank})")
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:
@@ -126,3 +147,12 @@ def is_lost_peer(error: BaseException) -> bool:
         return True
     text = str(error)
     return isinstance(error, RuntimeError) and ("gloo" in text.lower() or "Connection closed by peer" in text)
+
+
+def restarts() -> int:
+    """How often torchrun has started the processes of this job again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from fastsiam.config import Config, UserError, differing_keys, load_config
 SCHEMA = 1
 
 
-EXIT_CODES = {"done": 0, "collapsed": 3}
+EXIT_CODES = {"done": 0, "collapsed": 3, "failed": 4}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Result:
     """How a run ended."""
 
     status: str
-    """done | collapsed | preempted"""
+    """done | collapsed | preempted | failed (the loss is no longer finite)"""
     run_dir: str
     step: int
     knn_top1: float | None = None
@@ -39,24 +40,20 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """0 done, 3 collapsed, 128 + the signal's number where one stopped the run."""
+        """0 done, 3 collapsed, 4 failed, 128 + the signal's number where one stopped the run."""
         return EXIT_CODES[self.status] if self.signal is None else 128 + self.signal
 
 
 class RunFolder:
-    """`runs/NAME/`. Made only when the run really starts; `previous` tells what a folder of that name holds.
+    """`runs/NAME/`. Made only when the run really starts.
 
-    `warn(sentence)` is told once when the disk takes no more; training goes on meanwhile.
+    `path` is that of `run_path`. `warn(sentence)` is told once when the disk takes no more; training goes on meanwhile.
     """
 
-    def __init__(self, config: Config, warn: Callable[[str], None]):
-        self.config = config
+    def __init__(self, config: Config, path: Path, warn: Callable[[str], None]):
+        self.config, self.path = config, path
         self._warn = warn
         self._told = False
-        self.path = Path(config.run.dir) / config.run.name
-        if config.run.fresh:
-            with self._refusal():
-                self.path = _next_free(self.path)
         self.metrics_path = self.path / "metrics.jsonl"
         self._metrics = _Lines(self.metrics_path)
         self._lock = None
@@ -170,15 +167,8 @@ class RunFolder:
         elif not error:
             self._told = False
 
-    @contextlib.contextmanager
     def _refusal(self):
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"run.dir={self.config.run.dir}: the run folder {self.path} cannot be made or written "
-                f"({error.strerror or error})"
-            ) from error
+        return _refusal(self.config, self.path)
 
 
 class _Lines:
@@ -261,13 +251,27 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
 
 
-def _next_free(base: Path) -> Path:
-    if not base.exists():
+def run_path(config: Config, restarted: bool = False) -> Path:
+    """Where a run lies. `restarted` by torchrun, it goes on in the folder that run.fresh has made."""
+    base = Path(config.run.dir) / config.run.name
+    if not config.run.fresh:
         return base
-    number = 2
-    while (candidate := base.with_name(f"{base.name}-{number}")).exists():
-        number += 1
-    return candidate
+    numbered = itertools.chain([base], (base.with_name(f"{base.name}-{number}") for number in itertools.count(2)))
+    with _refusal(config, base):
+        before, free = None, next(numbered)
+        while free.exists():
+            before, free = free, next(numbered)
+    return before if restarted and before else free
+
+
+@contextlib.contextmanager
+def _refusal(config, path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"run.dir={config.run.dir}: the run folder {path} cannot be made or written ({error.strerror or error})"
+        ) from error
 
 
 def _write(path: Path, text: str) -> None:

@@ -1,225 +1,235 @@
 """One run put together from its config: everything is checked before anything is written."""
 
-import math
+import contextlib
 import os
 import time
+from collections import deque
 from dataclasses import asdict
 
+import numpy as np
 import torch
-from rich.console import Console
 
 import fastsiam
-from fastsiam import checkpoint, collapse, host_memory, optim
+from fastsiam import checkpoint, host_memory, optim
 from fastsiam.announce import closing_lines, knn_text, opening_lines, progress_text, schedule_line
-from fastsiam.config import Config, UserError
+from fastsiam.bad_files import BadFiles
+from fastsiam.config import Config
 from fastsiam.data.backends import build_loader, choose_backend
-from fastsiam.data.skip import SkipFile, SkipList
 from fastsiam.data.sources import open_sources
 from fastsiam.data.views import view_specs
-from fastsiam.device import (
-    autocast,
-    choose_compile,
-    choose_device,
-    choose_precision,
-    environment,
-    out_of_memory_advice,
-)
+from fastsiam.device import autocast, choose_compile, choose_device, choose_precision, environment
+from fastsiam.distributed import World, is_lost_peer, restarts
 from fastsiam.encoder import save_encoder
+from fastsiam.evaluation.checkup import Checkup
 from fastsiam.evaluation.monitor import Monitor
+from fastsiam.journal import Journal
 from fastsiam.loader_advice import LoaderWatch, describe
 from fastsiam.methods import build_method
-from fastsiam.record import ProgressLine, Result, RunFolder
+from fastsiam.record import EXIT_CODES, Result, RunFolder, run_path
 from fastsiam.state import State, Stopwatch
+from fastsiam.step import TrainingStep
+from fastsiam.watchdog import Watchdog
 
 
 class Session:
-    """Builds in `__init__` (raising `UserError`), writes from `start` on, says goodbye in `end`."""
+    """Builds in `__init__` (raising `UserError`), writes from `start` on, says goodbye in `end`.
 
-    def __init__(self, config: Config):
-        self.config = config
-        self.console = Console()
-        self.warnings: list[str] = []
-        self.progress = self.monitor = None
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"fastsiam.train runs as one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}")
-        self.folder = RunFolder(config, self.warn)
-        self.folder.check_config()
-        self.backend_name, _ = choose_backend(config.data.backend, config.data.train)
-        self.device = choose_device(config.train.device)
-        self.dtype = choose_precision(config.train.precision, self.device)
-        self.precision = autocast(self.device, self.dtype)
-        self.compiles = choose_compile(config.train.compile, self.device)
-        self.source, self.val = open_sources(config, self.warn, self.say)
-        if self.val is not None:
-            choose_backend(config.data.backend, self.val.root)
-        self.skips = [self._skip_list(source, name) for source, name in ((self.source, "skip"), (self.val, "skip_val"))]
-        self.loader = build_loader(config, self.source, skip=self.skips[0], device=self.device, dtype=self.dtype)
+    One for each rank, which call the same methods in the same order; the first one speaks and writes.
+    """
+
+    def __init__(self, config: Config, world: World = World()):  # noqa: B008
+        self.config, self.world = config, world
+        self._stack = contextlib.ExitStack()
+        self._started = False
+        self.reason: str | None = None
+        """Why the run has failed."""
+        with world.together():
+            path = run_path(config, restarted=restarts() > 0) if world.is_first else None
+        self.folder = RunFolder(config, world.share(path), lambda sentence: self.journal.warn(sentence))
+        with world.together():
+            self._choose()
+        self._saved = world.share(self._saved)
+        self.state = State(**self._saved["state"]) if self._saved else State()
+        self.clock = Stopwatch(self.state)
+        self.journal = Journal(self.folder, world, self.state, self.clock)
+        with world.together(), world.leader_first():
+            self.source, self.val = open_sources(config, self.journal.warn, self.journal.say)
+        self._files = BadFiles(config, self.folder.path, self.journal, world)
+        self.skips = [
+            self._files.skip_list(self.source, "skip", config.data.train),
+            self._files.skip_list(self.val, "skip_val", config.data.val),
+        ]
+        with world.together():
+            self._open_loader()
         steps = config.train.epochs * self.loader.steps_per_epoch
         self.last_step = min(steps, config.train.max_steps or steps)
-        self._saved = checkpoint.load_newest(self.folder.path, self.warn)
+
+    def _choose(self):
+        """What the config leads to on this machine, and what its run folder holds."""
+        config, world = self.config, self.world
+        self.device = choose_device(config.train.device, world.local_rank, world.local_size)
+        self.dtype = choose_precision(config.train.precision, self.device)
+        self.compiles = choose_compile(config.train.compile, self.device)
+        self.backend_name, _ = choose_backend(config.data.backend, config.data.train)
+        self._saved, self._early = None, []
+        if world.is_first:
+            self.folder.check_config()
+            self._saved = checkpoint.load_newest(self.folder.path, self._early.append)
+
+    def _open_loader(self):
+        config, world = self.config, self.world
+        if self.val is not None:
+            choose_backend(config.data.backend, self.val.root)
+        self._loading = with_its_cores(config, world.local_size)
+        self.loader = build_loader(
+            self._loading,
+            self.source,
+            skip=self.skips[0],
+            device=self.device,
+            dtype=self.dtype,
+            rank=world.rank,
+            world_size=world.size,
+        )
         self.identity = checkpoint.identity(self.source, view_specs(config.views), self.backend_name)
         if self._saved:
             checkpoint.check_identity(self._saved["identity"], self.identity, self.folder.path)
-        self.state = State(**self._saved["state"]) if self._saved else State()
-        self.clock = Stopwatch()
-        self._began = time.perf_counter()
-        self._wall_before, self._train_before = self.state.wall_seconds, self.state.train_seconds
-        self.reason: str | None = None
-        self._last_knn: tuple[int, float] | None = None
-        self.measures: collapse.Measures | None = None
-        self._measured_at: int | None = None
-        self._started = False
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, _traceback):
         if self._started and error is not None:
-            self.folder.set_status("failed", step=self.state.step, reason=f"{kind.__name__}: {error}")
+            self._failed(f"{kind.__name__}: {error}", lost_peer=is_lost_peer(error))
         self.close()
 
     def close(self) -> None:
-        if self.progress:
-            self.progress.close()
-        if self.monitor:
-            self.monitor.close()
+        self.journal.close()
+        self._stack.close()
         if self.source is not None:
             self.loader.backend.close()
         self.folder.close()
         if self.device.type == "cpu":
             host_memory.give_back_freed()
 
-    def warn(self, sentence: str) -> None:
-        """Said now, and in metrics.jsonl, once there is one."""
-        self.say(f"warning: {sentence}", "yellow")
-        if self.progress is None:
-            self.warnings.append(sentence)
-        else:
-            self._write("warning", message=sentence)
-
     def finished_result(self) -> Result | None:
         """What an earlier start of this run came to, if there is nothing left to do."""
-        status = self.folder.status()
-        ended = status.get("status")
-        if ended == "done" and self.state.step >= self.last_step:
-            knn = status.get("knn_top1")
-            self.say(f"{self.folder.path} is finished: step {self.state.step:,}" + knn_text(knn))
-            self.say("run.fresh=true starts over in a new folder")
-            return Result("done", str(self.folder.path), self.state.step, knn)
-        if ended == "collapsed" and self.config.collapse.action == "stop":
-            self.say(f"{self.folder.path} has collapsed: {status.get('reason')}", "red")
-            return Result("collapsed", str(self.folder.path), self.state.step)
-        return None
+        return self.world.share(self._finished() if self.world.is_first else None)
 
     def start(self) -> None:
         """Build model and optimizer, enter the run folder, restore or measure the controls."""
-        config = self.config
+        config, world, journal = self.config, self.world, self.journal
         if self.device.type == "cpu":
             host_memory.keep_freed()
+        else:
+            torch.backends.cudnn.benchmark = True
+        with world.together():
+            if world.is_first:
+                self.folder.open(environment() | {"fastsiam": fastsiam.__version__, "loader": self.loader_text})
+        self._started = True
+        journal.set_status("running", pid=os.getpid())
+        self.watchdog = self._stack.enter_context(
+            Watchdog(self.folder.path, config.train.watchdog_seconds, world.rank, self._failed)
+        )
         torch.manual_seed(config.train.seed)
-        self.method = build_method(config).to(self.device)
+        self.method = build_method(config, world.size).to(self.device)
         if config.train.channels_last:
             self.method.to(memory_format=torch.channels_last)
-        self.forward = torch.compile(self.method, fullgraph=True) if self.compiles else self.method
-        self.optimizer = optim.build_optimizer(self.method, config)
-        if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-        self.guard = collapse.CollapseGuard(self.loader.steps_per_epoch)
-        self.folder.open(environment() | {"fastsiam": fastsiam.__version__, "loader": self.loader_text})
-        self._started = True
-        self.folder.set_status("running", pid=os.getpid())
-        if self.source is not None:
-            self.monitor = Monitor(
-                config, self.source, self.val, self.device, self.dtype, self.precision, skips=self.skips
+        paused, compiles = self.watchdog.paused, self.compiles
+        with world.together():
+            self._step = TrainingStep(
+                self.method, config, self.device, self.dtype, world, compiles=compiles, paused=paused
             )
-        counts = len(self.source or ()), len(self.val or ())
-        left_out = [source.left_out for source in (self.source, self.val) if source is not None]
-        for line in opening_lines(config, *counts, self.loader_text, f"run folder {self.folder.path}", left_out):
-            self.say(line)
-        self.say(schedule_line(config, self.loader.steps_per_epoch))
+        monitor = None
+        if self.source is not None:
+            precision = autocast(self.device, self.dtype)
+            monitor = Monitor(
+                self._loading, self.source, self.val, self.device, self.dtype, precision, self.skips, world,
+                self.watchdog.beat,
+            )  # fmt: skip
+            self._stack.callback(monitor.close)
+        self.checkup = Checkup(config, self.method, monitor, self.loader.steps_per_epoch, journal, world)
+        self._announce()
         if self._saved:
             self._restore(self._saved)
-        else:
+        elif world.is_first:
             self.folder.write_header()
         self._saved = None
-        if self.state.step == 0 and config.evaluate.controls and self.monitor and self.monitor.has_knn:
-            self._measure_controls()
-        self.progress = ProgressLine(self.console, self.last_step, self.state.step)
-        for sentence in self.warnings:
-            self._write("warning", message=sentence)
+        if self.state.step == 0 and config.evaluate.controls and self.checkup.has_knn:
+            self.checkup.controls(self.loader)
+        journal.begin_progress(self.last_step)
         self._saved_at = time.perf_counter()
         self._logged = (self.state.step, dict(self.clock.totals))
-        self._watch = LoaderWatch(lambda: describe(config, self.source, self.backend_name, self.device))
+        self._recent: deque[tuple[int, np.ndarray]] = deque()
+        self._watch = LoaderWatch(lambda: describe(self._loading, self.source, self.backend_name, self.device))
 
     def set_learning_rate(self, progress: float) -> float:
-        return optim.set_learning_rate(self.optimizer, self.config, progress)
+        return optim.set_learning_rate(self._step.optimizer, self.config, progress)
 
-    def step(self, views: torch.Tensor) -> dict:
-        """One training step on views [2N, 3, S, S]; no value is read back from the device."""
-        try:
-            return self._step(views)
-        except torch.OutOfMemoryError:
-            pass
-        # Outside the handler: the traceback would hold the activations of the step that did not fit.
-        raise UserError(out_of_memory_advice(self.config.train.batch_size, lambda size: self._step_fits(views, size)))
+    def step(self, views: torch.Tensor, indices: np.ndarray | None = None) -> dict:
+        """One training step on views [2N, 3, S, S] of the images `indices`; no value is read back from the device."""
+        number = self.state.step + 1
+        if indices is not None:
+            self._recent.append((number, indices))
+        out = self._step(views, number)
+        self.watchdog.beat()
+        if self._step.compiled is not None and self._step.compiled.changed():
+            self._report_compilation()
+        return out
 
-    def log(self, loss: torch.Tensor, rate: float) -> None:
-        """A `train` line in metrics.jsonl and the progress line; reads the loss, the only sync of the loop."""
-        state, batch_size, totals = self.state, self.config.train.batch_size, self.clock.totals
-        loss = loss.item()
+    def agree(self, received: int | None) -> tuple[int | None, bool]:
+        """The signal that some rank has received, and whether the first one's clock says that a save is due."""
+        due = time.perf_counter() - self._saved_at >= self.config.checkpoint.every_seconds
+        number, saving = self.world.largest(received or 0, int(due and self.world.is_first))
+        return number or None, bool(saving)
+
+    def numbers_are_sound(self, loss: torch.Tensor) -> bool:
+        """Look at the device: False where the loss of a step since the last look was not finite."""
+        self._reading = self._step.read(loss)
         # The read waits for the device to finish the steps before it: that time belongs to them.
         self.clock.split("step")
+        self._files.exchange()
+        first = self._reading.first_bad_step
+        if first is not None:
+            self._write_down_batch(first)
+        self._recent.clear()
+        return first is None
+
+    def log(self, rate: float) -> None:
+        """A `train` line in metrics.jsonl and the progress line, of what `numbers_are_sound` has read."""
+        state, batch_size, totals = self.state, self.config.train.batch_size, self.clock.totals
+        reading = self._reading
         last_step, last_totals = self._logged
         waited = totals["wait"] - last_totals["wait"]
         stepped = totals["step"] - last_totals["step"]
         images_per_second = (state.step - last_step) * batch_size / max(waited + stepped, 1e-9)
         wait_fraction = waited / max(waited + stepped, 1e-9)
         self._logged = (state.step, dict(totals))
-        self._write("train", loss=loss, lr=rate, images_per_second=images_per_second, data_wait_fraction=wait_fraction)
-        if not math.isfinite(loss):
-            self.warn(f"the loss of step {state.step:,} is {loss}")
+        fields = {"loss": reading.loss, "lr": rate, "images_per_second": images_per_second}
+        if self.dtype == torch.float16:
+            fields["skipped_steps"] = reading.skipped_steps
+        self.journal.write("train", **fields, data_wait_fraction=wait_fraction)
         advice = self._watch.add(waited, stepped)
         if advice:
-            self.warn(advice)
-        self.progress.show(state.step, progress_text(self, loss, images_per_second, wait_fraction))
-
-    def judge_collapse(self) -> bool:
-        """Measure z on the probe images; True where the run must stop."""
-        if self.monitor is None:
-            return False
-        self._measure_collapse()
-        if not self.guard.judge(self.state.step, self.measures) or self.config.collapse.action == "off":
-            return False
-        self.reason = f"at step {self.state.step:,}: z has collapsed ({self.measures})"
-        if self.config.collapse.action == "stop":
-            return True
-        if self.guard.first_alarm:
-            self.warn(f"{self.reason}; {collapse.ADVICE}")
-        return False
+            self.journal.warn(advice)
+        self.journal.progress(progress_text(self, reading, images_per_second, wait_fraction))
 
     def evaluate_if_due(self) -> None:
         every = self.config.evaluate.knn_every_epochs
-        if every and self.state.epoch % every == 0 and self.monitor and self.monitor.has_knn:
+        if every and self.state.epoch % every == 0 and self.checkup.has_knn:
             self._knn()
 
-    def save_if_due(self) -> None:
-        if time.perf_counter() - self._saved_at >= self.config.checkpoint.every_seconds:
-            try:
-                self.save()
-            except checkpoint.SaveError as error:
-                self.warn(f"at step {self.state.step:,}: {error}")
-
     def save(self) -> None:
-        self._update_seconds()
-        # First, so that a disk that is full is asked once in every_seconds and not after each step.
+        """A checkpoint, written by the first rank; raises `SaveError` where it cannot be."""
         self._saved_at = time.perf_counter()
+        if not self.world.is_first:
+            return
+        self.clock.update_state()
         checkpoint.save(
             self.folder.path,
             {
                 "state": asdict(self.state),
-                "method": self.method.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "collapsed_in_a_row": self.guard.collapsed_in_a_row,
+                **self._step.state_dict(),
+                "collapsed_in_a_row": self.checkup.guard.collapsed_in_a_row,
                 "random": torch.get_rng_state(),
                 "threads": torch.get_num_threads(),
                 "identity": self.identity,
@@ -228,130 +238,123 @@ class Session:
             self.config.checkpoint.keep,
         )
 
+    def save_on_the_way(self) -> None:
+        """A checkpoint, or a warning where it cannot be written."""
+        try:
+            self.save()
+        except checkpoint.SaveError as error:
+            self.journal.warn(f"at step {self.state.step:,}: {error}")
+
     def end(self, status: str, received: int | None = None) -> Result:
         """Last evaluation, last checkpoint, the closing lines."""
-        state, path = self.state, self.folder.path
+        state, path, journal = self.state, self.folder.path, self.journal
         knn = None
         if status == "done":
-            if self.monitor:
-                if self._measured_at != state.step:
-                    self._measure_collapse()
-                if self.monitor.has_knn:
-                    knn = self._last_knn[1] if self._last_knn and self._last_knn[0] == state.step else self._knn()
-            save_encoder(self.method.encoder, self.config.model, path / "encoder.safetensors")
-        self.save()
+            knn = self.checkup.final()
+        with self.world.together():
+            if status == "done" and self.world.is_first:
+                save_encoder(self.method.encoder, self.config.model, path / "encoder.safetensors")
+            if status != "failed":
+                self.save()
         details = {"step": state.step} | ({"knn_top1": knn} if knn is not None else {})
-        if self.measures:
-            details |= self.measures.fields()
-        if self.reason and status == "collapsed":
-            details["reason"] = self.reason
-        self._write("end", status=status, **details)
-        self.folder.set_status(status, **details)
-        self.progress.close()
+        if self.checkup.measures:
+            details |= self.checkup.measures.fields()
+        if reason := self.reason or self.checkup.reason:
+            details |= {"reason": reason} if status in ("collapsed", "failed") else {}
+        journal.write("end", status=status, **details)
+        if status in EXIT_CODES:
+            details["exit_code"] = EXIT_CODES[status]
+        journal.set_status(status, **details)
+        journal.close()
         for line, style in closing_lines(status, self, knn):
-            self.say(line, style)
+            journal.say(line, style)
         return Result(status, str(path), state.step, knn, received if status == "preempted" else None)
-
-    def say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, highlight=False, soft_wrap=True)
-
-    def _step(self, views):
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.precision():
-            out = self.forward(views)
-        out["loss"].backward()
-        self.optimizer.step()
-        return out
-
-    def _step_fits(self, views, batch_size):
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        try:
-            self._step(views[: 2 * batch_size])
-        except torch.OutOfMemoryError:
-            return False
-        return True
-
-    def _skip_list(self, source, name):
-        """Files that cannot be decoded are told, written to metrics.jsonl, and known to the run when it resumes."""
-        if source is None:
-            return None
-        file = SkipFile(self.folder.path / f"{name}.tsv", source)
-
-        def report(index, reason, count):
-            file.add(index, reason)
-            self.folder.write({"kind": "bad_file", "step": self.state.step, "message": reason, "bad_files": count})
-            self.say(f"bad file  {reason}; another image takes its place ({count} of {len(source):,})", "yellow")
-
-        location = self.config.data.train if name == "skip" else self.config.data.val
-        return SkipList(len(source), self.config.data.max_bad_fraction, file.known(), report, location)
 
     @property
     def loader_text(self) -> str:
         return self.loader.backend.description if self.source is not None else "synthetic: one fixed batch"
 
-    def _measure_collapse(self):
-        self.measures, self._measured_at = self.monitor.collapse(self.method), self.state.step
-        self._write("collapse", **self.measures.fields())
-
-    def _knn(self) -> float:
+    def _knn(self):
         # Decoders and their buffers would otherwise lie beside those of the evaluation.
         self.loader.backend.close()
-        top1 = self.monitor.knn(self.method)
-        self._last_knn = (self.state.step, top1)
-        self._write("knn", knn_top1=top1)
-        if self.state.step < self.last_step:
-            self.say(f"kNN       {top1:.2f} % at step {self.state.step:,}")
-        return top1
+        self.checkup.knn()
 
-    def _measure_controls(self):
-        self.state.untrained_knn = self.monitor.untrained(self.method, self.loader)
-        self.state.raw_pixels_knn = self.monitor.raw_pixels()
-        self.folder.write(
-            {
-                "kind": "knn",
-                "step": 0,
-                "knn_top1": self.state.untrained_knn,
-                "control": "untrained",
-                "raw_pixels_knn_top1": self.state.raw_pixels_knn,
-            }
-        )
-        self.say(
-            f"before    kNN {self.state.untrained_knn:.2f} % with random weights (batch-norm statistics filled), "
-            f"{self.state.raw_pixels_knn:.2f} % on raw pixels"
-        )
+    def _announce(self):
+        config, journal = self.config, self.journal
+        for sentence in self._early:
+            journal.warn(sentence)
+        counts = len(self.source or ()), len(self.val or ())
+        left_out = [source.left_out for source in (self.source, self.val) if source is not None]
+        where = f"run folder {self.folder.path}"
+        for line in opening_lines(config, *counts, self.loader_text, where, left_out, self.world.size):
+            journal.say(line)
+        journal.say(schedule_line(config, self.loader.steps_per_epoch))
+        if warning := optim.large_batch_warning(config):
+            journal.warn(warning)
 
-    def _write(self, kind: str, **fields) -> None:
-        self._update_seconds()
-        state = self.state
-        self.folder.write(
-            {
-                "kind": kind,
-                "step": state.step,
-                "epoch": state.epoch,
-                "images_seen": state.images_seen,
-                "train_seconds": state.train_seconds,
-                "wall_seconds": state.wall_seconds,
-                **fields,
-            }
-        )
+    def _finished(self):
+        status, path, state = self.folder.status(), self.folder.path, self.state
+        ended = status.get("status")
+        if ended == "done" and state.step >= self.last_step:
+            knn = status.get("knn_top1")
+            self.journal.say(f"{path} is finished: step {state.step:,}" + knn_text(knn))
+            self.journal.say("run.fresh=true starts over in a new folder")
+            return Result("done", str(path), state.step, knn)
+        if ended == "collapsed" and self.config.collapse.action == "stop":
+            self.journal.say(f"{path} has collapsed: {status.get('reason')}", "red")
+            return Result("collapsed", str(path), state.step)
+        if ended == "failed" and "exit_code" in status and restarts():
+            self.journal.say(f"{path} would fail again: {status.get('reason')}", "red")
+            return Result("failed", str(path), state.step)
+        return None
 
-    def _update_seconds(self):
-        now = time.perf_counter()
-        self.state.wall_seconds = self._wall_before + now - self._began
-        totals = self.clock.totals
-        self.state.train_seconds = self._train_before + totals["wait"] + totals["step"]
+    def _failed(self, reason, lost_peer=False):
+        """Any rank may have to say so, for the first may be the one that has gone; who went knows best why."""
+        if lost_peer:
+            if self.folder.status().get("status") != "running":
+                return
+            reason = "another process of the run has gone"
+        self.folder.set_status("failed", step=self.state.step, reason=reason)
+
+    def _report_compilation(self):
+        report = self._step.compiled.report()
+        self.journal.write("compile", **report)
+        if report["fallback"]:
+            self.journal.warn(f"torch.compile failed, and the run goes on in eager mode: {report['fallback']}")
+
+    def _write_down_batch(self, first):
+        """The files of the first step whose loss was not finite, of the ranks where it was not."""
+        mine = next((indices for number, indices in self._recent if number == first), ())
+        names = [self.source.name(index) for index in mine] if self.source and self._reading.guilty else []
+        by_rank = enumerate(self.world.collect(names))
+        path = self.folder.path / "nonfinite.txt"
+        if self.world.is_first:
+            lines = [f"rank {rank}\t{name}\n" for rank, names in by_rank for name in names]
+            path.write_text(f"step {first}\n" + "".join(lines), encoding="utf-8", errors="surrogateescape")
+        self.reason = (
+            f"the loss of step {first:,} is not finite; {path} names the images of that step, and the checkpoint "
+            "before it stays; lower optimizer.base_lr, add optimizer.warmup, or set train.precision=fp32"
+        )
 
     def _restore(self, saved):
-        self.method.load_state_dict(saved["method"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.guard.collapsed_in_a_row = saved["collapsed_in_a_row"]
+        self._step.load_state_dict(saved)
+        self.checkup.guard.collapsed_in_a_row = saved["collapsed_in_a_row"]
         torch.set_rng_state(saved["random"])
-        self.folder.restore_metrics(saved["metrics"])
-        self._write("resume")
-        self.say(f"resume    at step {self.state.step:,}, epoch {self.state.epoch + 1}, image {self.state.cursor:,}")
+        if self.world.is_first:
+            self.folder.restore_metrics(saved["metrics"])
+        self.journal.write("resume", world_size=self.world.size)
+        state = self.state
+        self.journal.say(f"resume    at step {state.step:,}, epoch {state.epoch + 1}, image {state.cursor:,}")
         if saved["threads"] != torch.get_num_threads():
-            self.warn(
+            self.journal.warn(
                 f"the checkpoint was written with {saved['threads']} CPU threads and now there are "
                 f"{torch.get_num_threads()}: the last bits may differ"
             )
+
+
+def with_its_cores(config: Config, local_size: int) -> Config:
+    """`data.workers: null` made a number where several processes of a machine share its cores."""
+    if local_size == 1 or config.data.workers is not None:
+        return config
+    workers = max(1, (os.cpu_count() or 1) // local_size)
+    return config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})

@@ -30,13 +30,19 @@ class State:
 
 
 class Stopwatch:
-    """Seconds since the last `split`, added up by name."""
+    """Seconds since the last `split`, added up by name; tells a state how long its run has taken so far."""
 
-    def __init__(self):
+    def __init__(self, state: State):
         self.totals = {"wait": 0.0, "step": 0.0, "other": 0.0}
-        self._last = time.perf_counter()
+        self._last = self._began = time.perf_counter()
+        self._state, self._wall_before, self._train_before = state, state.wall_seconds, state.train_seconds
 
     def split(self, name: str) -> None:
         now = time.perf_counter()
         self.totals[name] += now - self._last
         self._last = now
+
+    def update_state(self) -> None:
+        """Bring the seconds of the state up to now, earlier starts included."""
+        self._state.wall_seconds = self._wall_before + time.perf_counter() - self._began
+        self._state.train_seconds = self._train_before + self.totals["wait"] + self.totals["step"]

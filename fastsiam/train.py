@@ -2,17 +2,18 @@
 
 The only file that knows the order of things: build, resume, loop, log, evaluate, save. Its module level imports no
 torch, so that a mistake in a config is answered in a moment. Exit codes: 0 done, 2 the user's mistake, 3 collapsed,
-130 and 143 stopped by Ctrl-C and SIGTERM with a checkpoint.
+4 the loss is no longer finite, 5 no step for too long, 130, 138 and 143 stopped by Ctrl-C, SIGUSR1 and SIGTERM with a
+checkpoint. Under torchrun such a stop is 0, for any other code would have it start the processes again.
 """
 
 import argparse
 import os
 import signal
 import sys
-import threading
 from typing import TYPE_CHECKING
 
 from fastsiam.config import Config, UserError, load_config
+from fastsiam.signals import StopSignals
 
 if TYPE_CHECKING:
     from fastsiam.record import Result
@@ -35,12 +36,21 @@ def main(argv: list[str] | None = None) -> int:
 
             dry_run(config)
             return 0
-        return pretrain(config).exit_code
+        result = pretrain(config)
+        stopped_by_request = result.status == "preempted" and "TORCHELASTIC_RUN_ID" in os.environ
+        return 0 if stopped_by_request else result.exit_code
     except (UserError, ImportError) as error:
         if isinstance(error, ModuleNotFoundError):
             raise
         print(f"fastsiam: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        from fastsiam.distributed import is_lost_peer
+
+        if not is_lost_peer(error):
+            raise
+        print("fastsiam: another process of the run has gone; nothing was saved after it", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("fastsiam: stopped before the first step", file=sys.stderr)
         return 128 + signal.SIGINT
@@ -49,22 +59,27 @@ def main(argv: list[str] | None = None) -> int:
 def pretrain(config: Config) -> "Result":
     """Train the method of `config` to its end, or from where its run folder stopped.
 
-    Raises `UserError` for what the user can put right; nothing has been written then. Stops in good order, with a
-    checkpoint, on SIGTERM and Ctrl-C.
+    Under torchrun this process is one rank of several. Raises `UserError` for what the user can put right; nothing has
+    been written then. Stops in good order, with a checkpoint, on SIGTERM, SIGUSR1 and Ctrl-C.
     """
+    from fastsiam.device import choose_device
+    from fastsiam.distributed import World
     from fastsiam.session import Session
 
-    with Session(config) as session:
+    world = World.of_environment()
+    device = choose_device(config.train.device, world.local_rank, world.local_size)
+    with world.joined(device), Session(config, world) as session:
         finished = session.finished_result()
         if finished is not None:
             return finished
-        with StopSignals() as stop:
+        with StopSignals(speaks=world.is_first) as stop:
             session.start()
-            return session.end(train(session, stop), stop.received)
+            status, received = train(session, stop)
+            return session.end(status, received)
 
 
-def train(session: "Session", stop: "StopSignals") -> str:
-    """The loop over epochs and steps; returns the status that the run ends with."""
+def train(session: "Session", stop: StopSignals) -> tuple[str, int | None]:
+    """The loop over epochs and steps; returns the status that the run ends with, and the signal that ended it."""
     state, config, clock = session.state, session.config, session.clock
     batch_size, total_steps = config.train.batch_size, config.train.epochs * session.loader.steps_per_epoch
     while state.step < session.last_step:
@@ -73,49 +88,29 @@ def train(session: "Session", stop: "StopSignals") -> str:
         while (batch := next(batches, None)) is not None:
             clock.split("wait")
             rate = session.set_learning_rate(state.step / total_steps)
-            out = session.step(batch.views)
+            out = session.step(batch.views, batch.indices)
             session.method.after_step((state.step + 1) / total_steps)
             state.advance(batch_size)
             clock.split("step")
-            if state.step % config.train.log_every_steps == 0 or state.step == session.last_step:
-                session.log(out["loss"], rate)
-            if session.guard.due(state.step) and session.judge_collapse():
-                return "collapsed"
-            if stop.received:
-                return "preempted"
-            session.save_if_due()
-            if state.step == session.last_step and state.cursor < session.loader.steps_per_epoch * batch_size:
-                return "done"
+            last = state.step == session.last_step
+            logging = last or state.step % config.train.log_every_steps == 0
+            received, saving = session.agree(stop.received)
+            if (logging or saving or received) and not session.numbers_are_sound(out["loss"]):
+                return "failed", None
+            if logging:
+                session.log(rate)
+            if session.checkup.has_collapsed():
+                return "collapsed", None
+            if received:
+                return "preempted", received
+            if saving:
+                session.save_on_the_way()
+            if last and state.cursor < session.loader.steps_per_epoch * batch_size:
+                return "done", None
             clock.split("other")
         state.next_epoch()
         session.evaluate_if_due()
-    return "done"
-
-
-class StopSignals:
-    """SIGTERM and Ctrl-C as a flag that the loop reads between steps; a second one ends the process at once."""
-
-    def __init__(self):
-        self.received: int | None = None
-        self._before = {}
-
-    def __enter__(self):
-        if threading.current_thread() is not threading.main_thread():
-            # Python delivers signals to the main thread only, and lets only that one ask for them.
-            return self
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number, _frame):
-        self.received = number
-        for each in self._before:
-            signal.signal(each, signal.SIG_DFL)
-        os.write(sys.stderr.fileno(), b"stopping after this step, with a checkpoint; a second signal ends at once\n")
+    return "done", None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the processes of a run agree on, in two gloo processes."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from fastsiam.config import UserError
@@ -32,12 +33,27 @@ def one_fails(rank):
                 raise UserError("no such folder")
     except UserError as error:
         return str(error)
+    except SystemExit as error:
+        return error.code
+    return "nothing"
 
 
-def test_the_mistake_of_one_is_the_mistake_of_all(ranks):
-    assert ranks(2, one_fails, 0) == ["no such folder", "no such folder (on rank 0)"]
-    assert ranks(2, one_fails, 1) == ["no such folder (on rank 1)", "no such folder"]
-    assert ranks(2, one_fails, None) == [None, None]
+def test_the_mistake_of_one_ends_all_and_the_first_says_it(ranks):
+    assert ranks(2, one_fails, 0) == ["no such folder", 2]
+    assert ranks(2, one_fails, 1) == ["no such folder (on rank 1)", 2]
+    assert ranks(2, one_fails, None) == ["nothing", "nothing"]
+
+
+def parts_and_whole(count):
+    mine = world()
+    rows = torch.arange(3 * count, dtype=torch.float64).view(count, 3)
+    part = rows[mine.share_of(count)]
+    return len(part), torch.equal(mine.gather(part), rows)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(8, [4, 4]), (5, [2, 3]), (1, [0, 1])])
+def test_parts_of_all_ranks_are_the_whole_in_its_order(ranks, count, parts):
+    assert ranks(2, parts_and_whole, count) == [(part, True) for part in parts]
 
 
 def leave_and_find(folder):

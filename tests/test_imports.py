@@ -20,18 +20,22 @@ LAYERS = (
         "fastsiam.norm",
         "fastsiam.device",
         "fastsiam.distributed",
+        "fastsiam.compiling",
         "fastsiam.optim",
         "fastsiam.lars",
         "fastsiam.collapse",
+        "fastsiam.signals",
         "fastsiam.host_memory",
         "fastsiam.watchdog",
     },
+    {"fastsiam.record", "fastsiam.state"},
+    {"fastsiam.journal"},
     {
         "fastsiam.methods",
         "fastsiam.evaluation",
+        "fastsiam.step",
+        "fastsiam.bad_files",
         "fastsiam.checkpoint",
-        "fastsiam.record",
-        "fastsiam.state",
         "fastsiam.loader_advice",
     },
     {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare"},
@@ -39,7 +43,7 @@ LAYERS = (
 )
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
-    "data.cifar10", "train", "prepare", "record",
+    "data.cifar10", "train", "prepare", "record", "signals",
 )  # fmt: skip
 
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import fastsiam
+from fastsiam.checkpoint import load_newest
 from fastsiam.config import load_config
-from fastsiam.train import StopSignals, main
+from fastsiam.signals import StopSignals
+from fastsiam.train import main
 from tests.conftest import run_python
 from tests.test_train import lines, refused
 
@@ -83,7 +85,7 @@ def test_killed_twice_in_mid_epoch_it_ends_as_if_undisturbed(long, tmp_path):
     assert_same_run(runs / "whole", runs / "killed")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends_and_the_same_command_goes_on(long, tmp_path, number, code):
     folder = tmp_path / "runs/stopped"
     overrides = long("stopped", "evaluate.controls=false", "checkpoint.every_seconds=1000")
@@ -92,7 +94,7 @@ def test_a_signal_saves_and_ends_and_the_same_command_goes_on(long, tmp_path, nu
     process.send_signal(number)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "a second signal ends at once" in errors
+    assert "Ctrl-C now ends at once" in errors
     status = json.loads((folder / "status.json").read_text())
     assert status["status"] == "preempted"
     assert f"stopped   at step {status['step']} with a checkpoint" in said
@@ -104,14 +106,39 @@ def test_a_signal_saves_and_ends_and_the_same_command_goes_on(long, tmp_path, nu
     assert_same_run(tmp_path / "runs/whole", folder)
 
 
-def test_the_second_signal_ends_the_process():
-    """After the first one the default handlers are back."""
-    before = signal.getsignal(signal.SIGINT)
-    with StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.received == signal.SIGTERM
-        assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) == before
+def handlers(*numbers):
+    return [signal.getsignal(number) for number in numbers]
+
+
+def test_a_ctrl_c_after_another_signal_ends_at_once():
+    """A scheduler and torchrun may both send SIGTERM; of a second Ctrl-C torchrun makes a SIGTERM."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = handlers(*numbers)
+    for first in numbers:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), first)
+            assert stop.received == first
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+            assert (signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) == (first == signal.SIGINT)
+            if first != signal.SIGINT:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGUSR1)
+                assert stop.received == first
+        assert handlers(*numbers) == before
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once_without_a_half_written_file(long, tmp_path):
+    folder = tmp_path / "runs/stopped"
+    process = start(long("stopped", "evaluate.controls=false", EVERY_STEP))
+    wait_for_step(process, folder, 4)
+    # The first asks; the second comes while the step, or the checkpoint after it, is not finished.
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert 3 <= load_newest(folder, warn=pytest.fail)["state"]["step"] < 30
+    assert lines(folder)
+    assert main(["--config", "quickstart", *long("stopped", "evaluate.controls=false")]) == 0
 
 
 def test_a_finished_run_says_so_and_more_steps_go_on(tiny, tmp_path, capsys):

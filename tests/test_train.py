@@ -12,6 +12,7 @@ from fastsiam import device as device_module
 from fastsiam import session as session_module
 from fastsiam.config import load_config
 from fastsiam.data import backends as backends_module
+from fastsiam.step import TrainingStep
 from fastsiam.train import main
 from tests.conftest import TINY
 
@@ -163,8 +164,8 @@ def test_precision_and_layout_reach_the_step(tiny, tmp_path, monkeypatch):
     seen = []
     real = session_module.Session.step
 
-    def spy(self, views):
-        out = real(self, views)
+    def spy(self, views, indices):
+        out = real(self, views, indices)
         seen.append((views.dtype, views.is_contiguous(memory_format=torch.channels_last), out["z"].dtype))
         return out
 
@@ -178,14 +179,14 @@ def test_precision_and_layout_reach_the_step(tiny, tmp_path, monkeypatch):
 
 def test_out_of_memory_names_the_largest_batch_that_fits_and_its_price(tiny, tmp_path, capsys, monkeypatch):
     """A step of more than 2 images runs out of memory; no GPU is needed to read what is said then."""
-    real = session_module.Session._step
+    real = TrainingStep._run
 
-    def small_gpu(self, views):
+    def small_gpu(self, views, number):
         if len(views) > 2 * 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, views)
+        return real(self, views, number)
 
-    monkeypatch.setattr(session_module.Session, "_step", small_gpu)
+    monkeypatch.setattr(TrainingStep, "_run", small_gpu)
     assert main(["--config", "quickstart", *tiny()]) == 2
     said = capsys.readouterr().err
     assert "CUDA out of memory at train.batch_size=8; 2 fits (tried)" in said
@@ -221,9 +222,9 @@ def test_steps_between_log_points_read_nothing_back(tiny, tmp_path, monkeypatch)
     per_step = []
     real_step = session_module.Session.step
 
-    def step(self, views):
+    def step(self, views, indices):
         reads.clear()
-        out = real_step(self, views)
+        out = real_step(self, views, indices)
         per_step.append(list(reads))
         return out
 

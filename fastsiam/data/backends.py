@@ -64,11 +64,20 @@ def build_loader(
 
 
 def build_evaluation_loader(
-    config: Config, source: ImageSource, *, skip: SkipList | None = None, device="cpu", dtype=torch.float32
+    config: Config,
+    source: ImageSource,
+    *,
+    skip: SkipList | None = None,
+    device="cpu",
+    dtype=torch.float32,
+    world_size: int = 1,
 ):
-    """The loader of kNN and of the collapse guard: the training backend and normalisation, no augmentation."""
+    """The loader of kNN and of the collapse guard: the training backend and normalisation, no augmentation.
+
+    Batches are as large as those of one of `world_size` processes in training.
+    """
     name, _ = choose_backend(config.data.backend, source.root)
-    batch_size = min(config.train.batch_size, len(source))
+    batch_size = min(config.train.batch_size // world_size, len(source))
     data, device = config.data, torch.device(device)
     backend = open_backend(name, source, config.views.size, 1, batch_size, data.workers, device, data.store_size)
     return EvaluationLoader(

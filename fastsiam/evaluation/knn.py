@@ -19,16 +19,22 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, *, k=200, temperature
     """
     if len(bank) == 0 or len(queries) == 0:
         raise ValueError(f"knn_accuracy: {len(bank)} images in the bank and {len(queries)} queries; needs both")
+    correct = count_correct(bank, bank_labels, queries, query_labels, k=k, temperature=temperature)
+    return 100 * correct / len(queries)
+
+
+def count_correct(bank, bank_labels, queries, query_labels, *, k, temperature) -> int:
+    """How many queries kNN gives their own label; arguments as `knn_accuracy` takes them."""
     bank = F.normalize(bank.float(), dim=1)
     bank_labels, query_labels = bank_labels.to(bank.device), query_labels.to(bank.device)
-    num_classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    num_classes = int(bank_labels.max()) + 1
     correct = torch.zeros((), dtype=torch.int64, device=bank.device)
     for chunk, truth in zip(queries.split(CHUNK), query_labels.split(CHUNK), strict=True):
         similarity, neighbour = (F.normalize(chunk.float(), dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
         votes = torch.zeros(len(chunk), num_classes, device=bank.device)
         votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
         correct += (votes.argmax(1) == truth).sum()
-    return 100 * correct.item() / len(queries)
+    return correct.item()
 
 
 @torch.no_grad()

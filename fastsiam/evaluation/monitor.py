@@ -1,8 +1,10 @@
 """What a run watches about itself: kNN accuracy and collapse measures, both in evaluation mode."""
 
 import copy
+from collections.abc import Callable
 from itertools import chain, islice
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -11,7 +13,8 @@ from fastsiam.config import Config
 from fastsiam.data import draws
 from fastsiam.data.backends import build_evaluation_loader
 from fastsiam.data.sources import ImageSource
-from fastsiam.evaluation.knn import extract, knn_accuracy
+from fastsiam.distributed import World
+from fastsiam.evaluation.knn import count_correct, extract
 
 # Two views a step with momentum 0.1 leave 0.5 % of the initial running statistics after 25 steps.
 FILL_STEPS = 25
@@ -22,13 +25,28 @@ PIXEL_SIDE = 32
 class Monitor:
     """Measures a method on fixed images; leaves it in training mode."""
 
-    def __init__(self, config: Config, train: ImageSource, val: ImageSource | None, device, dtype, precision, skips):
-        """`skips`: a `SkipList` for the images of `train` and one for those of `val`."""
-        self._config, self._precision = config, precision
-        self._train = build_evaluation_loader(config, train, skip=skips[0], device=device, dtype=dtype)
+    def __init__(
+        self,
+        config: Config,
+        train: ImageSource,
+        val: ImageSource | None,
+        device,
+        dtype,
+        precision,
+        skips,
+        world: World = World(),  # noqa: B008
+        beat: Callable[[], None] = lambda: None,
+    ):
+        """`skips`: a `SkipList` for the images of `train` and one for those of `val`.
+
+        kNN is the work of all ranks, which have to ask for it together. `beat()` is called at every batch.
+        """
+        self._config, self._precision, self._world, self._beat = config, precision, world, beat
+        size = world.size
+        self._train = build_evaluation_loader(config, train, skip=skips[0], device=device, dtype=dtype, world_size=size)
         self._val = None
         if val is not None:
-            self._val = build_evaluation_loader(config, val, skip=skips[1], device=device, dtype=dtype)
+            self._val = build_evaluation_loader(config, val, skip=skips[1], device=device, dtype=dtype, world_size=size)
             self._val_label = torch.tensor([train.classes.index(name) for name in val.classes])
         self._probe_indices = draws.probe_indices(config.train.seed, len(train), PROBE_IMAGES)
         self._probe = None
@@ -55,7 +73,7 @@ class Monitor:
         control = copy.deepcopy(method)
         batches = chain.from_iterable(loader.epoch(epoch) for epoch in range(FILL_STEPS))
         with torch.no_grad():
-            for batch in islice(batches, FILL_STEPS):
+            for batch in self._watched(islice(batches, FILL_STEPS)):
                 with self._precision():
                     control(batch.views)
         return self.knn(control)
@@ -79,18 +97,30 @@ class Monitor:
             self._val.backend.close()
 
     def _knn(self, encoder) -> float:
-        settings = self._config.evaluate
-        bank, bank_labels = extract(encoder, self._train.batches(), self._precision)
-        queries, query_labels = extract(encoder, self._val.batches(), self._precision)
+        settings, world = self._config.evaluate, self._world
+        bank, bank_labels = self._extract(encoder, self._train)
+        queries, query_labels = self._extract(encoder, self._val)
         self.close()
-        return knn_accuracy(
-            bank,
-            bank_labels,
+        correct = count_correct(
+            world.gather(bank),
+            world.gather(bank_labels),
             queries,
             self._val_label[query_labels],
             k=settings.knn_k,
             temperature=settings.knn_temperature,
         )
+        totals = [sum(column) for column in zip(*world.collect((correct, len(queries))), strict=True)]
+        return 100 * totals[0] / totals[1]
+
+    def _extract(self, encoder, loader):
+        """Features and labels of this rank's part of the images."""
+        part = np.arange(len(loader.source))[self._world.share_of(len(loader.source))]
+        return extract(encoder, self._watched(loader.batches(part)), self._precision)
+
+    def _watched(self, batches):
+        for batch in batches:
+            self._beat()
+            yield batch
 
 
 class evaluating:

@@ -1,0 +1,149 @@
+"""The training step: forward, backward, the ranks' gradients averaged, the weights moved. Nothing is read back."""
+
+import contextlib
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastsiam import optim
+from fastsiam.compiling import Compiled
+from fastsiam.config import Config, UserError
+from fastsiam.device import autocast, out_of_memory_advice
+from fastsiam.distributed import World
+
+_NEVER = 2**62
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a look at the device brings back."""
+
+    loss: float
+    """Of the last step, the mean over all ranks."""
+    first_bad_step: int | None
+    """The first step whose loss was not finite on any rank, if there was one."""
+    guilty: bool
+    """It was not finite on this rank."""
+    skipped_steps: int
+    """Whose gradients overflowed fp16."""
+
+
+class TrainingStep:
+    """One step of a method on this rank's views; all ranks hold the same weights after it."""
+
+    def __init__(
+        self,
+        method: nn.Module,
+        config: Config,
+        device: torch.device,
+        dtype: torch.dtype,
+        world: World,
+        *,
+        compiles: bool,
+        paused=contextlib.nullcontext,
+    ):
+        """`method` is on the device already; `paused()` is a context in which a compilation takes its time."""
+        self.method, self._batch_size, self._world = method, config.train.batch_size, world
+        self.optimizer = optim.build_optimizer(method, config)
+        self.compiled = Compiled(method, world, paused=paused) if compiles else None
+        self._forward = self.compiled or method
+        if world.size > 1:
+            self._forward = _averaging_gradients(method, self._forward)
+        self._precision = autocast(device, dtype)
+        self._scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
+        self._first_bad = torch.full((), _NEVER, device=device)
+        self._skipped = torch.zeros(1, device=device)
+        if self._scaler:
+            self.optimizer.register_step_pre_hook(self._count_skipped)
+
+    def __call__(self, views: torch.Tensor, number: int) -> dict:
+        """Step `number` on views [2N, 3, S, S]; raises `UserError` with advice where memory does not suffice."""
+        try:
+            return self._run(views, number)
+        except torch.OutOfMemoryError:
+            pass
+        # Outside the handler: the traceback would hold the activations of the step that did not fit.
+        fits = (lambda size: self._fits(views, size)) if self._world.size == 1 else None
+        raise UserError(out_of_memory_advice(self._batch_size, fits))
+
+    def read(self, loss: torch.Tensor) -> Reading:
+        """Waits for the device; all ranks must ask."""
+        mine = loss.item(), self._first_bad.item(), self._skipped.item()
+        losses, bad, skipped = zip(*self._world.collect(mine), strict=True)
+        first = min(bad)
+        return Reading(
+            loss=sum(losses) / len(losses),
+            first_bad_step=None if first == _NEVER else first,
+            guilty=first != _NEVER and mine[1] == first,
+            skipped_steps=int(skipped[0]),
+        )
+
+    def state_dict(self) -> dict:
+        return {
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict() if self._scaler else None,
+            "skipped_steps": int(self._skipped.item()),
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        self.method.load_state_dict(saved["method"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self._scaler:
+            self._scaler.load_state_dict(saved["scaler"])
+        self._skipped.fill_(saved["skipped_steps"])
+
+    def _run(self, views, number):
+        self.optimizer.zero_grad()
+        with self._precision():
+            out = self._forward(views)
+        loss = out["loss"]
+        if self._scaler:
+            self._scaler.scale(loss).backward()
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        else:
+            loss.backward()
+            self.optimizer.step()
+        finite = torch.isfinite(loss.detach())
+        self._first_bad = torch.where(finite, self._first_bad, self._first_bad.clamp(max=number))
+        return out
+
+    def _count_skipped(self, optimizer, *_):
+        self._skipped += optimizer.found_inf
+
+    def _fits(self, views, batch_size):
+        self.optimizer.zero_grad()
+        torch.cuda.empty_cache()
+        try:
+            self._run(views[: 2 * batch_size], _NEVER)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+
+class _Forward(nn.Module):
+    """The parameters of a method, and its compiled form to call."""
+
+    def __init__(self, method, call):
+        super().__init__()
+        self.method = method
+        # In a tuple: a compiled module assigned as it is would be a second set of the same parameters.
+        self._call = (call,)
+
+    def forward(self, views):
+        return self._call[0](views)
+
+
+def _averaging_gradients(method, forward):
+    """DDP around the compiled method. Its own splitting of a compiled graph would cut the forward into pieces; buffers
+    are the same on all ranks, for batch-norm statistics are synchronised.
+    """
+    torch._dynamo.config.optimize_ddp = False
+    # torch 2.14 has renamed it, and warns of the old name.
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(_Forward(method, forward), gradient_as_bucket_view=True, **{buffers: False})

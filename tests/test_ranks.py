@@ -1,0 +1,153 @@
+"""A run over several ranks is the run of one rank: the same order, losses, measures, and place to go on from."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastsiam.config import load_config
+from fastsiam.data.draws import epoch_order
+from fastsiam.distributed import World
+from fastsiam.session import Session
+from fastsiam.train import train
+from tests.test_train import lines
+
+
+class Asked:
+    """A signal that one rank has received once so many steps are done."""
+
+    def __init__(self, session, after, here):
+        self._session, self._after, self._here = session, after, here
+
+    @property
+    def received(self):
+        return 15 if self._here and self._after is not None and self._session.state.step >= self._after else None
+
+
+def train_here(overrides, stop_after=None, spoil=None):
+    """A whole run in this process; the last rank alone is asked to stop after `stop_after` steps.
+
+    `spoil(session, views, indices)` may change the views of a step. Returns the result, and (epoch, indices) of each
+    finished step.
+    """
+    world = World()
+    if dist.is_initialized():
+        world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
+    seen = []
+    with Session(load_config("quickstart", overrides), world) as session:
+        session.start()
+        real = session.step
+
+        def step(views, indices):
+            if spoil:
+                spoil(session, views, indices)
+            out = real(views, indices)
+            seen.append((session.state.epoch, indices.tolist()))
+            return out
+
+        session.step = step
+        status, received = train(session, Asked(session, stop_after, world.rank == world.size - 1))
+        return session.end(status, received), seen
+
+
+def numbers(folder, kind, *names):
+    return np.array([[line[name] for name in names] for line in lines(folder) if line["kind"] == kind], float)
+
+
+@pytest.fixture
+def wider(tiny):
+    """Batches of 16 images. At ten times the rate fp32 rounding has grown from 1e-7 to 0.05 after 7 steps, here to 8e-5 after 15."""
+    return lambda name, *more: tiny(
+        "train.batch_size=16", "optimizer.base_lr=0.05", "evaluate.controls=true", f"run.name={name}", *more
+    )
+
+
+def test_losses_knn_and_measures_are_those_of_one_rank(ranks, wider, tmp_path):
+    train_here(wider("one"))
+    for size in (2, 4):
+        results = ranks(size, train_here, wider(f"on{size}"))
+        assert [result for result, _ in results] == [results[0][0]] * size
+        one, many = tmp_path / "runs/one", tmp_path / f"runs/on{size}"
+        assert results[0][0].knn_top1 == json.loads((one / "status.json").read_text())["knn_top1"]
+        for kind, *names in (
+            ("train", "step", "epoch", "images_seen", "loss", "lr"),
+            ("collapse", "step", "std_ratio", "effective_rank", "mean_abs_cos"),
+            ("knn", "step", "knn_top1"),
+        ):
+            expected, found = numbers(one, kind, *names), numbers(many, kind, *names)
+            assert len(expected) >= (10 if kind == "train" else 2)
+            # fp32 over ten steps: the order of sums differs.
+            np.testing.assert_allclose(found, expected, atol=5e-4)
+        header, *_ = lines(many)
+        assert header["kind"] == "header"
+
+
+def images_of(results, epoch):
+    """All images that the finished steps of an epoch have consumed, of all ranks, in the order of the epoch."""
+    steps = zip(*([indices for e, indices in seen if e == epoch] for _, seen in results), strict=True)
+    return [index for step in steps for indices in step for index in indices]
+
+
+def test_started_on_two_ranks_it_goes_on_on_four_and_on_one(ranks, wider, tmp_path):
+    overrides = wider("moved", "train.epochs=3", "evaluate.knn_every_epochs=null")
+    parts = [
+        ranks(2, train_here, overrides, 3),
+        ranks(4, train_here, overrides, 8),
+        [train_here(overrides)],
+    ]
+    assert [part[0][0].status for part in parts] == ["preempted", "preempted", "done"]
+    assert [part[0][0].step for part in parts] == [3, 8, 15]
+    for epoch in range(3):
+        found = [index for part in parts for index in images_of(part, epoch)]
+        assert found == epoch_order(0, epoch, 80)[:80].tolist()
+    train_here(wider("whole", "train.epochs=3", "evaluate.knn_every_epochs=null"))
+    whole, moved = (numbers(tmp_path / "runs" / name, "train", "step", "loss") for name in ("whole", "moved"))
+    np.testing.assert_allclose(moved, whole, atol=5e-4)
+    resumed = [line["world_size"] for line in lines(tmp_path / "runs/moved") if line["kind"] == "resume"]
+    assert resumed == [4, 1]
+
+
+def spoil_third(session, views, indices):
+    if session.state.step == 2 and session.world.rank == session.world.size - 1:
+        views[0, 0, 0, 0] = torch.nan
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_within_the_log_interval(wider, tmp_path, capsys):
+    overrides = wider("spoilt", "train.log_every_steps=4", "evaluate.controls=false")
+    train_here(overrides, stop_after=1)
+    saved = (tmp_path / "runs/spoilt/checkpoint.pt").read_bytes()
+    result, seen = train_here(overrides, spoil=spoil_third)
+    assert (result.status, result.exit_code, result.step) == ("failed", 4, 4)
+    folder = tmp_path / "runs/spoilt"
+    first, *names = (folder / "nonfinite.txt").read_text().splitlines()
+    assert first == "step 3"
+    with_nan = [index for _, indices in seen[1:2] for index in indices]
+    source = sorted((tmp_path.parent).rglob("demo/train/*/*.jpg"))
+    assert len(names) == len(with_nan) == 16
+    assert all(name.startswith("rank 0\t") and name.endswith(".jpg") for name in names)
+    assert len(source) >= 0
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["status"], status["exit_code"]) == ("failed", 4)
+    assert "the loss of step 3 is not finite" in status["reason"]
+    assert (folder / "checkpoint.pt").read_bytes() == saved
+    assert "FAILED    the loss of step 3 is not finite" in capsys.readouterr().out
+
+
+def test_no_checkpoint_is_written_between_a_bad_step_and_its_discovery(wider, tmp_path):
+    overrides = wider("spoilt", "train.log_every_steps=1000", "checkpoint.every_seconds=0.0001")
+    result, _ = train_here(overrides, spoil=spoil_third)
+    assert (result.status, result.step) == ("failed", 3)
+    saved = torch.load(tmp_path / "runs/spoilt/checkpoint.pt", weights_only=True)
+    assert saved["state"]["step"] == 2
+    assert all(value.isfinite().all() for value in saved["method"].values())
+
+
+def test_the_nan_of_one_rank_stops_all(ranks, wider, tmp_path):
+    results = ranks(2, train_here, wider("spoilt", "train.log_every_steps=4"), None, spoil_third)
+    assert [(result.status, result.step) for result, _ in results] == [("failed", 4)] * 2
+    first, *names = (tmp_path / "runs/spoilt/nonfinite.txt").read_text().splitlines()
+    # Statistics are those of all ranks, so the loss of each is spoilt.
+    assert first == "step 3"
+    assert [name.split("\t")[0] for name in names] == ["rank 0"] * 8 + ["rank 1"] * 8
