@@ -29,6 +29,7 @@ LAYERS = (
         "fastsiam.methods",
         "fastsiam.evaluation",
         "fastsiam.checkpoint",
+        "fastsiam.compiling",
         "fastsiam.record",
         "fastsiam.state",
         "fastsiam.loader_advice",
