@@ -58,7 +58,7 @@ def numbers(folder, kind, *names):
 
 @pytest.fixture
 def wider(tiny):
-    """Batches of 16 images. At ten times the rate fp32 rounding has grown from 1e-7 to 0.05 after 7 steps, here to 8e-5 after 15."""
+    """Batches of 16 images; fp32 rounding grows from 1e-7 to 8e-5 in 15 steps, at ten times the rate to 0.05 in 7."""
     return lambda name, *more: tiny(
         "train.batch_size=16", "optimizer.base_lr=0.05", "evaluate.controls=true", f"run.name={name}", *more
     )

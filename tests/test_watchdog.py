@@ -126,8 +126,8 @@ def test_a_pause_is_not_watched_and_the_clock_starts_anew(tmp_path, monkeypatch)
     with watch:
         with watch.paused():
             with watch.paused():
-                time.sleep(1.5)
-            time.sleep(1.5)
+                time.sleep(2.5)
+            time.sleep(2.5)
         time.sleep(1.0)
         assert not ended.is_set()
         assert ended.wait(60)
