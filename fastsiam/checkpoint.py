@@ -169,7 +169,7 @@ def _sync_folder(folder: Path) -> None:
 def _damage(path: Path) -> str | None:
     """Why a file is not a whole zip archive; None where each record has its CRC-32, which torch.load does not check.
 
-    Raises `UserError` for a bare pickle that names what is to be called, and for a file that may not be opened.
+    Raises `UserError` for a bare pickle that names what is to be called, and for a file that cannot be opened.
     """
     try:
         with open(path, "rb") as file:
@@ -182,10 +182,11 @@ def _damage(path: Path) -> str | None:
             # Mapped, because a length that garbage spells is allocated by the read of a file, and only cut off here.
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
                 runs_code = _names_a_global(mapped)
-    except PermissionError as error:
-        raise UserError(f"{path} cannot be opened ({error.strerror})") from None
     except OSError as error:
-        return error.strerror or str(error)
+        # EINVAL: damaged bytes send zipfile to a place before the file. Other errors say nothing about the bytes.
+        if error.errno not in (errno.EIO, errno.EINVAL):
+            raise UserError(f"{path} cannot be opened ({error.strerror})") from error
+        return error.strerror
     except UNREADABLE as error:
         return str(error).rstrip(".") or "it ends too early"
     if runs_code:
