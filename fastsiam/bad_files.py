@@ -27,7 +27,10 @@ class BadFiles:
             self._untold.append((name, index, reason))
             if not self._world.is_first:
                 return
-            file.add(index, reason)
+            try:
+                file.add(index, reason)
+            except OSError as error:
+                self._journal.warn(f"{name}.tsv could not be written ({error.strerror}): a resume will meet it again")
             step = self._journal.state.step
             self._journal.write_plain({"kind": "bad_file", "step": step, "message": reason, "bad_files": count})
             of_all = f"another image takes its place ({count} of {len(source):,})"

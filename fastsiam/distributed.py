@@ -54,8 +54,12 @@ class World:
             yield
             return
         cuda = device.type == "cuda"
+        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun's workers share one store over all restarts (torch 2.14), and gloo finds the addresses of processes
+        # in it that have been killed: 2 of 6 restarts hung.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=dist.PrefixStore(f"start {restarts()}", store),
             rank=self.rank,
             world_size=self.size,
             timeout=TIMEOUT,

@@ -1,11 +1,12 @@
 """Backbones: torchvision's ResNets and the CIFAR ResNets of He et al., with a clean state dict to save and load."""
 
+import contextlib
 import json
 from pathlib import Path
 
 import torch
 import torchvision
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -69,12 +70,20 @@ class CifarResNet(nn.Module):
 
 
 def save_encoder(encoder: nn.Module, model, path: Path) -> None:
-    """Write the encoder's weights as safetensors, with the `model` section that rebuilds it in the metadata."""
+    """Write the encoder's weights as safetensors, with the `model` section that rebuilds it in the metadata.
+
+    Raises `UserError` where the disk refuses; a file that was there stays.
+    """
     state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
     description = {key: getattr(model, key) for key in ("encoder", "stem", "width")}
     temporary = path.with_suffix(".tmp")
-    save_file(state, temporary, {"fastsiam": json.dumps(description)})
-    temporary.replace(path)
+    try:
+        save_file(state, temporary, {"fastsiam": json.dumps(description)})
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} could not be written ({error})") from error
 
 
 def load_encoder(path: str | Path) -> nn.Module:

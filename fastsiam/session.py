@@ -252,10 +252,10 @@ class Session:
         if status == "done":
             knn = self.checkup.final()
         with self.world.together():
-            if status == "done" and self.world.is_first:
-                save_encoder(self.method.encoder, self.config.model, path / "encoder.safetensors")
             if status != "failed":
                 self.save()
+            if status == "done" and self.world.is_first:
+                save_encoder(self.method.encoder, self.config.model, path / "encoder.safetensors")
         details = {"step": state.step} | ({"knn_top1": knn} if knn is not None else {})
         if self.checkup.measures:
             details |= self.checkup.measures.fields()

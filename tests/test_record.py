@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from fastsiam.config import load_config
-from fastsiam.record import ProgressLine, RunFolder, duration
+from fastsiam.record import ProgressLine, RunFolder, duration, run_path
 
 TEXT = "epoch 3/9  step 150/558  loss -0.530 (cosine 0.530)  std_ratio 0.58 rank 4 |cos| 0.67  159 img/s  wait 7 %"
 
@@ -46,7 +46,8 @@ def test_durations():
 
 
 def test_metrics_never_hold_nan_or_infinity_and_are_cut_where_told(tmp_path):
-    folder = RunFolder(load_config("quickstart", [f"run.dir={tmp_path}"]), pytest.fail)
+    config = load_config("quickstart", [f"run.dir={tmp_path}"])
+    folder = RunFolder(config, run_path(config), pytest.fail)
     folder.open({})
     folder.write_header()
     state = folder.metrics_state()
@@ -57,3 +58,14 @@ def test_metrics_never_hold_nan_or_infinity_and_are_cut_where_told(tmp_path):
     folder.restore_metrics(state)
     assert folder.metrics_path.read_text() == text.splitlines()[0] + "\n"
     folder.close()
+
+
+def test_a_fresh_run_takes_a_new_folder_and_torchruns_restart_stays_in_it(tmp_path):
+    fresh = load_config("quickstart", [f"run.dir={tmp_path}", "run.name=run", "run.fresh=true"])
+    assert run_path(fresh) == run_path(fresh, restarted=True) == tmp_path / "run"
+    for name in ("run", "run-2"):
+        (tmp_path / name).mkdir()
+    assert run_path(fresh) == tmp_path / "run-3"
+    assert run_path(fresh, restarted=True) == tmp_path / "run-2"
+    again = load_config("quickstart", [f"run.dir={tmp_path}", "run.name=run"])
+    assert run_path(again) == run_path(again, restarted=True) == tmp_path / "run"

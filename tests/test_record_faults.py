@@ -7,7 +7,7 @@ import pytest
 
 from fastsiam.checkpoint import load_newest, save
 from fastsiam.config import UserError, load_config
-from fastsiam.record import RunFolder
+from fastsiam.record import RunFolder, run_path
 from fastsiam.train import main
 from tests.test_faults import NO_SPACE, largest_file
 from tests.test_train import lines
@@ -15,7 +15,8 @@ from tests.test_train import lines
 
 def run_folder(tmp_path, warn=pytest.fail, **run):
     overrides = {"run.dir": tmp_path, "run.name": "run"} | run
-    return RunFolder(load_config("quickstart", [f"{key}={value}" for key, value in overrides.items()]), warn)
+    config = load_config("quickstart", [f"{key}={value}" for key, value in overrides.items()])
+    return RunFolder(config, run_path(config), warn)
 
 
 def below_a_file(tmp_path):

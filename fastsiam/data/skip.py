@@ -77,6 +77,7 @@ class SkipFile:
         return known
 
     def add(self, index: int, reason: str) -> None:
+        """Raises `OSError` where the disk refuses."""
         line = bytes(self._source.names[index]) + b"\t" + reason.replace("\n", " ").encode() + b"\n"
         with open(self._path, "ab") as file:
             file.write(line)
