@@ -1,18 +1,94 @@
-"""Batch norm whose statistics stay per view when all views go through one forward.
+"""Batch norm whose statistics stay per view when all views go through one forward, and are those of all ranks.
 
 The paper calls the encoder once per view; running both views as one batch is faster and is the same model only
-where each view keeps its own statistics.
+where each view keeps its own statistics. The same batch on several ranks is the same model only where the statistics
+are those of all ranks' images. `nn.SyncBatchNorm` breaks the compiler's graph (pytorch#161302), has joint statistics
+and does not run on CPUs; the functional collectives below are ops that `torch.compile(fullgraph=True)` sees.
 """
 
 import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import nn
 
+# torch 2.14 renamed it, and warns at eager calls of the old name.
+_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
+
+
+def _of_all_ranks(values, world_size):
+    """[K, ...] of this rank to [world_size, K, ...] in the order of ranks, over the default group; no gradient."""
+    return _all_gather(values, 0, dist.group.WORLD).view(world_size, *values.shape)
+
+
+def _statistics(views, world_size):
+    """(mean, biased variance), [V, 1, C, 1...] each, of all ranks' images per view and channel.
+
+    `views`: [V, N, C, ...]; the statistics are in max(fp32, its dtype). No count travels: the loader gives every rank
+    the same number of images. With equal counts the formula of Chan, Golub and LeVeque (1983) is the mean of the
+    variances plus the variance of the means.
+    """
+    views = views.to(torch.promote_types(views.dtype, torch.float32))
+    local = torch.var_mean(views, dim=(1, *range(3, views.dim())), correction=0, keepdim=True)
+    variances, means = _of_all_ranks(torch.stack(local), world_size).unbind(1)
+    between, mean = torch.var_mean(means, dim=0, correction=0)
+    return mean, variances.mean(0) + between
+
+
+class _Normalize(torch.autograd.Function):
+    """(views - mean) / std * weight + bias, where mean and std are functions of all ranks' views.
+
+    The gradient to `views` is that of the sum of all ranks' losses; those to weight and bias are this rank's share.
+    Written out, it keeps for backward what F.batch_norm keeps: the input in its own dtype. A ResNet-8 of width 8 on 64
+    views of 16 px in bf16 keeps 4.24 MB in eager and 2.68 MB compiled, with F.batch_norm and with this; the same
+    formula left to autograd keeps 11.1 and 5.4 MB.
+    """
+
+    @staticmethod
+    def forward(ctx, views, mean, inverse_std, weight, bias, world_size):
+        ctx.save_for_backward(views, mean, inverse_std, weight)
+        ctx.world_size = world_size
+        out = views - mean
+        if weight is None:
+            return out.mul_(inverse_std).to(views.dtype)
+        channel = mean.shape[2:]
+        return out.mul_(inverse_std * weight.view(channel)).add_(bias.view(channel)).to(views.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        views, mean, inverse_std, weight = ctx.saved_tensors
+        over = (1, *range(3, views.dim()))
+        # Were this the forward's views - mean, the compiler would see one value used on both sides of a collective,
+        # which it keeps (in fp32: 4.03 MB instead of 2.68) rather than recomputes.
+        below = mean - views
+        of_bias = grad.sum(over, keepdim=True, dtype=mean.dtype)
+        of_weight = (grad * below).sum(over, keepdim=True) * -inverse_std
+        # Gathered and added, not all-reduced: Inductor (torch 2.14) reduces in place in the buffer of the stack, which
+        # of_bias and of_weight are slices of, and reads them below while the reduction is under way.
+        sums = _of_all_ranks(torch.stack([of_bias, of_weight]), ctx.world_size).sum(0)
+        of_mean, of_std = (sums / _count(views, ctx.world_size)).unbind()
+        of_views = below.mul_(of_std * inverse_std).add_(grad).sub_(of_mean)
+        if weight is None:
+            return of_views.mul_(inverse_std).to(views.dtype), None, None, None, None, None
+        of_views = of_views.mul_(inverse_std * weight.view(mean.shape[2:])).to(views.dtype)
+        of_weight, of_bias = (share.sum(0).flatten().to(weight.dtype) for share in (of_weight, of_bias))
+        return of_views, None, None, of_weight, of_bias, None
+
+
+def _count(views, world_size):
+    """How many values of all ranks one mean is taken over."""
+    return world_size * views.numel() // (views.shape[0] * views.shape[2])
+
 
 class _PerView:
-    """Mixin over nn.BatchNorm1d/2d: `num_views` equal chunks of the batch, each normalised by itself."""
+    """Mixin over nn.BatchNorm1d/2d: `num_views` equal chunks of the batch, each normalised by itself.
+
+    With a `world_size` above 1 a chunk is the images of all ranks: training-mode forward and backward are one
+    collective each over the default process group, which has to have that size and equal batches on all ranks.
+    """
 
     num_views: int
+    world_size: int = 1
 
     def forward(self, x):
         """[V*N, C, ...] view by view; equals V calls of the plain layer, running statistics included.
@@ -25,6 +101,8 @@ class _PerView:
         if x.shape[0] % self.num_views:
             raise ValueError(f"batch norm: a batch of {x.shape[0]} does not divide into {self.num_views} views")
         self.num_batches_tracked.add_(self.num_views)
+        if self.world_size > 1:
+            return self._across_ranks(x.unflatten(0, (self.num_views, -1))).flatten(0, 1)
         return torch.cat(
             [
                 F.batch_norm(
@@ -34,8 +112,18 @@ class _PerView:
             ]
         )
 
+    def _across_ranks(self, views):
+        """[V, N, C, ...] normalised by all ranks' statistics, which the running ones take in, view after view."""
+        mean, variance = _statistics(views.detach(), self.world_size)
+        count = _count(views, self.world_size)
+        for running, new in ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1)))):
+            for of_view in new.flatten(1).to(running.dtype):
+                running.lerp_(of_view, self.momentum)
+        inverse_std = (variance + self.eps).rsqrt()
+        return _Normalize.apply(views, mean, inverse_std, self.weight, self.bias, self.world_size)
+
     def extra_repr(self):
-        return f"{super().extra_repr()}, num_views={self.num_views}"
+        return f"{super().extra_repr()}, num_views={self.num_views}, world_size={self.world_size}"
 
 
 class PerViewBatchNorm1d(_PerView, nn.BatchNorm1d):
@@ -49,13 +137,14 @@ class PerViewBatchNorm2d(_PerView, nn.BatchNorm2d):
 _PER_VIEW = {nn.BatchNorm1d: PerViewBatchNorm1d, nn.BatchNorm2d: PerViewBatchNorm2d}
 
 
-def split_statistics(module: nn.Module, num_views: int) -> nn.Module:
+def split_statistics(module: nn.Module, num_views: int, world_size: int = 1) -> nn.Module:
     """Turn every plain batch norm inside `module` into its per-view form, in place; returns `module`.
 
+    `num_views` 1 is plain statistics over the whole batch; `world_size` is the number of ranks that share a batch.
     Parameters, buffers and their names stay, so a state dict fits both forms.
     """
     for layer in module.modules():
         if type(layer) in _PER_VIEW:
             layer.__class__ = _PER_VIEW[type(layer)]
-            layer.num_views = num_views
+            layer.num_views, layer.world_size = num_views, world_size
     return module

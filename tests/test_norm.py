@@ -39,7 +39,7 @@ NETWORKS = {
 }
 
 
-def build(name, num_views):
+def build(name, num_views, images=IMAGES):
     """The plain network in fp64 with random affine parts, and views whose means and scales differ a lot."""
     network, shape, memory_format = NETWORKS[name]
     torch.manual_seed(0)
@@ -48,7 +48,7 @@ def build(name, num_views):
         if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d) and layer.affine:
             nn.init.uniform_(layer.weight, 0.5, 2.0)
             nn.init.uniform_(layer.bias, -1.0, 1.0)
-    views = [(2.0**view) * torch.randn(IMAGES, *shape, dtype=torch.float64) + view for view in range(num_views)]
+    views = [(2.0**view) * torch.randn(images, *shape, dtype=torch.float64) + view for view in range(num_views)]
     return plain, torch.cat(views).contiguous(memory_format=memory_format)
 
 

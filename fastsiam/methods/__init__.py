@@ -11,8 +11,11 @@ from fastsiam.norm import split_statistics
 NUM_VIEWS = 2
 
 
-def build_method(config: Config) -> nn.Module:
-    """The method of a config in training mode, fp32 on the CPU; `forward(views [2N, 3, S, S])` gives `loss`, `z`."""
+def build_method(config: Config, world_size: int = 1) -> nn.Module:
+    """The method of a config in training mode, fp32 on the CPU; `forward(views [2N, 3, S, S])` gives `loss`, `z`.
+
+    `world_size`: the number of ranks that share a batch; above 1 its training-mode statistics are those of all ranks.
+    """
     model = config.model
     encoder = build_encoder(model.encoder, model.stem, model.width, model.zero_init_residual)
     method = SimSiam(
@@ -21,4 +24,6 @@ def build_method(config: Config) -> nn.Module:
         build_predictor(model.projector.out, model.predictor.hidden),
         stop_gradient=config.method.stop_gradient,
     )
-    return split_statistics(method, NUM_VIEWS) if model.bn_statistics == "per_view" else method
+    if model.bn_statistics == "per_view":
+        return split_statistics(method, NUM_VIEWS, world_size)
+    return split_statistics(method, 1, world_size) if world_size > 1 else method
