@@ -13,6 +13,7 @@ from fastsiam.data.loader import check_batch_size
 from fastsiam.data.sources import open_source
 from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision
 from fastsiam.kernels.augment_numba import is_compiled
+from fastsiam.optim import large_batch_warning
 from fastsiam.record import duration
 
 
@@ -164,6 +165,8 @@ def dry_run(config: Config) -> None:
 
         num_train = IMAGENET_TRAIN_IMAGES
     print(schedule_line(config, num_train // config.train.batch_size))
+    if warning := large_batch_warning(config):
+        print(f"warning: {warning}")
 
 
 def _count(config: Config) -> tuple[int, int, list[str]]:

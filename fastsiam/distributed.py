@@ -48,12 +48,13 @@ class World:
         return self.rank == 0
 
     @contextlib.contextmanager
-    def joined(self, device: torch.device) -> Iterator[None]:
-        """The process group of a run on this kind of device, inside the block."""
+    def joined(self, asked: str) -> Iterator[None]:
+        """The process group of a run with `train.device: asked`, inside the block."""
         if self.size == 1:
             yield
             return
-        cuda = device.type == "cuda"
+        # Fewer devices than processes are a mistake that the ranks tell each other of, through gloo.
+        cuda = asked != "cpu" and self.local_size <= torch.cuda.device_count()
         store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
         # torchrun's workers share one store over all restarts (torch 2.14), and gloo finds the addresses of processes
         # in it that have been killed: 2 of 6 restarts hung.
@@ -63,7 +64,7 @@ class World:
             rank=self.rank,
             world_size=self.size,
             timeout=TIMEOUT,
-            device_id=device if cuda else None,
+            device_id=torch.device("cuda", self.local_rank) if cuda else None,
         )
         yield
         # Not after an error: where a peer has gone, saying goodbye to it can hang.

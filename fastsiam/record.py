@@ -144,6 +144,14 @@ class RunFolder:
         except OSError as error:
             self._warn(f"{path} could not be written ({error.strerror or error}); it should say {status}")
 
+    def write_batch(self, path: Path, step: int, names_by_rank: list[list[str]]) -> None:
+        """The names of the images of a step, a line each with its rank; where the disk refuses, `warn` is told."""
+        lines = [f"rank {rank}\t{name}\n" for rank, names in enumerate(names_by_rank) for name in names]
+        try:
+            path.write_text(f"step {step}\n" + "".join(lines), encoding="utf-8", errors="surrogateescape")
+        except OSError as error:
+            self._warn(f"{path} could not be written ({error.strerror or error})")
+
     def close(self) -> None:
         """Try the lines that wait a last time, and give the lock back."""
         error = self._metrics.flush()

@@ -14,7 +14,7 @@ from fastsiam import checkpoint, host_memory, optim
 from fastsiam.announce import closing_lines, knn_text, opening_lines, progress_text, schedule_line
 from fastsiam.bad_files import BadFiles
 from fastsiam.config import Config
-from fastsiam.data.backends import build_loader, choose_backend
+from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
 from fastsiam.data.sources import open_sources
 from fastsiam.data.views import view_specs
 from fastsiam.device import autocast, choose_compile, choose_device, choose_precision, environment
@@ -61,6 +61,9 @@ class Session:
         ]
         with world.together():
             self._open_loader()
+        firsts = world.share(self.identity)
+        with world.together():
+            checkpoint.check_same_images(firsts, self.identity, config.data.train)
         steps = config.train.epochs * self.loader.steps_per_epoch
         self.last_step = min(steps, config.train.max_steps or steps)
 
@@ -122,7 +125,12 @@ class Session:
             host_memory.keep_freed()
         else:
             torch.backends.cudnn.benchmark = True
+        torch.manual_seed(config.train.seed)
+        self.method = build_method(config, world.size).to(self.device)
+        if config.train.channels_last:
+            self.method.to(memory_format=torch.channels_last)
         with world.together():
+            optimizer = optim.build_optimizer(self.method, config)
             if world.is_first:
                 self.folder.open(environment() | {"fastsiam": fastsiam.__version__, "loader": self.loader_text})
         self._started = True
@@ -130,15 +138,8 @@ class Session:
         self.watchdog = self._stack.enter_context(
             Watchdog(self.folder.path, config.train.watchdog_seconds, world.rank, self._failed)
         )
-        torch.manual_seed(config.train.seed)
-        self.method = build_method(config, world.size).to(self.device)
-        if config.train.channels_last:
-            self.method.to(memory_format=torch.channels_last)
-        paused, compiles = self.watchdog.paused, self.compiles
-        with world.together():
-            self._step = TrainingStep(
-                self.method, config, self.device, self.dtype, world, compiles=compiles, paused=paused
-            )
+        paused = self.watchdog.paused if self.compiles else None
+        self._step = TrainingStep(self.method, optimizer, config, self.device, self.dtype, world, compiling=paused)
         monitor = None
         if self.source is not None:
             precision = autocast(self.device, self.dtype)
@@ -326,11 +327,10 @@ class Session:
         """The files of the first step whose loss was not finite, of the ranks where it was not."""
         mine = next((indices for number, indices in self._recent if number == first), ())
         names = [self.source.name(index) for index in mine] if self.source and self._reading.guilty else []
-        by_rank = enumerate(self.world.collect(names))
+        names_by_rank = self.world.collect(names)
         path = self.folder.path / "nonfinite.txt"
         if self.world.is_first:
-            lines = [f"rank {rank}\t{name}\n" for rank, names in by_rank for name in names]
-            path.write_text(f"step {first}\n" + "".join(lines), encoding="utf-8", errors="surrogateescape")
+            self.folder.write_batch(path, first, names_by_rank)
         self.reason = (
             f"the loss of step {first:,} is not finite; {path} names the images of that step, and the checkpoint "
             "before it stays; lower optimizer.base_lr, add optimizer.warmup, or set train.precision=fp32"
@@ -350,11 +350,3 @@ class Session:
                 f"the checkpoint was written with {saved['threads']} CPU threads and now there are "
                 f"{torch.get_num_threads()}: the last bits may differ"
             )
-
-
-def with_its_cores(config: Config, local_size: int) -> Config:
-    """`data.workers: null` made a number where several processes of a machine share its cores."""
-    if local_size == 1 or config.data.workers is not None:
-        return config
-    workers = max(1, (os.cpu_count() or 1) // local_size)
-    return config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})

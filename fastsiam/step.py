@@ -1,14 +1,13 @@
 """The training step: forward, backward, the ranks' gradients averaged, the weights moved. Nothing is read back."""
 
-import contextlib
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastsiam import optim
 from fastsiam.compiling import Compiled
 from fastsiam.config import Config, UserError
 from fastsiam.device import autocast, out_of_memory_advice
@@ -37,18 +36,20 @@ class TrainingStep:
     def __init__(
         self,
         method: nn.Module,
+        optimizer: torch.optim.Optimizer,
         config: Config,
         device: torch.device,
         dtype: torch.dtype,
         world: World,
         *,
-        compiles: bool,
-        paused=contextlib.nullcontext,
+        compiling: Callable | None,
     ):
-        """`method` is on the device already; `paused()` is a context in which a compilation takes its time."""
-        self.method, self._batch_size, self._world = method, config.train.batch_size, world
-        self.optimizer = optim.build_optimizer(method, config)
-        self.compiled = Compiled(method, world, paused=paused) if compiles else None
+        """`method` is on the device already. `compiling()` is a context for the time that a compilation takes; None
+        does not compile.
+        """
+        self.method, self.optimizer, self._world = method, optimizer, world
+        self._batch_size = config.train.batch_size
+        self.compiled = Compiled(method, world, paused=compiling) if compiling else None
         self._forward = self.compiled or method
         if world.size > 1:
             self._forward = _averaging_gradients(method, self._forward)

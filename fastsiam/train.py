@@ -29,9 +29,18 @@ def main(argv: list[str] | None = None) -> int:
     # OpenMP threads that spin at barriers starve the decoder's on small machines: with both cores of a 2-core CPU
     # busy, a step of the quickstart takes 1.3 to 3.1 s spinning and 0.4 to 0.5 s sleeping.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Of the processes of a machine one says what all of them meet before they know each other.
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         config = load_config(arguments.config, arguments.overrides)
+    except UserError as error:
+        if speaks:
+            print(f"fastsiam: {error}", file=sys.stderr)
+        return 2
+    try:
         if arguments.dry_run:
+            if not speaks:
+                return 0
             from fastsiam.announce import dry_run
 
             dry_run(config)
@@ -62,13 +71,11 @@ def pretrain(config: Config) -> "Result":
     Under torchrun this process is one rank of several. Raises `UserError` for what the user can put right; nothing has
     been written then. Stops in good order, with a checkpoint, on SIGTERM, SIGUSR1 and Ctrl-C.
     """
-    from fastsiam.device import choose_device
     from fastsiam.distributed import World
     from fastsiam.session import Session
 
     world = World.of_environment()
-    device = choose_device(config.train.device, world.local_rank, world.local_size)
-    with world.joined(device), Session(config, world) as session:
+    with world.joined(config.train.device), Session(config, world) as session:
         finished = session.finished_result()
         if finished is not None:
             return finished

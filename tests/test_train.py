@@ -14,7 +14,7 @@ from fastsiam.config import load_config
 from fastsiam.data import backends as backends_module
 from fastsiam.step import TrainingStep
 from fastsiam.train import main
-from tests.conftest import TINY
+from tests.conftest import TINY, run_python
 
 KINDS = {"header", "train", "collapse", "knn", "resume", "warning", "end"}
 
@@ -205,7 +205,45 @@ def test_compiled_training_follows_eager_training(tiny, tmp_path):
             fastsiam.pretrain(load_config("quickstart", overrides))
         losses[setting] = [line["loss"] for line in lines(tmp_path / "runs" / setting) if line["kind"] == "train"]
     assert len(losses["on"]) == 4
+    (line,) = [line for line in lines(tmp_path / "runs/on") if line["kind"] == "compile"]
+    assert (line["step"], line["graphs"], line["recompiles"], line["fallback"]) == (0, 1, 0, None)
+    assert line["seconds"] > 0.5
     assert losses["on"] == pytest.approx(losses["off"], abs=2e-4)
+
+
+def test_a_machine_without_a_compiler_trains_in_eager_mode_and_says_so(tiny, tmp_path):
+    arguments = tiny("train.compile=on", "train.max_steps=2", "data.val=null")
+    environment = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = run_python("-m", "fastsiam.train", "--config", "quickstart", *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "warning: torch.compile failed, and the run goes on in eager mode: " in done.stdout
+    kinds = {line["kind"]: line for line in lines(tmp_path / "runs/run")}
+    assert "compiler" in kinds["compile"]["fallback"].lower()
+    assert "eager mode" in kinds["warning"]["message"]
+    assert kinds["end"]["status"] == "done"
+
+
+def test_fp16_scales_the_loss_and_counts_what_it_skips(tiny, tmp_path, capsys):
+    """Scaled by 2^40 the gradients overflow, and each skipped step halves the scale."""
+    overrides = tiny("train.precision=fp16", "data.val=null", "train.epochs=4")
+    assert main(["--config", "quickstart", *overrides, "train.max_steps=2"]) == 0
+    path = tmp_path / "runs/run/checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["scaler"]["scale"] = 2.0**40
+    torch.save(saved, path)
+    capsys.readouterr()
+    assert main(["--config", "quickstart", *overrides, "train.max_steps=4"]) == 0
+    assert "2 steps skipped (fp16)" in capsys.readouterr().out
+    after = torch.load(path, weights_only=True)
+    assert after["scaler"]["scale"] == 2.0**38
+    assert after["skipped_steps"] == 2
+    assert all(torch.equal(after["method"][name], value) for name, value in saved["method"].items() if "weight" in name)
+    train = [line for line in lines(tmp_path / "runs/run") if line["kind"] == "train"]
+    assert [line["skipped_steps"] for line in train] == [0, 0, 1, 2]
+    assert main(["--config", "quickstart", *overrides]) == 0
+    skipped = torch.load(path, weights_only=True)["skipped_steps"]
+    assert 2 < skipped < 30
+    assert main(["--config", "quickstart", *tiny("train.epochs=4", "data.val=null", "run.name=fp32")]) == 0
 
 
 def test_steps_between_log_points_read_nothing_back(tiny, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Which backend decodes and crops, and the loaders of a config over it."""
 
+import os
 from importlib import import_module, util
 from pathlib import Path
 
@@ -128,3 +129,11 @@ def choose_backend(asked: str, location: str | Path | None = None) -> tuple[str,
 
 def dali_installed() -> bool:
     return util.find_spec("nvidia") is not None and util.find_spec("nvidia.dali") is not None
+
+
+def with_its_cores(config: Config, local_size: int) -> Config:
+    """`data.workers: null` made a number where several processes of a machine share its cores."""
+    if local_size == 1 or config.data.workers is not None:
+        return config
+    workers = max(1, (os.cpu_count() or 1) // local_size)
+    return config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
