@@ -94,8 +94,8 @@ def check_same_images(firsts: dict, mine: dict, location: str | None) -> None:
     """Raise `UserError` where this rank's disk holds other images than the first rank's."""
     if firsts["data"] != mine["data"]:
         raise UserError(
-            f"data.train: {location} holds {mine['images']:,} images here and {firsts['images']:,} where the first rank "
-            "looks, or files of other names or sizes"
+            f"data.train: {location} holds {mine['images']:,} images here and {firsts['images']:,} where the first "
+            "rank looks, or files of other names or sizes"
         )
 
 

@@ -217,7 +217,9 @@ class Session:
     def evaluate_if_due(self) -> None:
         every = self.config.evaluate.knn_every_epochs
         if every and self.state.epoch % every == 0 and self.checkup.has_knn:
-            self._knn()
+            # Decoders and their buffers would otherwise lie beside those of the evaluation.
+            self.loader.backend.close()
+            self.checkup.knn()
 
     def save(self) -> None:
         """A checkpoint, written by the first rank; raises `SaveError` where it cannot be."""
@@ -274,11 +276,6 @@ class Session:
     @property
     def loader_text(self) -> str:
         return self.loader.backend.description if self.source is not None else "synthetic: one fixed batch"
-
-    def _knn(self):
-        # Decoders and their buffers would otherwise lie beside those of the evaluation.
-        self.loader.backend.close()
-        self.checkup.knn()
 
     def _announce(self):
         config, journal = self.config, self.journal
