@@ -1,11 +1,14 @@
 """What only a CUDA device can show; pytest -m gpu runs these."""
 
+import copy
 import dataclasses
 from collections import deque
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 import fastsiam
 from fastsiam.config import load_config
@@ -16,6 +19,7 @@ from fastsiam.data.loader import Loader
 from fastsiam.data.sources import open_source
 from fastsiam.device import choose_precision
 from fastsiam.kernels import crop_resize, negative_cosine
+from fastsiam.norm import split_statistics
 from fastsiam.session import Session
 from tests.gpu_record import DECODER
 from tests.test_crop_resize import pictures
@@ -69,10 +73,13 @@ def test_training_compiled_in_bf16_follows_eager_fp32(tiny, tmp_path, backend):
     assert losses[1] == pytest.approx(losses[0], abs=0.05)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
-def test_a_step_does_not_wait_for_the_device(tiny, optimizer):
+@pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "auto"), ("lars", "auto"), ("sgd", "fp16")])
+def test_a_step_does_not_wait_for_the_device(tiny, optimizer, precision):
     """CUDA raises at every operation that synchronises."""
-    overrides = tiny(f"optimizer.name={optimizer}", "train.device=cuda", "train.compile=off", "data.backend=synthetic")
+    overrides = tiny(
+        f"optimizer.name={optimizer}", f"train.precision={precision}", "train.device=cuda", "train.compile=off",
+        "data.backend=synthetic",
+    )  # fmt: skip
     with Session(load_config("quickstart", overrides)) as session:
         session.start()
         views = next(session.loader.epoch(0)).views
@@ -83,6 +90,24 @@ def test_a_step_does_not_wait_for_the_device(tiny, optimizer):
                 session.step(views)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_statistics_across_ranks_are_one_graph_over_nccl():
+    """A group of one rank: its statistics are the plain layer's."""
+    store = dist.HashStore()
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    try:
+        torch.manual_seed(0)
+        plain = split_statistics(nn.BatchNorm2d(16), 2).cuda()
+        across = copy.deepcopy(plain)
+        x = torch.randn(8, 16, 6, 6, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
+        compiled = torch.compile(lambda x: across._across_ranks(x.unflatten(0, (2, -1))).flatten(0, 1), fullgraph=True)
+        weight = torch.randn_like(x)
+        gradients = [torch.autograd.grad((layer(x) * weight).sum(), x) for layer in (plain, compiled)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(across.running_var, plain.running_var)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("color", ["matrix", "exact"])
