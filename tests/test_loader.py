@@ -1,6 +1,8 @@
 """One contract, every backend: what is delivered, in which order, how often, and which pixels."""
 
 import dataclasses
+import os
+import signal
 from collections import deque
 
 import numpy as np
@@ -296,3 +298,16 @@ def test_auto_takes_dali_where_it_is_installed_and_says_what_else_it_took(monkey
     assert "fastsiam[dali]" in reason
     with pytest.raises(ImportError, match=r"fastsiam\[dali\]"):
         backends.choose_backend("dali")
+
+
+def test_decoding_processes_outlive_the_signals_of_their_group(photos):
+    """With one image a batch they are still at work when the signals come."""
+    made = make(photos, "pil", batch_size=1, workers=2)
+    batches = made.epoch(0)
+    delivered = [next(batches).indices]
+    for worker in made.backend._loader._iterator._workers:
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            os.kill(worker.pid, number)
+    delivered += [batch.indices for batch in batches]
+    assert np.concatenate(delivered).tolist() == draws.epoch_order(0, 0, 16).tolist()
+    made.backend.close()

@@ -85,7 +85,8 @@ def test_a_job_whose_workers_are_killed_ends_with_the_weights_of_an_undisturbed_
 
 def test_one_asked_worker_stops_all_with_one_checkpoint_and_no_restart(slow, tmp_path):
     folder = tmp_path / "runs/asked"
-    overrides = slow("asked", "checkpoint.every_seconds=1000")
+    # With decoding processes: torchrun signals them, too.
+    overrides = slow("asked", "checkpoint.every_seconds=1000", "data.backend=pil", "data.workers=1")
     with torchrun(*overrides, restarts=3) as job:
         wait_for_step(job, folder, 2)
         os.kill(workers(job)[1], signal.SIGUSR1)
@@ -96,13 +97,14 @@ def test_one_asked_worker_stops_all_with_one_checkpoint_and_no_restart(slow, tmp
     assert left["status"] == "preempted"
     assert [path.name for path in folder.glob("checkpoint*")] == ["checkpoint.pt"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["step"] == left["step"] < 15
-    # A Ctrl-C in the terminal reaches the agent, which passes it on.
-    with torchrun(*overrides) as job:
-        wait_for_step(job, folder, left["step"] + 1)
-        job.send_signal(signal.SIGINT)
-        said, errors = job.communicate(timeout=120)
-    assert "stopped   at step" in said
-    assert status(folder)["status"] == "preempted"
+    # The agent passes on what it gets: SIGTERM, and the Ctrl-C of a terminal.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with torchrun(*overrides) as job:
+            wait_for_step(job, folder, status(folder)["step"] + 1)
+            job.send_signal(number)
+            said, errors = job.communicate(timeout=120)
+        assert "stopped   at step" in said, errors
+        assert status(folder)["status"] == "preempted"
     assert main(["--config", "quickstart", *overrides]) == 0
     steps = [line["step"] for line in lines(folder) if line["kind"] == "train"]
     assert steps == list(range(1, 16))

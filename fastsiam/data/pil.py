@@ -2,6 +2,7 @@
 
 import io
 import multiprocessing
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +74,20 @@ class PilBackend:
             batch_sampler=self._requests,
             num_workers=self._workers,
             collate_fn=_collate,
+            worker_init_fn=_outlive_signals,
             # A fork would copy the locks of the decoder threads that live in this process.
             multiprocessing_context="forkserver" if self._workers else None,
             persistent_workers=self._workers > 0,
             pin_memory=self._device.type == "cuda",
         )
+
+
+def _outlive_signals(_worker):
+    """Terminals and torchrun signal whole groups of processes: the one that trains decides when the workers end."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # For a step and a checkpoint; torchrun itself kills after 30 s.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(25))
 
 
 class _Requests:
