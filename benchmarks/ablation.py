@@ -160,7 +160,7 @@ def build_product(config: Config, stack: contextlib.ExitStack) -> Callable:
     folder = stack.enter_context(tempfile.TemporaryDirectory())
     run = config.run.model_copy(update={"dir": folder, "name": "step"})
     session = stack.enter_context(Session(config.model_copy(update={"run": run})))
-    session.console = Console(quiet=True)
+    session.journal.console = Console(quiet=True)
     session.start()
     return lambda views: session.step(views)["loss"].detach()
 

@@ -102,7 +102,7 @@ def run(results: Results, *, device: torch.device, minutes: float, images: Path 
             "run.name=run",
         ]
         with Session(load_config(CONFIG, overrides)) as session:
-            session.console = Console(quiet=True)
+            session.journal.console = Console(quiet=True)
             session.start()
             ways = EndToEnd(session)
             named = {"loader": ways.loader, "step": ways.step, "end to end": ways.end_to_end}

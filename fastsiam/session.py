@@ -140,15 +140,15 @@ class Session:
         )
         paused = self.watchdog.paused if self.compiles else None
         self._step = TrainingStep(self.method, optimizer, config, self.device, self.dtype, world, compiling=paused)
-        monitor = None
+        self.monitor = None
         if self.source is not None:
             precision = autocast(self.device, self.dtype)
-            monitor = Monitor(
+            self.monitor = Monitor(
                 self._loading, self.source, self.val, self.device, self.dtype, precision, self.skips, world,
                 self.watchdog.beat,
             )  # fmt: skip
-            self._stack.callback(monitor.close)
-        self.checkup = Checkup(config, self.method, monitor, self.loader.steps_per_epoch, journal, world)
+            self._stack.callback(self.monitor.close)
+        self.checkup = Checkup(config, self.method, self.monitor, self.loader.steps_per_epoch, journal, world)
         self._announce()
         if self._saved:
             self._restore(self._saved)
