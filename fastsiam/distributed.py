@@ -99,15 +99,20 @@ class World:
         self.largest(0)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows [n, ...] of all ranks in their order, on all of them; n may differ, the rest may not."""
+        """The rows [n, ...] of all ranks in their order, on all of them; n may differ, the rest may not.
+
+        A rank without rows need not know what the rest is.
+        """
         if self.size == 1:
             return rows
-        counts = self.collect(len(rows))
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        everybodys = [torch.empty_like(padded) for _ in counts]
+        shapes = self.collect(tuple(rows.shape))
+        most, *rest = max(shapes, key=lambda shape: shape[0])
+        padded = rows.new_zeros(most, *rest)
+        if len(rows):
+            padded[: len(rows)] = rows
+        everybodys = [torch.empty_like(padded) for _ in shapes]
         dist.all_gather(everybodys, padded)
-        return torch.cat([part[:count] for part, count in zip(everybodys, counts, strict=True)])
+        return torch.cat([part[: shape[0]] for part, shape in zip(everybodys, shapes, strict=True)])
 
     def share_of(self, count: int) -> slice:
         """This rank's part of `count` things, in the order of ranks; sizes differ by one at most."""

@@ -187,6 +187,16 @@ def test_what_one_rank_cannot_decode_is_left_out_by_all(ranks, wider, tmp_path, 
         assert not {first[16 + 8 + 3], first[32 + 1]} & set(images_of(results, epoch))
 
 
+def test_fewer_labelled_images_than_ranks_are_counted_once(ranks, wider, tmp_path, demo_folder):
+    for folder in sorted((demo_folder / "val").iterdir())[:2]:
+        shutil.copytree(folder, tmp_path / "val" / folder.name, ignore=shutil.ignore_patterns("*[1-9].jpg"))
+    overrides = wider("few", f"data.val={tmp_path}/val", "train.max_steps=1", "evaluate.controls=false")
+    top1 = {result.knn_top1 for result, _ in ranks(4, train_here, overrides)}
+    alone, _ = train_here([*overrides, "run.name=alone"])
+    assert top1 == {alone.knn_top1}
+    assert len(list((tmp_path / "val").glob("*/*.jpg"))) == 2
+
+
 def test_ranks_that_see_other_images_are_told(ranks, wider, photos):
     mine = wider("differ", "data.val=null", "train.batch_size=8")
     said, code = ranks(2, refused_here, (mine, [*mine, f"data.train={photos}"]))

@@ -42,6 +42,7 @@ class Monitor:
         kNN is the work of all ranks, which have to ask for it together. `beat()` is called at every batch.
         """
         self._config, self._precision, self._world, self._beat = config, precision, world, beat
+        self._device = device
         size = world.size
         self._train = build_evaluation_loader(config, train, skip=skips[0], device=device, dtype=dtype, world_size=size)
         self._val = None
@@ -101,20 +102,19 @@ class Monitor:
         bank, bank_labels = self._extract(encoder, self._train)
         queries, query_labels = self._extract(encoder, self._val)
         self.close()
-        correct = count_correct(
-            world.gather(bank),
-            world.gather(bank_labels),
-            queries,
-            self._val_label[query_labels],
-            k=settings.knn_k,
-            temperature=settings.knn_temperature,
-        )
+        bank, bank_labels = world.gather(bank), world.gather(bank_labels)
+        truth, correct = self._val_label[query_labels], 0
+        if len(queries):
+            votes = {"k": settings.knn_k, "temperature": settings.knn_temperature}
+            correct = count_correct(bank, bank_labels, queries, truth, **votes)
         totals = [sum(column) for column in zip(*world.collect((correct, len(queries))), strict=True)]
         return 100 * totals[0] / totals[1]
 
     def _extract(self, encoder, loader):
         """Features and labels of this rank's part of the images."""
         part = np.arange(len(loader.source))[self._world.share_of(len(loader.source))]
+        if loader.skip.mask[part].all():
+            return torch.empty(0, device=self._device), torch.empty(0, dtype=torch.int64)
         return extract(encoder, self._watched(loader.batches(part)), self._precision)
 
     def _watched(self, batches):
