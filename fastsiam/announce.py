@@ -9,9 +9,10 @@ from fastsiam import collapse
 from fastsiam.config import Config
 from fastsiam.data import demo
 from fastsiam.data.backends import choose_backend
-from fastsiam.data.loader import check_batch_size
+from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.sources import open_source
 from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision
+from fastsiam.distributed import World
 from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.optim import large_batch_warning
 from fastsiam.record import duration
@@ -112,7 +113,7 @@ def closing_lines(status: str, session, knn: float | None) -> list[tuple[str, st
     if status == "collapsed":
         lines = [(f"COLLAPSED {session.checkup.reason}", "red"), (f"try       {collapse.ADVICE}", None)]
     elif status == "failed":
-        lines = [(f"FAILED    {session.reason}", "red")]
+        lines = [(f"FAILED    {session.soundness.reason}", "red")]
     elif status == "preempted":
         lines = [(f"stopped   at step {state.step:,} with a checkpoint; the same command goes on from there", "yellow")]
     else:
@@ -153,12 +154,14 @@ def knn_text(knn: float | None) -> str:
 def dry_run(config: Config) -> None:
     """Print the resolved config and what would run; draws and writes nothing. Raises what the run would raise."""
     print(config.to_yaml())
+    world = World.of_environment()
+    check_divides(config.train.batch_size, world.size)
     name, _ = choose_backend(config.data.backend, config.data.train)
     num_train, num_val, left_out = _count(config)
     if num_train:
         check_batch_size(config.train.batch_size, num_train, config.data.train)
     where = f"would run in {config.run.dir}/{config.run.name}"
-    lines = opening_lines(config, num_train, num_val, name, where, left_out)
+    lines = opening_lines(config, num_train, num_val, name, where, left_out, world.size)
     print("\n".join(lines))
     if name == "synthetic":
         from fastsiam.data.synthetic import IMAGENET_TRAIN_IMAGES

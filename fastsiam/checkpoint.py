@@ -90,15 +90,6 @@ def identity(source, specs, backend: str) -> dict:
     }
 
 
-def check_same_images(firsts: dict, mine: dict, location: str | None) -> None:
-    """Raise `UserError` where this rank's disk holds other images than the first rank's."""
-    if firsts["data"] != mine["data"]:
-        raise UserError(
-            f"data.train: {location} holds {mine['images']:,} images here and {firsts['images']:,} where the first "
-            "rank looks, or files of other names or sizes"
-        )
-
-
 def check_identity(then: dict, now: dict, folder: Path) -> None:
     """Raise `UserError` where a run would go on with other data, views or another backend."""
     advice = "; run.fresh=true starts over in a new folder"

@@ -31,7 +31,6 @@ def choose_device(asked: str, local_rank: int = 0, local_size: int = 1) -> torch
             f"train.device: {local_size} processes on this machine, and {torch.cuda.device_count()} CUDA devices; set "
             f"--nproc-per-node {torch.cuda.device_count()}, or train.device=cpu"
         )
-    torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 

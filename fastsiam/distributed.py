@@ -6,9 +6,12 @@ Collectives on the host go through gloo, on GPUs through NCCL, in one process gr
 import contextlib
 import datetime
 import os
+import re
 import sys
+import time
+import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,9 +20,15 @@ from fastsiam.config import UserError
 
 # Longer than anything that the first rank does alone; a hang is the watchdog's matter.
 TIMEOUT = datetime.timedelta(hours=2)
+# For all ranks to come together, which is before the watchdog's time.
+SETUP = datetime.timedelta(minutes=10)
+# What gloo and NCCL say of a connection whose other end has died.
+_LOST = re.compile(
+    r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited|ncclRemoteError"
+)
 
 
-@dataclass(frozen=True)
+@dataclass
 class World:
     """The ranks of a run; rank 0 speaks and writes for all of them."""
 
@@ -28,6 +37,7 @@ class World:
     local_rank: int = 0
     """Among the processes of this machine."""
     local_size: int = 1
+    _store: dist.Store | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def of_environment(cls) -> "World":
@@ -50,17 +60,16 @@ class World:
     @contextlib.contextmanager
     def joined(self, asked: str) -> Iterator[None]:
         """The process group of a run with `train.device: asked`, inside the block."""
+        if self.size > 1 or under_torchrun():
+            self._store, *_ = next(dist.rendezvous("env://", timeout=SETUP))
         if self.size == 1:
             yield
             return
         # Fewer devices than processes are a mistake that the ranks tell each other of, through gloo.
         cuda = asked != "cpu" and self.local_size <= torch.cuda.device_count()
-        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        # torchrun's workers share one store over all restarts (torch 2.14), and gloo finds the addresses of processes
-        # in it that have been killed: 2 of 6 restarts hung.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=dist.PrefixStore(f"start {restarts()}", store),
+            store=dist.PrefixStore(greeted(self._store, self.rank, self.size), self._store),
             rank=self.rank,
             world_size=self.size,
             timeout=TIMEOUT,
@@ -69,6 +78,14 @@ class World:
         yield
         # Not after an error: where a peer has gone, saying goodbye to it can hang.
         dist.destroy_process_group()
+
+    def once(self, key: str, value: str) -> str:
+        """What the first start of this job has called with this key, on every later start by torchrun, too."""
+        if self._store is None:
+            return value
+        if not self._store.check([key]):
+            self._store.set(key, value)
+        return self._store.get(key).decode()
 
     def share(self, value: object) -> object:
         """The first rank's value, on all ranks."""
@@ -151,16 +168,40 @@ class World:
                 self.barrier()
 
 
+def greeted(store: dist.Store, rank: int, size: int) -> str:
+    """A prefix for the store that all ranks of this very start have agreed on. Raises `UserError` where one is missing.
+
+    torchrun's workers share one store over all restarts (torch 2.14), and gloo finds the addresses of killed processes
+    in it: 2 of 6 restarts hung. How often its agent has restarted it, each of several machines counts for itself.
+    """
+    mine, deadline = uuid.uuid4().hex, time.monotonic() + SETUP.total_seconds()
+    if rank:
+        store.set(f"hello/{rank}", mine)
+        prefix = store.get(f"answer/{mine}").decode()
+        store.set(f"thanks/{prefix}/{rank}", "")
+        return prefix
+    waiting = set(range(1, size))
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"thanks/{mine}/{other}"]):
+                waiting.remove(other)
+            elif store.check([f"hello/{other}"]):
+                # Of a process that lives or of one that is gone, which will not thank.
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", mine)
+        if waiting and time.monotonic() > deadline:
+            raise UserError(f"rank {min(waiting)} of {size} has not come within {SETUP}; did all machines start?")
+        time.sleep(0.02)
+    return mine
+
+
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another process has gone."""
-    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("gloo" in text.lower() or "Connection closed by peer" in text)
+    kinds = RuntimeError | dist.DistError
+    return dist.is_initialized() and isinstance(error, kinds) and _LOST.search(str(error)) is not None
 
 
 def restarts() -> int:
-    """How often torchrun has started the processes of this job again."""
+    """How often torchrun's agent on this machine has started its processes again."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 

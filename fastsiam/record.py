@@ -140,7 +140,8 @@ class RunFolder:
         """
         path = self.path / "status.json"
         try:
-            _write(path, json.dumps({"status": status, **details}, indent=1))
+            # Ranks that fail together may all write it.
+            _write(path, json.dumps({"status": status, **details}, indent=1), f".{os.getpid()}.tmp")
         except OSError as error:
             self._warn(f"{path} could not be written ({error.strerror or error}); it should say {status}")
 
@@ -259,17 +260,14 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
 
 
-def run_path(config: Config, restarted: bool = False) -> Path:
-    """Where a run lies. `restarted` by torchrun, it goes on in the folder that run.fresh has made."""
+def run_path(config: Config) -> Path:
+    """Where a run lies: with run.fresh in a folder that is not there yet."""
     base = Path(config.run.dir) / config.run.name
     if not config.run.fresh:
         return base
     numbered = itertools.chain([base], (base.with_name(f"{base.name}-{number}") for number in itertools.count(2)))
     with _refusal(config, base):
-        before, free = None, next(numbered)
-        while free.exists():
-            before, free = free, next(numbered)
-    return before if restarted and before else free
+        return next(path for path in numbered if not path.exists())
 
 
 @contextlib.contextmanager
@@ -282,9 +280,9 @@ def _refusal(config, path):
         ) from error
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, text: str, suffix: str = ".tmp") -> None:
     """Replace a file by a whole one; where that fails, the old one stays and nothing lies beside it."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}{suffix}")
     try:
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)

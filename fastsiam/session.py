@@ -3,17 +3,18 @@
 import contextlib
 import os
 import time
-from collections import deque
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import fastsiam
 from fastsiam import checkpoint, host_memory, optim
+from fastsiam.alike import check_alike, facts_of_config, facts_of_images
 from fastsiam.announce import closing_lines, knn_text, opening_lines, progress_text, schedule_line
 from fastsiam.bad_files import BadFiles
-from fastsiam.config import Config
+from fastsiam.config import Config, UserError
 from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
 from fastsiam.data.sources import open_sources
 from fastsiam.data.views import view_specs
@@ -26,9 +27,13 @@ from fastsiam.journal import Journal
 from fastsiam.loader_advice import LoaderWatch, describe
 from fastsiam.methods import build_method
 from fastsiam.record import EXIT_CODES, Result, RunFolder, run_path
+from fastsiam.soundness import Soundness
 from fastsiam.state import State, Stopwatch
 from fastsiam.step import TrainingStep
 from fastsiam.watchdog import Watchdog
+
+# Seconds; torchrun kills 30 after it has passed a signal on.
+SAVED_LONG_AGO = 30.0
 
 
 class Session:
@@ -41,10 +46,9 @@ class Session:
         self.config, self.world = config, world
         self._stack = contextlib.ExitStack()
         self._started = False
-        self.reason: str | None = None
-        """Why the run has failed."""
+        check_alike(world, facts_of_config(config))
         with world.together():
-            path = run_path(config, restarted=restarts() > 0) if world.is_first else None
+            path = Path(world.once(f"folder of {config.run.name}", str(run_path(config)))) if world.is_first else None
         self.folder = RunFolder(config, world.share(path), lambda sentence: self.journal.warn(sentence))
         with world.together():
             self._choose()
@@ -54,6 +58,8 @@ class Session:
         self.journal = Journal(self.folder, world, self.state, self.clock)
         with world.together(), world.leader_first():
             self.source, self.val = open_sources(config, self.journal.warn, self.journal.say)
+        chosen = {"device": self.device.type, "dtype": str(self.dtype), "compile": self.compiles}
+        check_alike(world, {**chosen, "data.backend": self.backend_name, **facts_of_images(self.source, self.val)})
         self._files = BadFiles(config, self.folder.path, self.journal, world)
         self.skips = [
             self._files.skip_list(self.source, "skip", config.data.train),
@@ -61,9 +67,6 @@ class Session:
         ]
         with world.together():
             self._open_loader()
-        firsts = world.share(self.identity)
-        with world.together():
-            checkpoint.check_same_images(firsts, self.identity, config.data.train)
         steps = config.train.epochs * self.loader.steps_per_epoch
         self.last_step = min(steps, config.train.max_steps or steps)
 
@@ -71,6 +74,8 @@ class Session:
         """What the config leads to on this machine, and what its run folder holds."""
         config, world = self.config, self.world
         self.device = choose_device(config.train.device, world.local_rank, world.local_size)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         self.dtype = choose_precision(config.train.precision, self.device)
         self.compiles = choose_compile(config.train.compile, self.device)
         self.backend_name, _ = choose_backend(config.data.backend, config.data.train)
@@ -101,8 +106,13 @@ class Session:
         return self
 
     def __exit__(self, kind, error, _traceback):
-        if self._started and error is not None:
-            self._failed(f"{kind.__name__}: {error}", lost_peer=is_lost_peer(error))
+        # A rank that leaves because of another's mistake has nothing to say.
+        if self._started and error is not None and not isinstance(error, SystemExit):
+            if not is_lost_peer(error):
+                self._failed(f"{kind.__name__}: {error}", **({"exit_code": 2} if kind is UserError else {}))
+            elif self.folder.status().get("status") == "running":
+                # Who went knows better why, where it could still say so.
+                self._failed("another process of the run has gone")
         self.close()
 
     def close(self) -> None:
@@ -121,10 +131,9 @@ class Session:
     def start(self) -> None:
         """Build model and optimizer, enter the run folder, restore or measure the controls."""
         config, world, journal = self.config, self.world, self.journal
+        torch.backends.cudnn.benchmark = self.device.type == "cuda"
         if self.device.type == "cpu":
             host_memory.keep_freed()
-        else:
-            torch.backends.cudnn.benchmark = True
         torch.manual_seed(config.train.seed)
         self.method = build_method(config, world.size).to(self.device)
         if config.train.channels_last:
@@ -143,24 +152,26 @@ class Session:
         self.monitor = None
         if self.source is not None:
             precision = autocast(self.device, self.dtype)
-            self.monitor = Monitor(
-                self._loading, self.source, self.val, self.device, self.dtype, precision, self.skips, world,
-                self.watchdog.beat,
-            )  # fmt: skip
+            with world.together(), self.watchdog.paused():
+                self.monitor = Monitor(
+                    self._loading, self.source, self.val, self.device, self.dtype, precision, self.skips, world,
+                    self.watchdog.beat,
+                )  # fmt: skip
             self._stack.callback(self.monitor.close)
         self.checkup = Checkup(config, self.method, self.monitor, self.loader.steps_per_epoch, journal, world)
         self._announce()
-        if self._saved:
-            self._restore(self._saved)
-        elif world.is_first:
-            self.folder.write_header()
+        with world.together():
+            if self._saved:
+                self._restore(self._saved)
+            elif world.is_first:
+                self.folder.write_header()
         self._saved = None
         if self.state.step == 0 and config.evaluate.controls and self.checkup.has_knn:
             self.checkup.controls(self.loader)
         journal.begin_progress(self.last_step)
         self._saved_at = time.perf_counter()
         self._logged = (self.state.step, dict(self.clock.totals))
-        self._recent: deque[tuple[int, np.ndarray]] = deque()
+        self.soundness = Soundness(self._step, self.source, self.folder, world)
         self._watch = LoaderWatch(lambda: describe(self._loading, self.source, self.backend_name, self.device))
 
     def set_learning_rate(self, progress: float) -> float:
@@ -170,7 +181,7 @@ class Session:
         """One training step on views [2N, 3, S, S] of the images `indices`; no value is read back from the device."""
         number = self.state.step + 1
         if indices is not None:
-            self._recent.append((number, indices))
+            self.soundness.remember(number, indices)
         out = self._step(views, number)
         self.watchdog.beat()
         if self._step.compiled is not None and self._step.compiled.changed():
@@ -185,20 +196,16 @@ class Session:
 
     def numbers_are_sound(self, loss: torch.Tensor) -> bool:
         """Look at the device: False where the loss of a step since the last look was not finite."""
-        self._reading = self._step.read(loss)
-        # The read waits for the device to finish the steps before it: that time belongs to them.
+        sound = self.soundness.look(loss)
+        # The look waits for the device to finish the steps before it: that time belongs to them.
         self.clock.split("step")
         self._files.exchange()
-        first = self._reading.first_bad_step
-        if first is not None:
-            self._write_down_batch(first)
-        self._recent.clear()
-        return first is None
+        return sound
 
     def log(self, rate: float) -> None:
         """A `train` line in metrics.jsonl and the progress line, of what `numbers_are_sound` has read."""
         state, batch_size, totals = self.state, self.config.train.batch_size, self.clock.totals
-        reading = self._reading
+        reading = self.soundness.reading
         last_step, last_totals = self._logged
         waited = totals["wait"] - last_totals["wait"]
         stepped = totals["step"] - last_totals["step"]
@@ -214,12 +221,24 @@ class Session:
             self.journal.warn(advice)
         self.journal.progress(progress_text(self, reading, images_per_second, wait_fraction))
 
+    def evaluation_is_next(self) -> bool:
+        """Whether kNN follows this step, the last of its epoch."""
+        state, ends = self.state, self.state.cursor >= self.loader.steps_per_epoch * self.loader.batch_size
+        return ends and self._evaluates_after(state.epoch + 1)
+
+    def save_before_evaluation(self) -> None:
+        """At the end of an epoch that kNN follows, and of the run."""
+        if self._evaluates_after(self.state.epoch + 1) or self.state.step == self.last_step:
+            # torchrun gives half a minute to stop in, which an evaluation may outlast.
+            if time.perf_counter() - self._saved_at > SAVED_LONG_AGO:
+                self.save_on_the_way()
+
     def evaluate_if_due(self) -> None:
-        every = self.config.evaluate.knn_every_epochs
-        if every and self.state.epoch % every == 0 and self.checkup.has_knn:
+        if self._evaluates_after(self.state.epoch):
             # Decoders and their buffers would otherwise lie beside those of the evaluation.
             self.loader.backend.close()
             self.checkup.knn()
+            self._files.exchange()
 
     def save(self) -> None:
         """A checkpoint, written by the first rank; raises `SaveError` where it cannot be."""
@@ -253,7 +272,9 @@ class Session:
         state, path, journal = self.state, self.folder.path, self.journal
         knn = None
         if status == "done":
+            self.save_before_evaluation()
             knn = self.checkup.final()
+            self._files.exchange()
         with self.world.together():
             if status != "failed":
                 self.save()
@@ -262,7 +283,7 @@ class Session:
         details = {"step": state.step} | ({"knn_top1": knn} if knn is not None else {})
         if self.checkup.measures:
             details |= self.checkup.measures.fields()
-        if reason := self.reason or self.checkup.reason:
+        if reason := self.soundness.reason or self.checkup.reason:
             details |= {"reason": reason} if status in ("collapsed", "failed") else {}
         journal.write("end", status=status, **details)
         if status in EXIT_CODES:
@@ -276,6 +297,10 @@ class Session:
     @property
     def loader_text(self) -> str:
         return self.loader.backend.description if self.source is not None else "synthetic: one fixed batch"
+
+    def _evaluates_after(self, epochs):
+        every = self.config.evaluate.knn_every_epochs
+        return bool(every) and epochs % every == 0 and self.checkup.has_knn
 
     def _announce(self):
         config, journal = self.config, self.journal
@@ -306,32 +331,15 @@ class Session:
             return Result("failed", str(path), state.step)
         return None
 
-    def _failed(self, reason, lost_peer=False):
-        """Any rank may have to say so, for the first may be the one that has gone; who went knows best why."""
-        if lost_peer:
-            if self.folder.status().get("status") != "running":
-                return
-            reason = "another process of the run has gone"
-        self.folder.set_status("failed", step=self.state.step, reason=reason)
+    def _failed(self, reason, **details):
+        """Any rank may have to say so, for the first may be the one that has gone."""
+        self.folder.set_status("failed", step=self.state.step, reason=reason, **details)
 
     def _report_compilation(self):
         report = self._step.compiled.report()
         self.journal.write("compile", **report)
         if report["fallback"]:
             self.journal.warn(f"torch.compile failed, and the run goes on in eager mode: {report['fallback']}")
-
-    def _write_down_batch(self, first):
-        """The files of the first step whose loss was not finite, of the ranks where it was not."""
-        mine = next((indices for number, indices in self._recent if number == first), ())
-        names = [self.source.name(index) for index in mine] if self.source and self._reading.guilty else []
-        names_by_rank = self.world.collect(names)
-        path = self.folder.path / "nonfinite.txt"
-        if self.world.is_first:
-            self.folder.write_batch(path, first, names_by_rank)
-        self.reason = (
-            f"the loss of step {first:,} is not finite; {path} names the images of that step, and the checkpoint "
-            "before it stays; lower optimizer.base_lr, add optimizer.warmup, or set train.precision=fp32"
-        )
 
     def _restore(self, saved):
         self._step.load_state_dict(saved)

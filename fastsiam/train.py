@@ -1,9 +1,10 @@
 """python -m fastsiam.train --config NAME [key.sub=value ...] [--dry-run]: pretrain an encoder.
 
 The only file that knows the order of things: build, resume, loop, log, evaluate, save. Its module level imports no
-torch, so that a mistake in a config is answered in a moment. Exit codes: 0 done, 2 the user's mistake, 3 collapsed,
-4 the loss is no longer finite, 5 no step for too long, 130, 138 and 143 stopped by Ctrl-C, SIGUSR1 and SIGTERM with a
-checkpoint. Under torchrun such a stop is 0, for any other code would have it start the processes again.
+torch, so that a mistake in a config is answered in a moment. Exit codes: 0 done, 1 another process has gone, 2 the
+user's mistake, 3 collapsed, 4 the loss is no longer finite, 5 no step for too long, 130, 138 and 143 stopped by Ctrl-C,
+SIGUSR1 and SIGTERM with a checkpoint. Under torchrun such a stop is 0, for any other code would have it start the
+processes again.
 """
 
 import argparse
@@ -46,8 +47,9 @@ def main(argv: list[str] | None = None) -> int:
             dry_run(config)
             return 0
         result = pretrain(config)
-        stopped_by_request = result.status == "preempted" and "TORCHELASTIC_RUN_ID" in os.environ
-        return 0 if stopped_by_request else result.exit_code
+        from fastsiam.distributed import under_torchrun
+
+        return 0 if result.status == "preempted" and under_torchrun() else result.exit_code
     except (UserError, ImportError) as error:
         if isinstance(error, ModuleNotFoundError):
             raise
@@ -58,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 
         if not is_lost_peer(error):
             raise
-        print("fastsiam: another process of the run has gone; nothing was saved after it", file=sys.stderr)
+        first, *_ = str(error).splitlines()
+        print(f"fastsiam: another process of the run has gone; nothing was saved after it ({first})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fastsiam: stopped before the first step", file=sys.stderr)
@@ -68,8 +71,9 @@ def main(argv: list[str] | None = None) -> int:
 def pretrain(config: Config) -> "Result":
     """Train the method of `config` to its end, or from where its run folder stopped.
 
-    Under torchrun this process is one rank of several. Raises `UserError` for what the user can put right; nothing has
-    been written then. Stops in good order, with a checkpoint, on SIGTERM, SIGUSR1 and Ctrl-C.
+    Under torchrun this process is one rank of several. Raises `UserError` for what the user can put right; where that
+    shows before training, nothing has been written. Stops in good order, with a checkpoint, on SIGTERM, SIGUSR1 and
+    Ctrl-C.
     """
     from fastsiam.distributed import World
     from fastsiam.session import Session
@@ -102,7 +106,8 @@ def train(session: "Session", stop: StopSignals) -> tuple[str, int | None]:
             last = state.step == session.last_step
             logging = last or state.step % config.train.log_every_steps == 0
             received, saving = session.agree(stop.received)
-            if (logging or saving or received) and not session.numbers_are_sound(out["loss"]):
+            looking = logging or saving or received or session.checkup.is_due() or session.evaluation_is_next()
+            if looking and not session.numbers_are_sound(out["loss"]):
                 return "failed", None
             if logging:
                 session.log(rate)
@@ -115,6 +120,7 @@ def train(session: "Session", stop: StopSignals) -> tuple[str, int | None]:
             if last and state.cursor < session.loader.steps_per_epoch * batch_size:
                 return "done", None
             clock.split("other")
+        session.save_before_evaluation()
         state.next_epoch()
         session.evaluate_if_due()
     return "done", None

@@ -35,10 +35,11 @@ LAYERS = (
         "fastsiam.evaluation",
         "fastsiam.step",
         "fastsiam.bad_files",
+        "fastsiam.alike",
         "fastsiam.checkpoint",
         "fastsiam.loader_advice",
     },
-    {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare"},
+    {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.soundness"},
     {"fastsiam.train", "fastsiam.__main__"},
 )
 TORCH_FREE = (

@@ -1,6 +1,7 @@
 """A run over several ranks is the run of one rank: the same order, losses, measures, and place to go on from."""
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -129,7 +130,7 @@ def spoil_third(session, views, indices):
         views[0, 0, 0, 0] = torch.nan
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_within_the_log_interval(wider, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_stops_the_run_within_the_log_interval(wider, tmp_path, demo_folder, capsys):
     overrides = wider("spoilt", "train.log_every_steps=4", "evaluate.controls=false")
     train_here(overrides, stop_after=1)
     saved = (tmp_path / "runs/spoilt/checkpoint.pt").read_bytes()
@@ -138,9 +139,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_within_the_log_interval(wider, 
     folder = tmp_path / "runs/spoilt"
     first, *names = (folder / "nonfinite.txt").read_text().splitlines()
     assert first == "step 3"
-    with_nan = [index for _, indices in seen[1:2] for index in indices]
-    assert len(names) == len(with_nan) == 16
-    assert all(name.startswith("rank 0\t") and name.endswith(".jpg") for name in names)
+    # Steps 2, 3 and 4 were made after the resume.
+    source = open_source(f"{demo_folder}/train")
+    assert names == [f"rank 0\t{source.name(index)}" for index in seen[1][1]]
     status = json.loads((folder / "status.json").read_text())
     assert (status["status"], status["exit_code"]) == ("failed", 4)
     assert "the loss of step 3 is not finite" in status["reason"]
@@ -157,13 +158,16 @@ def test_no_checkpoint_is_written_between_a_bad_step_and_its_discovery(wider, tm
     assert all(value.isfinite().all() for value in saved["method"].values())
 
 
-def test_the_nan_of_one_rank_stops_all(ranks, wider, tmp_path):
+def test_the_nan_of_one_rank_stops_all(ranks, wider, tmp_path, demo_folder):
     results = ranks(2, train_here, wider("spoilt", "train.log_every_steps=4"), None, spoil_third)
     assert [(result.status, result.step) for result, _ in results] == [("failed", 4)] * 2
     first, *names = (tmp_path / "runs/spoilt/nonfinite.txt").read_text().splitlines()
     # Statistics are those of all ranks, so the loss of each is spoilt.
     assert first == "step 3"
-    assert [name.split("\t")[0] for name in names] == ["rank 0"] * 8 + ["rank 1"] * 8
+    source = open_source(f"{demo_folder}/train")
+    third = [(rank, index) for rank, (_, seen) in enumerate(results) for index in seen[2][1]]
+    assert names == [f"rank {rank}\t{source.name(index)}" for rank, index in third]
+    assert len(names) == 16
 
 
 def test_what_one_rank_cannot_decode_is_left_out_by_all(ranks, wider, tmp_path, demo_folder):
@@ -200,8 +204,13 @@ def test_fewer_labelled_images_than_ranks_are_counted_once(ranks, wider, tmp_pat
 def test_ranks_that_see_other_images_are_told(ranks, wider, photos):
     mine = wider("differ", "data.val=null", "train.batch_size=8")
     said, code = ranks(2, refused_here, (mine, [*mine, f"data.train={photos}"]))
-    assert "holds 16 images here and 80 where the first rank looks" in said
-    assert said.endswith("(on rank 1)")
+    assert re.fullmatch(
+        r"images of data.train: 16 \(\w{8}\) here and 80 \(\w{8}\) on the first rank; all ranks must have the same "
+        r"\(on rank 1\)",
+        said,
+    )
+    said, _ = ranks(2, refused_here, (mine, [*mine, "train.epochs=7"]))
+    assert said.startswith("train.epochs: 7 here and 2 on the first rank")
     assert code == 2
 
 

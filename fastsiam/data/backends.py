@@ -8,7 +8,7 @@ import torch
 
 from fastsiam.config import Config
 from fastsiam.data.beton import is_beton
-from fastsiam.data.loader import Backend, EvaluationLoader, Loader
+from fastsiam.data.loader import Backend, EvaluationLoader, Loader, check_divides
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import ImageSource
 from fastsiam.data.views import view_specs
@@ -31,12 +31,14 @@ def build_loader(
     """
     device = torch.device(device)
     specs = view_specs(config.views)
+    check_divides(config.train.batch_size, world_size)
     name, _ = choose_backend(config.data.backend, config.data.train)
     if name == "synthetic":
         from fastsiam.data.synthetic import SyntheticLoader
 
+        train = config.train
         return SyntheticLoader(
-            specs, batch_size=config.train.batch_size // world_size, seed=config.train.seed, device=device, dtype=dtype
+            specs, batch_size=train.batch_size, seed=train.seed, device=device, dtype=dtype, world_size=world_size
         )
     if source is None:
         from fastsiam.data.sources import open_source

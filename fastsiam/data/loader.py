@@ -94,8 +94,7 @@ class Loader:
 
         `backend_augments`: requests carry the draws, and the backend delivers finished views.
         """
-        if batch_size % world_size:
-            raise UserError(f"train.batch_size: {batch_size} does not divide over {world_size} processes")
+        check_divides(batch_size, world_size)
         check_batch_size(batch_size, len(source), source.root)
         self.source, self.specs, self.backend = source, specs, backend
         self.batch_size, self.seed, self.dtype = batch_size, seed, dtype
@@ -229,6 +228,12 @@ def check_delivery(pending: deque[CropRequest], indices: np.ndarray, crops: torc
             f"asked for {num_views} views of the images {asked[:8].tolist()}... ({len(asked)}), "
             f"got {len(crops)} crops of {np.asarray(indices)[:8].tolist()}... ({len(indices)})"
         )
+
+
+def check_divides(batch_size: int, world_size: int) -> None:
+    """Raise `UserError` for a batch that the processes cannot share equally."""
+    if batch_size % world_size:
+        raise UserError(f"train.batch_size: {batch_size} does not divide over {world_size} processes")
 
 
 def check_batch_size(batch_size: int, num_images: int, where) -> None:

@@ -11,10 +11,11 @@ IMAGENET_TRAIN_IMAGES = 1_281_167
 class SyntheticLoader:
     """The same normally distributed views in every step; an epoch has the length of ImageNet's."""
 
-    def __init__(self, specs, *, batch_size, seed, device, dtype, num_images=IMAGENET_TRAIN_IMAGES):
+    def __init__(self, specs, *, batch_size, seed, device, dtype, num_images=IMAGENET_TRAIN_IMAGES, world_size=1):
+        """`batch_size` is that of all processes together, each of which holds its part."""
         self.batch_size = batch_size
         self.steps_per_epoch = num_images // batch_size
-        size = specs[0].size
+        batch_size, size = batch_size // world_size, specs[0].size
         generator = torch.Generator().manual_seed(seed)
         views = torch.randn(len(specs) * batch_size, 3, size, size, generator=generator)
         self._batch = Batch(

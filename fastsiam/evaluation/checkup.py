@@ -27,6 +27,10 @@ class Checkup:
     def has_knn(self) -> bool:
         return self._monitor is not None and self._monitor.has_knn
 
+    def is_due(self) -> bool:
+        """Whether collapse is measured at this step."""
+        return self._monitor is not None and self.guard.due(self._journal.state.step)
+
     def controls(self, loader) -> None:
         """kNN before training, of raw pixels and of the untrained encoder, into the state."""
         state = self._journal.state
@@ -49,7 +53,7 @@ class Checkup:
     def has_collapsed(self) -> bool:
         """Where a measure is due: take it and judge; True where the run must stop."""
         step, action = self._journal.state.step, self._config.collapse.action
-        if self._monitor is None or not self.guard.due(step):
+        if not self.is_due():
             return False
         self._measure()
         if not self.guard.judge(step, self.measures) or action == "off":
