@@ -32,7 +32,7 @@ from fastsiam.state import State, Stopwatch
 from fastsiam.step import TrainingStep
 from fastsiam.watchdog import Watchdog
 
-# Seconds; torchrun kills 30 after it has passed a signal on.
+# Seconds; torchrun kills 30 after it has passed a signal on, which an evaluation may outlast.
 SAVED_LONG_AGO = 30.0
 
 
@@ -227,11 +227,10 @@ class Session:
         return ends and self._evaluates_after(state.epoch + 1)
 
     def save_before_evaluation(self) -> None:
-        """At the end of an epoch that kNN follows, and of the run."""
-        if self._evaluates_after(self.state.epoch + 1) or self.state.step == self.last_step:
-            # torchrun gives half a minute to stop in, which an evaluation may outlast.
-            if time.perf_counter() - self._saved_at > SAVED_LONG_AGO:
-                self.save_on_the_way()
+        """At the end of an epoch that kNN follows, and of the run, where the last checkpoint is old."""
+        follows = self._evaluates_after(self.state.epoch + 1) or self.state.step == self.last_step
+        if follows and time.perf_counter() - self._saved_at > SAVED_LONG_AGO:
+            self.save_on_the_way()
 
     def evaluate_if_due(self) -> None:
         if self._evaluates_after(self.state.epoch):

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
         if not is_lost_peer(error):
             raise
-        first, *_ = str(error).splitlines()
+        first = str(error).partition(". ")[0].partition("\n")[0]
         print(f"fastsiam: another process of the run has gone; nothing was saved after it ({first})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
