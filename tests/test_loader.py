@@ -305,9 +305,12 @@ def test_decoding_processes_outlive_the_signals_of_their_group(photos):
     made = make(photos, "pil", batch_size=1, workers=2)
     batches = made.epoch(0)
     delivered = [next(batches).indices]
-    for worker in made.backend._loader._iterator._workers:
+    workers = [worker.pid for worker in made.backend._loader._iterator._workers]
+    with open(f"/proc/{workers[0]}/stat", encoding="ascii") as file:
+        server = int(file.read().rpartition(")")[2].split()[1])
+    for pid in (server, *workers):
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
-            os.kill(worker.pid, number)
+            os.kill(pid, number)
     delivered += [batch.indices for batch in batches]
     assert np.concatenate(delivered).tolist() == draws.epoch_order(0, 0, 16).tolist()
     made.backend.close()

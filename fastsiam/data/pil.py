@@ -1,8 +1,10 @@
 """PIL decodes, torchvision crops, a DataLoader spreads the work: slow, right, and the truth for tests."""
 
+import contextlib
 import io
 import multiprocessing
 import signal
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +62,9 @@ class PilBackend:
         if self._loader is None:
             self._loader = self._build()
         self._requests.current = requests
-        for indices, crops in self._loader:
+        with _deaf():
+            batches = iter(self._loader)
+        for indices, crops in batches:
             if isinstance(crops, dict):
                 raise UndecodableError(crops)
             yield indices.numpy(), crops.to(self._device, non_blocking=True)
@@ -82,12 +86,28 @@ class PilBackend:
         )
 
 
+@contextlib.contextmanager
+def _deaf():
+    """Processes that start inside are deaf to the signals that ask a run to stop.
+
+    Terminals, torchrun and schedulers signal whole groups of processes, and the one that trains decides when its
+    workers end; they end when the server that forks them does.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
+    # Of its own accord deaf to SIGTERM, and its start lets that through again here.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _outlive_signals(_worker):
-    """Terminals and torchrun signal whole groups of processes: the one that trains decides when the workers end."""
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    # For a step and a checkpoint; torchrun itself kills after 30 s.
+    """In a worker: a SIGTERM leaves time for a step and a checkpoint; multiprocessing itself ends workers by it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(25))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
 class _Requests:
