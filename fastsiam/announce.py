@@ -91,6 +91,16 @@ def schedule_line(config: Config, steps_per_epoch: int) -> str:
     )
 
 
+def session_lines(session) -> list[str]:
+    """The first lines of a run."""
+    config, sources = session.config, (session.source, session.val)
+    left_out = [source.left_out for source in sources if source is not None]
+    counts = [len(source or ()) for source in sources]
+    where = f"run folder {session.folder.path}"
+    lines = opening_lines(config, *counts, session.loader_text, where, left_out, session.world.size)
+    return [*lines, schedule_line(config, session.loader.steps_per_epoch)]
+
+
 def progress_text(session, reading, images_per_second: float, wait_fraction: float) -> str:
     """What the progress line says after a step; `reading` is of that step."""
     state, health, loss = session.state, session.checkup.measures, reading.loss

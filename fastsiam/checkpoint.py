@@ -26,6 +26,10 @@ UNREADABLE = (
 )  # fmt: skip
 
 
+# Another number where a checkpoint holds other things than before.
+LAYOUT = 2
+
+
 class SaveError(UserError):
     """A checkpoint could not be written: the disk is full, the folder is gone or read-only."""
 
@@ -88,6 +92,15 @@ def identity(source, specs, backend: str) -> dict:
         "views": hashlib.sha256(repr(specs).encode()).hexdigest()[:16],
         "backend": backend,
     }
+
+
+def check_layout(saved: dict, folder: Path) -> None:
+    """Raise `UserError` for what another version has written."""
+    if saved.get("layout") != LAYOUT:
+        raise UserError(
+            f"{folder} cannot go on: its checkpoint was written by another version of fastsiam; run.fresh=true starts "
+            "over in a new folder"
+        )
 
 
 def check_identity(then: dict, now: dict, folder: Path) -> None:

@@ -5,6 +5,7 @@ Collectives on the host go through gloo, on GPUs through NCCL, in one process gr
 
 import contextlib
 import datetime
+import itertools
 import os
 import re
 import sys
@@ -27,6 +28,8 @@ _LOST = re.compile(
     r"Connection closed by peer|Connection reset by peer|Broken pipe|remote process exited|ncclRemoteError"
 )
 
+_starts = itertools.count()
+
 
 @dataclass
 class World:
@@ -38,6 +41,8 @@ class World:
     """Among the processes of this machine."""
     local_size: int = 1
     _store: dist.Store | None = field(default=None, repr=False, compare=False)
+    _start: int = field(default=0, repr=False, compare=False)
+    """How many groups this process has joined before."""
 
     @classmethod
     def of_environment(cls) -> "World":
@@ -60,6 +65,7 @@ class World:
     @contextlib.contextmanager
     def joined(self, asked: str) -> Iterator[None]:
         """The process group of a run with `train.device: asked`, inside the block."""
+        self._start = next(_starts)
         if self.size > 1 or under_torchrun():
             self._store, *_ = next(dist.rendezvous("env://", timeout=SETUP))
         if self.size == 1:
@@ -83,6 +89,7 @@ class World:
         """What the first start of this job has called with this key, on every later start by torchrun, too."""
         if self._store is None:
             return value
+        key = f"{self._start} {key}"
         if not self._store.check([key]):
             self._store.set(key, value)
         return self._store.get(key).decode()

@@ -12,7 +12,7 @@ import torch
 import fastsiam
 from fastsiam import checkpoint, host_memory, optim
 from fastsiam.alike import check_alike, facts_of_config, facts_of_images
-from fastsiam.announce import closing_lines, knn_text, opening_lines, progress_text, schedule_line
+from fastsiam.announce import closing_lines, knn_text, progress_text, session_lines
 from fastsiam.bad_files import BadFiles
 from fastsiam.config import Config, UserError
 from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
@@ -83,6 +83,8 @@ class Session:
         if world.is_first:
             self.folder.check_config()
             self._saved = checkpoint.load_newest(self.folder.path, self._early.append)
+            if self._saved:
+                checkpoint.check_layout(self._saved, self.folder.path)
 
     def _open_loader(self):
         config, world = self.config, self.world
@@ -248,6 +250,7 @@ class Session:
         checkpoint.save(
             self.folder.path,
             {
+                "layout": checkpoint.LAYOUT,
                 "state": asdict(self.state),
                 **self._step.state_dict(),
                 "collapsed_in_a_row": self.checkup.guard.collapsed_in_a_row,
@@ -305,12 +308,8 @@ class Session:
         config, journal = self.config, self.journal
         for sentence in self._early:
             journal.warn(sentence)
-        counts = len(self.source or ()), len(self.val or ())
-        left_out = [source.left_out for source in (self.source, self.val) if source is not None]
-        where = f"run folder {self.folder.path}"
-        for line in opening_lines(config, *counts, self.loader_text, where, left_out, self.world.size):
+        for line in session_lines(self):
             journal.say(line)
-        journal.say(schedule_line(config, self.loader.steps_per_epoch))
         if warning := optim.large_batch_warning(config):
             journal.warn(warning)
 
