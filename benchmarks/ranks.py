@@ -4,6 +4,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import socket
+import threading
 from collections.abc import Callable, Mapping
 
 import torch
@@ -87,6 +88,7 @@ def _serve(rank, size, port, device, pipe, function, arguments):
         # Else it looks the machine's name up, which some networks answer with an address that leads nowhere.
         "GLOO_SOCKET_IFNAME": "lo",
     }
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads_of_each(size))
     world = World.of_environment()
     chosen = choose_device(device, world.local_rank, world.local_size)
@@ -94,6 +96,12 @@ def _serve(rank, size, port, device, pipe, function, arguments):
         value = function(world, chosen, *arguments)
         if pipe is not None:
             pipe.send(value)
+
+
+def _end_with_parent():
+    """A parent that is killed ends nobody: its ranks would go on beside the next benchmark."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def in_turns(

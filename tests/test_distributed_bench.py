@@ -1,6 +1,10 @@
 """benchmarks.distributed: its rows are the same training where they should be, taken in turns by all ranks."""
 
+import fcntl
 import json
+import subprocess
+import sys
+import threading
 import time
 from itertools import pairwise
 
@@ -10,6 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from benchmarks import distributed as benchmark
+from benchmarks import ranks as ranks_module
 from benchmarks import reductions
 from benchmarks.command import command
 from benchmarks.peers import AbsentError
@@ -20,6 +25,7 @@ from fastsiam.config import UserError
 from fastsiam.distributed import World
 from fastsiam.norm import split_statistics
 from fastsiam.step import TrainingStep
+from tests.conftest import REPOSITORY
 from tests.test_distributed import world
 from tests.test_norm_ranks import one_layer
 from tests.test_peers import CPU, small_config
@@ -156,7 +162,14 @@ def test_a_sample_ends_with_the_slowest_rank(ranks):
     assert seconds > 0.05
 
 
-def threads_and_ranks(world, device, factor):
+def test_samples_are_seconds_a_call(monkeypatch):
+    monkeypatch.setattr(
+        ranks_module, "interleave", lambda functions, **_: dict.fromkeys(functions, Samples((6.0, 9.0)))
+    )
+    assert in_turns(World(), CPU, {"a": print}, together=3) == {"a": Samples((2.0, 3.0))}
+
+
+def value_of_all(world, device, factor):
     return factor * sum(world.collect(world.rank + 1)), world.size, str(device)
 
 
@@ -167,10 +180,51 @@ def fails_on_the_second(world, device):
 
 
 def test_processes_end_together(capfd):
-    assert in_ranks(2, "cpu", threads_and_ranks, 10) == (30, 2, "cpu")
+    assert in_ranks(2, "cpu", value_of_all, 10) == (30, 2, "cpu")
     with pytest.raises(RuntimeError, match="rank [01] has ended with code 1"):
         in_ranks(2, "cpu", fails_on_the_second)
     assert "IndexError: nothing there" in capfd.readouterr().err
+
+
+def wait_for_ever(world, device, folder):
+    """Holds a lock on a file, which ends with the process."""
+    with open(folder / str(world.rank), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write("locked")
+        file.flush()
+        threading.Event().wait()
+
+
+KILLED = """
+import sys, pathlib
+from benchmarks.ranks import in_ranks
+from tests.test_distributed_bench import wait_for_ever
+in_ranks(2, "cpu", wait_for_ever, pathlib.Path(sys.argv[1]))
+"""
+
+
+def test_ranks_of_a_killed_benchmark_end(tmp_path):
+    parent = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=REPOSITORY)
+    wait_until(lambda: {path.name for path in tmp_path.iterdir() if path.read_text() == "locked"} == {"0", "1"})
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(is_locked(path) for path in tmp_path.iterdir()))
+
+
+def is_locked(path):
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def wait_until(reached):
+    deadline = time.monotonic() + 100
+    while not reached():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_lines_of_a_run_with_little_time(tmp_path, monkeypatch):
