@@ -12,8 +12,9 @@ from fastsiam.device import choose_device
 
 # What some of them take besides, by the name of the parameter.
 OPTIONS = {
-    "images": "folder of JPEGs; without it they are drawn",
-    "solo_learn": "a checkout of github.com/vturrisi/solo-learn",
+    "images": (Path, "folder of JPEGs; without it they are drawn"),
+    "ranks": (int, "processes, on a GPU each where the device is cuda; without it 2"),
+    "solo_learn": (Path, "a checkout of github.com/vturrisi/solo-learn"),
 }
 
 
@@ -30,7 +31,8 @@ def command(
     parser.add_argument("--minutes", type=float, default=minutes)
     taken = [option for option in OPTIONS if option in inspect.signature(run).parameters]
     for option in taken:
-        parser.add_argument(f"--{option.replace('_', '-')}", type=Path, help=OPTIONS[option])
+        kind, text = OPTIONS[option]
+        parser.add_argument(f"--{option.replace('_', '-')}", type=kind, help=text)
     arguments = parser.parse_args(argv)
     try:
         device = choose_device(arguments.device)

@@ -41,13 +41,14 @@ BENCHMARKS = (
     Benchmark("benchmarks.loss", 0.07),
     Benchmark("benchmarks.augment", 0.10),
     Benchmark("benchmarks.crop", 0.05),
-    Benchmark("benchmarks.step", 0.39, ("solo_learn",)),
-    Benchmark("benchmarks.loader", 0.21, ("images", "solo_learn")),
-    Benchmark("benchmarks.end_to_end", 0.18, ("images",)),
+    Benchmark("benchmarks.step", 0.37, ("solo_learn",)),
+    Benchmark("benchmarks.loader", 0.20, ("images", "solo_learn")),
+    Benchmark("benchmarks.end_to_end", 0.17, ("images",)),
+    Benchmark("benchmarks.distributed", 0.04, ("ranks",)),
 )
 
 
-def run(out: Path, minutes: float, device: str, options: dict[str, Path | None]) -> list[str]:
+def run(out: Path, minutes: float, device: str, options: dict[str, Path | int | None]) -> list[str]:
     """Run all of BENCHMARKS into `out` and print their tables; returns what failed, as "NAME (why)"."""
     taken = [benchmark.name for benchmark in BENCHMARKS if (out / f"{benchmark.name}.jsonl").exists()]
     if taken:
@@ -73,7 +74,7 @@ def run(out: Path, minutes: float, device: str, options: dict[str, Path | None])
 
 
 def run_one(
-    benchmark: Benchmark, out: Path, minutes: float, device: str, options: dict[str, Path | None]
+    benchmark: Benchmark, out: Path, minutes: float, device: str, options: dict[str, Path | int | None]
 ) -> str | None:
     """One benchmark in its own process; returns why it failed, or None."""
     command = [sys.executable, "-m", benchmark.module, "--out", str(out), "--device", device, "--minutes", f"{minutes}"]
@@ -103,13 +104,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--images", type=Path, help="folder of real JPEGs; without it JPEGs are drawn into DIR/images")
     parser.add_argument("--solo-learn", type=Path, help="checkout of solo-learn, to measure it too")
+    parser.add_argument("--ranks", type=int, help="processes of the distributed step; without it 2")
     arguments = parser.parse_args(argv)
     out = arguments.out.resolve()
     try:
         images, label = photographs(arguments.images, out / "images", DRAWN_COUNT)
         print(f"images: {label}")
         solo_learn = arguments.solo_learn and arguments.solo_learn.resolve()
-        options = {"images": images.resolve(), "solo_learn": solo_learn}
+        options = {"images": images.resolve(), "solo_learn": solo_learn, "ranks": arguments.ranks}
         failed = run(out, arguments.minutes, arguments.device, options)
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)

@@ -96,6 +96,14 @@ END_TO_END = (
     Column("limit", "limit"),
     Column("of the limit", "share_of_limit", scale=100, unit=" %"),
 )
+DISTRIBUTED = (
+    MS,
+    IMAGES,
+    Column("of no communication", "share_of_silent", scale=100, unit=" %"),
+    Column("of one process", "efficiency", scale=100, unit=" %"),
+    Column("graphs", "graphs"),
+    Column("first step, s", "first_step_seconds"),
+)
 PEERS = ("lightly", "lightly + bf16 + channels-last", "solo-learn")
 
 TABLES = {
@@ -103,6 +111,7 @@ TABLES = {
     "peers": Table("step", STEP, baseline="authors", rows=("authors", *PEERS, "fastsiam"), speed="images_per_second"),
     "loader": Table("loader", LOADER, baseline="authors", speed="images_per_second"),
     "end_to_end": Table("end_to_end", END_TO_END),
+    "distributed": Table("distributed", DISTRIBUTED),
     "loss": Table("loss", (MS, *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"),
     "augment": Table(
         "augment", (MS, Column("ms a view", "ms_per_view"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"
