@@ -59,8 +59,8 @@ def trained(config, way, backend="aot_eager"):
 def rows(ranks):
     """What two ranks come to, by row."""
     config = small_config(2, "model.encoder=cifar_resnet8", "model.width=8", "optimizer.base_lr=1.0")
-    names = [name for name, way in benchmark.ROWS.items() if way.statistics != "SyncBatchNorm"]
-    return {name: ranks(2, trained, config, benchmark.ROWS[name]) for name in names}
+    names = set(benchmark.ROWS) - {"nn.SyncBatchNorm", "no communication, compiled", "gradients only, in pieces"}
+    return {name: ranks(2, trained, config, benchmark.ROWS[name]) for name in sorted(names)}
 
 
 def same(one, other):
@@ -74,8 +74,7 @@ def same(one, other):
 def test_rows_that_exchange_the_same_are_the_same_training(rows):
     for eager, *others in (
         ("fastsiam", "fastsiam, compiled", "compiled in pieces"),
-        ("gradients only", "gradients only, compiled", "gradients only, in pieces"),
-        ("no communication", "no communication, compiled"),
+        ("gradients only", "gradients only, compiled"),
     ):
         for other in others:
             same(rows[other], rows[eager])
@@ -95,8 +94,8 @@ def test_what_is_exchanged_shows_in_gradients_and_statistics(rows):
 
 def test_graphs_are_one_or_a_piece_a_bucket(rows):
     graphs = {name: found[0][3] for name, found in rows.items()}
-    assert {graphs[name] for name, way in benchmark.ROWS.items() if way.compiled == "one graph"} == {1}
-    assert graphs["compiled in pieces"] == graphs["gradients only, in pieces"] > 1
+    assert graphs["fastsiam, compiled"] == graphs["gradients only, compiled"] == 1
+    assert graphs["compiled in pieces"] > 1
     assert graphs["fastsiam"] == 0
 
 
@@ -169,10 +168,6 @@ def test_samples_are_seconds_a_call(monkeypatch):
     assert in_turns(World(), CPU, {"a": print}, together=3) == {"a": Samples((2.0, 3.0))}
 
 
-def value_of_all(world, device, factor):
-    return factor * sum(world.collect(world.rank + 1)), world.size, str(device)
-
-
 def fails_on_the_second(world, device):
     if world.rank == 1:
         raise IndexError("nothing there")
@@ -180,7 +175,6 @@ def fails_on_the_second(world, device):
 
 
 def test_processes_end_together(capfd):
-    assert in_ranks(2, "cpu", value_of_all, 10) == (30, 2, "cpu")
     with pytest.raises(RuntimeError, match="rank [01] has ended with code 1"):
         in_ranks(2, "cpu", fails_on_the_second)
     assert "IndexError: nothing there" in capfd.readouterr().err
