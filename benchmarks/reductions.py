@@ -1,5 +1,6 @@
 """The training steps that `benchmarks.distributed` times: ours, and the other ways to reduce its gradients."""
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -72,9 +73,12 @@ def build_step(way: Way, config: Config, device: torch.device, dtype: torch.dtyp
         method.to(memory_format=torch.channels_last)
     if way.statistics == "SyncBatchNorm" or way.compiled == PIECES:
         return _around_ddp(way, method, config, device, dtype)
-    step = TrainingStep(
-        method, config, device, dtype, world if way.gradients else World(), compiles=way.compiled == ONE_GRAPH
+    optimizer = optim.build_optimizer(method, config)
+    world, compiling = (
+        world if way.gradients else World(),
+        contextlib.nullcontext if way.compiled == ONE_GRAPH else None,
     )
+    step = TrainingStep(method, optimizer, config, device, dtype, world, compiling=compiling)
     compiled = step.compiled
     return Step(
         method,

@@ -1,5 +1,6 @@
 """benchmarks.distributed: its rows are the same training where they should be, taken in turns by all ranks."""
 
+import contextlib
 import fcntl
 import json
 import subprocess
@@ -24,6 +25,7 @@ from benchmarks.reductions import Way, build_step
 from fastsiam.config import UserError
 from fastsiam.distributed import World
 from fastsiam.norm import split_statistics
+from fastsiam.optim import build_optimizer
 from fastsiam.step import TrainingStep
 from tests.conftest import REPOSITORY
 from tests.test_distributed import world
@@ -107,7 +109,8 @@ def gradients_in_buckets(compiles):
     method = split_statistics(one_layer(), 2, mine.size)
     method.constant_lr_parameters = list
     config = small_config(2, "optimizer.base_lr=1.0")
-    step = TrainingStep(method, config, CPU, torch.float32, mine, compiles=compiles)
+    optimizer, compiling = build_optimizer(method, config), contextlib.nullcontext if compiles else None
+    step = TrainingStep(method, optimizer, config, CPU, torch.float32, mine, compiling=compiling)
     generator = torch.Generator().manual_seed(mine.rank)
     found = []
     for number in range(STEPS):
