@@ -1,7 +1,6 @@
 """The training steps that `benchmarks.distributed` times: ours, and the other ways to reduce its gradients."""
 
 import contextlib
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +8,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
-from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.ablation import Forward, Switches
 from benchmarks.peers import AbsentError
@@ -18,7 +16,7 @@ from fastsiam.config import Config
 from fastsiam.device import autocast
 from fastsiam.distributed import World
 from fastsiam.methods import build_method
-from fastsiam.step import TrainingStep
+from fastsiam.step import TrainingStep, data_parallel
 
 ONE_GRAPH, PIECES = "one graph", "pieces"
 # DDP's default; its first bucket holds 1 MiB.
@@ -92,10 +90,7 @@ def build_step(way: Way, config: Config, device: torch.device, dtype: torch.dtyp
 def _around_ddp(way, method, config, device, dtype):
     """DDP around the plain method, and the compiler, if asked for, around DDP: the order that DDP's optimiser needs."""
     module = Forward(method, Switches(forward="two_calls", loss="fused")) if way.compiled is None else method
-    # torch 2.14 has renamed it, and warns of the old name.
-    names = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    forward = DistributedDataParallel(module, gradient_as_bucket_view=True, **{buffers: False})
+    forward = data_parallel(module)
     graphs = 0
 
     def backend(graph, inputs):

@@ -12,10 +12,10 @@ from fastsiam.data.backends import choose_backend
 from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.sources import open_source
 from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision
-from fastsiam.distributed import World
+from fastsiam.distributed import World, restarts
 from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.optim import large_batch_warning
-from fastsiam.record import duration
+from fastsiam.record import Result, duration
 
 
 def opening_lines(
@@ -155,6 +155,25 @@ def _verdict(session) -> str:
         judged = session.state.step >= guard.judge_from_step
         return "COLLAPSED" if judged else f"too early to judge (from step {guard.judge_from_step:,} on)"
     return "healthy"
+
+
+def finished(session) -> Result | None:
+    """What an earlier start came to, said, if there is nothing left to do; None where there is."""
+    journal, path, step = session.journal, session.folder.path, session.state.step
+    earlier = session.folder.status()
+    ended, reason = earlier.get("status"), earlier.get("reason")
+    if ended == "done" and step >= session.last_step:
+        knn = earlier.get("knn_top1")
+        journal.say(f"{path} is finished: step {step:,}" + knn_text(knn))
+        journal.say("run.fresh=true starts over in a new folder")
+        return Result("done", str(path), step, knn)
+    if ended == "collapsed" and session.config.collapse.action == "stop":
+        journal.say(f"{path} has collapsed: {reason}", "red")
+        return Result("collapsed", str(path), step)
+    if ended == "failed" and "exit_code" in earlier and restarts():
+        journal.say(f"{path} would fail again: {reason}", "red")
+        return Result("failed", str(path), step)
+    return None
 
 
 def knn_text(knn: float | None) -> str:

@@ -21,9 +21,7 @@ from fastsiam.config import UserError
 
 ZIP_MAGIC = b"PK\x03\x04"
 # What zipfile raises for damaged bytes: they may spell another compression, a password, a name that is no UTF-8.
-UNREADABLE = (
-    zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError, NotImplementedError
-)  # fmt: skip
+UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
 
 
 # Another number where a checkpoint holds other things than before.

@@ -12,14 +12,14 @@ import torch
 import fastsiam
 from fastsiam import checkpoint, host_memory, optim
 from fastsiam.alike import check_alike, facts_of_config, facts_of_images
-from fastsiam.announce import closing_lines, knn_text, progress_text, session_lines
+from fastsiam.announce import closing_lines, finished, progress_text, session_lines
 from fastsiam.bad_files import BadFiles
 from fastsiam.config import Config, UserError
 from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
 from fastsiam.data.sources import open_sources
 from fastsiam.data.views import view_specs
 from fastsiam.device import autocast, choose_compile, choose_device, choose_precision, environment
-from fastsiam.distributed import World, is_lost_peer, restarts
+from fastsiam.distributed import World, is_lost_peer
 from fastsiam.encoder import save_encoder
 from fastsiam.evaluation.checkup import Checkup
 from fastsiam.evaluation.monitor import Monitor
@@ -128,7 +128,7 @@ class Session:
 
     def finished_result(self) -> Result | None:
         """What an earlier start of this run came to, if there is nothing left to do."""
-        return self.world.share(self._finished() if self.world.is_first else None)
+        return self.world.share(finished(self) if self.world.is_first else None)
 
     def start(self) -> None:
         """Build model and optimizer, enter the run folder, restore or measure the controls."""
@@ -172,7 +172,8 @@ class Session:
             self.checkup.controls(self.loader)
         journal.begin_progress(self.last_step)
         self._saved_at = time.perf_counter()
-        self._logged = (self.state.step, dict(self.clock.totals))
+        self.clock.lap()
+        self._logged_step = self.state.step
         self.soundness = Soundness(self._step, self.source, self.folder, world)
         self._watch = LoaderWatch(lambda: describe(self._loading, self.source, self.backend_name, self.device))
 
@@ -206,14 +207,11 @@ class Session:
 
     def log(self, rate: float) -> None:
         """A `train` line in metrics.jsonl and the progress line, of what `numbers_are_sound` has read."""
-        state, batch_size, totals = self.state, self.config.train.batch_size, self.clock.totals
-        reading = self.soundness.reading
-        last_step, last_totals = self._logged
-        waited = totals["wait"] - last_totals["wait"]
-        stepped = totals["step"] - last_totals["step"]
-        images_per_second = (state.step - last_step) * batch_size / max(waited + stepped, 1e-9)
-        wait_fraction = waited / max(waited + stepped, 1e-9)
-        self._logged = (state.step, dict(totals))
+        reading, (waited, stepped) = self.soundness.reading, self.clock.lap()
+        images = (self.state.step - self._logged_step) * self.config.train.batch_size
+        self._logged_step = self.state.step
+        seconds = max(waited + stepped, 1e-9)
+        images_per_second, wait_fraction = images / seconds, waited / seconds
         fields = {"loss": reading.loss, "lr": rate, "images_per_second": images_per_second}
         if self.dtype == torch.float16:
             fields["skipped_steps"] = reading.skipped_steps
@@ -312,22 +310,6 @@ class Session:
             journal.say(line)
         if warning := optim.large_batch_warning(config):
             journal.warn(warning)
-
-    def _finished(self):
-        status, path, state = self.folder.status(), self.folder.path, self.state
-        ended = status.get("status")
-        if ended == "done" and state.step >= self.last_step:
-            knn = status.get("knn_top1")
-            self.journal.say(f"{path} is finished: step {state.step:,}" + knn_text(knn))
-            self.journal.say("run.fresh=true starts over in a new folder")
-            return Result("done", str(path), state.step, knn)
-        if ended == "collapsed" and self.config.collapse.action == "stop":
-            self.journal.say(f"{path} has collapsed: {status.get('reason')}", "red")
-            return Result("collapsed", str(path), state.step)
-        if ended == "failed" and "exit_code" in status and restarts():
-            self.journal.say(f"{path} would fail again: {status.get('reason')}", "red")
-            return Result("failed", str(path), state.step)
-        return None
 
     def _failed(self, reason, **details):
         """Any rank may have to say so, for the first may be the one that has gone."""

@@ -35,12 +35,18 @@ class Stopwatch:
     def __init__(self, state: State):
         self.totals = {"wait": 0.0, "step": 0.0, "other": 0.0}
         self._last = self._began = time.perf_counter()
+        self._lap = (0.0, 0.0)
         self._state, self._wall_before, self._train_before = state, state.wall_seconds, state.train_seconds
 
     def split(self, name: str) -> None:
         now = time.perf_counter()
         self.totals[name] += now - self._last
         self._last = now
+
+    def lap(self) -> tuple[float, float]:
+        """Seconds of waiting and of stepping since the last lap."""
+        before, self._lap = self._lap, (self.totals["wait"], self.totals["step"])
+        return self._lap[0] - before[0], self._lap[1] - before[1]
 
     def update_state(self) -> None:
         """Bring the seconds of the state up to now, earlier starts included."""

@@ -144,7 +144,12 @@ def _averaging_gradients(method, forward):
     are the same on all ranks, for batch-norm statistics are synchronised.
     """
     torch._dynamo.config.optimize_ddp = False
+    return data_parallel(_Forward(method, forward))
+
+
+def data_parallel(module: nn.Module) -> DistributedDataParallel:
+    """DDP that averages gradients and leaves buffers alone."""
     # torch 2.14 has renamed it, and warns of the old name.
     names = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    return DistributedDataParallel(_Forward(method, forward), gradient_as_bucket_view=True, **{buffers: False})
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{buffers: False})

@@ -12,10 +12,8 @@ import torch
 
 from fastsiam.train import main
 from tests.conftest import REPOSITORY
-from tests.test_resume import assert_same_run, wait_for_step
+from tests.test_resume import EVERY_STEP, assert_same_run, wait_for_step
 from tests.test_train import lines
-
-EVERY_STEP = "checkpoint.every_seconds=0.0001"
 
 
 @contextlib.contextmanager
