@@ -10,7 +10,7 @@ from tests.conftest import REPOSITORY, run_python
 # Each room may import from the rows above it and from its own row.
 LAYERS = (
     {"fastsiam.kernels"},
-    {"fastsiam.config_file", "fastsiam.data.views"},
+    {"fastsiam.config_file", "fastsiam.data.views", "fastsiam.budget", "fastsiam.energy"},
     {"fastsiam.config_data"},
     {"fastsiam.config", "fastsiam.data.draws"},
     {"fastsiam.data.demo"},
@@ -28,8 +28,8 @@ LAYERS = (
         "fastsiam.host_memory",
         "fastsiam.watchdog",
     },
-    {"fastsiam.record", "fastsiam.state"},
-    {"fastsiam.journal"},
+    {"fastsiam.record", "fastsiam.state", "fastsiam.spent"},
+    {"fastsiam.journal", "fastsiam.pace"},
     {
         "fastsiam.methods",
         "fastsiam.evaluation",
@@ -44,7 +44,7 @@ LAYERS = (
 )
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
-    "data.cifar10", "train", "prepare", "record", "signals",
+    "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent",
 )  # fmt: skip
 
 
