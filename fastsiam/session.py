@@ -45,8 +45,8 @@ class Session:
     One for each rank, which call the same methods in the same order; the first one speaks and writes.
     """
 
-    def __init__(self, config: Config, world: World = World(), seconds_before: float = 0.0):  # noqa: B008
-        """`seconds_before`: of this process, which count as spent."""
+    def __init__(self, config: Config, world: World = World(), began: float | None = None):  # noqa: B008
+        """`began`: when this process began to spend, by `time.monotonic`; None: now."""
         self.config, self.world = config, world
         self._stack = contextlib.ExitStack()
         self._started = False
@@ -60,7 +60,7 @@ class Session:
         self.state = State(**self._saved["state"]) if self._saved else State()
         self.clock = Stopwatch(self.state)
         every = heartbeat_seconds(config.to_spend)
-        self.spent = Spent(self.folder.path if world.is_first else None, already=seconds_before, every=every)
+        self.spent = Spent(self.folder.path if world.is_first else None, began=began, every=every)
         self.journal = Journal(self.folder, world, self.state, self.clock)
         with world.together(), world.leader_first():
             self.source, self.val = open_sources(config, self.journal.warn, self.journal.say)

@@ -27,12 +27,12 @@ def heartbeat_seconds(budget: Budget) -> float:
     return min(HEARTBEAT_SECONDS, HEARTBEAT_SHARE * budget.amount)
 
 
-def process_seconds() -> float:
-    """How long this process has run (proc(5): starttime in ticks since boot)."""
+def process_began() -> float:
+    """When this process was started, by `time.monotonic` (proc(5): starttime in ticks since boot)."""
     with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
         started = int(file.read().rpartition(")")[2].split()[19])
-    with open("/proc/uptime", encoding="ascii") as file:
-        return float(file.read().split()[0]) - started / os.sysconf("SC_CLK_TCK")
+    since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.monotonic() - since_boot + started / os.sysconf("SC_CLK_TCK")
 
 
 class Spent:
@@ -42,16 +42,16 @@ class Spent:
         self,
         folder: Path | None,
         *,
-        already: float = 0.0,
+        began: float | None = None,
         every: float = HEARTBEAT_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`folder`: the run's, None for a rank that writes nothing. `already`: seconds of this process that count as
-        spent. `every`: seconds between two writes.
+        """`folder`: the run's, None for a rank that writes nothing. `began`: when this process began to spend, by
+        `clock`; None: now. `every`: seconds between two writes.
         """
         self._path = None if folder is None else folder / "spent.json"
         self._every, self._clock = every, clock
-        self._began = clock() - already
+        self._began = clock() if began is None else began
         self.seconds_before, self.joules_before = _read(self._path)
         self._joules: float | None = None
         self._lap: float | None = None

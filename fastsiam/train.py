@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fastsiam.config import Config, UserError, load_config
 from fastsiam.signals import StopSignals
-from fastsiam.spent import process_seconds
+from fastsiam.spent import process_began
 
 if TYPE_CHECKING:
     from fastsiam.record import Result
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
             dry_run(config)
             return 0
-        result = pretrain(config, seconds_before=process_seconds())
+        result = pretrain(config, began=process_began())
         from fastsiam.distributed import under_torchrun
 
         return 0 if result.status == "preempted" and under_torchrun() else result.exit_code
@@ -69,18 +69,18 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def pretrain(config: Config, *, seconds_before: float = 0.0) -> "Result":
+def pretrain(config: Config, *, began: float | None = None) -> "Result":
     """Train the method of `config` to its end, or from where its run folder stopped.
 
-    `seconds_before`: of this process, which count as spent as well. Under torchrun this process is one rank of several.
-    Raises `UserError` for what the user can put right; where that shows before training, nothing has been written.
-    Stops in good order, with a checkpoint, on SIGTERM, SIGUSR1 and Ctrl-C.
+    `began`: when this process began to spend what the run has, by `time.monotonic`; None: now. Under torchrun this
+    process is one rank of several. Raises `UserError` for what the user can put right; where that shows before
+    training, nothing has been written. Stops in good order, with a checkpoint, on SIGTERM, SIGUSR1 and Ctrl-C.
     """
     from fastsiam.distributed import World
     from fastsiam.session import Session
 
     world = World.of_environment()
-    with world.joined(config.train.device), Session(config, world, seconds_before) as session:
+    with world.joined(config.train.device), Session(config, world, began) as session:
         finished = session.finished_result()
         if finished is not None:
             return finished
