@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,14 +28,12 @@ from fastsiam.loader_advice import LoaderWatch, describe
 from fastsiam.methods import build_method
 from fastsiam.pace import Pace
 from fastsiam.record import EXIT_CODES, Result, RunFolder, run_path
+from fastsiam.saver import Saver
 from fastsiam.soundness import Soundness
 from fastsiam.spent import Spent, heartbeat_seconds
 from fastsiam.state import State, Stopwatch
 from fastsiam.step import TrainingStep
 from fastsiam.watchdog import Watchdog
-
-# Seconds; torchrun kills 30 after it has passed a signal on, which an evaluation may outlast.
-SAVED_LONG_AGO = 30.0
 
 
 class Session:
@@ -182,7 +179,7 @@ class Session:
             self.checkup.controls(self.loader)
         self.pace.agree()
         journal.begin_progress(self.pace.share_done)
-        self._saved_at = time.perf_counter()
+        self.saver = Saver(self.folder.path, config.checkpoint, self._checkpoint, journal, self.pace, world)
         self.clock.lap()
         self._logged_step = self.state.step
         self.spent.lap(0)
@@ -206,8 +203,7 @@ class Session:
 
     def agree(self, received: int | None) -> tuple[int | None, bool]:
         """After a step: the signal that some rank has received, and whether the first one's clock asks for a save."""
-        due = time.perf_counter() - self._saved_at >= self.config.checkpoint.every_seconds
-        number, saving = self.pace.agree(received or 0, int(due and self.world.is_first))
+        number, saving = self.pace.agree(received or 0, int(self.saver.is_due() and self.world.is_first))
         return number or None, bool(saving)
 
     def numbers_are_sound(self, loss: torch.Tensor) -> bool:
@@ -246,9 +242,8 @@ class Session:
 
     def save_before_evaluation(self) -> None:
         """At the end of an epoch that kNN follows, and of the run, where the last checkpoint is old."""
-        follows = self.checkup.follows(self.state.epoch + 1) or self.pace.is_over
-        if follows and time.perf_counter() - self._saved_at > SAVED_LONG_AGO:
-            self.save_on_the_way()
+        if self.checkup.follows(self.state.epoch + 1) or self.pace.is_over:
+            self.saver.save_unless_recent()
 
     def evaluate_if_due(self) -> None:
         if self.checkup.follows(self.state.epoch):
@@ -260,37 +255,9 @@ class Session:
     def evaluate_early(self) -> None:
         """In mid-epoch, where a budget of time or energy must know what its last evaluation will cost."""
         if self.checkup.is_wanted_early():
+            self.saver.save_unless_recent()
             self.checkup.knn()
             self._files.exchange()
-
-    def save(self) -> None:
-        """A checkpoint, written by the first rank; raises `SaveError` where it cannot be."""
-        self._saved_at = time.perf_counter()
-        if not self.world.is_first:
-            return
-        self.clock.update_state()
-        with self.pace.saving():
-            checkpoint.save(
-                self.folder.path,
-                {
-                    "layout": checkpoint.LAYOUT,
-                    "state": asdict(self.state),
-                    **self._step.state_dict(),
-                    "collapsed_in_a_row": self.checkup.guard.collapsed_in_a_row,
-                    "random": torch.get_rng_state(),
-                    "threads": torch.get_num_threads(),
-                    "identity": self.identity,
-                    "metrics": self.folder.metrics_state(),
-                },
-                self.config.checkpoint.keep,
-            )
-
-    def save_on_the_way(self) -> None:
-        """A checkpoint, or a warning where it cannot be written."""
-        try:
-            self.save()
-        except checkpoint.SaveError as error:
-            self.journal.warn(f"at step {self.state.step:,}: {error}")
 
     def end(self, status: str, received: int | None = None) -> Result:
         """Last evaluation, last checkpoint, the closing lines."""
@@ -302,7 +269,7 @@ class Session:
             self._files.exchange()
         with self.world.together():
             if status != "failed":
-                self.save()
+                self.saver.save()
             if status == "done" and self.world.is_first:
                 save_encoder(self.method.encoder, self.config.model, path / "encoder.safetensors")
         details = {"step": state.step} | ({"knn_top1": knn} if knn is not None else {})
@@ -343,6 +310,20 @@ class Session:
         self.journal.write("compile", **report)
         if report["fallback"]:
             self.journal.warn(f"torch.compile failed, and the run goes on in eager mode: {report['fallback']}")
+
+    def _checkpoint(self):
+        """What `_restore` takes."""
+        self.clock.update_state()
+        return {
+            "layout": checkpoint.LAYOUT,
+            "state": asdict(self.state),
+            **self._step.state_dict(),
+            "collapsed_in_a_row": self.checkup.guard.collapsed_in_a_row,
+            "random": torch.get_rng_state(),
+            "threads": torch.get_num_threads(),
+            "identity": self.identity,
+            "metrics": self.folder.metrics_state(),
+        }
 
     def _restore(self, saved):
         self._step.load_state_dict(saved)

@@ -117,7 +117,7 @@ def train(session: "Session", stop: StopSignals) -> tuple[str, int | None]:
             if received:
                 return "preempted", received
             if saving:
-                session.save_on_the_way()
+                session.saver.save_on_the_way()
             if last and state.cursor < session.loader.steps_per_epoch * batch_size:
                 return "done", None
             session.evaluate_early()

@@ -39,7 +39,7 @@ LAYERS = (
         "fastsiam.checkpoint",
         "fastsiam.loader_advice",
     },
-    {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.soundness"},
+    {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.saver", "fastsiam.soundness"},
     {"fastsiam.train", "fastsiam.__main__"},
 )
 TORCH_FREE = (
