@@ -75,13 +75,13 @@ class Pace:
     def read_energy(self) -> None:
         """Add up what the GPUs of all ranks have used; all ranks must ask."""
         joules = self._world.collect(self._energy.joules())
-        if None not in joules:
-            self._spent.set_joules(sum(joules))
-        elif self.budget.kind == "joules":
+        lost = None in joules
+        if lost and self.budget.kind == "joules":
             raise UserError(
                 f"budget: {self.budget.text}, but NVML no longer tells the energy of a GPU; the same command goes on "
                 "from the last checkpoint once it does"
             )
+        self._spent.set_joules(None if lost else sum(joules))
 
     @property
     def amount_spent(self) -> float:

@@ -149,6 +149,7 @@ class Session:
                 chosen = {"loader": self.loader_text, "energy": self.energy.description}
                 self.folder.open(environment() | {"fastsiam": fastsiam.__version__, **chosen})
         self._started = True
+        self.pace.read_energy()
         self.spent.begin()
         self._stack.callback(self.spent.close)
         journal.set_status("running", pid=os.getpid())
@@ -250,6 +251,7 @@ class Session:
             # Decoders and their buffers would otherwise lie beside those of the evaluation.
             self.loader.backend.close()
             self.checkup.knn()
+            self.pace.agree()
             self._files.exchange()
 
     def evaluate_early(self) -> None:
@@ -257,6 +259,7 @@ class Session:
         if self.checkup.is_wanted_early():
             self.saver.save_unless_recent()
             self.checkup.knn()
+            self.pace.agree()
             self._files.exchange()
 
     def end(self, status: str, received: int | None = None) -> Result:

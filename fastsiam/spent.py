@@ -78,17 +78,17 @@ class Spent:
 
     @property
     def joules(self) -> float | None:
-        """As of the last `set_joules`; None where energy is not measured."""
-        return None if self._joules is None else self.joules_before + self._joules
+        """As of the last `set_joules`; None where it is not known for the whole run."""
+        return None if self._joules is None or self.joules_before is None else self.joules_before + self._joules
 
-    def set_joules(self, joules: float) -> None:
-        """What the GPUs of all ranks have used since the start of this process."""
+    def set_joules(self, joules: float | None) -> None:
+        """What the GPUs of all ranks have used since the start of this process; None where that is not known."""
         self._joules = joules
 
     def lap(self, images: int) -> float | None:
         """Joules for each of `images` since the last lap."""
         before, self._lap = self._lap, self.joules
-        return None if before is None or not images else (self.joules - before) / images
+        return None if None in (before, self.joules) or not images else (self.joules - before) / images
 
     def joules_per_image(self, images: int) -> float | None:
         """Of the whole run, evaluation and lost work included."""
@@ -103,9 +103,7 @@ class Spent:
         }
 
     def write(self) -> None:
-        text = json.dumps(
-            {"seconds": self.seconds, "joules": self.joules_before if self.joules is None else self.joules}
-        )
+        text = json.dumps({"seconds": self.seconds, "joules": self.joules})
         temporary = self._path.with_name(f"{self._path.name}.tmp")
         try:
             temporary.write_text(text, encoding="ascii")
@@ -124,11 +122,11 @@ class Spent:
 
 
 def _read(path):
-    """Seconds and joules that earlier starts have written down; a file that is damaged counts as none."""
+    """Seconds and joules that earlier starts have written down; what a damaged file held is not known."""
     if path is None or not path.exists():
         return 0.0, 0.0
     try:
         found = json.loads(path.read_text(encoding="ascii"))
-        return float(found["seconds"]), float(found["joules"])
+        return float(found["seconds"]), None if found["joules"] is None else float(found["joules"])
     except (OSError, ValueError, KeyError, TypeError):
-        return 0.0, 0.0
+        return 0.0, None

@@ -118,9 +118,9 @@ def train(session: "Session", stop: StopSignals) -> tuple[str, int | None]:
                 return "preempted", received
             if saving:
                 session.saver.save_on_the_way()
-            if last and state.cursor < session.loader.steps_per_epoch * batch_size:
-                return "done", None
             session.evaluate_early()
+            if session.pace.is_over and state.cursor < session.loader.steps_per_epoch * batch_size:
+                return "done", None
             clock.split("other")
         session.save_before_evaluation()
         state.next_epoch()
