@@ -26,6 +26,7 @@ LAYERS = (
         "fastsiam.collapse",
         "fastsiam.signals",
         "fastsiam.host_memory",
+        "fastsiam.energy",
         "fastsiam.watchdog",
     },
     {"fastsiam.record", "fastsiam.state"},
@@ -44,7 +45,7 @@ LAYERS = (
 )
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
-    "data.cifar10", "train", "prepare", "record", "signals",
+    "data.cifar10", "train", "prepare", "record", "signals", "energy",
 )  # fmt: skip
 
 
