@@ -25,15 +25,13 @@ RUNS = Path("runs")
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastsiam.doctor",
-        description="What is installed, what mismatches, and what would run where. Exit code 1 where there is an error.",
+        description="What is installed, what mismatches, what would run where; exit code 1 where there is an error.",
     )
     parser.add_argument("data", metavar="DATA_FOLDER", nargs="?", help="measure how fast its files are read, for 2 s")
     parser.add_argument("--json", action="store_true", help="for scripts")
     arguments = parser.parse_args(argv)
     if arguments.data is not None and not os.path.isdir(arguments.data):
-        print(
-            f"fastsiam: DATA_FOLDER: {arguments.data} is no folder; give one of images or tar shards", file=sys.stderr
-        )
+        print(f"fastsiam: DATA_FOLDER: {_shown(arguments.data)} is no folder; give one of images", file=sys.stderr)
         return 2
     try:
         lines = examine(arguments.data)
@@ -73,7 +71,7 @@ def _software(probes: dict[str, facts.Probe]) -> list[Line]:
     driver_cuda = nvml["cuda"][0] if gpu and nvml.get("cuda") else None
     return [
         checks.check_python(sys.version_info[:3]),
-        checks.check_packages([dist for name, dist in facts.REQUIRED.items() if not facts.is_installed(name)]),
+        checks.check_packages(facts.missing()),
         checks.check_torch(probes["torch"]),
         checks.check_torchvision(probes["torchvision"]),
         checks.check_driver(probes["nvml"], torch.get("cuda")),
@@ -102,19 +100,26 @@ def _machine(machine: facts.Machine, probes: dict[str, facts.Probe]) -> list[Lin
 
 
 def _print(lines: list[Line], counts: dict[str, int]) -> None:
+    say = _speaker()
     width = max(len(line.name) for line in lines)
-    summary = f"{counts['error']} errors, {counts['warning']} warnings"
+    for status, name, text, cure in lines:
+        say(_shown(f"{status:7}  {name:{width}}  {text}" + (f"; cure: {cure}" if cure else "")), STYLES[status])
+    say(f"errors: {counts['error']}, warnings: {counts['warning']}", None)
+
+
+def _speaker():
+    """A function of a text and its style; without rich, which a line then calls missing, there is no colour."""
     try:
         from rich.console import Console
     except ImportError:
-        # Among the packages that the lines call missing.
-        say = lambda text, _: print(text)  # noqa: E731
-    else:
-        console = Console()
-        say = lambda text, style: console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
-    for status, name, text, cure in lines:
-        say(f"{status:7}  {name:{width}}  {text}" + (f"; cure: {cure}" if cure else ""), STYLES[status])
-    say(summary, None)
+        return lambda text, _: print(text)
+    console = Console()
+    return lambda text, style: console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+def _shown(text: str) -> str:
+    """Of a file's name the bytes that are no UTF-8 as \\xNN, which a terminal's encoding would refuse."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The doctor's judgements on software: each a function of facts, without a look at the machine."""
 
 import re
+import shlex
 from typing import Literal, NamedTuple
 
 from fastsiam.apex_lookup import APEX_SOURCE, Apex
@@ -33,15 +34,19 @@ def check_python(version: tuple[int, ...]) -> Line:
 
 
 def check_packages(missing: list[str]) -> Line:
-    """`missing`: distributions that fastsiam cannot do without."""
+    """`missing`: what pip would install (`torch>=2.11`) of what fastsiam cannot do without."""
     if missing:
-        return Line("error", "packages", f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+        names = ", ".join(re.match(r"[\w-]+", requirement)[0] for requirement in missing)
+        quoted = " ".join(shlex.quote(requirement) for requirement in missing)
+        return Line("error", "packages", f"not installed: {names}", f"pip install {quoted}")
     return Line("ok", "packages", "all that fastsiam needs is installed")
 
 
 def check_torch(probe: Probe) -> Line:
     if probe.found is None:
-        return Line("error", "torch", f"cannot be imported ({probe.reason})", "pip install --force-reinstall torch")
+        return Line(
+            "error", "torch", f"cannot be imported ({probe.reason})", "pip install --force-reinstall torch torchvision"
+        )
     version, cuda, hip = (probe.found[key] for key in ("version", "cuda", "hip"))
     text = f"{version}, built for " + (f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "CPUs only")
     if not OLDEST_TORCH <= release(version)[:2] <= NEWEST_TORCH:
@@ -96,16 +101,15 @@ def check_gpus(torch: Probe, nvml: Probe, visible: str | None) -> list[Line]:
     if torch.found["cuda"] is None:
         cure = "install a torch built for CUDA (pytorch.org, Get Started)"
         return [Line("warning", "gpu", f"{text}, for it was built without CUDA", cure)]
-    return [
-        Line("error", "gpu", f"{text} ({torch.found['cuda_error']})", "cure the driver, then python -m fastsiam.doctor")
-    ]
+    return [Line("error", "gpu", f"{text} ({torch.found['cuda_error']})", "see the line on the driver, and nvidia-smi")]
 
 
 def _check_gpu(number: int, gpu: dict, torch: dict) -> Line:
     name, capability = f"gpu {number}", tuple(gpu["capability"])
     text = f"{gpu['name']}, {size(gpu['memory'])}, compute capability {capability[0]}.{capability[1]}"
     if torch["hip"]:
-        return Line("warning", name, f"{gpu['name']}, {size(gpu['memory'])}, by ROCm, which nobody has tried")
+        text = f"{gpu['name']}, {size(gpu['memory'])}, by ROCm, which nobody has tried"
+        return Line("warning", name, text, "set train.device=cpu where it fails")
     if capability < OLDEST_CAPABILITY:
         return Line("error", name, f"{text}; Triton needs 7.0", "set train.device=cpu")
     if not has_kernels(torch["architectures"], capability):
@@ -132,7 +136,7 @@ def check_triton(probe: Probe, requirement: str | None, gpu: bool) -> Line:
     if gpu and ptxas is None:
         cure = "pip install --force-reinstall triton, or set TRITON_PTXAS_PATH"
         return Line("error", "triton", f"{version}, without ptxas, its assembler for NVIDIA GPUs", cure)
-    return Line("ok", "triton", version)
+    return Line("ok", "triton", f"{version}, as torch wants" if wanted else version)
 
 
 def check_c_compiler(compiler: str | None, headers: bool, gpu: bool) -> Line:
@@ -160,7 +164,7 @@ def check_dali(installed: dict[str, str], probe: Probe | None, torch_cuda: str |
     """`installed`: versions by distribution; `driver_cuda`: the major version that the driver knows, None: no GPU."""
     wheels = {name: int(match[1]) for name in installed if (match := _DALI.fullmatch(name))}
     torch_major = release(torch_cuda)[0] if torch_cuda else None
-    fits = "fastsiam[dali-cu13]" if driver_cuda and torch_major == 13 else "fastsiam[dali]"
+    fits = "fastsiam[dali-cu13]" if (driver_cuda or 0) >= 13 and torch_major == 13 else "fastsiam[dali]"
     if not wheels:
         return Line("ok", "dali", f"not installed; pip install '{fits}' for speed")
     if len(wheels) > 1:
@@ -200,7 +204,7 @@ def check_ffcv(probe: Probe | None) -> Line:
 
 def check_backend(probe: Probe) -> Line:
     if probe.found is None:
-        cure = "pip install --force-reinstall what it names"
+        cure = "see the lines above"
         return Line("error", "backend", f"fastsiam's own modules cannot be imported ({probe.reason})", cure)
     return Line("ok", "backend", f"data.backend=auto takes {probe.found['name']} ({probe.found['reason']})")
 
@@ -236,7 +240,8 @@ def check_pillow(probe: Probe) -> Line:
 def has_kernels(architectures: list[str], capability: tuple[int, int]) -> bool:
     """Whether torch's build runs on a GPU: machine code of its major version and no later minor, or PTX of an earlier.
 
-    `architectures`: of torch.cuda.get_arch_list(), `sm_90`, `sm_90a` (for that card alone), `sm_100f` and `compute_120` (PTX).
+    `architectures`: of torch.cuda.get_arch_list(), such as `sm_90`, `sm_90a` (for that one alone), `sm_100f` and
+    `compute_120` (PTX).
     """
     for architecture in architectures:
         kind, number, only = re.fullmatch(r"(sm|compute)_(\d+)(a?)f?", architecture).groups()

@@ -23,15 +23,15 @@ PROBE_SECONDS = 300
 # What the line of a probe begins with that has its answer.
 ANSWER = "fastsiam probe: "
 
-# Import name, and the distribution that pip installs for it.
+# Import name, and what pip installs for it: install_requires of setup.py.
 REQUIRED = {
-    "torch": "torch",
+    "torch": "torch>=2.11",
     "torchvision": "torchvision",
-    "triton": "triton",
-    "numba": "numba",
-    "numpy": "numpy",
+    "triton": "triton>=3.6",
+    "numba": "numba>=0.61",
+    "numpy": "numpy>=1.26",
     "PIL": "pillow",
-    "pydantic": "pydantic",
+    "pydantic": "pydantic>=2.7",
     "yaml": "pyyaml",
     "rich": "rich",
     "safetensors": "safetensors",
@@ -102,6 +102,11 @@ def is_installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ImportError:
         return False
+
+
+def missing() -> list[str]:
+    """Of `REQUIRED`, what pip would have to install."""
+    return [requirement for name, requirement in REQUIRED.items() if not is_installed(name)]
 
 
 def distributions(*prefixes: str) -> dict[str, str]:

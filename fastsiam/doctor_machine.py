@@ -80,7 +80,7 @@ def check_run_folder(folder: str, free: int, error: str | None) -> Line:
 def check_reading(folder: str, probe: Probe, cores: float) -> Line:
     """`cores`: how many this process may use."""
     if probe.found is None:
-        return Line("error", "data", f"{folder} cannot be read ({probe.reason})", "check the folder's permissions")
+        return Line("error", "data", f"{folder} cannot be read ({probe.reason})", "see the lines above")
     speed = ReadSpeed(**probe.found)
     if speed.kind == "nothing":
         cure = "give the folder that data.train names"

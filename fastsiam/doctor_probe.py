@@ -61,7 +61,7 @@ def probe_triton() -> dict:
 
 
 def probe_nvml() -> dict:
-    """driver, cuda (`[major, minor]` that it knows), gpus (names); error (a class) and text where NVML does not open."""
+    """driver, cuda (`[major, minor]` that it knows), gpus (names); error (a class) and text where it does not open."""
     import pynvml
 
     try:

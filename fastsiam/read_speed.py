@@ -1,4 +1,4 @@
-"""How fast the files of a folder are read, past the page cache."""
+"""How fast the files of a folder are read, past the page cache. The standard library is enough to import it."""
 
 import os
 import random
@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
-
-from fastsiam.data.files import EXTENSIONS
 
 # Found before reading begins, so that the sample is not only the first class of a million images.
 _LISTED, _LISTING_SECONDS = 20_000, 3.0
@@ -77,6 +75,8 @@ def is_network(filesystem: str) -> bool:
 
 
 def _sample(folder):
+    from fastsiam.data.files import EXTENSIONS
+
     images, shards = [], []
     until = time.perf_counter() + _LISTING_SECONDS
     for parent, folders, names in os.walk(folder, followlinks=True):
@@ -115,6 +115,8 @@ def _read_until(deadline: float, paths: Iterator[str], lock: Lock) -> tuple[int,
 
 def _mean_member(shard: str) -> float:
     """Mean size of the first images in a tar file."""
+    from fastsiam.data.files import EXTENSIONS
+
     sizes = []
     with tarfile.open(shard) as tar:
         for member in tar:
