@@ -50,11 +50,14 @@ def main(argv: list[str] | None = None) -> int:
 def examine(data: str | None = None) -> list[Line]:
     """All checks, in the order in which a cure helps the next one; `data`: a folder whose reading is measured."""
     dali, ffcv = facts.is_installed("nvidia.dali"), facts.is_installed("ffcv")
-    wanted = {name: (name,) for name in ("torch", "nvml", "inductor", "triton", "backend", "pillow")}
-    wanted["torchvision"] = ("module", "torchvision")
+    wanted = {name: (name,) for name in ("torch", "nvml", "triton", "backend", "pillow")}
     wanted |= {"dali": ("module", "nvidia.dali")} if dali else {}
     wanted |= {"ffcv": ("ffcv",)} if ffcv else {}
     probes = facts.ask_all(wanted)
+    # Importing it takes seconds; where fastsiam's own modules could, it is known.
+    whole = probes["backend"].found
+    vision = facts.Probe({"version": whole["torchvision"]}) if whole else facts.ask("module", "torchvision")
+    probes["torchvision"] = vision
     machine = facts.look_at_machine()
     lines = [*_software(probes), *_machine(machine, probes)]
     if data is not None:
@@ -78,7 +81,7 @@ def _software(probes: dict[str, facts.Probe]) -> list[Line]:
         *checks.check_gpus(probes["torch"], probes["nvml"], os.environ.get("CUDA_VISIBLE_DEVICES")),
         checks.check_triton(probes["triton"], next(wants_triton, None), gpu),
         checks.check_c_compiler(facts.c_compiler(), facts.has_python_headers(), gpu),
-        checks.check_cxx_compiler(probes["inductor"]),
+        checks.check_cxx_compiler(probes["torch"]),
         checks.check_dali(facts.distributions("nvidia-dali"), probes.get("dali"), torch.get("cuda"), driver_cuda),
         checks.check_ffcv(probes.get("ffcv")),
         checks.check_backend(probes["backend"]),

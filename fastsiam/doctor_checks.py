@@ -150,14 +150,17 @@ def check_c_compiler(compiler: str | None, headers: bool, gpu: bool) -> Line:
     return Line("ok", "C compiler", f"{text}; Triton needs it on GPUs only")
 
 
-def check_cxx_compiler(inductor: Probe) -> Line:
+def check_cxx_compiler(torch: Probe) -> Line:
     """What Inductor compiles for CPUs with, which train.compile=auto leaves alone there."""
     name, use = "C++ compiler", "train.compile=on on a CPU"
-    if inductor.found is None:
-        return Line("warning", name, f"Inductor cannot be asked ({inductor.reason})", "set train.compile=off")
-    if inductor.found["cxx"] is None:
+    if torch.found is None:
+        return Line("ok", name, "not known without torch")
+    inductor = torch.found["inductor"]
+    if "error" in inductor:
+        return Line("warning", name, f"Inductor cannot be asked ({inductor['error']})", "set train.compile=off")
+    if inductor["cxx"] is None:
         return Line("ok", name, f"none that Inductor finds; {use} needs one: apt-get install g++, or set CXX")
-    return Line("ok", name, f"{inductor.found['cxx']}, for {use}")
+    return Line("ok", name, f"{inductor['cxx']}, for {use}")
 
 
 def check_dali(installed: dict[str, str], probe: Probe | None, torch_cuda: str | None, driver_cuda: int | None) -> Line:

@@ -13,7 +13,10 @@ from fastsiam.doctor_facts import ANSWER
 
 
 def probe_torch() -> dict:
-    """version, cuda and hip (that it was built for), architectures, cpu_precision, gpus, cuda_error."""
+    """version, cuda and hip (that it was built for), architectures, cpu_precision, gpus, cuda_error, inductor.
+
+    inductor: `{"cxx"}`, the C++ compiler that torch.compile takes for a CPU (None where it finds none), or `{"error"}`.
+    """
     import torch
 
     from fastsiam.device import choose_precision
@@ -26,6 +29,7 @@ def probe_torch() -> dict:
         "architectures": torch.cuda.get_arch_list(),
         "gpus": [],
         "cuda_error": None,
+        "inductor": _inductor(),
     }
     if torch.version.cuda or torch.version.hip:
         try:
@@ -35,17 +39,6 @@ def probe_torch() -> dict:
         else:
             found["gpus"] = [_gpu(torch, choose_precision, index) for index in range(torch.cuda.device_count())]
     return found
-
-
-def probe_inductor() -> dict:
-    """cxx: the C++ compiler that torch.compile takes for a CPU; None where it finds none."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return {"cxx": get_cpp_compiler()}
-    except InvalidCxxCompiler:
-        return {"cxx": None}
 
 
 def probe_triton() -> dict:
@@ -79,11 +72,13 @@ def probe_nvml() -> dict:
 
 
 def probe_backend() -> dict:
-    """name and reason of what data.backend=auto leads to."""
+    """name and reason of what data.backend=auto leads to; torchvision's version, which its modules import."""
+    import torchvision
+
     from fastsiam.data.backends import choose_backend
 
     name, reason = choose_backend("auto")
-    return {"name": name, "reason": reason}
+    return {"name": name, "reason": reason, "torchvision": torchvision.__version__}
 
 
 def probe_pillow() -> dict:
@@ -110,6 +105,19 @@ def probe_reading(folder: str) -> dict:
 def probe_module(name: str) -> dict:
     """Import any library that has a `__version__`."""
     return {"version": importlib.import_module(name).__version__}
+
+
+def _inductor():
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+    except (ImportError, AttributeError) as error:
+        # Of private modules, which other versions of torch may lack.
+        return {"error": _first_line(error)}
+    try:
+        return {"cxx": get_cpp_compiler()}
+    except InvalidCxxCompiler:
+        return {"cxx": None}
 
 
 def _gpu(torch, choose_precision, index):
