@@ -113,7 +113,7 @@ def distributions(*prefixes: str) -> dict[str, str]:
     """Versions of the installed distributions whose name begins with one of `prefixes`."""
     found = {}
     for dist in importlib.metadata.distributions():
-        # An uninstallation that was interrupted leaves folders without it.
+        # An interrupted uninstallation leaves folders without it; Pythons differ in what they make of that.
         if dist.read_text("METADATA") or dist.read_text("PKG-INFO"):
             name = (dist.metadata["Name"] or "").lower().replace("_", "-")
             if name.startswith(prefixes):

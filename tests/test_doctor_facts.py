@@ -137,6 +137,14 @@ def test_whatever_an_import_does_is_an_answer(package, source, probe):
     assert facts.ask("module", "odd") == probe
 
 
+def test_the_working_directory_counts_only_where_it_counts_here(tmp_path, monkeypatch):
+    (tmp_path / "odd.py").write_text("__version__ = '1.2'")
+    monkeypatch.chdir(tmp_path)
+    assert facts.ask("module", "odd") == Probe(None, "ModuleNotFoundError: No module named 'odd'")
+    monkeypatch.syspath_prepend("")
+    assert facts.ask("module", "odd").found == {"version": "1.2"}
+
+
 def test_an_import_that_hangs_is_an_answer(package, monkeypatch):
     package("odd", "import time\ntime.sleep(600)")
     monkeypatch.setattr(facts, "PROBE_SECONDS", 1)
@@ -216,6 +224,7 @@ MOUNTS = """
 22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
 30 22 0:40 / /data rw shared:7 - nfs4 server:/data rw
 31 30 0:41 / /data/local\\040disk rw - xfs /dev/nvme rw
+34 30 0:44 / /data/tab\\011stop rw - btrfs /dev/nvme rw
 32 22 0:42 / /home rw - ext4 /dev/vdb rw
 33 22 0:43 / /home rw - fuse.sshfs host:/ rw
 """
@@ -228,6 +237,7 @@ MOUNTS = """
         ("/data", "nfs4"),
         ("/database", "ext4"),
         ("/data/local disk/x", "xfs"),
+        ("/data/tab\tstop/x", "btrfs"),
         ("/home/me", "fuse.sshfs"),
     ],
 )

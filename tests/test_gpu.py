@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 import fastsiam
+from fastsiam import doctor_checks as checks
+from fastsiam import doctor_facts as facts
 from fastsiam.config import load_config
 from fastsiam.data.augment import augment
 from fastsiam.data.backends import dali_installed, open_backend
@@ -255,3 +257,21 @@ def test_reading_the_energy_does_not_wait_for_the_device():
             assert meter.joules() >= 0
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_doctor_finds_the_device():
+    torch_says, nvml_says = facts.ask("torch"), facts.ask("nvml")
+    assert torch_says.reason == nvml_says.reason == ""
+    found = torch_says.found["gpus"][torch.cuda.current_device()]
+    assert found["name"] == torch.cuda.get_device_name()
+    assert tuple(found["capability"]) == torch.cuda.get_device_capability()
+    assert found["error"] is None
+    assert 0 < found["free"] <= found["memory"]
+    assert found["name"] in nvml_says.found["gpus"]
+    judged = [
+        checks.check_driver(nvml_says, torch.version.cuda),
+        *checks.check_gpus(torch_says, nvml_says, None),
+        checks.check_triton(facts.ask("triton"), None, gpu=True),
+        checks.check_c_compiler(facts.c_compiler(), facts.has_python_headers(), gpu=True),
+    ]
+    assert [line for line in judged if line.status == "error"] == []
