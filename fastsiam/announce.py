@@ -13,6 +13,7 @@ from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.sources import open_source
 from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision
 from fastsiam.distributed import World, restarts
+from fastsiam.energy import kilowatt_hours
 from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.optim import large_batch_warning
 from fastsiam.record import Result, duration
@@ -83,12 +84,20 @@ def _augmenter_text(config, device):
 
 
 def schedule_line(config: Config, steps_per_epoch: int) -> str:
-    total = config.train.epochs * steps_per_epoch
-    stop = f", stopping at step {config.train.max_steps:,}" if (config.train.max_steps or total) < total else ""
-    return (
-        f"schedule  {config.train.epochs} epochs x {steps_per_epoch:,} steps = {total:,} steps, "
-        f"{config.optimizer.schedule}{stop}"
-    )
+    budget, most = config.to_spend, config.train.max_steps
+    if budget.kind == "epochs":
+        total = config.train.epochs * steps_per_epoch
+        text = f"{config.train.epochs} epochs x {steps_per_epoch:,} steps = {total:,} steps"
+    elif budget.kind == "images":
+        total = int(budget.amount) // config.train.batch_size
+        epochs = total / max(steps_per_epoch, 1)
+        text = f"budget {budget.text}: {total:,} steps, {epochs:,.2f} epochs of {steps_per_epoch:,}"
+    else:
+        total, what = None, "energy of the GPUs" if budget.kind == "joules" else "time of the process"
+        worth = f" = {duration(budget.amount)}" if budget.kind == "seconds" else ""
+        text = f"budget {budget.text}{worth}: {what}, start, compilation, evaluation and saving included"
+    stop = f", stopping at step {most:,}" if most and (total is None or most < total) else ""
+    return f"schedule  {text}, {config.optimizer.schedule}{stop}"
 
 
 def session_lines(session) -> list[str]:
@@ -101,20 +110,46 @@ def session_lines(session) -> list[str]:
     return [*lines, schedule_line(config, session.loader.steps_per_epoch)]
 
 
-def progress_text(session, reading, images_per_second: float, wait_fraction: float) -> str:
+def progress_text(
+    session, reading, images_per_second: float, wait_fraction: float, joules_per_image: float | None
+) -> str:
     """What the progress line says after a step; `reading` is of that step."""
-    state, health, loss = session.state, session.checkup.measures, reading.loss
+    state, pace, health, loss = session.state, session.pace, session.checkup.measures, reading.loss
     measured = ""
     if health:
         measured = (
             f"std_ratio {health.std_ratio:.2f} rank {health.effective_rank:.0f} |cos| {health.mean_abs_cos:.2f}  "
         )
     return (
-        f"epoch {min(state.epoch + 1, session.config.train.epochs)}/{session.config.train.epochs}  "
-        f"step {state.step}/{session.last_step}  loss {loss:+.3f} (cosine {-loss:.3f})  {measured}"
+        f"{_where(state, pace)}  loss {loss:+.3f} (cosine {-loss:.3f})  {measured}"
         f"{images_per_second:,.0f} img/s  wait {100 * wait_fraction:.0f} %"
+        + (f"  {joules_per_image:.3g} J/image" if joules_per_image is not None else "")
         + (f"  {reading.skipped_steps} steps skipped (fp16)" if reading.skipped_steps else "")
     )
+
+
+def _where(state, pace):
+    of = f"/{pace.last_step}" if pace.last_step else ""
+    if pace.budget.kind == "epochs":
+        epochs = int(pace.budget.amount)
+        return f"epoch {min(state.epoch + 1, epochs)}/{epochs}  step {state.step}{of}"
+    return f"epoch {state.epoch + 1}  step {state.step}{of}  {100 * state.progress:.1f} % of {pace.budget.text}"
+
+
+def _cost_line(session):
+    """Time and energy of all processes of the run, and of its budget."""
+    spent, budget = session.spent, session.pace.budget
+    parts = [f"{duration(spent.seconds)} of process time"]
+    if spent.joules is not None:
+        each = spent.joules_per_image(session.state.images_seen)
+        parts.append(f"{kilowatt_hours(spent.joules):.3g} kWh" + (f" ({each:.3g} J/image)" if each else ""))
+    else:
+        parts.append(f"energy {session.energy.description}")
+    if price := session.config.budget_price_per_hour:
+        parts.append(f"{spent.seconds / 3600 * price:.2f} at {price:g} an hour")
+    if budget.kind != "epochs":
+        parts[-1] += f"; {100 * session.pace.amount_spent / budget.amount:.1f} % of {budget.text}"
+    return f"spent     {', '.join(parts)}"
 
 
 def closing_lines(status: str, session, knn: float | None) -> list[tuple[str, str | None]]:
@@ -146,7 +181,7 @@ def closing_lines(status: str, session, knn: float | None) -> list[tuple[str, st
     measures = session.checkup.measures
     if measures and status not in ("collapsed", "failed"):
         lines.append((f"collapse  {_verdict(session)}: {measures}", None))
-    return [*lines, (f"run       {path}", None)]
+    return [*lines, (_cost_line(session), None), (f"run       {path}", None)]
 
 
 def _verdict(session) -> str:
@@ -162,7 +197,7 @@ def finished(session) -> Result | None:
     journal, path, step = session.journal, session.folder.path, session.state.step
     earlier = session.folder.status()
     ended, reason = earlier.get("status"), earlier.get("reason")
-    if ended == "done" and step >= session.last_step:
+    if ended == "done" and session.pace.is_over:
         knn = earlier.get("knn_top1")
         journal.say(f"{path} is finished: step {step:,}" + knn_text(knn))
         journal.say("run.fresh=true starts over in a new folder")

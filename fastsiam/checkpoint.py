@@ -25,7 +25,7 @@ UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError
 
 
 # Another number where a checkpoint holds other things than before.
-LAYOUT = 2
+LAYOUT = 3
 
 
 class SaveError(UserError):

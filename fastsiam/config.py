@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from fastsiam.budget import EXAMPLES, Budget, parse_budget
 from fastsiam.config_data import DataConfig, PositiveFloat, PositiveInt, Section, ViewsConfig
 from fastsiam.config_file import UserError, apply_override, check, flat, read
 
@@ -111,9 +112,10 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: PositiveInt
+    epochs: PositiveInt | None
+    """null where there is a budget."""
     max_steps: PositiveInt | None = None
-    """Stop after so many steps; the schedule still spans train.epochs."""
+    """Stop after so many steps; the schedule still spans the epochs or the budget."""
     batch_size: Annotated[int, Field(gt=1)]
     """Images in a step over all processes; each gives two views."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -169,6 +171,29 @@ class Config(Section):
     collapse: CollapseConfig = CollapseConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig
+    budget: str | None = None
+    """Instead of train.epochs: 2h, 45min, 10M images, 0.8kWh (NVML's), 15USD (hours times budget_price_per_hour)."""
+    budget_price_per_hour: PositiveFloat | None = None
+    """What an hour of all machines of the run costs, in the currency of the budget."""
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def with_its_unit(cls, given):
+        if isinstance(given, int | float):
+            raise ValueError(f"budget: {given} has no unit; write {EXAMPLES}")
+        return given
+
+    @model_validator(mode="after")
+    def epochs_or_a_budget(self):
+        if self.budget is not None:
+            parse_budget(self.budget, self.budget_price_per_hour)
+            if self.train.epochs is not None:
+                raise ValueError(
+                    f"budget: {self.budget} and train.epochs: {self.train.epochs} are both given; set one of them null"
+                )
+        elif self.train.epochs is None:
+            raise ValueError("train.epochs: null, and there is no budget; set train.epochs=100 or budget=2h")
+        return self
 
     @model_validator(mode="after")
     def scaled_gradients_have_their_optimizer(self):
@@ -178,6 +203,13 @@ class Config(Section):
                 "optimizer.implementation=torch, or train.precision=bf16"
             )
         return self
+
+    @property
+    def to_spend(self) -> Budget:
+        """The epochs or the budget, whichever is given."""
+        if self.train.epochs is not None:
+            return Budget("epochs", self.train.epochs, f"{self.train.epochs} epochs")
+        return parse_budget(self.budget, self.budget_price_per_hour)
 
     @property
     def learning_rate(self) -> float:
@@ -227,13 +259,15 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     """The checked configuration of a YAML file with overrides applied.
 
     `name_or_path`: a path, or the name of a file in `configs/` with or without `.yaml`. `overrides`: strings
-    `section.key=value`, the value in YAML. Raises `UserError` (a `ValueError`) of one sentence.
+    `section.key=value`, the value in YAML; a budget there takes the place of the file's epochs, and epochs that of its
+    budget. Raises `UserError` (a `ValueError`) of one sentence.
     """
     path = find_config(name_or_path)
     values = read(path)
     overrides = list(overrides)
     for override in overrides:
         apply_override(Config, values, override)
+    _let_the_override_win(values, {override.partition("=")[0] for override in overrides})
     if not values.get("run"):
         values["run"] = {}
     config = check(Config, values)
@@ -262,6 +296,16 @@ def differing_keys(one: Config, other: Config) -> list[str]:
         for key in sorted(a.keys() | b.keys())
         if key not in OPERATIONAL and a.get(key) != b.get(key)
     ]
+
+
+def _let_the_override_win(values: dict, overridden: set[str]) -> None:
+    train = values.get("train")
+    if not isinstance(train, dict):
+        return
+    if "budget" in overridden and "train.epochs" not in overridden and values["budget"] is not None:
+        train["epochs"] = None
+    if "train.epochs" in overridden and "budget" not in overridden and train["epochs"] is not None:
+        values["budget"] = None
 
 
 def _named(config: Config, path: Path, changed: bool) -> Config:

@@ -16,6 +16,7 @@ class Journal:
         self._writes = world.is_first
         self._progress: ProgressLine | None = None
         self._early: list[str] = []
+        self._told: set[str] = set()
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, soft_wrap=True)
@@ -27,6 +28,12 @@ class Journal:
             self._early.append(sentence)
         else:
             self.write("warning", message=sentence)
+
+    def warn_once(self, sentence: str) -> None:
+        """Unless it has been said by this process."""
+        if sentence not in self._told:
+            self._told.add(sentence)
+            self.warn(sentence)
 
     def write(self, kind: str, **fields) -> None:
         """A line of metrics.jsonl with where the run is."""
@@ -50,14 +57,16 @@ class Journal:
         if self._writes:
             self.folder.set_status(status, **details)
 
-    def begin_progress(self, last_step: int) -> None:
-        """The folder has been entered: from now on warnings are written, too, those of before first."""
-        self._progress = ProgressLine(self.console, last_step, self.state.step)
+    def begin_progress(self, share: float) -> None:
+        """The folder has been entered, with `share` of the run done: from now on warnings are written, too, those of
+        before first.
+        """
+        self._progress = ProgressLine(self.console, share)
         for sentence in self._early:
             self.write("warning", message=sentence)
 
-    def progress(self, text: str) -> None:
-        self._progress.show(self.state.step, text)
+    def progress(self, share: float, text: str) -> None:
+        self._progress.show(share, text)
 
     def close(self) -> None:
         if self._progress:

@@ -87,34 +87,34 @@ def large_batch_warning(config: Config) -> str | None:
             "optimizer.name=lars, with the rates of r50_100ep_b4096.yaml"
         )
     if batch_size >= 1024 and config.optimizer.warmup == 0:
-        share = round(10 / max(config.train.epochs, 100), 4)
+        share = round(10 / max(config.train.epochs or 100, 100), 4)
         warnings.append(
             f"from 1024 images on the paper warms up over 10 epochs, and here is no warm-up: optimizer.warmup={share:g}"
         )
     return f"train.batch_size: {batch_size}; {'; '.join(warnings)}" if warnings else None
 
 
-def scale_at(progress: float, schedule: str, warmup: float, epochs: int) -> float:
+def scale_at(progress: float, schedule: str, warmup: float, epoch_began: float = 0.0) -> float:
     """What the initial rate is multiplied by at `progress`, the share of the run that is done.
 
-    `cosine_per_epoch` holds the rate within an epoch, as the paper's code does; `warmup` is the share of the run
-    in which the rate rises linearly, and the schedule spans the rest.
+    `cosine_per_epoch` holds the rate that it has at `epoch_began`, the progress at the start of the epoch, as the
+    paper's code does; `warmup` is the share of the run in which the rate rises linearly, and the schedule spans the
+    rest.
     """
     if progress < warmup:
         return progress / warmup
     if schedule == "constant":
         return 1.0
     if schedule == "cosine_per_epoch":
-        # A progress of k / epochs in floating point may fall just below epoch k.
-        progress = max(math.floor(progress * epochs + 1e-9) / epochs, warmup)
+        progress = max(epoch_began, warmup)
     return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
 
 
-def set_learning_rate(optimizer, config: Config, progress: float) -> float:
-    """Give each group its rate at `progress`; returns the scheduled one."""
-    warmup, epochs = config.optimizer.warmup, config.train.epochs
-    scale = scale_at(progress, config.optimizer.schedule, warmup, epochs)
-    held = scale_at(progress, "constant", warmup, epochs)
+def set_learning_rate(optimizer, config: Config, progress: float, epoch_began: float = 0.0) -> float:
+    """Give each group its rate at `progress` in an epoch that began at `epoch_began`; returns the scheduled one."""
+    warmup = config.optimizer.warmup
+    scale = scale_at(progress, config.optimizer.schedule, warmup, epoch_began)
+    held = scale_at(progress, "constant", warmup)
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * (scale if group["scheduled"] else held)
     return config.learning_rate * scale

@@ -232,18 +232,19 @@ class _Lines:
 class ProgressLine:
     """One live line in a terminal (wrapped where it is narrow), one plain line per log interval elsewhere."""
 
-    def __init__(self, console: Console, total_steps: int, step: int):
-        self.console, self._total, self._first = console, total_steps, step
+    def __init__(self, console: Console, share: float):
+        """`share`: of the run, already done."""
+        self.console, self._first = console, share
         self._started = time.perf_counter()
         self._live = None
         if console.is_terminal:
             self._live = Live(Text("starting"), console=console, transient=True, auto_refresh=False)
             self._live.start()
 
-    def show(self, step: int, text: str) -> None:
-        done = step - self._first
-        eta = (time.perf_counter() - self._started) / max(done, 1) * (self._total - step)
-        text = f"{text}  ETA {duration(eta)}"
+    def show(self, share: float, text: str) -> None:
+        done = share - self._first
+        if done > 0:
+            text += f"  ETA {duration((time.perf_counter() - self._started) / done * (1 - share))}"
         if self._live:
             self._live.update(Text(text), refresh=True)
         else:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,19 +20,20 @@ from fastsiam.data.views import view_specs
 from fastsiam.device import autocast, choose_compile, choose_device, choose_precision, environment
 from fastsiam.distributed import World, is_lost_peer
 from fastsiam.encoder import save_encoder
+from fastsiam.energy import EnergyMeter
 from fastsiam.evaluation.checkup import Checkup
 from fastsiam.evaluation.monitor import Monitor
 from fastsiam.journal import Journal
 from fastsiam.loader_advice import LoaderWatch, describe
 from fastsiam.methods import build_method
+from fastsiam.pace import Pace
 from fastsiam.record import EXIT_CODES, Result, RunFolder, run_path
+from fastsiam.saver import Saver
 from fastsiam.soundness import Soundness
+from fastsiam.spent import Spent, heartbeat_seconds
 from fastsiam.state import State, Stopwatch
 from fastsiam.step import TrainingStep
 from fastsiam.watchdog import Watchdog
-
-# Seconds; torchrun kills 30 after it has passed a signal on, which an evaluation may outlast.
-SAVED_LONG_AGO = 30.0
 
 
 class Session:
@@ -42,7 +42,8 @@ class Session:
     One for each rank, which call the same methods in the same order; the first one speaks and writes.
     """
 
-    def __init__(self, config: Config, world: World = World()):  # noqa: B008
+    def __init__(self, config: Config, world: World = World(), began: float | None = None):  # noqa: B008
+        """`began`: when this process began to spend, by `time.monotonic`; None: now."""
         self.config, self.world = config, world
         self._stack = contextlib.ExitStack()
         self._started = False
@@ -55,6 +56,8 @@ class Session:
         self._saved = world.share(self._saved)
         self.state = State(**self._saved["state"]) if self._saved else State()
         self.clock = Stopwatch(self.state)
+        every = heartbeat_seconds(config.to_spend)
+        self.spent = Spent(self.folder.path if world.is_first else None, began=began, every=every)
         self.journal = Journal(self.folder, world, self.state, self.clock)
         with world.together(), world.leader_first():
             self.source, self.val = open_sources(config, self.journal.warn, self.journal.say)
@@ -65,10 +68,10 @@ class Session:
             self._files.skip_list(self.source, "skip", config.data.train),
             self._files.skip_list(self.val, "skip_val", config.data.val),
         ]
+        self.energy = self._stack.enter_context(EnergyMeter.of(self.device, self.journal.warn))
         with world.together():
             self._open_loader()
-        steps = config.train.epochs * self.loader.steps_per_epoch
-        self.last_step = min(steps, config.train.max_steps or steps)
+            self.pace = Pace(config, self.state, self.spent, self.energy, self.loader.steps_per_epoch, world)
 
     def _choose(self):
         """What the config leads to on this machine, and what its run folder holds."""
@@ -143,8 +146,12 @@ class Session:
         with world.together():
             optimizer = optim.build_optimizer(self.method, config)
             if world.is_first:
-                self.folder.open(environment() | {"fastsiam": fastsiam.__version__, "loader": self.loader_text})
+                chosen = {"loader": self.loader_text, "energy": self.energy.description}
+                self.folder.open(environment() | {"fastsiam": fastsiam.__version__, **chosen})
         self._started = True
+        self.pace.read_energy()
+        self.spent.begin()
+        self._stack.callback(self.spent.close)
         journal.set_status("running", pid=os.getpid())
         self.watchdog = self._stack.enter_context(
             Watchdog(self.folder.path, config.train.watchdog_seconds, world.rank, self._failed)
@@ -160,7 +167,8 @@ class Session:
                     self.watchdog.beat,
                 )  # fmt: skip
             self._stack.callback(self.monitor.close)
-        self.checkup = Checkup(config, self.method, self.monitor, self.loader.steps_per_epoch, journal, world)
+        steps = self.loader.steps_per_epoch
+        self.checkup = Checkup(config, self.method, self.monitor, steps, journal, world, self.pace)
         self._announce()
         with world.together():
             if self._saved:
@@ -170,15 +178,18 @@ class Session:
         self._saved = None
         if self.state.step == 0 and config.evaluate.controls and self.checkup.has_knn:
             self.checkup.controls(self.loader)
-        journal.begin_progress(self.last_step)
-        self._saved_at = time.perf_counter()
+        self.pace.agree()
+        journal.begin_progress(self.pace.share_done)
+        self.saver = Saver(self.folder.path, config.checkpoint, self._checkpoint, journal, self.pace, world)
         self.clock.lap()
         self._logged_step = self.state.step
+        self.spent.lap(0)
         self.soundness = Soundness(self._step, self.source, self.folder, world)
         self._watch = LoaderWatch(lambda: describe(self._loading, self.source, self.backend_name, self.device))
 
-    def set_learning_rate(self, progress: float) -> float:
-        return optim.set_learning_rate(self._step.optimizer, self.config, progress)
+    def set_learning_rate(self) -> float:
+        state = self.state
+        return optim.set_learning_rate(self._step.optimizer, self.config, state.progress, state.epoch_progress)
 
     def step(self, views: torch.Tensor, indices: np.ndarray | None = None) -> dict:
         """One training step on views [2N, 3, S, S] of the images `indices`; no value is read back from the device."""
@@ -192,9 +203,8 @@ class Session:
         return out
 
     def agree(self, received: int | None) -> tuple[int | None, bool]:
-        """The signal that some rank has received, and whether the first one's clock says that a save is due."""
-        due = time.perf_counter() - self._saved_at >= self.config.checkpoint.every_seconds
-        number, saving = self.world.largest(received or 0, int(due and self.world.is_first))
+        """After a step: the signal that some rank has received, and whether the first one's clock asks for a save."""
+        number, saving = self.pace.agree(received or 0, int(self.saver.is_due() and self.world.is_first))
         return number or None, bool(saving)
 
     def numbers_are_sound(self, loss: torch.Tensor) -> bool:
@@ -207,65 +217,50 @@ class Session:
 
     def log(self, rate: float) -> None:
         """A `train` line in metrics.jsonl and the progress line, of what `numbers_are_sound` has read."""
+        self.pace.read_energy()
         reading, (waited, stepped) = self.soundness.reading, self.clock.lap()
         images = (self.state.step - self._logged_step) * self.config.train.batch_size
-        self._logged_step = self.state.step
+        self._logged_step, joules_per_image = self.state.step, self.spent.lap(images)
         seconds = max(waited + stepped, 1e-9)
         images_per_second, wait_fraction = images / seconds, waited / seconds
         fields = {"loss": reading.loss, "lr": rate, "images_per_second": images_per_second}
         if self.dtype == torch.float16:
             fields["skipped_steps"] = reading.skipped_steps
-        self.journal.write("train", **fields, data_wait_fraction=wait_fraction)
+        fields |= {"data_wait_fraction": wait_fraction, "progress": self.state.progress}
+        self.journal.write("train", **fields, **self.spent.fields(joules_per_image))
         advice = self._watch.add(waited, stepped)
         if advice:
             self.journal.warn(advice)
-        self.journal.progress(progress_text(self, reading, images_per_second, wait_fraction))
+        if self.spent.error:
+            self.journal.warn_once(f"what was spent cannot be written down ({self.spent.error}); a kill would hide it")
+        text = progress_text(self, reading, images_per_second, wait_fraction, joules_per_image)
+        self.journal.progress(self.pace.share_done, text)
 
     def evaluation_is_next(self) -> bool:
-        """Whether kNN follows this step, the last of its epoch."""
+        """Whether kNN follows this step, mostly the last of its epoch."""
         state, ends = self.state, self.state.cursor >= self.loader.steps_per_epoch * self.loader.batch_size
-        return ends and self._evaluates_after(state.epoch + 1)
+        return (ends and self.checkup.follows(state.epoch + 1)) or self.checkup.is_wanted_early()
 
     def save_before_evaluation(self) -> None:
         """At the end of an epoch that kNN follows, and of the run, where the last checkpoint is old."""
-        follows = self._evaluates_after(self.state.epoch + 1) or self.state.step == self.last_step
-        if follows and time.perf_counter() - self._saved_at > SAVED_LONG_AGO:
-            self.save_on_the_way()
+        if self.checkup.follows(self.state.epoch + 1) or self.pace.is_over:
+            self.saver.save_unless_recent()
 
     def evaluate_if_due(self) -> None:
-        if self._evaluates_after(self.state.epoch):
+        if self.checkup.follows(self.state.epoch):
             # Decoders and their buffers would otherwise lie beside those of the evaluation.
             self.loader.backend.close()
             self.checkup.knn()
+            self.pace.agree()
             self._files.exchange()
 
-    def save(self) -> None:
-        """A checkpoint, written by the first rank; raises `SaveError` where it cannot be."""
-        self._saved_at = time.perf_counter()
-        if not self.world.is_first:
-            return
-        self.clock.update_state()
-        checkpoint.save(
-            self.folder.path,
-            {
-                "layout": checkpoint.LAYOUT,
-                "state": asdict(self.state),
-                **self._step.state_dict(),
-                "collapsed_in_a_row": self.checkup.guard.collapsed_in_a_row,
-                "random": torch.get_rng_state(),
-                "threads": torch.get_num_threads(),
-                "identity": self.identity,
-                "metrics": self.folder.metrics_state(),
-            },
-            self.config.checkpoint.keep,
-        )
-
-    def save_on_the_way(self) -> None:
-        """A checkpoint, or a warning where it cannot be written."""
-        try:
-            self.save()
-        except checkpoint.SaveError as error:
-            self.journal.warn(f"at step {self.state.step:,}: {error}")
+    def evaluate_early(self) -> None:
+        """In mid-epoch, where a budget of time or energy must know what its last evaluation will cost."""
+        if self.checkup.is_wanted_early():
+            self.saver.save_unless_recent()
+            self.checkup.knn()
+            self.pace.agree()
+            self._files.exchange()
 
     def end(self, status: str, received: int | None = None) -> Result:
         """Last evaluation, last checkpoint, the closing lines."""
@@ -277,7 +272,7 @@ class Session:
             self._files.exchange()
         with self.world.together():
             if status != "failed":
-                self.save()
+                self.saver.save()
             if status == "done" and self.world.is_first:
                 save_encoder(self.method.encoder, self.config.model, path / "encoder.safetensors")
         details = {"step": state.step} | ({"knn_top1": knn} if knn is not None else {})
@@ -285,6 +280,8 @@ class Session:
             details |= self.checkup.measures.fields()
         if reason := self.soundness.reason or self.checkup.reason:
             details |= {"reason": reason} if status in ("collapsed", "failed") else {}
+        self.pace.read_energy()
+        details |= self.spent.fields(self.spent.joules_per_image(state.images_seen))
         journal.write("end", status=status, **details)
         if status in EXIT_CODES:
             details["exit_code"] = EXIT_CODES[status]
@@ -297,10 +294,6 @@ class Session:
     @property
     def loader_text(self) -> str:
         return self.loader.backend.description if self.source is not None else "synthetic: one fixed batch"
-
-    def _evaluates_after(self, epochs):
-        every = self.config.evaluate.knn_every_epochs
-        return bool(every) and epochs % every == 0 and self.checkup.has_knn
 
     def _announce(self):
         config, journal = self.config, self.journal
@@ -320,6 +313,20 @@ class Session:
         self.journal.write("compile", **report)
         if report["fallback"]:
             self.journal.warn(f"torch.compile failed, and the run goes on in eager mode: {report['fallback']}")
+
+    def _checkpoint(self):
+        """What `_restore` takes."""
+        self.clock.update_state()
+        return {
+            "layout": checkpoint.LAYOUT,
+            "state": asdict(self.state),
+            **self._step.state_dict(),
+            "collapsed_in_a_row": self.checkup.guard.collapsed_in_a_row,
+            "random": torch.get_rng_state(),
+            "threads": torch.get_num_threads(),
+            "identity": self.identity,
+            "metrics": self.folder.metrics_state(),
+        }
 
     def _restore(self, saved):
         self._step.load_state_dict(saved)

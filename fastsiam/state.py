@@ -13,9 +13,15 @@ class State:
     cursor: int = 0
     """Images of this epoch that finished steps have consumed, over all processes."""
     images_seen: int = 0
+    progress: float = 0.0
+    """The share of the budget that is spent; every schedule is a function of it."""
+    epoch_progress: float = 0.0
+    """Progress when this epoch began."""
     train_seconds: float = 0.0
     """Spent waiting for data and stepping; evaluation and saving not counted."""
     wall_seconds: float = 0.0
+    evaluation_cost: float | None = None
+    """What the last kNN took, in the unit of the budget, where that is time or energy."""
     untrained_knn: float | None = None
     raw_pixels_knn: float | None = None
 
@@ -27,6 +33,7 @@ class State:
     def next_epoch(self) -> None:
         self.epoch += 1
         self.cursor = 0
+        self.epoch_progress = self.progress
 
 
 class Stopwatch:

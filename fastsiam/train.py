@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from fastsiam.config import Config, UserError, load_config
 from fastsiam.signals import StopSignals
+from fastsiam.spent import process_began
 
 if TYPE_CHECKING:
     from fastsiam.record import Result
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 
             dry_run(config)
             return 0
-        result = pretrain(config)
+        result = pretrain(config, began=process_began())
         from fastsiam.distributed import under_torchrun
 
         return 0 if result.status == "preempted" and under_torchrun() else result.exit_code
@@ -68,18 +69,18 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def pretrain(config: Config) -> "Result":
+def pretrain(config: Config, *, began: float | None = None) -> "Result":
     """Train the method of `config` to its end, or from where its run folder stopped.
 
-    Under torchrun this process is one rank of several. Raises `UserError` for what the user can put right; where that
-    shows before training, nothing has been written. Stops in good order, with a checkpoint, on SIGTERM, SIGUSR1 and
-    Ctrl-C.
+    `began`: when this process began to spend what the run has, by `time.monotonic`; None: now. Under torchrun this
+    process is one rank of several. Raises `UserError` for what the user can put right; where that shows before
+    training, nothing has been written. Stops in good order, with a checkpoint, on SIGTERM, SIGUSR1 and Ctrl-C.
     """
     from fastsiam.distributed import World
     from fastsiam.session import Session
 
     world = World.of_environment()
-    with world.joined(config.train.device), Session(config, world) as session:
+    with world.joined(config.train.device), Session(config, world, began) as session:
         finished = session.finished_result()
         if finished is not None:
             return finished
@@ -92,20 +93,20 @@ def pretrain(config: Config) -> "Result":
 def train(session: "Session", stop: StopSignals) -> tuple[str, int | None]:
     """The loop over epochs and steps; returns the status that the run ends with, and the signal that ended it."""
     state, config, clock = session.state, session.config, session.clock
-    batch_size, total_steps = config.train.batch_size, config.train.epochs * session.loader.steps_per_epoch
-    while state.step < session.last_step:
+    batch_size = config.train.batch_size
+    while not session.pace.is_over:
         batches = session.loader.epoch(state.epoch, state.cursor)
         clock.split("other")
         while (batch := next(batches, None)) is not None:
             clock.split("wait")
-            rate = session.set_learning_rate(state.step / total_steps)
+            rate = session.set_learning_rate()
             out = session.step(batch.views, batch.indices)
-            session.method.after_step((state.step + 1) / total_steps)
             state.advance(batch_size)
             clock.split("step")
-            last = state.step == session.last_step
-            logging = last or state.step % config.train.log_every_steps == 0
             received, saving = session.agree(stop.received)
+            session.method.after_step(state.progress)
+            last = session.pace.is_over
+            logging = last or state.step % config.train.log_every_steps == 0
             looking = logging or saving or received or session.checkup.is_due() or session.evaluation_is_next()
             if looking and not session.numbers_are_sound(out["loss"]):
                 return "failed", None
@@ -116,8 +117,9 @@ def train(session: "Session", stop: StopSignals) -> tuple[str, int | None]:
             if received:
                 return "preempted", received
             if saving:
-                session.save_on_the_way()
-            if last and state.cursor < session.loader.steps_per_epoch * batch_size:
+                session.saver.save_on_the_way()
+            session.evaluate_early()
+            if session.pace.is_over and state.cursor < session.loader.steps_per_epoch * batch_size:
                 return "done", None
             clock.split("other")
         session.save_before_evaluation()

@@ -10,7 +10,7 @@ from tests.conftest import REPOSITORY, run_python
 # Each room may import from the rows above it and from its own row.
 LAYERS = (
     {"fastsiam.kernels", "fastsiam.apex_lookup", "fastsiam.doctor_facts"},
-    {"fastsiam.config_file", "fastsiam.data.views"},
+    {"fastsiam.config_file", "fastsiam.data.views", "fastsiam.budget", "fastsiam.energy"},
     {"fastsiam.config_data"},
     {"fastsiam.config", "fastsiam.data.draws"},
     {"fastsiam.data.demo"},
@@ -26,12 +26,11 @@ LAYERS = (
         "fastsiam.collapse",
         "fastsiam.signals",
         "fastsiam.host_memory",
-        "fastsiam.energy",
         "fastsiam.read_speed",
         "fastsiam.watchdog",
     },
-    {"fastsiam.record", "fastsiam.state"},
-    {"fastsiam.journal"},
+    {"fastsiam.record", "fastsiam.state", "fastsiam.spent"},
+    {"fastsiam.journal", "fastsiam.pace"},
     {
         "fastsiam.methods",
         "fastsiam.evaluation",
@@ -43,13 +42,13 @@ LAYERS = (
     },
     {"fastsiam.doctor_checks"},
     {"fastsiam.doctor_machine", "fastsiam.doctor_probe"},
-    {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.soundness"},
+    {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.saver", "fastsiam.soundness"},
     {"fastsiam.train", "fastsiam.doctor", "fastsiam.__main__"},
 )
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
-    "data.cifar10", "train", "prepare", "record", "signals", "energy",
-    "apex_lookup", "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe",
+    "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent", "apex_lookup",
+    "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe",
 )  # fmt: skip
 
 

@@ -125,6 +125,30 @@ def test_the_recipe_for_large_batches_is_the_papers_but_for_its_optimizer():
     assert f"{TABLE_2[4096]} % at this batch with SGD, against {TABLE_2[512]} % at 256 and 512" in head
 
 
+@pytest.mark.parametrize(
+    ("name", "base", "epochs", "budget"),
+    [("r50_8h", "r50_100ep", 100, "8h"), ("r18_cifar10_20min", "r18_cifar10_800ep", 800, "20min")],
+)
+def test_the_recipes_for_a_budget_differ_in_their_end(name, base, epochs, budget):
+    assert differing_keys(load_config(base), load_config(name)) == [
+        f"budget (None, now {budget})",
+        f"train.epochs ({epochs}, now None)",
+    ]
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    head = " ".join(text[: text.index("data:\n")].replace("#", "").split())
+    assert "Expected:" in head
+    assert "No run has confirmed it" in head
+    assert f"those of {base}.yaml, which it differs from in nothing but its end." in head
+
+
+def test_the_epochs_that_eight_hours_are_said_to_hold():
+    """1,281,167 images an epoch."""
+    text = (CONFIGS / "r50_8h.yaml").read_text()
+    rates = [int(rate.replace(",", "")) for rate in re.search(r"make ([\d,]+) to ([\d,]+) images/s", text).groups()]
+    epochs = re.search(r"are (\d+) to (\d+) epochs", text).groups()
+    assert [round(8 * 3600 * rate / 1_281_167) for rate in rates] == [int(number) for number in epochs]
+
+
 def test_the_rate_at_the_papers_batch():
     assert load_config("r50_100ep").learning_rate == pytest.approx(0.1)
     assert load_config("r18_cifar10_800ep").learning_rate == pytest.approx(0.06)

@@ -14,9 +14,9 @@ TEXT = "epoch 3/9  step 150/558  loss -0.530 (cosine 0.530)  std_ratio 0.58 rank
 
 def shown(terminal):
     out = io.StringIO()
-    line = ProgressLine(Console(file=out, force_terminal=terminal, width=80), total_steps=558, step=100)
-    line.show(150, TEXT)
-    line.show(558, TEXT)
+    line = ProgressLine(Console(file=out, force_terminal=terminal, width=80), share=0.2)
+    line.show(0.3, TEXT)
+    line.show(1.0, TEXT)
     line.close()
     return out.getvalue()
 

@@ -193,7 +193,7 @@ def test_other_data_views_or_backend_are_refused(tiny, tmp_path, capsys, demo_fo
     for key, expected in (("backend", "data.backend=pil, and now dali would run"), ("views", "with other views")):
         torch.save({**saved, "identity": saved["identity"] | {key: "pil"}}, tmp_path / "runs/run/checkpoint.pt")
         assert expected in said()
-    torch.save({**saved, "layout": 1}, tmp_path / "runs/run/checkpoint.pt")
+    torch.save({**saved, "layout": 2}, tmp_path / "runs/run/checkpoint.pt")
     assert "its checkpoint was written by another version of fastsiam" in said()
 
 

@@ -5,17 +5,25 @@ from fastsiam.config import Config
 from fastsiam.distributed import World
 from fastsiam.evaluation.monitor import Monitor
 from fastsiam.journal import Journal
+from fastsiam.pace import Pace
 
 
 class Checkup:
     """Measures of one method, the last ones kept. All ranks call the same methods at the same steps."""
 
     def __init__(
-        self, config: Config, method, monitor: Monitor | None, steps_per_epoch: int, journal: Journal, world: World
+        self,
+        config: Config,
+        method,
+        monitor: Monitor | None,
+        steps_per_epoch: int,
+        journal: Journal,
+        world: World,
+        pace: Pace,
     ):
         """`monitor`: None where there are no images to measure on."""
         self._config, self._method, self._monitor = config, method, monitor
-        self._journal, self._world = journal, world
+        self._journal, self._world, self._pace = journal, world, pace
         self.guard = collapse.CollapseGuard(steps_per_epoch)
         self.measures: collapse.Measures | None = None
         self.reason: str | None = None
@@ -30,6 +38,15 @@ class Checkup:
     def is_due(self) -> bool:
         """Whether collapse is measured at this step."""
         return self._monitor is not None and self.guard.due(self._journal.state.step)
+
+    def follows(self, epochs: int) -> bool:
+        """Whether kNN comes after so many finished epochs."""
+        every = self._config.evaluate.knn_every_epochs
+        return bool(every) and epochs % every == 0 and self.has_knn and self._pace.leaves_room()
+
+    def is_wanted_early(self) -> bool:
+        """Whether a budget must know now what its last kNN will cost."""
+        return self.has_knn and self._pace.evaluation_is_wanted()
 
     def controls(self, loader) -> None:
         """kNN before training, of raw pixels and of the untrained encoder, into the state."""
@@ -69,7 +86,8 @@ class Checkup:
         """kNN now, unless it was taken at this very step."""
         step = self._journal.state.step
         if self._last_knn is None or self._last_knn[0] != step:
-            top1 = self._monitor.knn(self._method)
+            with self._pace.evaluating():
+                top1 = self._monitor.knn(self._method)
             self._last_knn = (step, top1)
             self._journal.write("knn", knn_top1=top1)
             if not last:

@@ -1,0 +1,117 @@
+"""What a run has cost, counted over kills and damaged files."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from fastsiam.budget import parse_budget
+from fastsiam.spent import Spent, heartbeat_seconds
+from tests.test_faults import largest_file
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_earlier_starts_count_and_the_time_between_them_does_not(tmp_path):
+    clock = Clock()
+    first = Spent(tmp_path, began=clock.now - 3, clock=clock)
+    first.set_joules(50.0)
+    clock.now += 10
+    first.write()
+    # Killed 2 s after its last heartbeat, and started again half an hour later.
+    clock.now += 2 + 1800
+    second = Spent(tmp_path, began=clock.now - 4, clock=clock)
+    assert second.seconds == pytest.approx(13 + 4)
+    assert second.joules is None
+    clock.now += 6
+    second.set_joules(7.0)
+    assert (second.seconds, second.joules) == (pytest.approx(23), 57.0)
+    second.write()
+    assert json.loads((tmp_path / "spent.json").read_text()) == {"seconds": pytest.approx(23), "joules": 57.0}
+
+
+def test_energy_that_was_not_measured_for_a_while_is_not_known(tmp_path):
+    (tmp_path / "spent.json").write_text('{"seconds": 5, "joules": 40}')
+    spent = Spent(tmp_path)
+    spent.set_joules(3.0)
+    assert (spent.joules, spent.lap(1)) == (43, None)
+    spent.set_joules(None)
+    assert (spent.joules, spent.lap(1), spent.joules_per_image(8), spent.fields(None)["kwh"]) == (None,) * 4
+    spent.write()
+    again = Spent(tmp_path)
+    again.set_joules(3.0)
+    assert again.joules is None
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"seconds": "many", "joules": 0}', '{"joules": 3}', "[1, 2]"])
+def test_a_damaged_file_counts_as_none(tmp_path, text):
+    (tmp_path / "spent.json").write_text(text)
+    clock = Clock()
+    spent = Spent(tmp_path, clock=clock)
+    spent.set_joules(1.0)
+    assert (spent.seconds, spent.joules) == (0, None)
+
+
+def test_energy_an_image_between_laps_and_of_the_whole():
+    spent = Spent(None)
+    assert (spent.lap(0), spent.joules_per_image(64), spent.fields(None)["kwh"]) == (None, None, None)
+    spent.set_joules(100.0)
+    assert spent.lap(10) is None
+    spent.set_joules(160.0)
+    assert spent.lap(20) == pytest.approx(3)
+    assert spent.joules_per_image(64) == pytest.approx(2.5)
+    spent.set_joules(3.6e6)
+    assert spent.fields(1.5) == {
+        "spent_seconds": pytest.approx(spent.seconds, abs=1),
+        "joules_per_image": 1.5,
+        "kwh": 1.0,
+    }
+
+
+def test_the_file_is_kept_up_to_date_and_a_full_disk_is_told(tmp_path):
+    spent = Spent(tmp_path, every=0.01)
+    spent.begin()
+    deadline, seen = time.monotonic() + 30, set()
+    while len(seen) < 3 and time.monotonic() < deadline:
+        if (tmp_path / "spent.json").exists():
+            seen.add(json.loads((tmp_path / "spent.json").read_text())["seconds"])
+    assert len(seen) == 3
+    spent.close()
+    last = json.loads((tmp_path / "spent.json").read_text())["seconds"]
+    assert last >= max(seen)
+    with largest_file(4):
+        spent.write()
+    assert spent.error is not None
+    assert json.loads((tmp_path / "spent.json").read_text())["seconds"] == last
+    assert [path.name for path in tmp_path.iterdir()] == ["spent.json"]
+    spent.write()
+    assert spent.error is None
+
+
+def test_a_rank_without_a_folder_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spent = Spent(None)
+    spent.begin()
+    spent.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_knows_when_it_was_started():
+    """By the kernel's clock of 100 ticks a second; what it took to import counts."""
+    before = time.monotonic()
+    command = "import time; time.sleep(0.5); from fastsiam.spent import process_began; print(process_began())"
+    run = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True, env=os.environ)
+    assert before - 0.02 <= float(run.stdout) <= time.monotonic() - 0.5 + 0.02
+
+
+def test_heartbeats_of_short_budgets_are_closer():
+    every = {text: heartbeat_seconds(parse_budget(text)) for text in ("8h", "20min", "200s", "10M images", "1kWh")}
+    assert every == {"8h": 5, "20min": 5, "200s": 1, "10M images": 5, "1kWh": 5}
