@@ -96,11 +96,13 @@ def check_gpus(torch: Probe, nvml: Probe, visible: str | None) -> list[Line]:
     if not seen:
         return [Line("ok", "gpu", f"none; {trains}")]
     text = f"NVML sees {', '.join(seen)}, torch none; {trains}"
-    if visible is not None:
-        return [Line("warning", "gpu", f"{text}; CUDA_VISIBLE_DEVICES={visible!r}", "unset CUDA_VISIBLE_DEVICES")]
     if torch.found["cuda"] is None:
         cure = "install a torch built for CUDA (pytorch.org, Get Started)"
         return [Line("warning", "gpu", f"{text}, for it was built without CUDA", cure)]
+    if visible is not None:
+        text += f"; CUDA_VISIBLE_DEVICES={visible!r}"
+    if visible in ("", "-1"):
+        return [Line("warning", "gpu", text, "unset CUDA_VISIBLE_DEVICES")]
     return [Line("error", "gpu", f"{text} ({torch.found['cuda_error']})", "see the line on the driver, and nvidia-smi")]
 
 

@@ -61,8 +61,12 @@ def check_shared_memory(machine: Machine, backend: str | None) -> Line:
 def check_open_files(machine: Machine) -> Line:
     text = f"up to {machine.open_files:,}"
     if machine.open_files < LEAST_OPEN_FILES:
-        at_most = min(4096, machine.open_files_hard) if machine.open_files_hard > 0 else 4096
-        return Line("warning", "open files", f"{text} at once", f"ulimit -n {max(at_most, machine.open_files)}")
+        # -1 is no limit.
+        if 0 <= machine.open_files_hard < LEAST_OPEN_FILES:
+            cure = "raise the hard limit: docker run --ulimit nofile=4096, or /etc/security/limits.conf"
+        else:
+            cure = f"ulimit -n {min(4096, machine.open_files_hard) if machine.open_files_hard > 0 else 4096}"
+        return Line("warning", "open files", f"{text} at once", cure)
     return Line("ok", "open files", text)
 
 

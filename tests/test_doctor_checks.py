@@ -107,6 +107,9 @@ SOFTWARE = {
     "no gpu": (no_gpu(no_driver()), "ok", "none; trains on the CPU (train.precision=auto: fp32)", ""),
     "no gpu, NVML fails": (no_gpu(FAILED), "ok", "none; trains on the CPU", ""),
     "hidden gpu": (no_gpu(nvml(), ""), "warning", "CUDA_VISIBLE_DEVICES=''", "unset CUDA_VISIBLE_DEVICES"),
+    "allotted gpu out of reach": (
+        no_gpu(nvml(), "3", cuda_error="no GPUs"), "error", "CUDA_VISIBLE_DEVICES='3' (no GPUs)", "nvidia-smi",
+    ),
     "gpu and torch for CPUs": (no_gpu(nvml(), cuda=None), "warning", "built without CUDA", "built for CUDA"),
     "gpu out of reach": (
         no_gpu(nvml(), cuda_error="driver too old"), "error",
@@ -213,7 +216,10 @@ HARDWARE = {
     "open files": (machines.check_open_files(MACHINE), "ok", "up to 20,000", ""),
     "few open files": (machines.check_open_files(machine(open_files=256)), "warning", "256", "ulimit -n 4096"),
     "few and no more": (
-        machines.check_open_files(machine(open_files=256, open_files_hard=512)), "warning", "256", "ulimit -n 512",
+        machines.check_open_files(machine(open_files=256, open_files_hard=512)), "warning", "256", "nofile=4096",
+    ),
+    "few of any number": (
+        machines.check_open_files(machine(open_files=256, open_files_hard=-1)), "warning", "256", "ulimit -n 4096",
     ),
     "run folder": (machines.check_run_folder("/here", 10**12, None), "ok", "1 TB free in /here", ""),
     "full disk": (machines.check_run_folder("/here", 10**9, None), "warning", "1 GB free in /here", "run.dir=FOLDER"),

@@ -1,15 +1,18 @@
 """What the doctor finds out: control groups and file systems out of files made here, libraries that misbehave."""
 
 import ast
+import contextlib
 import errno
 import math
 import tarfile
 import tempfile
+import types
 
 import pytest
+import torch
 
 from fastsiam import doctor_facts as facts
-from fastsiam import read_speed
+from fastsiam import doctor_probe, read_speed
 from fastsiam.doctor_facts import Probe
 from tests.conftest import REPOSITORY
 
@@ -170,6 +173,39 @@ def test_what_nvml_says(package):
     package("pynvml", PYNVML.format(init="raise NVMLError_DriverNotLoaded('Driver Not Loaded')"))
     found = facts.ask("nvml").found
     assert (found["error"], found["text"], found["gpus"]) == ("NVMLError_DriverNotLoaded", "Driver Not Loaded", [])
+
+
+def card(compute):
+    """What `probe_torch` asks of torch for the second of two GPUs, whose computing is `compute`."""
+    properties = types.SimpleNamespace(name="NVIDIA L4", major=8, minor=9, total_memory=24 * 10**9)
+    cuda = types.SimpleNamespace(
+        get_device_properties=lambda index: {1: properties}[index],
+        device=lambda index: contextlib.nullcontext(index),
+        mem_get_info=lambda: (20 * 10**9, 24 * 10**9),
+    )
+    device = lambda *given: given  # noqa: E731
+    return types.SimpleNamespace(cuda=cuda, ones=compute, device=device)
+
+
+def test_a_gpu_is_asked_to_compute():
+    asked = []
+
+    def precision(wanted, device):
+        asked.append((wanted, device))
+        return torch.bfloat16
+
+    def busy(*_, **__):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCUDA kernel errors might ...")
+
+    ones = lambda count, device: torch.ones(count)  # noqa: E731
+    found = doctor_probe._gpu(card(ones), precision, 1)
+    assert asked[-1] == ("auto", ("cuda", 1))
+    assert found == {
+        "name": "NVIDIA L4", "capability": [8, 9], "memory": 24 * 10**9, "free": 20 * 10**9, "precision": "bf16",
+        "error": None,
+    }  # fmt: skip
+    found = doctor_probe._gpu(card(busy), precision, 1)
+    assert found["error"] == "CUDA error: all CUDA-capable devices are busy or unavailable"
 
 
 def test_distributions_by_name(put, monkeypatch):
