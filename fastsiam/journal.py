@@ -19,7 +19,7 @@ class Journal:
         self._told: set[str] = set()
 
     def say(self, text: str, style: str | None = None) -> None:
-        self.console.print(text, style=style, highlight=False, soft_wrap=True)
+        self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
 
     def warn(self, sentence: str) -> None:
         """Said now, and in metrics.jsonl, once there is one."""

@@ -1,11 +1,10 @@
 """Parameter groups, SGD and LARS, and learning rates as pure functions of progress in [0, 1]."""
 
-import importlib.machinery
-import importlib.util
 import math
 
 import torch
 
+from fastsiam.apex_lookup import APEX_SOURCE, find_apex
 from fastsiam.config import Config, UserError
 from fastsiam.device import TABLE_2
 from fastsiam.lars import LARS
@@ -56,16 +55,13 @@ def _apex_sgd(groups, numbers):
     """NVIDIA's FusedSGD, which computes what torch.optim.SGD does."""
     if not all(parameter.is_cuda for group in groups for parameter in group["params"]):
         raise UserError(f"{APEX} needs a CUDA device; set optimizer.implementation=torch")
-    source = "from source with the nvcc of torch's CUDA version (github.com/NVIDIA/apex)"
-    spec = importlib.util.find_spec("apex")
-    # A folder named apex, such as a clone, is found as well, without an origin.
-    if spec is None or spec.origin is None:
-        raise ImportError(f"{APEX} is not installed; build it {source}, or set optimizer.implementation=torch")
-    # Looked up without importing the parent: another project's package may do or lack anything.
-    if importlib.machinery.PathFinder.find_spec("apex.optimizers", spec.submodule_search_locations) is None:
+    apex = find_apex()
+    if apex is None:
+        raise ImportError(f"{APEX} is not installed; build it {APEX_SOURCE}, or set optimizer.implementation=torch")
+    if not apex.is_nvidias:
         raise ImportError(
-            f"{APEX} is NVIDIA's, but {spec.origin} belongs to another project of that name (it has no "
-            f"apex.optimizers); uninstall it and build NVIDIA's {source}, or set optimizer.implementation=torch"
+            f"{APEX} is NVIDIA's, but {apex.origin} belongs to another project of that name (it has no "
+            f"apex.optimizers); uninstall it and build NVIDIA's {APEX_SOURCE}, or set optimizer.implementation=torch"
         )
     from apex.optimizers import FusedSGD
 
@@ -76,7 +72,7 @@ def _apex_sgd(groups, numbers):
         if "extensions" not in str(error):
             raise
         raise ImportError(
-            f"{APEX} is installed without its CUDA extensions ({error}); build it {source} and APEX_CPP_EXT=1 "
+            f"{APEX} is installed without its CUDA extensions ({error}); build it {APEX_SOURCE} and APEX_CPP_EXT=1 "
             "APEX_CUDA_EXT=1, or set optimizer.implementation=torch"
         ) from error
 

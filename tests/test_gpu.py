@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import itertools
+import time
 from collections import deque
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 import fastsiam
+from fastsiam import doctor_checks as checks
+from fastsiam import doctor_facts as facts
 from fastsiam.config import load_config
 from fastsiam.data.augment import augment
 from fastsiam.data.backends import dali_installed, open_backend
@@ -18,6 +22,7 @@ from fastsiam.data.draws import augment_draws
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources import open_source
 from fastsiam.device import choose_precision
+from fastsiam.energy import EnergyMeter
 from fastsiam.kernels import crop_resize, negative_cosine
 from fastsiam.norm import split_statistics
 from fastsiam.session import Session
@@ -221,3 +226,52 @@ def test_cropping_out_of_a_store_is_one_launch_and_does_not_wait_for_the_device(
 def test_auto_precision_is_bf16_where_the_gpu_multiplies_it():
     native = torch.cuda.get_device_capability()[0] >= 8
     assert choose_precision("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
+
+
+def test_energy_rises_while_the_device_works():
+    import pynvml
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    with EnergyMeter.of(device, pytest.fail) as meter:
+        assert meter.description.startswith("NVML"), meter.description
+        began, readings = time.perf_counter(), [meter.joules()]
+        for _ in range(4):
+            until = time.perf_counter() + 1
+            while time.perf_counter() < until:
+                x @ x
+                torch.cuda.synchronize()
+            readings.append(meter.joules())
+        seconds = time.perf_counter() - began
+    assert all(earlier < later for earlier, later in itertools.pairwise(readings))
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    limit = pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
+    assert 10 < meter.joules() / seconds < 1.2 * limit
+
+
+def test_reading_the_energy_does_not_wait_for_the_device():
+    with EnergyMeter.of(torch.device("cuda")) as meter:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert meter.joules() >= 0
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_doctor_finds_the_device():
+    torch_says, nvml_says = facts.ask("torch"), facts.ask("nvml")
+    assert torch_says.reason == nvml_says.reason == ""
+    found = torch_says.found["gpus"][torch.cuda.current_device()]
+    assert found["name"] == torch.cuda.get_device_name()
+    assert tuple(found["capability"]) == torch.cuda.get_device_capability()
+    assert found["error"] is None
+    assert 0 < found["free"] <= found["memory"]
+    assert found["name"] in nvml_says.found["gpus"]
+    judged = [
+        checks.check_driver(nvml_says, torch.version.cuda),
+        *checks.check_gpus(torch_says, nvml_says, None),
+        checks.check_triton(facts.ask("triton"), None, gpu=True),
+        checks.check_c_compiler(facts.c_compiler(), facts.has_python_headers(), gpu=True),
+    ]
+    assert [line for line in judged if line.status == "error"] == []

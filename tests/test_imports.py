@@ -9,7 +9,7 @@ from tests.conftest import REPOSITORY, run_python
 
 # Each room may import from the rows above it and from its own row.
 LAYERS = (
-    {"fastsiam.kernels"},
+    {"fastsiam.kernels", "fastsiam.apex_lookup", "fastsiam.doctor_facts"},
     {"fastsiam.config_file", "fastsiam.data.views", "fastsiam.budget", "fastsiam.energy"},
     {"fastsiam.config_data"},
     {"fastsiam.config", "fastsiam.data.draws"},
@@ -26,6 +26,7 @@ LAYERS = (
         "fastsiam.collapse",
         "fastsiam.signals",
         "fastsiam.host_memory",
+        "fastsiam.read_speed",
         "fastsiam.watchdog",
     },
     {"fastsiam.record", "fastsiam.state", "fastsiam.spent"},
@@ -39,12 +40,15 @@ LAYERS = (
         "fastsiam.checkpoint",
         "fastsiam.loader_advice",
     },
+    {"fastsiam.doctor_checks"},
+    {"fastsiam.doctor_machine", "fastsiam.doctor_probe"},
     {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.saver", "fastsiam.soundness"},
-    {"fastsiam.train", "fastsiam.__main__"},
+    {"fastsiam.train", "fastsiam.doctor", "fastsiam.__main__"},
 )
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
-    "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent",
+    "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent", "apex_lookup",
+    "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe",
 )  # fmt: skip
 
 

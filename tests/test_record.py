@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 from fastsiam.config import load_config
+from fastsiam.distributed import World
+from fastsiam.journal import Journal
 from fastsiam.record import ProgressLine, RunFolder, duration, run_path
 
 TEXT = "epoch 3/9  step 150/558  loss -0.530 (cosine 0.530)  std_ratio 0.58 rank 4 |cos| 0.67  159 img/s  wait 7 %"
@@ -32,6 +34,16 @@ def test_elsewhere_each_interval_is_one_plain_line():
     lines = shown(terminal=False).splitlines()
     assert len(lines) == 2
     assert all(line.startswith(TEXT + "  ETA ") for line in lines)
+
+
+def test_brackets_are_text(capsys):
+    """A name of an extra, or a folder [like this], is no markup."""
+    journal = Journal(None, World(), None, None)
+    journal.say("auto: DALI is not installed (pip install 'fastsiam[dali]')")
+    journal.warn("no [/photos] here")
+    assert capsys.readouterr().out == (
+        "auto: DALI is not installed (pip install 'fastsiam[dali]')\nwarning: no [/photos] here\n"
+    )
 
 
 def test_durations():
