@@ -24,6 +24,8 @@ setup(
         "pydantic>=2.7",
         "pyyaml",
         "rich",
+        "tensorboard",
+        "matplotlib",
         "safetensors",
         "nvidia-ml-py",
     ],

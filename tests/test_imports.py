@@ -28,6 +28,8 @@ LAYERS = (
         "fastsiam.host_memory",
         "fastsiam.watchdog",
     },
+    {"fastsiam.appending"},
+    {"fastsiam.tensorboard"},
     {"fastsiam.record", "fastsiam.state"},
     {"fastsiam.journal"},
     {
@@ -44,7 +46,8 @@ LAYERS = (
 )
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
-    "data.cifar10", "train", "prepare", "record", "signals",
+    "data.cifar10", "train", "prepare", "record", "signals", "appending",
+    "tensorboard",
 )  # fmt: skip
 
 
