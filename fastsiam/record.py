@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from fastsiam.appending import Appender
 from fastsiam.config import Config, UserError, differing_keys, load_config
+from fastsiam.disk import Appender, replace_file
 from fastsiam.tensorboard import EventFiles
 
 SCHEMA = 1
@@ -98,8 +98,9 @@ class RunFolder:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another process is training in {self.path}") from None
-            _write(self.path / "config.yaml", self.config.to_yaml())
-            _write(self.path / "environment.json", json.dumps(environment | {"commit": _commit()}, indent=1))
+            replace_file(self.path / "config.yaml", self.config.to_yaml().encode())
+            described = json.dumps(environment | {"commit": _commit()}, indent=1)
+            replace_file(self.path / "environment.json", described.encode())
 
     def write_header(self) -> None:
         """Begin metrics.jsonl anew."""
@@ -150,7 +151,7 @@ class RunFolder:
         path = self.path / "status.json"
         try:
             # Ranks that fail together may all write it.
-            _write(path, json.dumps({"status": status, **details}, indent=1), f".{os.getpid()}.tmp")
+            replace_file(path, json.dumps({"status": status, **details}, indent=1).encode(), f".{os.getpid()}.tmp")
         except OSError as error:
             self._warn(f"{path} could not be written ({error.strerror or error}); it should say {status}")
 
@@ -249,20 +250,6 @@ def _refusal(config, path):
         raise UserError(
             f"run.dir={config.run.dir}: the run folder {path} cannot be made or written ({error.strerror or error})"
         ) from error
-
-
-def _write(path: Path, text: str, suffix: str = ".tmp") -> None:
-    """Replace a file by a whole one; where that fails, the old one stays and nothing lies beside it."""
-    temporary = path.with_name(f"{path.name}{suffix}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _not_finite(value) -> bool:

@@ -26,6 +26,7 @@ from fastsiam.evaluation.monitor import Monitor
 from fastsiam.journal import Journal
 from fastsiam.loader_advice import LoaderWatch, describe
 from fastsiam.methods import build_method
+from fastsiam.pictures import Pictures
 from fastsiam.record import EXIT_CODES, Result, RunFolder, run_path
 from fastsiam.soundness import Soundness
 from fastsiam.state import State, Stopwatch
@@ -160,7 +161,11 @@ class Session:
                     self.watchdog.beat,
                 )  # fmt: skip
             self._stack.callback(self.monitor.close)
-        self.checkup = Checkup(config, self.method, self.monitor, self.loader.steps_per_epoch, journal, world)
+        spec = view_specs(config.views)[0]
+        self.pictures = Pictures(self.folder.path, self.source, self.val, spec, journal.warn, world.is_first)
+        self.checkup = Checkup(
+            config, self.method, self.monitor, self.loader.steps_per_epoch, journal, world, self.pictures
+        )
         self._announce()
         with world.together():
             if self._saved:
@@ -185,6 +190,7 @@ class Session:
         number = self.state.step + 1
         if indices is not None:
             self.soundness.remember(number, indices)
+            self.pictures.remember(number, views, indices)
         out = self._step(views, number)
         self.watchdog.beat()
         if self._step.compiled is not None and self._step.compiled.changed():
@@ -219,6 +225,7 @@ class Session:
         advice = self._watch.add(waited, stepped)
         if advice:
             self.journal.warn(advice)
+        self.pictures.write_pairs()
         self.journal.progress(progress_text(self, reading, images_per_second, wait_fraction))
 
     def evaluation_is_next(self) -> bool:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from fastsiam.appending import Appender
+from fastsiam.disk import Appender
 
 _WHERE = ("epoch", "images_seen", "train_seconds", "wall_seconds")
 _PATTERN = "events.out.tfevents.*"

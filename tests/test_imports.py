@@ -28,8 +28,8 @@ LAYERS = (
         "fastsiam.host_memory",
         "fastsiam.watchdog",
     },
-    {"fastsiam.appending"},
-    {"fastsiam.tensorboard"},
+    {"fastsiam.disk"},
+    {"fastsiam.tensorboard", "fastsiam.arrays"},
     {"fastsiam.record", "fastsiam.state"},
     {"fastsiam.journal"},
     {
@@ -40,14 +40,15 @@ LAYERS = (
         "fastsiam.alike",
         "fastsiam.checkpoint",
         "fastsiam.loader_advice",
+        "fastsiam.pictures",
     },
     {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.soundness"},
     {"fastsiam.train", "fastsiam.__main__"},
 )
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
-    "data.cifar10", "train", "prepare", "record", "signals", "appending",
-    "tensorboard",
+    "data.cifar10", "train", "prepare", "record", "signals", "disk",
+    "tensorboard", "arrays",
 )  # fmt: skip
 
 

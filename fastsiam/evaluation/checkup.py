@@ -5,17 +5,26 @@ from fastsiam.config import Config
 from fastsiam.distributed import World
 from fastsiam.evaluation.monitor import Monitor
 from fastsiam.journal import Journal
+from fastsiam.pictures import Pictures
 
 
 class Checkup:
     """Measures of one method, the last ones kept. All ranks call the same methods at the same steps."""
 
     def __init__(
-        self, config: Config, method, monitor: Monitor | None, steps_per_epoch: int, journal: Journal, world: World
+        self,
+        config: Config,
+        method,
+        monitor: Monitor | None,
+        steps_per_epoch: int,
+        journal: Journal,
+        world: World,
+        pictures: Pictures | None = None,
     ):
-        """`monitor`: None where there are no images to measure on."""
+        """`monitor`: None where there are no images to measure on. `pictures` are shown the features of every kNN."""
         self._config, self._method, self._monitor = config, method, monitor
         self._journal, self._world = journal, world
+        self._pictures = pictures
         self.guard = collapse.CollapseGuard(steps_per_epoch)
         self.measures: collapse.Measures | None = None
         self.reason: str | None = None
@@ -69,7 +78,7 @@ class Checkup:
         """kNN now, unless it was taken at this very step."""
         step = self._journal.state.step
         if self._last_knn is None or self._last_knn[0] != step:
-            top1 = self._monitor.knn(self._method)
+            top1 = self._monitor.knn(self._method, self._pictures, step)
             self._last_knn = (step, top1)
             self._journal.write("knn", knn_top1=top1)
             if not last:

@@ -1,4 +1,4 @@
-"""A file that grows by whole records, on a disk that may be full for a while."""
+"""Whole or not at all, on a disk that may be full for a while: records appended to a file, a file replaced."""
 
 import contextlib
 import os
@@ -53,3 +53,17 @@ class Appender:
         """Take away what a failed write has left of its record."""
         if self._whole is not None and os.fstat(file.fileno()).st_size > self._whole:
             file.truncate(self._whole)
+
+
+def replace_file(path: Path, data: bytes, suffix: str = ".tmp") -> None:
+    """Replace a file by a whole one; where that fails (`OSError`), the old one stays and nothing lies beside it."""
+    temporary = path.with_name(f"{path.name}{suffix}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
