@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import fastsiam
 from fastsiam import checkpoint, host_memory, optim
 from fastsiam.alike import check_alike, facts_of_config, facts_of_images
-from fastsiam.announce import closing_lines, finished, progress_text, session_lines
+from fastsiam.announce import closing_lines, described, finished, progress_text, session_lines
 from fastsiam.bad_files import BadFiles
 from fastsiam.config import Config, UserError
 from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
 from fastsiam.data.sources import open_sources
 from fastsiam.data.views import view_specs
-from fastsiam.device import autocast, choose_compile, choose_device, choose_precision, environment
+from fastsiam.device import autocast, choose_compile, choose_device, choose_precision
 from fastsiam.distributed import World, is_lost_peer
 from fastsiam.encoder import save_encoder
 from fastsiam.evaluation.checkup import Checkup
@@ -28,6 +27,7 @@ from fastsiam.loader_advice import LoaderWatch, describe
 from fastsiam.methods import build_method
 from fastsiam.pictures import Pictures
 from fastsiam.record import EXIT_CODES, Result, RunFolder, run_path
+from fastsiam.reports.own import write_own_report
 from fastsiam.soundness import Soundness
 from fastsiam.state import State, Stopwatch
 from fastsiam.step import TrainingStep
@@ -144,7 +144,7 @@ class Session:
         with world.together():
             optimizer = optim.build_optimizer(self.method, config)
             if world.is_first:
-                self.folder.open(environment() | {"fastsiam": fastsiam.__version__, "loader": self.loader_text})
+                self.folder.open(described(self))
         self._started = True
         journal.set_status("running", pid=os.getpid())
         self.watchdog = self._stack.enter_context(
@@ -299,6 +299,9 @@ class Session:
         journal.close()
         for line, style in closing_lines(status, self, knn):
             journal.say(line, style)
+        # Who has asked a run to stop does not wait for a page.
+        if status != "preempted" and self.world.is_first:
+            journal.say(*write_own_report(path))
         return Result(status, str(path), state.step, knn, received if status == "preempted" else None)
 
     @property

@@ -42,13 +42,17 @@ LAYERS = (
         "fastsiam.loader_advice",
         "fastsiam.pictures",
     },
+    {"fastsiam.reports", "fastsiam.reports.runs", "fastsiam.reports.figures", "fastsiam.reports.numbers"},
+    {"fastsiam.reports.images"},
+    {"fastsiam.reports.page", "fastsiam.reports.own"},
+    {"fastsiam.report"},
     {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.soundness"},
     {"fastsiam.train", "fastsiam.__main__"},
 )
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
     "data.cifar10", "train", "prepare", "record", "signals", "disk",
-    "tensorboard", "arrays",
+    "tensorboard", "arrays", "report", "reports.runs", "reports.page", "reports.own",
 )  # fmt: skip
 
 
