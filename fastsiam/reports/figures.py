@@ -122,10 +122,10 @@ def curves(panel: Panel, runs: Sequence[Run], axis: str) -> Figure | None:
         for index, series in found:
             _draw_run(axes, panel, runs[index], index, series, axis, divisor, alone=len(runs) == 1)
         axes.set_xlabel({"time": f"training time, {unit}", "images": "images", "epochs": "epochs"}[axis], color=_INK)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, max(series.x.max() for _, series in found) / divisor * 1.02 or 1)
         if panel.from_zero:
             axes.set_ylim(bottom=min(0.0, axes.dataLim.y0))
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(_locator())
         if axis == "images":
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return figure
@@ -133,7 +133,7 @@ def curves(panel: Panel, runs: Sequence[Run], axis: str) -> Figure | None:
 
 def _draw_run(axes, panel, run, index, series, axis, divisor, alone):
     thinned = thin(series)
-    few = len(thinned.x) <= 40
+    few = len(thinned.x) <= (2 if panel.kind == "train" else 60)
     axes.plot(
         thinned.x / divisor,
         thinned.y * panel.scale,
@@ -145,7 +145,8 @@ def _draw_run(axes, panel, run, index, series, axis, divisor, alone):
         label=f"run {index}",
     )
     for place in run.resumes(axis):
-        axes.axvline(place / divisor, color=_MUTED, linewidth=0.8, dashes=(2, 2), label="resume")
+        mark = _MUTED if alone else _SERIES[index % NUM_COLORS]
+        axes.axvline(place / divisor, color=mark, linewidth=0.8, dashes=(2, 2), label="resume")
     if alone and panel.key == "knn":
         for field, dashes in (("knn_top1", (4, 2)), ("raw_pixels_knn_top1", (1, 1.5))):
             value = run.control(field)
@@ -167,8 +168,8 @@ def projection(points: np.ndarray, labels: Sequence[str], explained: np.ndarray,
             )  # fmt: skip
         axes.set_xlabel(f"component 1, {100 * explained[0]:.1f} % of the variance", color=_INK)
         axes.set_ylabel(f"component 2, {100 * explained[1]:.1f} %", color=_INK)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(_locator())
+        axes.yaxis.set_major_locator(_locator())
     return figure
 
 
@@ -203,9 +204,13 @@ def _empty(size, place):
     axes.set_axisbelow(True)
     axes.tick_params(colors=_INK, length=0, pad=4)
     axes.tick_params(axis="x", length=2.5, color=_GRID)
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(_locator())
     axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
     return figure, axes
+
+
+def _locator():
+    return MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
 
 
 def _time_unit(seconds: float) -> tuple[float, str]:

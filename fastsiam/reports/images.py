@@ -47,7 +47,9 @@ def neighbours(pictures: dict) -> str:
         for near, near_name, near_label, value in zip(images, near_names, near_labels, similarity, strict=True):
             kind = "same" if near_label == label else "other"
             told = f"{near_name}, {near_label}, similarity {value:.2f}, {kind} class"
-            cells.append(_cell(kind, near, told, f"{value:.2f} {'' if kind == 'same' else outside(near_label)}"))
+            cells.append(
+                _cell(kind, near, told, f"{value:.2f}" + ("" if kind == "same" else f"<br>{outside(near_label)}"))
+            )
         rows.append(f'<div class="row">{"".join(cells)}</div>')
     return f'<div class="neighbours">{"".join(rows)}</div>'
 

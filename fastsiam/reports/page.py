@@ -164,7 +164,7 @@ def _legend(runs):
     if resumed:
         items.append(
             '<li><svg class="swatch" viewBox="0 0 26 8" aria-hidden="true"><line x1="13" y1="-4" x2="13" y2="12" '
-            'style="stroke:var(--muted)" stroke-dasharray="3 3"/></svg> resumed here</li>'
+            'style="stroke:var(--muted)" stroke-dasharray="3 3"/></svg> resumed</li>'
         )
     return f'<ul class="runs">{"".join(items)}</ul>' if items else ""
 
@@ -216,14 +216,11 @@ def _warnings(runs):
     return f'<section><h2>Warnings</h2><ul class="warnings">{"".join(items)}</ul>{tail}</section>'
 
 
-def differing(runs: Sequence[Run]) -> list[str]:
-    """The config keys in which runs differ, in the order of their configs; where a run lies is no difference."""
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    return [
-        key
-        for key in keys
-        if key not in _PLACES and len({_shown(run.config[key]) if key in run.config else None for run in runs}) > 1
-    ]
+def differing(runs: Sequence[Run], of: str = "config") -> list[str]:
+    """The keys in which the configs (or `environment`s) of runs differ, in their order; where a run lies is none."""
+    values = [getattr(run, of) for run in runs]
+    keys = dict.fromkeys(key for one in values for key in one if key not in _PLACES)
+    return [key for key in keys if len({_shown(one[key]) if key in one else None for one in values}) > 1]
 
 
 def _config(runs):
@@ -231,24 +228,24 @@ def _config(runs):
         return '<section><h2>Config</h2><p class="note">config.yaml is missing or cannot be read.</p></section>'
     if len(runs) == 1:
         return f"<section><h2>Config</h2>{_keys(runs[0].config)}</section>"
-    keys = differing(runs)
-    first = _table(keys, runs) if keys else '<p class="note">Nothing: the configs are the same.</p>'
-    same = {
-        key: value for key, value in runs[0].config.items() if key not in keys and key not in _PLACES
-    }  # fmt: skip
+    keys, same = differing(runs), '<p class="note">Nowhere.</p>'
     return (
-        f"<section><h2>Where the configs differ</h2>{first}</section>\n"
-        f"<section><h2>What they share</h2>{_keys(same)}</section>"
+        f"<section><h2>Where the configs differ</h2>{_table(keys, runs, 'config') if keys else same}</section>\n"
+        f"<section><h2>What the configs share</h2>{_keys(_shared(runs, keys, 'config'))}</section>"
     )
 
 
 def _environment(runs):
     if not any(run.environment for run in runs):
         return ""
-    if len(runs) == 1:
-        return f"<section><h2>Environment</h2>{_keys(runs[0].environment)}</section>"
-    keys = list(dict.fromkeys(key for run in runs for key in run.environment))
-    return f"<section><h2>Environment</h2>{_table(keys, runs, of='environment')}</section>"
+    keys = differing(runs, "environment")
+    table = _table(keys, runs, "environment") if keys else ""
+    return f"<section><h2>Environment</h2>{table}{_keys(_shared(runs, keys, 'environment'))}</section>"
+
+
+def _shared(runs, keys, of):
+    values = getattr(runs[0], of)
+    return {key: value for key, value in values.items() if key not in keys and (len(runs) == 1 or key not in _PLACES)}
 
 
 def _keys(values):
@@ -258,7 +255,7 @@ def _keys(values):
     return f'<dl class="keys">{rows}</dl>'
 
 
-def _table(keys, runs, of="config"):
+def _table(keys, runs, of):
     head = "".join(f'<th scope="col">{_swatch(index)}<br>{outside(run.name)}</th>' for index, run in enumerate(runs))
     rows = "".join(
         f'<tr><th scope="row">{outside(key)}</th>'
