@@ -130,6 +130,8 @@ def test_pictures_change_nothing_of_a_run_and_outlive_a_resume(tiny, tmp_path, m
                 assert main(["--config", "quickstart", *tiny(*settings, f"run.name=without_{backend}", stop)]) == 0
         assert not (runs / f"without_{backend}/pictures.npz").exists()
         assert_same_run(runs / f"with_{backend}", runs / f"without_{backend}")
+        one, other = (torch.load(runs / f"{name}_{backend}/checkpoint.pt")["random"] for name in ("with", "without"))
+        assert torch.equal(one, other)
 
 
 def test_several_ranks_keep_the_pictures_of_one(tiny, tmp_path, ranks):
