@@ -12,7 +12,7 @@ setup(
     python_requires=">=3.11",
     # fastsiam/kernels and fastsiam/configs are symlinks to the top-level folders: one import name everywhere.
     packages=[*find_packages(include=["fastsiam", "fastsiam.*"]), "fastsiam.configs"],
-    package_data={"fastsiam.configs": ["*.yaml"]},
+    package_data={"fastsiam.configs": ["*.yaml"], "fastsiam.reports": ["page.css"]},
     install_requires=[
         "torch>=2.11",
         "torchvision",
@@ -24,6 +24,8 @@ setup(
         "pydantic>=2.7",
         "pyyaml",
         "rich",
+        "tensorboard",
+        "matplotlib",
         "safetensors",
         "nvidia-ml-py",
     ],
@@ -36,7 +38,7 @@ setup(
         "ffcv": ["ffcv>=1.0.2", "setuptools"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
         "peers": ["lightly"],
-        "dev": ["pytest", "ruff", "build", "setuptools", "wheel"],
+        "dev": ["pytest", "ruff", "build", "setuptools", "wheel", "playwright"],
     },
     entry_points={"console_scripts": ["fastsiam=fastsiam.__main__:main"]},
 )

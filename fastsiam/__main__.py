@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-COMMANDS = ("train", "prepare", "doctor")
+COMMANDS = ("train", "prepare", "report", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:

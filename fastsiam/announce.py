@@ -11,7 +11,7 @@ from fastsiam.data import demo
 from fastsiam.data.backends import choose_backend
 from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.sources import open_source
-from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision
+from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision, environment
 from fastsiam.distributed import World, restarts
 from fastsiam.energy import kilowatt_hours
 from fastsiam.kernels.augment_numba import is_compiled
@@ -108,6 +108,22 @@ def session_lines(session) -> list[str]:
     where = f"run folder {session.folder.path}"
     lines = opening_lines(config, *counts, session.loader_text, where, left_out, session.world.size)
     return [*lines, schedule_line(config, session.loader.steps_per_epoch)]
+
+
+def described(session) -> dict:
+    """environment.json: versions and hardware, and what was chosen and found."""
+    sources = {"train_images": session.source, "val_images": session.val}
+    return environment() | {
+        "fastsiam": fastsiam.__version__,
+        "loader": session.loader_text,
+        "energy": session.energy.description,
+        "ranks": session.world.size,
+        "device": session.device.type,
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == session.dtype),
+        "compile": session.compiles,
+        **{key: len(source) for key, source in sources.items() if source is not None},
+        "images_per_epoch": session.loader.steps_per_epoch * session.config.train.batch_size,
+    }
 
 
 def progress_text(

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from fastsiam.config import Config, UserError, differing_keys, load_config
+from fastsiam.disk import Appender, replace_file
+from fastsiam.tensorboard import EventFiles
 
 SCHEMA = 1
 
@@ -55,7 +56,8 @@ class RunFolder:
         self._warn = warn
         self._told = False
         self.metrics_path = self.path / "metrics.jsonl"
-        self._metrics = _Lines(self.metrics_path)
+        self._metrics = Appender(self.metrics_path)
+        self._events = EventFiles(self.path / "tensorboard", warn)
         self._lock = None
 
     def exists(self) -> bool:
@@ -96,23 +98,26 @@ class RunFolder:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another process is training in {self.path}") from None
-            _write(self.path / "config.yaml", self.config.to_yaml())
-            _write(self.path / "environment.json", json.dumps(environment | {"commit": _commit()}, indent=1))
+            replace_file(self.path / "config.yaml", self.config.to_yaml().encode())
+            described = json.dumps(environment | {"commit": _commit()}, indent=1)
+            replace_file(self.path / "environment.json", described.encode())
 
     def write_header(self) -> None:
         """Begin metrics.jsonl anew."""
         with self._refusal():
             self.metrics_path.write_text("", encoding="utf-8")
+        self._events.begin()
         self.write({"kind": "header", "schema": SCHEMA, "name": self.config.run.name})
 
     def write(self, line: dict) -> None:
-        """Append one line to metrics.jsonl; numbers that are not finite become null.
+        """Append one line to metrics.jsonl, and its numbers to TensorBoard's files; those not finite become null.
 
         A line that the disk does not take waits in memory and is tried again, in order, with the next one.
         """
         clean = {key: None if _not_finite(value) else value for key, value in line.items()}
-        self._metrics.pending.append(json.dumps(clean, allow_nan=False) + "\n")
+        self._metrics.pending.append((json.dumps(clean, allow_nan=False) + "\n").encode())
         self._flush()
+        self._events.add(clean)
 
     def metrics_state(self) -> dict:
         """What a checkpoint remembers of metrics.jsonl: its `size` in bytes, on the disk, and the lines `pending`."""
@@ -123,14 +128,19 @@ class RunFolder:
             self._warn(
                 f"{self.metrics_path} could not be synced ({error.strerror or error}); a power cut may shorten it"
             )
-        return {"size": self._metrics.size(), "pending": list(self._metrics.pending)}
+        return {"size": self._metrics.size(), "pending": [line.decode() for line in self._metrics.pending]}
 
     def restore_metrics(self, state: dict) -> None:
-        """Bring metrics.jsonl back to what it was at a checkpoint: what came after is cut off."""
+        """Bring metrics.jsonl back to what it was at a checkpoint, and TensorBoard's files with it: what came after is
+        cut off.
+        """
         with self._refusal():
             if self._metrics.size() > state["size"]:
                 os.truncate(self.metrics_path, state["size"])
-        self._metrics.pending = list(state["pending"])
+        self._metrics.pending = [line.encode() for line in state["pending"]]
+        with self._refusal():
+            there = self.metrics_path.read_bytes() if self.metrics_path.exists() else b""
+        self._events.begin(parse_metrics(there + b"".join(self._metrics.pending)))
         self._flush()
 
     def set_status(self, status: str, **details) -> None:
@@ -141,7 +151,7 @@ class RunFolder:
         path = self.path / "status.json"
         try:
             # Ranks that fail together may all write it.
-            _write(path, json.dumps({"status": status, **details}, indent=1), f".{os.getpid()}.tmp")
+            replace_file(path, json.dumps({"status": status, **details}, indent=1).encode(), f".{os.getpid()}.tmp")
         except OSError as error:
             self._warn(f"{path} could not be written ({error.strerror or error}); it should say {status}")
 
@@ -155,6 +165,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Try the lines that wait a last time, and give the lock back."""
+        self._events.close()
         error = self._metrics.flush()
         if error:
             lost = len(self._metrics.pending)
@@ -178,55 +189,6 @@ class RunFolder:
 
     def _refusal(self):
         return _refusal(self.config, self.path)
-
-
-class _Lines:
-    """Appends whole lines to a file, or nothing of a line; those that could not be written are `pending`, in order."""
-
-    def __init__(self, path: Path):
-        self._path = path
-        self.pending: list[str] = []
-        self._whole: int | None = None
-
-    def flush(self) -> OSError | None:
-        """Write the pending lines, as many as the disk takes; returns why one was not."""
-        try:
-            while self.pending:
-                self._write(self.pending[0].encode())
-                del self.pending[0]
-        except OSError as error:
-            return error
-        return None
-
-    def size(self) -> int:
-        """Bytes of the whole lines in the file."""
-        if self._whole is not None:
-            return self._whole
-        return self._path.stat().st_size if self._path.exists() else 0
-
-    def sync(self) -> None:
-        if self._path.exists():
-            with open(self._path, "rb") as file:
-                os.fsync(file.fileno())
-
-    def _write(self, data: bytes) -> None:
-        with open(self._path, "ab", buffering=0) as file:
-            self._cut_back(file)
-            self._whole = os.fstat(file.fileno()).st_size
-            try:
-                while data:
-                    data = data[file.write(data) :]
-            except OSError:
-                # Where this fails too, the next write begins with it.
-                with contextlib.suppress(OSError):
-                    self._cut_back(file)
-                raise
-        self._whole = None
-
-    def _cut_back(self, file: BinaryIO) -> None:
-        """Take away what a failed write has left of its line."""
-        if self._whole is not None and os.fstat(file.fileno()).st_size > self._whole:
-            file.truncate(self._whole)
 
 
 class ProgressLine:
@@ -255,6 +217,16 @@ class ProgressLine:
             self._live.stop()
 
 
+def parse_metrics(data: bytes) -> list[dict]:
+    """The lines of a metrics.jsonl that are JSON objects; the last one of a run that is writing may not be."""
+    found = []
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            found += [value] if isinstance(value, dict) else []
+    return found
+
+
 def duration(seconds: float) -> str:
     seconds = round(seconds)
     hours, minutes = seconds // 3600, seconds // 60 % 60
@@ -279,20 +251,6 @@ def _refusal(config, path):
         raise UserError(
             f"run.dir={config.run.dir}: the run folder {path} cannot be made or written ({error.strerror or error})"
         ) from error
-
-
-def _write(path: Path, text: str, suffix: str = ".tmp") -> None:
-    """Replace a file by a whole one; where that fails, the old one stays and nothing lies beside it."""
-    temporary = path.with_name(f"{path.name}{suffix}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _not_finite(value) -> bool:

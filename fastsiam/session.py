@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import fastsiam
 from fastsiam import checkpoint, host_memory, optim
 from fastsiam.alike import check_alike, facts_of_config, facts_of_images
-from fastsiam.announce import closing_lines, finished, progress_text, session_lines
+from fastsiam.announce import closing_lines, described, finished, progress_text, session_lines
 from fastsiam.bad_files import BadFiles
 from fastsiam.config import Config, UserError
 from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
 from fastsiam.data.sources import open_sources
 from fastsiam.data.views import view_specs
-from fastsiam.device import autocast, choose_compile, choose_device, choose_precision, environment
+from fastsiam.device import autocast, choose_compile, choose_device, choose_precision
 from fastsiam.distributed import World, is_lost_peer
 from fastsiam.encoder import save_encoder
 from fastsiam.energy import EnergyMeter
@@ -27,7 +26,9 @@ from fastsiam.journal import Journal
 from fastsiam.loader_advice import LoaderWatch, describe
 from fastsiam.methods import build_method
 from fastsiam.pace import Pace
+from fastsiam.pictures import Pictures
 from fastsiam.record import EXIT_CODES, Result, RunFolder, run_path
+from fastsiam.reports.own import write_own_report
 from fastsiam.saver import Saver
 from fastsiam.soundness import Soundness
 from fastsiam.spent import Spent, heartbeat_seconds
@@ -146,8 +147,7 @@ class Session:
         with world.together():
             optimizer = optim.build_optimizer(self.method, config)
             if world.is_first:
-                chosen = {"loader": self.loader_text, "energy": self.energy.description}
-                self.folder.open(environment() | {"fastsiam": fastsiam.__version__, **chosen})
+                self.folder.open(described(self))
         self._started = True
         self.pace.read_energy()
         self.spent.begin()
@@ -167,8 +167,10 @@ class Session:
                     self.watchdog.beat,
                 )  # fmt: skip
             self._stack.callback(self.monitor.close)
+        spec = view_specs(config.views)[0]
+        self.pictures = Pictures(self.folder.path, self.source, self.val, spec, journal.warn, world.is_first)
         steps = self.loader.steps_per_epoch
-        self.checkup = Checkup(config, self.method, self.monitor, steps, journal, world, self.pace)
+        self.checkup = Checkup(config, self.method, self.monitor, steps, journal, world, self.pace, self.pictures)
         self._announce()
         with world.together():
             if self._saved:
@@ -196,6 +198,7 @@ class Session:
         number = self.state.step + 1
         if indices is not None:
             self.soundness.remember(number, indices)
+            self.pictures.remember(number, views, indices)
         out = self._step(views, number)
         self.watchdog.beat()
         if self._step.compiled is not None and self._step.compiled.changed():
@@ -231,6 +234,7 @@ class Session:
         advice = self._watch.add(waited, stepped)
         if advice:
             self.journal.warn(advice)
+        self.pictures.write_pairs()
         if self.spent.error:
             self.journal.warn_once(f"what was spent cannot be written down ({self.spent.error}); a kill would hide it")
         text = progress_text(self, reading, images_per_second, wait_fraction, joules_per_image)
@@ -289,6 +293,9 @@ class Session:
         journal.close()
         for line, style in closing_lines(status, self, knn):
             journal.say(line, style)
+        # Who has asked a run to stop does not wait for a page.
+        if status != "preempted" and self.world.is_first:
+            journal.say(*write_own_report(path))
         return Result(status, str(path), state.step, knn, received if status == "preempted" else None)
 
     @property

@@ -54,6 +54,12 @@ def cache(tmp_path_factory):
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def no_report(monkeypatch):
+    """A run's report takes 2 to 4 seconds of a process of its own; tests/test_report.py has it written."""
+    monkeypatch.setattr("fastsiam.session.write_own_report", lambda folder: ("report    none in tests", None))
+
+
 @pytest.fixture(scope="session")
 def ranks(cache):
     """Functions run by several gloo processes, see `Ranks`."""

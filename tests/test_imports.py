@@ -29,6 +29,8 @@ LAYERS = (
         "fastsiam.read_speed",
         "fastsiam.watchdog",
     },
+    {"fastsiam.disk"},
+    {"fastsiam.tensorboard", "fastsiam.arrays"},
     {"fastsiam.record", "fastsiam.state", "fastsiam.spent"},
     {"fastsiam.journal", "fastsiam.pace"},
     {
@@ -39,16 +41,22 @@ LAYERS = (
         "fastsiam.alike",
         "fastsiam.checkpoint",
         "fastsiam.loader_advice",
+        "fastsiam.pictures",
     },
     {"fastsiam.doctor_checks"},
     {"fastsiam.doctor_machine", "fastsiam.doctor_probe"},
+    {"fastsiam.reports", "fastsiam.reports.runs", "fastsiam.reports.figures", "fastsiam.reports.numbers"},
+    {"fastsiam.reports.images"},
+    {"fastsiam.reports.page", "fastsiam.reports.own"},
+    {"fastsiam.report"},
     {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.saver", "fastsiam.soundness"},
     {"fastsiam.train", "fastsiam.doctor", "fastsiam.__main__"},
 )
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
     "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent", "apex_lookup",
-    "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe",
+    "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe", "disk",
+    "tensorboard", "arrays", "report", "reports.runs", "reports.page", "reports.own",
 )  # fmt: skip
 
 

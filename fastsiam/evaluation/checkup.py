@@ -6,6 +6,7 @@ from fastsiam.distributed import World
 from fastsiam.evaluation.monitor import Monitor
 from fastsiam.journal import Journal
 from fastsiam.pace import Pace
+from fastsiam.pictures import Pictures
 
 
 class Checkup:
@@ -20,10 +21,12 @@ class Checkup:
         journal: Journal,
         world: World,
         pace: Pace,
+        pictures: Pictures | None = None,
     ):
-        """`monitor`: None where there are no images to measure on."""
+        """`monitor`: None where there are no images to measure on. `pictures` are shown the features of every kNN."""
         self._config, self._method, self._monitor = config, method, monitor
         self._journal, self._world, self._pace = journal, world, pace
+        self._pictures = pictures
         self.guard = collapse.CollapseGuard(steps_per_epoch)
         self.measures: collapse.Measures | None = None
         self.reason: str | None = None
@@ -87,7 +90,7 @@ class Checkup:
         step = self._journal.state.step
         if self._last_knn is None or self._last_knn[0] != step:
             with self._pace.evaluating():
-                top1 = self._monitor.knn(self._method)
+                top1 = self._monitor.knn(self._method, self._pictures, step)
             self._last_knn = (step, top1)
             self._journal.write("knn", knn_top1=top1)
             if not last:

@@ -15,6 +15,7 @@ from fastsiam.data.backends import build_evaluation_loader
 from fastsiam.data.sources import ImageSource
 from fastsiam.distributed import World
 from fastsiam.evaluation.knn import count_correct, extract
+from fastsiam.pictures import Pictures
 
 # Two views a step with momentum 0.1 leave 0.5 % of the initial running statistics after 25 steps.
 FILL_STEPS = 25
@@ -56,10 +57,13 @@ class Monitor:
     def has_knn(self) -> bool:
         return self._val is not None
 
-    def knn(self, method) -> float:
-        """kNN top-1 in percent of the encoder's pooled features, val images against train images."""
+    def knn(self, method, pictures: Pictures | None = None, step: int = 0) -> float:
+        """kNN top-1 in percent of the encoder's pooled features, val images against train images.
+
+        `pictures`, of all ranks or of none, are shown the features of `step`.
+        """
         with evaluating(method):
-            return self._knn(method.encoder)
+            return self._knn(method.encoder, pictures, step)
 
     def raw_pixels(self) -> float:
         """The same kNN on the pixels themselves, pooled to at most 32 px."""
@@ -97,12 +101,17 @@ class Monitor:
         if self._val:
             self._val.backend.close()
 
-    def _knn(self, encoder) -> float:
+    def _knn(self, encoder, pictures=None, step=0) -> float:
         settings, world = self._config.evaluate, self._world
-        bank, bank_labels = self._extract(encoder, self._train)
-        queries, query_labels = self._extract(encoder, self._val)
+        bank, bank_labels, bank_indices = self._extract(encoder, self._train)
+        queries, query_labels, query_indices = self._extract(encoder, self._val)
         self.close()
         bank, bank_labels = world.gather(bank), world.gather(bank_labels)
+        if pictures is not None:
+            looked_at = torch.from_numpy(np.isin(query_indices, pictures.chosen()))
+            found = [world.gather(rows) for rows in (bank_indices, queries[looked_at], query_indices[looked_at])]
+            if world.is_first:
+                pictures.evaluated(step, bank, found[0].numpy(), found[1], found[2].numpy(), self._thumbnails)
         truth, correct = self._val_label[query_labels], 0
         if len(queries):
             votes = {"k": settings.knn_k, "temperature": settings.knn_temperature}
@@ -111,15 +120,30 @@ class Monitor:
         return 100 * totals[0] / totals[1]
 
     def _extract(self, encoder, loader):
-        """Features and labels of this rank's part of the images."""
+        """Features, labels and indices of this rank's part of the images."""
         part = np.arange(len(loader.source))[self._world.share_of(len(loader.source))]
         if loader.skip.mask[part].all():
-            return torch.empty(0, device=self._device), torch.empty(0, dtype=torch.int64)
-        return extract(encoder, self._watched(loader.batches(part)), self._precision)
+            none = torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, device=self._device), none, none
+        indices = []
+        features, labels = extract(encoder, self._watched(loader.batches(part), indices), self._precision)
+        return features, labels, torch.from_numpy(np.concatenate(indices))
 
-    def _watched(self, batches):
+    def _thumbnails(self, source, indices):
+        """The evaluation crops of some images, normalised; random state stays as it is."""
+        loader = self._train if source is self._train.source else self._val
+        # A DataLoader draws a seed for its workers.
+        with torch.random.fork_rng(devices=[]):
+            crops = torch.cat([batch.views for batch in self._watched(loader.batches(indices))])
+        loader.backend.close()
+        return crops
+
+    def _watched(self, batches, indices=None):
+        """The batches, the watchdog told of each; their `indices` are added to a list where one is given."""
         for batch in batches:
             self._beat()
+            if indices is not None:
+                indices.append(batch.indices)
             yield batch
 
 

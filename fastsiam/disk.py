@@ -1,0 +1,69 @@
+"""Whole or not at all, on a disk that may be full for a while: records appended to a file, a file replaced."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+
+class Appender:
+    """Appends whole records to a file, or nothing of a record; those not written yet are `pending`, in order."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self.pending: list[bytes] = []
+        self._whole: int | None = None
+
+    def flush(self) -> OSError | None:
+        """Write the pending records, as many as the disk takes; returns why one was not."""
+        try:
+            while self.pending:
+                self._write(self.pending[0])
+                del self.pending[0]
+        except OSError as error:
+            return error
+        return None
+
+    def size(self) -> int:
+        """Bytes of the whole records in the file."""
+        if self._whole is not None:
+            return self._whole
+        return self._path.stat().st_size if self._path.exists() else 0
+
+    def sync(self) -> None:
+        if self._path.exists():
+            with open(self._path, "rb") as file:
+                os.fsync(file.fileno())
+
+    def _write(self, data: bytes) -> None:
+        with open(self._path, "ab", buffering=0) as file:
+            self._cut_back(file)
+            self._whole = os.fstat(file.fileno()).st_size
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                # Where this fails too, the next write begins with it.
+                with contextlib.suppress(OSError):
+                    self._cut_back(file)
+                raise
+        self._whole = None
+
+    def _cut_back(self, file: BinaryIO) -> None:
+        """Take away what a failed write has left of its record."""
+        if self._whole is not None and os.fstat(file.fileno()).st_size > self._whole:
+            file.truncate(self._whole)
+
+
+def replace_file(path: Path, data: bytes, suffix: str = ".tmp") -> None:
+    """Replace a file by a whole one; where that fails (`OSError`), the old one stays and nothing lies beside it."""
+    temporary = path.with_name(f"{path.name}{suffix}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
