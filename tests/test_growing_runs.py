@@ -51,7 +51,11 @@ def test_a_run_trains_at_each_size_and_evaluates_at_the_full_one(tiny, tmp_path,
     metrics = lines(tmp_path / "runs/run")
     train = [line["view_size"] for line in metrics if line["kind"] == "train"]
     assert train == [size for size in SIZES for _ in range(10)]
-    assert [line["step"] for line in metrics if line["kind"] == "knn"] == [0, 10, 20, 30, 40, 50]
+    controls, *knn = (line for line in metrics if line["kind"] == "knn")
+    assert [line["step"] for line in knn] == [10, 20, 30, 40, 50]
+    fixed = tiny("views.size=32", "evaluate.controls=true", "train.max_steps=1", "run.name=fixed")
+    assert main(["--config", "quickstart", *fixed]) == 0
+    assert controls == next(line for line in lines(tmp_path / "runs/fixed") if line["kind"] == "knn")
 
 
 def test_a_run_of_one_size_says_nothing_of_it(tiny, tmp_path, capsys):
