@@ -8,7 +8,7 @@ import fastsiam
 from fastsiam import collapse
 from fastsiam.config import Config
 from fastsiam.data import demo
-from fastsiam.data.backends import choose_backend
+from fastsiam.data.backends import check_grows, choose_backend
 from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.sources import open_source
 from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision, environment
@@ -47,7 +47,7 @@ def opening_lines(
         lines.append(f"ranks     {world_size}, {share} images a step each; batch-norm statistics over all of them")
     lines += [
         f"backend   {loader_text}, {reason}",
-        f"views     2 x {config.views.size} px, recipe {config.views.recipe}, " + _augmenter_text(config, device),
+        f"views     {_views_text(config.views)}, recipe {config.views.recipe}, " + _augmenter_text(config, device),
         f"model     {config.method.name}, {model.encoder} ({model.stem} stem"
         + (f", width {model.width}" if model.width else "")
         + f"), projector {model.projector.layers} x {model.projector.out}, predictor {model.predictor.hidden}, "
@@ -59,6 +59,15 @@ def opening_lines(
         f"loss {'fused (Triton)' if device.type == 'cuda' else 'in plain torch'}",
     ]
     return lines
+
+
+def _views_text(views):
+    text = f"{views.count} x {views.size} px"
+    if len(views.sizes) > 1:
+        text += f" ({', '.join(map(str, views.sizes))})"
+    if views.count != 2:
+        text += f" of each image (images/s count images, views/s are {views.count} times that)"
+    return text
 
 
 def _optimizer_text(config):
@@ -126,6 +135,11 @@ def described(session) -> dict:
     }
 
 
+def size_fields(session) -> dict[str, int]:
+    """What a `train` line says of views that grow."""
+    return {"view_size": session.loader.size} if len(session.config.views.sizes) > 1 else {}
+
+
 def progress_text(
     session, reading, images_per_second: float, wait_fraction: float, joules_per_image: float | None
 ) -> str:
@@ -136,8 +150,9 @@ def progress_text(
         measured = (
             f"std_ratio {health.std_ratio:.2f} rank {health.effective_rank:.0f} |cos| {health.mean_abs_cos:.2f}  "
         )
+    size = "".join(f"{side} px  " for side in size_fields(session).values())
     return (
-        f"{_where(state, pace)}  loss {loss:+.3f} (cosine {-loss:.3f})  {measured}"
+        f"{_where(state, pace)}  {size}loss {loss:+.3f} (cosine {-loss:.3f})  {measured}"
         f"{images_per_second:,.0f} img/s  wait {100 * wait_fraction:.0f} %"
         + (f"  {joules_per_image:.3g} J/image" if joules_per_image is not None else "")
         + (f"  {reading.skipped_steps} steps skipped (fp16)" if reading.skipped_steps else "")
@@ -186,6 +201,9 @@ def closing_lines(status: str, session, knn: float | None) -> list[tuple[str, st
                 None,
             ),
         ]
+        if session.loader.size != session.config.views.full_size:
+            full = session.config.views.full_size
+            lines.append((f"views     the run ended at {session.loader.size} px, before the full size of {full}", None))
         if knn is not None:
             settings = session.config.evaluate
             before = ""
@@ -240,14 +258,17 @@ def dry_run(config: Config) -> None:
     num_train, num_val, left_out = _count(config)
     if num_train:
         check_batch_size(config.train.batch_size, num_train, config.data.train)
-    where = f"would run in {config.run.dir}/{config.run.name}"
-    lines = opening_lines(config, num_train, num_val, name, where, left_out, world.size)
-    print("\n".join(lines))
     if name == "synthetic":
         from fastsiam.data.synthetic import IMAGENET_TRAIN_IMAGES
 
-        num_train = IMAGENET_TRAIN_IMAGES
-    print(schedule_line(config, num_train // config.train.batch_size))
+        steps_per_epoch = IMAGENET_TRAIN_IMAGES // config.train.batch_size
+    else:
+        steps_per_epoch = num_train // config.train.batch_size
+    check_grows(config, steps_per_epoch)
+    where = f"would run in {config.run.dir}/{config.run.name}"
+    lines = opening_lines(config, num_train, num_val, name, where, left_out, world.size)
+    print("\n".join(lines))
+    print(schedule_line(config, steps_per_epoch))
     if warning := large_batch_warning(config):
         print(f"warning: {warning}")
 

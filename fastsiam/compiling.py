@@ -26,16 +26,31 @@ class Compiled:
     exchange that only some ranks reach would never end. A failure there is raised, and so is what a kernel meets only
     when it is launched.
 
+    `sizes`: the sides that views (the first argument, [B, 3, S, S]) have in turn. Where there are several, each gets a
+    graph of its own for its static shape, which is no recompilation.
+
     `paused` gives the context (of the watchdog) in which a compilation runs; it may be entered twice at once.
     """
 
-    def __init__(self, module: nn.Module, world: World, *, paused: Callable = contextlib.nullcontext):
+    def __init__(
+        self,
+        module: nn.Module,
+        world: World,
+        *,
+        sizes: tuple[int, ...] = (),
+        paused: Callable = contextlib.nullcontext,
+    ):
         self.fallback: str | None = None
         """The first line of why this rank runs the module uncompiled, with the rank where another one failed."""
         self._module = module
         self._world = world
         self._paused = paused
-        self._run = torch.compile(module, fullgraph=True, backend=self._inductor)
+        # By default the second shape would make a graph for shapes of any size.
+        dynamic = False if len(sizes) > 1 else None
+        self._run = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=self._inductor)
+        self._planned = set(sizes) if len(sizes) > 1 else set()
+        self._met: set[int] = set()
+        self._size: int | None = None
         self._agreed = False
         self._graphs = 0
         self._seconds = 0.0
@@ -46,6 +61,8 @@ class Compiled:
 
     def __call__(self, *arguments, **keywords):
         self._began = time.perf_counter()
+        if self._planned:
+            self._size = arguments[0].shape[-1]
         if self._agreed:
             return self._run(*arguments, **keywords)
         return self._first_call(arguments, keywords)
@@ -53,14 +70,14 @@ class Compiled:
     def report(self) -> dict:
         """What the compiler has done so far, as the fields of a `compile` line in metrics.jsonl.
 
-        `graphs`: how often it compiled; `recompiles`: all but the first; `seconds`: from the call until the new graph
-        could run, tracing included and the wait for other ranks not. `graph_breaks`: those that Dynamo has counted in
-        this process since this object was made. One graph is asked for, so a break in this module is an error and
-        shows as `fallback`; more than that one come from other code that is compiled.
+        `graphs`: how often it compiled; `recompiles`: all but the first, or the first of each of the sizes; `seconds`:
+        from the call until the new graph could run, tracing included and the wait for other ranks not. `graph_breaks`:
+        those that Dynamo has counted in this process since this object was made. One graph is asked for, so a break in
+        this module is an error and shows as `fallback`; more than that one come from other code that is compiled.
         """
         return {
             "graphs": self._graphs,
-            "recompiles": max(self._graphs - 1, 0),
+            "recompiles": max(self._graphs - max(len(self._met), 1), 0),
             "graph_breaks": _graph_breaks() - self._breaks_before,
             "seconds": self._seconds,
             "fallback": self.fallback,
@@ -126,6 +143,7 @@ class Compiled:
         """A new graph and its guards are ready, and nothing of it has run."""
         self._seconds += time.perf_counter() - self._began
         self._graphs += 1
+        self._met |= {self._size} & self._planned
         self._changed = True
         if not self._agreed:
             self._agree(None)

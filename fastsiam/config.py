@@ -117,7 +117,7 @@ class TrainConfig(Section):
     max_steps: PositiveInt | None = None
     """Stop after so many steps; the schedule still spans the epochs or the budget."""
     batch_size: Annotated[int, Field(gt=1)]
-    """Images in a step over all processes; each gives two views."""
+    """Images in a step over all processes; each gives views.count views."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies it natively, else fp32. fp16 scales the loss (GradScaler)."""

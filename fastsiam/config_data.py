@@ -1,10 +1,11 @@
 """The sections data and views of a config: what images there are, who reads them, and what a view of one is."""
 
+import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fastsiam.data.views import RECIPES
+from fastsiam.data.views import RECIPES, parse_range, sizes_between
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -72,11 +73,14 @@ class DataConfig(Section):
 
 
 class ViewsConfig(Section):
-    """One recipe for both views; what is not written is filled in from the recipe."""
+    """One recipe for all views; what is not written is filled in from the recipe."""
 
     recipe: Literal[tuple(RECIPES)]
-    size: PositiveInt
-    """Side of a view in pixels."""
+    count: Annotated[int, Field(ge=2)] = 2
+    """Views of each image, all from one decode. 2 is the paper's loss; above, its mean over all ordered pairs."""
+    size: int | str
+    """Side of a view in pixels, or LOW..HIGH (as 128..224): it grows over the first 80 % of the run, from epoch to
+    epoch and in at most five sizes; kNN and collapse are measured at HIGH."""
     color: Literal["matrix", "exact"]
     """exact: torchvision's jitter, operation by operation; matrix: the same jitter as one 3x4 matrix a view."""
     crop_scale: Pair
@@ -102,6 +106,20 @@ class ViewsConfig(Section):
             return {**RECIPES[given["recipe"]].numbers(), **given}
         return given
 
+    @field_validator("size", mode="before")
+    @classmethod
+    def one_size_or_a_range(cls, given):
+        if type(given) is int and given > 0:
+            return given
+        ends = parse_range(given) if isinstance(given, str) else None
+        if ends is None or min(ends) < 1:
+            shown = f"'{given}'" if isinstance(given, str) else json.dumps(given, default=str)
+            raise ValueError(f"views.size: {shown} is neither a positive number of pixels nor a range such as 128..224")
+        low, high = ends
+        if low >= high:
+            raise ValueError(f"views.size: {given} does not grow; write LOW..HIGH with LOW below HIGH, or one number")
+        return f"{low}..{high}"
+
     @model_validator(mode="after")
     def check_ranges(self):
         low, high = self.crop_scale
@@ -111,8 +129,18 @@ class ViewsConfig(Section):
         if not 0 < low <= high <= 2:
             # Thirteen taps cover three standard deviations up to 2.
             raise ValueError(f"views.blur_sigma: {list(self.blur_sigma)} is not a range inside (0, 2]")
-        if self.blur and self.size < 7:
-            raise ValueError(f"views.size: {self.size} is below 7, the least that the 13-tap blur can reflect")
+        if self.blur and self.sizes[0] < 7:
+            raise ValueError(f"views.size: {self.sizes[0]} is below 7, the least that the 13-tap blur can reflect")
         if min(self.std) <= 0:
             raise ValueError(f"views.std: {list(self.std)} must be positive")
         return self
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sides that views have in turn; one for a fixed size."""
+        return (self.size,) if isinstance(self.size, int) else sizes_between(*parse_range(self.size))
+
+    @property
+    def full_size(self) -> int:
+        """The last of them, at which everything is evaluated."""
+        return self.sizes[-1]

@@ -135,7 +135,7 @@ def describe(config: Config, source: ImageSource | None, backend: str, device: t
     """What `advise` needs to know of a run."""
     cores = len(os.sched_getaffinity(0))
     count = len(source or ())
-    side = round(STORED_SIDE * config.views.size)
+    side = round(STORED_SIDE * config.views.full_size)
     return Loading(
         backend=backend,
         workers=config.data.workers or cores,

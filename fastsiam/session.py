@@ -10,12 +10,12 @@ import torch
 
 from fastsiam import checkpoint, host_memory, optim
 from fastsiam.alike import check_alike, facts_of_config, facts_of_images
-from fastsiam.announce import closing_lines, described, finished, progress_text, session_lines
+from fastsiam.announce import closing_lines, described, finished, progress_text, session_lines, size_fields
 from fastsiam.bad_files import BadFiles
 from fastsiam.config import Config, UserError
 from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
 from fastsiam.data.sources import open_sources
-from fastsiam.data.views import view_specs
+from fastsiam.data.views import specs_of_run, view_specs
 from fastsiam.device import autocast, choose_compile, choose_device, choose_precision
 from fastsiam.distributed import World, is_lost_peer
 from fastsiam.encoder import save_encoder
@@ -104,7 +104,7 @@ class Session:
             rank=world.rank,
             world_size=world.size,
         )
-        self.identity = checkpoint.identity(self.source, view_specs(config.views), self.backend_name)
+        self.identity = checkpoint.identity(self.source, specs_of_run(config.views), self.backend_name)
         if self._saved:
             checkpoint.check_identity(self._saved["identity"], self.identity, self.folder.path)
 
@@ -158,6 +158,7 @@ class Session:
         )
         paused = self.watchdog.paused if self.compiles else None
         self._step = TrainingStep(self.method, optimizer, config, self.device, self.dtype, world, compiling=paused)
+        self._step.rehearse_growth(self.dtype)
         self.monitor = None
         if self.source is not None:
             precision = autocast(self.device, self.dtype)
@@ -194,7 +195,7 @@ class Session:
         return optim.set_learning_rate(self._step.optimizer, self.config, state.progress, state.epoch_progress)
 
     def step(self, views: torch.Tensor, indices: np.ndarray | None = None) -> dict:
-        """One training step on views [2N, 3, S, S] of the images `indices`; no value is read back from the device."""
+        """One training step on views [V*N, 3, S, S] of the images `indices`; no value is read back from the device."""
         number = self.state.step + 1
         if indices is not None:
             self.soundness.remember(number, indices)
@@ -229,7 +230,7 @@ class Session:
         fields = {"loss": reading.loss, "lr": rate, "images_per_second": images_per_second}
         if self.dtype == torch.float16:
             fields["skipped_steps"] = reading.skipped_steps
-        fields |= {"data_wait_fraction": wait_fraction, "progress": self.state.progress}
+        fields |= {"data_wait_fraction": wait_fraction, "progress": self.state.progress, **size_fields(self)}
         self.journal.write("train", **fields, **self.spent.fields(joules_per_image))
         advice = self._watch.add(waited, stepped)
         if advice:

@@ -14,6 +14,8 @@ from fastsiam.device import autocast, out_of_memory_advice
 from fastsiam.distributed import World
 
 _NEVER = 2**62
+# Compiled graphs of one module, where each batch that is tried is another shape.
+_MANY = 64
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,10 @@ class TrainingStep:
         does not compile.
         """
         self.method, self.optimizer, self._world = method, optimizer, world
-        self._batch_size = config.train.batch_size
-        self.compiled = Compiled(method, world, paused=compiling) if compiling else None
+        views = config.views
+        self._batch_size, self._num_views, self._full_size = config.train.batch_size, views.count, views.full_size
+        self._grows = len(views.sizes) > 1
+        self.compiled = Compiled(method, world, sizes=views.sizes, paused=compiling) if compiling else None
         self._forward = self.compiled or method
         if world.size > 1:
             self._forward = _averaging_gradients(method, self._forward)
@@ -61,14 +65,33 @@ class TrainingStep:
             self.optimizer.register_step_pre_hook(self._count_skipped)
 
     def __call__(self, views: torch.Tensor, number: int) -> dict:
-        """Step `number` on views [2N, 3, S, S]; raises `UserError` with advice where memory does not suffice."""
+        """Step `number` on views [V*N, 3, S, S]; raises `UserError` with advice where memory does not suffice."""
         try:
             return self._run(views, number)
         except torch.OutOfMemoryError:
             pass
         # Outside the handler: the traceback would hold the activations of the step that did not fit.
-        fits = (lambda size: self._fits(views, size)) if self._world.size == 1 else None
-        raise UserError(out_of_memory_advice(self._batch_size, fits))
+        raise self._does_not_fit(views)
+
+    def rehearse_growth(self, dtype: torch.dtype) -> None:
+        """On a GPU, where views begin smaller: forward and backward of blank views of their full size.
+
+        Nothing of it stays, but where memory does not suffice, `UserError` says so now rather than after most of the
+        run. `dtype`: of the views.
+        """
+        if self._grows and self._first_bad.is_cuda:
+            self.rehearse(dtype)
+
+    def rehearse(self, dtype: torch.dtype) -> None:
+        """See `rehearse_growth`; on any device."""
+        before = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
+        share = self._batch_size // self._world.size
+        blank = torch.zeros(0, dtype=dtype, device=self._first_bad.device)
+        if not self._reaches_backward(blank, share):
+            raise self._does_not_fit(blank)
+        self.optimizer.zero_grad()
+        for name, buffer in self.method.named_buffers():
+            buffer.copy_(before[name])
 
     def read(self, loss: torch.Tensor) -> Reading:
         """Waits for the device; all ranks must ask."""
@@ -116,11 +139,31 @@ class TrainingStep:
     def _count_skipped(self, optimizer, *_):
         self._skipped += optimizer.found_inf
 
-    def _fits(self, views, batch_size):
+    def _reaches_backward(self, like, share):
+        try:
+            with self._precision():
+                loss = self._forward(self._blank_views(like, share))["loss"]
+            loss.backward()
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def _does_not_fit(self, like):
+        fits = (lambda batch_size: self._fits(like, batch_size)) if self._world.size == 1 else None
+        return UserError(out_of_memory_advice(self._batch_size, fits))
+
+    def _blank_views(self, like, batch_size):
+        """Of the full size, with the dtype and device of `like`."""
+        side = self._full_size
+        views = like.new_zeros(self._num_views * batch_size, 3, side, side)
+        return views.contiguous(memory_format=torch.channels_last)
+
+    def _fits(self, like, batch_size):
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()
         try:
-            self._run(views[: 2 * batch_size], _NEVER)
+            with torch._dynamo.config.patch(recompile_limit=_MANY):
+                self._run(self._blank_views(like, batch_size), _NEVER)
         except torch.OutOfMemoryError:
             return False
         return True

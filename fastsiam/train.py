@@ -14,6 +14,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fastsiam.config import Config, UserError, load_config
+from fastsiam.data.views import size_at
 from fastsiam.signals import StopSignals
 from fastsiam.spent import process_began
 
@@ -95,7 +96,8 @@ def train(session: "Session", stop: StopSignals) -> tuple[str, int | None]:
     state, config, clock = session.state, session.config, session.clock
     batch_size = config.train.batch_size
     while not session.pace.is_over:
-        batches = session.loader.epoch(state.epoch, state.cursor)
+        size = size_at(config.views.sizes, state.epoch, state.epoch_progress)
+        batches = session.loader.epoch(state.epoch, state.cursor, size)
         clock.split("other")
         while (batch := next(batches, None)) is not None:
             clock.split("wait")

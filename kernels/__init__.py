@@ -5,13 +5,19 @@ suffix `_ref`.
 """
 
 from fastsiam.kernels.augment import augment_views
-from fastsiam.kernels.cosine import negative_cosine, negative_cosine_asymmetric, negative_cosine_mean_target
+from fastsiam.kernels.cosine import (
+    negative_cosine,
+    negative_cosine_all_pairs,
+    negative_cosine_asymmetric,
+    negative_cosine_mean_target,
+)
 from fastsiam.kernels.crop import crop_resize
 
 __all__ = [
     "augment_views",
     "crop_resize",
     "negative_cosine",
+    "negative_cosine_all_pairs",
     "negative_cosine_asymmetric",
     "negative_cosine_mean_target",
 ]

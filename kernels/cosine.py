@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 
 from fastsiam.kernels.reference import (
+    SMALLEST_NORM,
+    negative_cosine_all_pairs_ref,
     negative_cosine_asymmetric_ref,
     negative_cosine_mean_target_ref,
     negative_cosine_ref,
 )
 
-# As in torch.nn.functional.cosine_similarity: the smallest norm that a row is divided by.
-EPS = tl.constexpr(1e-8)
+EPS = tl.constexpr(SMALLEST_NORM)
 # fp32 squares of rows with larger entries could overflow, so such rows are shrunk by a power of two first, which
 # rounds nothing: 2^50 to 2^128 becomes 2^-26 (still above EPS) to 2^52.
 HUGE = tl.constexpr(2.0**50)
@@ -73,6 +74,19 @@ def negative_cosine_mean_target(p, z, *, stop_gradient=True):
     if not p.is_cuda:
         return negative_cosine_mean_target_ref(p, z, stop_gradient=stop_gradient)
     return fused([p], [z], stop_gradient)
+
+
+def negative_cosine_all_pairs(p, z, *, stop_gradient=True):
+    """The mean over all ordered pairs i != j of K views of D(p_i, z_j); `p` and `z`: [K, N, d], K at least 2.
+
+    SimSiam's symmetric loss for more than two views; for K = 2 it is Eq. 2, which `negative_cosine` computes in one
+    launch. In plain torch on every device: eager mode needs about ten launches whatever K is, the compiler two or
+    three. Otherwise as `negative_cosine`.
+    """
+    if p.shape != z.shape or p.ndim != 3 or len(p) < 2 or p.numel() == 0:
+        shapes = tuple(p.shape), tuple(z.shape)
+        raise ValueError(f"negative_cosine_all_pairs: p and z must be two tensors [K, N, d] with K > 1, got {shapes}")
+    return negative_cosine_all_pairs_ref(p, z, stop_gradient=stop_gradient)
 
 
 def fused(p, z, stop_gradient=True):

@@ -15,6 +15,8 @@ BLUR_TAPS = 13
 # ITU-R 601-2 luma as torchvision rounds it.
 LUMA = (0.2989, 0.587, 0.114)
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
+# As in torch.nn.functional.cosine_similarity: the smallest norm that a row is divided by.
+SMALLEST_NORM = 1e-8
 # A box that ends this little past a pixel's edge, as rounding errors in fp32 make it, does not take the pixel in.
 CROP_EDGE = 2.0**-10
 YIQ_TO_RGB = tuple(map(tuple, torch.linalg.inv(torch.tensor(RGB_TO_YIQ, dtype=torch.float64)).tolist()))
@@ -36,6 +38,19 @@ def negative_cosine_mean_target_ref(p, z, *, stop_gradient=True):
     """One prediction [N, d] against the mean of K projections [K, N, d]."""
     z = z.detach() if stop_gradient else z
     return -mean_cosine(p, z.to(torch.promote_types(z.dtype, torch.float32)).mean(0))
+
+
+def negative_cosine_all_pairs_ref(p, z, *, stop_gradient=True):
+    """The mean of D(p_i, z_j) over all ordered pairs i != j of K views, p and z both [K, N, d].
+
+    For one i the sum of the cosines over j is the product of p_i's direction with the sum of the others' directions:
+    the work grows with K, not with its square.
+    """
+    z = z.detach() if stop_gradient else z
+    dtype = torch.promote_types(torch.promote_types(p.dtype, z.dtype), torch.float32)
+    p, z = (F.normalize(x.to(dtype), dim=2, eps=SMALLEST_NORM) for x in (p, z))
+    cosines = (p * (z.sum(0) - z)).sum(2)
+    return -cosines.mean() / (len(p) - 1)
 
 
 def mean_cosine(p, z):

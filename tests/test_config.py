@@ -95,6 +95,7 @@ def test_shipped_configs_are_complete(name):
     sections = {key for key in schema_keys(Config) if key not in flat(load_config(name).model_dump())}
     by_recipe = {key for key in schema_keys(Config) if key.startswith("views.")} - {
         "views.recipe",
+        "views.count",
         "views.size",
         "views.color",
     }

@@ -43,8 +43,8 @@ def resident():
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-def epoch(number):
-    assert sum(len(batch.indices) for batch in loader.epoch(number)) == len(source)
+def epoch(number, size=None):
+    assert sum(len(batch.indices) for batch in loader.epoch(number, size=size)) == len(source)
     if number in (int(first), 29):
         print(len(built), len(skip.found), resident(), flush=True)
 """
@@ -52,6 +52,12 @@ def epoch(number):
 EPOCHS = """
 for number in range(30):
     epoch(number)
+"""
+
+# Another size each epoch: a graph is built for each, and the one before must be gone.
+SIZES = """
+for number in range(30):
+    epoch(number, (16, 24, 32)[number % 3])
 """
 
 # Ten files an epoch turn to garbage, further apart than the batches in flight reach.
@@ -90,6 +96,12 @@ def grown(script, folder, backend, first):
 def test_thirty_epochs_take_the_memory_of_five(folder, backend):
     built, found, more = grown(EPOCHS, folder, backend, first=5)
     assert (built, found) == (0, 0)
+    assert more < GROWTH
+
+
+def test_changing_the_size_of_views_takes_no_memory(folder):
+    built, found, more = grown(SIZES, folder, "dali", first=8)
+    assert (built, found) == (21, 0)
     assert more < GROWTH
 
 

@@ -16,6 +16,7 @@ from fastsiam.optim import parameter_groups
 # SimSiam (arXiv 2011.10566): section 4 "Baseline settings", appendix A, Tables 1 and 4; kNN as its authors run it.
 IMAGENET = {
     "views.recipe": "simsiam",
+    "views.count": 2,
     "views.size": 224,
     "views.color": "exact",
     "views.crop_scale": (0.2, 1.0),

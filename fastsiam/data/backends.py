@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastsiam.config import Config
+from fastsiam.config import Config, UserError
 from fastsiam.data.beton import is_beton
 from fastsiam.data.loader import Backend, EvaluationLoader, Loader, check_divides
 from fastsiam.data.skip import SkipList
@@ -37,20 +37,23 @@ def build_loader(
         from fastsiam.data.synthetic import SyntheticLoader
 
         train = config.train
-        return SyntheticLoader(
+        loader = SyntheticLoader(
             specs, batch_size=train.batch_size, seed=train.seed, device=device, dtype=dtype, world_size=world_size
         )
+        check_grows(config, loader.steps_per_epoch)
+        return loader
     if source is None:
         from fastsiam.data.sources import open_source
 
         source = open_source(config.data.train, scanned=config.data.manifest)
+    check_grows(config, len(source) // config.train.batch_size)
     share, augments = config.train.batch_size // world_size, config.data.augment == "dali"
     if augments:
         from fastsiam.data.dali_recipe import open_recipe
 
         backend = open_recipe(source, specs, share, config.data.workers, device, dtype)
     else:
-        data, size = config.data, config.views.size
+        data, size = config.data, config.views.full_size
         backend = open_backend(name, source, size, len(specs), share, data.workers, device, data.store_size)
     return Loader(
         source,
@@ -82,7 +85,7 @@ def build_evaluation_loader(
     name, _ = choose_backend(config.data.backend, source.root)
     batch_size = min(config.train.batch_size // world_size, len(source))
     data, device = config.data, torch.device(device)
-    backend = open_backend(name, source, config.views.size, 1, batch_size, data.workers, device, data.store_size)
+    backend = open_backend(name, source, config.views.full_size, 1, batch_size, data.workers, device, data.store_size)
     return EvaluationLoader(
         source,
         view_specs(config.views)[0],
@@ -131,6 +134,19 @@ def choose_backend(asked: str, location: str | Path | None = None) -> tuple[str,
 
 def dali_installed() -> bool:
     return util.find_spec("nvidia") is not None and util.find_spec("nvidia.dali") is not None
+
+
+def check_grows(config: Config, steps_per_epoch: int) -> None:
+    """Raise `UserError` where views would grow from epoch to epoch and the run is known to have but one."""
+    budget, views = config.to_spend, config.views
+    epochs = budget.amount
+    if budget.kind == "images":
+        epochs /= max(steps_per_epoch * config.train.batch_size, 1)
+    if len(views.sizes) > 1 and budget.counts_steps and epochs <= 1:
+        raise UserError(
+            f"views.size: {views.size} grows from epoch to epoch, and {budget.text} are no more than one; set "
+            f"views.size={views.full_size}, or more to spend"
+        )
 
 
 def with_its_cores(config: Config, local_size: int) -> Config:

@@ -139,6 +139,10 @@ class DaliBackend:
             if not finished:
                 self.close()
 
+    def resize(self, size):
+        self.close()
+        self._size = size
+
     def close(self):
         self._pipeline = None
         self._in_flight.clear()

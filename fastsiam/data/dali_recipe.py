@@ -7,6 +7,7 @@ every operation rounds to 8 bits.
 """
 
 import os
+from dataclasses import replace
 
 import numpy as np
 from nvidia.dali import fn, types
@@ -116,6 +117,10 @@ class RecipeBackend(DaliBackend):
         super().__init__(source, specs[0].size, len(specs), batch_size, threads, device)
         self._specs, self._dtype = specs, dtype
         self.description += ", augmented by DALI"
+
+    def resize(self, size):
+        super().resize(size)
+        self._specs = tuple(replace(spec, size=size) for spec in self._specs)
 
     def _graph(self, memory, options):
         return view_graph(self._next_inputs, self._specs, self._decoder, self._packed, memory, **options)

@@ -145,6 +145,10 @@ class FfcvBackend:
                 task.cancel()
             wait(tasks)
 
+    def resize(self, size):
+        self.close()
+        self._size = size
+
     def close(self):
         self._memory = None
 

@@ -58,6 +58,9 @@ class Backend(Protocol):
     description: str
     """Decoder with its version, printed and recorded with the run."""
 
+    def resize(self, size: int) -> None:
+        """Crops are of `size` pixels from the next call of `crops` on; frees what was built for another size."""
+
     def crops(self, requests: Iterable[CropRequest]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
         """For each request in turn its indices, as they went through the backend, and uint8 [V*N, S, S, 3].
 
@@ -90,7 +93,9 @@ class Loader:
         world_size: int = 1,
         backend_augments: bool = False,
     ):
-        """`skip` knows which images are left out; without one the first that cannot be decoded stops the run.
+        """`backend` crops at the size of the specs.
+
+        `skip` knows which images are left out; without one the first that cannot be decoded stops the run.
 
         `backend_augments`: requests carry the draws, and the backend delivers finished views.
         """
@@ -101,15 +106,19 @@ class Loader:
         self.skip = skip or SkipList(len(source), 0.0, source.kinds >= UNREADABLE)
         self.rank, self.world_size, self.backend_augments = rank, world_size, backend_augments
         self.steps_per_epoch = len(source) // batch_size
+        self.size = specs[0].size
+        """Side in pixels of the views of the epoch begun last."""
 
-    def epoch(self, epoch: int, cursor: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, cursor: int = 0, size: int | None = None) -> Iterator[Batch]:
         """The batches of an epoch from `cursor` on, the number of its images that finished steps have consumed.
 
+        `size`: side of the views in pixels, None for that of the specs. It changes no order, no box and no other draw.
         Raises `LoaderError` where the backend delivers other images than asked for, or too few.
         """
         if cursor % self.batch_size:
             raise ValueError(f"cursor {cursor} is not at a batch of {self.batch_size}")
         expected = (self.steps_per_epoch - cursor // self.batch_size) * self.batch_size // self.world_size
+        self._resize(size or self.specs[0].size)
         delivered = 0
         for indices, crops in self._crops(epoch, cursor):
             delivered += len(indices)
@@ -120,6 +129,11 @@ class Loader:
                 f"epoch {epoch} on rank {self.rank}: expected {expected} images, {self.backend.description} "
                 f"delivered {delivered}"
             )
+
+    def _resize(self, size):
+        if size != self.size:
+            self.backend.resize(size)
+            self.size = size
 
     def _crops(self, epoch, cursor):
         """A batch with files that cannot be decoded is asked for again without them."""

@@ -69,6 +69,10 @@ class PilBackend:
                 raise UndecodableError(crops)
             yield indices.numpy(), crops.to(self._device, non_blocking=True)
 
+    def resize(self, size):
+        self.close()
+        self._size = size
+
     def close(self):
         self._loader = None
 

@@ -102,6 +102,9 @@ class ResidentBackend:
             indices = torch.from_numpy(np.tile(request.indices, len(boxes)))
             yield request.indices, crop_resize(images, torch.from_numpy(boxes).view(-1, 4), self._size, indices)
 
+    def resize(self, size):
+        self._size = size
+
     def close(self):
         """The store stays, for the other backends and for the next epoch."""
 

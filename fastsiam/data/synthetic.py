@@ -13,18 +13,26 @@ class SyntheticLoader:
 
     def __init__(self, specs, *, batch_size, seed, device, dtype, num_images=IMAGENET_TRAIN_IMAGES, world_size=1):
         """`batch_size` is that of all processes together, each of which holds its part."""
-        self.batch_size = batch_size
+        self.batch_size, self.specs = batch_size, specs
         self.steps_per_epoch = num_images // batch_size
-        batch_size, size = batch_size // world_size, specs[0].size
-        generator = torch.Generator().manual_seed(seed)
-        views = torch.randn(len(specs) * batch_size, 3, size, size, generator=generator)
-        self._batch = Batch(
-            views.to(device, dtype, memory_format=torch.channels_last),
-            torch.full((batch_size,), -1),
-            np.arange(batch_size),
-        )
+        self._share, self._seed, self._device, self._dtype = batch_size // world_size, seed, device, dtype
+        self.size = specs[0].size
+        self._batch = self._drawn()
 
-    def epoch(self, epoch, cursor=0):
-        """The batch, once for each step of an epoch from `cursor` images on."""
+    def epoch(self, epoch, cursor=0, size=None):
+        """The batch, once for each step of an epoch from `cursor` images on; `size` as in `Loader.epoch`."""
+        size = size or self.specs[0].size
+        if size != self.size:
+            self.size = size
+            self._batch = self._drawn()
         for _ in range(cursor // self.batch_size, self.steps_per_epoch):
             yield self._batch
+
+    def _drawn(self):
+        generator = torch.Generator().manual_seed(self._seed)
+        views = torch.randn(len(self.specs) * self._share, 3, self.size, self.size, generator=generator)
+        return Batch(
+            views.to(self._device, self._dtype, memory_format=torch.channels_last),
+            torch.full((self._share,), -1),
+            np.arange(self._share),
+        )

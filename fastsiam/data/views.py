@@ -1,6 +1,7 @@
-"""What a view is: the numbers of its augmentation, and the recipes of the papers, each citing its source."""
+"""What a view is: the numbers of its augmentation, the recipes of the papers with their sources, the size by epoch."""
 
-from dataclasses import asdict, dataclass, fields
+import re
+from dataclasses import asdict, dataclass, fields, replace
 
 # Channel statistics of ImageNet's training images in RGB, the field's convention (torchvision's presets).
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -46,6 +47,57 @@ RECIPES = {
 }
 
 
-def view_specs(views, num_views: int = 2) -> tuple[ViewSpec, ...]:
-    """The specs that a config's `views` section asks for, one per view."""
-    return (ViewSpec(**{field.name: getattr(views, field.name) for field in fields(ViewSpec)}),) * num_views
+# Share of a run by which its views have their full size. The ResNet-50 configs of ffcv-imagenet come to theirs after
+# 75 % (of 16 epochs) to 81 % (of 88), and let the sizes before it follow a line.
+RAMP = 0.8
+# Each size is one more graph for torch.compile, which gives up at 8 (torch._dynamo.config.recompile_limit).
+MOST_SIZES = 5
+_RANGE = re.compile(r"(\d+)\s*\.\.\s*(\d+)")
+
+
+def view_specs(views, num_views: int | None = None) -> tuple[ViewSpec, ...]:
+    """The specs that a config's `views` section asks for, one per view, at their full size."""
+    numbers = {field.name: getattr(views, field.name) for field in fields(ViewSpec) if field.name != "size"}
+    return (ViewSpec(size=views.full_size, **numbers),) * (num_views or views.count)
+
+
+def specs_of_run(views) -> tuple[ViewSpec, ...]:
+    """The specs of all views at each size that a run comes to: what its checkpoints are compared by."""
+    return tuple(replace(spec, size=size) for size in views.sizes for spec in view_specs(views))
+
+
+def parse_range(text: str) -> tuple[int, int] | None:
+    """Both ends of `LOW..HIGH`; None for another text."""
+    match = _RANGE.fullmatch(text.strip())
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def sizes_between(low: int, high: int) -> tuple[int, ...]:
+    """The sides in pixels that views of `low..high` have in turn, both ends among them.
+
+    Between the ends lie multiples of 32, or of 8 where `high` is at most 64; of twice, four times, ... as much where
+    there would be more than `MOST_SIZES` sizes in all.
+    """
+    step = 8 if high <= 64 else 32
+    while len(sizes := _with_multiples(low, high, step)) > MOST_SIZES:
+        step *= 2
+    return sizes
+
+
+def size_at(sizes: tuple[int, ...], epoch: int, epoch_progress: float) -> int:
+    """Side in pixels of the views of epoch number `epoch`, which begins when `epoch_progress` of the run is over.
+
+    All sizes but the last have equal shares of the first `RAMP` of the run, measured from its first to its last epoch:
+    where epochs are alike, the last one has the full size, however few there are. Epochs are taken to be as long as
+    those before. One size lasts the whole epoch, and what it depends on stands in every checkpoint.
+    """
+    if epoch == 0:
+        return sizes[0]
+    before_the_last = 1 - epoch_progress / epoch
+    if epoch_progress >= RAMP * before_the_last:
+        return sizes[-1]
+    return sizes[int(epoch_progress / (RAMP * before_the_last) * (len(sizes) - 1))]
+
+
+def _with_multiples(low, high, step):
+    return (low, *range(step * (low // step + 1), high, step), high)

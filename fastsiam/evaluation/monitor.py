@@ -67,7 +67,7 @@ class Monitor:
 
     def raw_pixels(self) -> float:
         """The same kNN on the pixels themselves, pooled to at most 32 px."""
-        side = min(self._config.views.size, PIXEL_SIDE)
+        side = min(self._config.views.full_size, PIXEL_SIDE)
         return self._knn(lambda views: F.adaptive_avg_pool2d(views.float(), side).flatten(1))
 
     def untrained(self, method, loader) -> float:

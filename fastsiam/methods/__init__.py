@@ -8,11 +8,9 @@ from fastsiam.methods.heads import build_predictor, build_projector
 from fastsiam.methods.simsiam import SimSiam
 from fastsiam.norm import split_statistics
 
-NUM_VIEWS = 2
-
 
 def build_method(config: Config, world_size: int = 1) -> nn.Module:
-    """The method of a config in training mode, fp32 on the CPU; `forward(views [2N, 3, S, S])` gives `loss`, `z`.
+    """The method of a config in training mode, fp32 on the CPU; `forward(views [V*N, 3, S, S])` gives `loss`, `z`.
 
     `world_size`: the number of ranks that share a batch; above 1 its training-mode statistics are those of all ranks.
     """
@@ -23,7 +21,8 @@ def build_method(config: Config, world_size: int = 1) -> nn.Module:
         build_projector(encoder.num_features, model.projector.hidden, model.projector.out, model.projector.layers),
         build_predictor(model.projector.out, model.predictor.hidden),
         stop_gradient=config.method.stop_gradient,
+        num_views=config.views.count,
     )
     if model.bn_statistics == "per_view":
-        return split_statistics(method, NUM_VIEWS, world_size)
+        return split_statistics(method, config.views.count, world_size)
     return split_statistics(method, 1, world_size) if world_size > 1 else method

@@ -2,27 +2,43 @@
 
 from torch import nn
 
-from fastsiam.kernels import negative_cosine
+from fastsiam.kernels import negative_cosine, negative_cosine_all_pairs
 
 
 class SimSiam(nn.Module):
-    """f = projector(encoder(x)), h = predictor; loss D(p1, z2) / 2 + D(p2, z1) / 2 with z held constant."""
+    """f = projector(encoder(x)), h = predictor; loss D(p1, z2) / 2 + D(p2, z1) / 2 with z held constant.
 
-    def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module, *, stop_gradient: bool = True):
+    Of V > 2 views the loss is the mean of D(p_i, z_j) over all ordered pairs i != j, which for two is the same.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        projector: nn.Module,
+        predictor: nn.Module,
+        *,
+        stop_gradient: bool = True,
+        num_views: int = 2,
+    ):
         super().__init__()
         self.encoder, self.projector, self.predictor = encoder, projector, predictor
-        self.stop_gradient = stop_gradient
+        self.stop_gradient, self.num_views = stop_gradient, num_views
 
     def forward(self, views):
-        """`views`: [2N, 3, S, S], the first views of N images and then the second ones.
+        """`views`: [V*N, 3, S, S], the first views of N images, then the second ones, and so on.
 
-        Returns `loss`, a scalar in [-1, 1], and `z` [2N, d], detached.
+        Returns `loss`, a scalar in [-1, 1], and `z` [V*N, d], detached.
         """
         z = self.embed(views)
         p = self.predictor(z)
-        z1, z2 = z.chunk(2)
-        p1, p2 = p.chunk(2)
-        return {"loss": negative_cosine(p1, p2, z1, z2, stop_gradient=self.stop_gradient), "z": z.detach()}
+        if self.num_views == 2:
+            z1, z2 = z.chunk(2)
+            p1, p2 = p.chunk(2)
+            loss = negative_cosine(p1, p2, z1, z2, stop_gradient=self.stop_gradient)
+        else:
+            p_of_views, z_of_views = (x.unflatten(0, (self.num_views, -1)) for x in (p, z))
+            loss = negative_cosine_all_pairs(p_of_views, z_of_views, stop_gradient=self.stop_gradient)
+        return {"loss": loss, "z": z.detach()}
 
     def embed(self, images):
         """z [B, d] of images [B, 3, S, S]; what the collapse guard looks at, in evaluation mode."""
