@@ -76,7 +76,10 @@ def test_a_run_that_was_killed_and_goes_on_shows_no_point_twice(tiny, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     (killed,) = (run / "tensorboard").iterdir()
-    assert mirrored(run) == recorded(run)
+    points = mirrored(run)
+    # A line is in metrics.jsonl first: of the last one the kill may have kept its event.
+    assert points == [point for point in recorded(run) if point in points]
+    assert {step for _, step, _ in set(recorded(run)) - set(points)} <= {max(step for _, step, _ in recorded(run))}
     assert main(["--config", "quickstart", *tiny(*slower, EVERY_STEP, "train.max_steps=25")]) == 0
     assert main(["--config", "quickstart", *tiny(*slower)]) == 0
     assert [line["kind"] for line in lines(run)].count("resume") == 2
