@@ -7,8 +7,8 @@ import math
 import torch
 
 from fastsiam.config import Config, UserError
-from fastsiam.device import TABLE_2
 from fastsiam.lars import LARS
+from fastsiam.published import TABLE_2
 
 APEX = "optimizer.implementation: apex"
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fastsiam.config import CONFIGS, differing_keys, load_config
-from fastsiam.device import TABLE_2
+from fastsiam.published import TABLE_2
 from fastsiam.kernels import reference
 from fastsiam.methods import build_method
 from fastsiam.norm import PerViewBatchNorm1d, PerViewBatchNorm2d
