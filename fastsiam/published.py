@@ -80,7 +80,10 @@ def worth(config: Config, num_images: int, epochs: float) -> tuple[list[Worth], 
         if other := _other_recipe(config, name):
             return [], f"no table: {', '.join(other[:3])} differ from the recipe of the paper's numbers"
         if num_images != images:
-            return [], f"no table: the published numbers are of {data}'s {images:,} images, and these are {num_images:,}"
+            return (
+                [],
+                f"no table: the published numbers are of {data}'s {images:,} images, and these are {num_images:,}",
+            )
         return [look_up(table, epochs) for table in tables], None
     return [], "no table: no published numbers are known for this model"
 

@@ -71,7 +71,7 @@ def tips(config: Config, measured: Measured, loading: Loading, limit: Limit) -> 
 def _loader_tips(measured: Measured, loading: Loading) -> list[Tip]:
     found, own = [], measured.loader
     for other in measured.loaders[1:]:
-        if other.rate is None:
+        if other.rate is None or other.rate.lowest <= own.highest:
             continue
         gain = _gain(measured, loader=other.rate.median)
         if gain >= LEAST_GAIN:
@@ -87,10 +87,11 @@ def _loader_tips(measured: Measured, loading: Loading) -> list[Tip]:
 
 def _batch_tips(config: Config, measured: Measured) -> list[Tip]:
     def gain(batch: BatchRate) -> float:
-        return _gain(measured, step=batch.rate.median) if batch.rate else 0.0
+        clear = batch.rate is not None and batch.rate.lowest > measured.step.highest
+        return _gain(measured, step=batch.rate.median) if clear else 0.0
 
-    best = max(measured.batch_sizes, key=gain, default=None)
-    if best is None or best.batch_size == config.train.batch_size or gain(best) < LEAST_GAIN:
+    best = max(measured.batch_sizes, key=gain)
+    if measured.measured_batch_size != config.train.batch_size or gain(best) < LEAST_GAIN:
         return []
     cause = f"a step on {best.batch_size} images is faster for each image; {batch_size_text(best.batch_size)}"
     rate = f"the learning rate becomes {best.learning_rate:g}"
@@ -114,7 +115,7 @@ def _step_tips(config: Config, measured: Measured, limit: Limit) -> list[Tip]:
     found.append(
         Tip("ResNets wait for memory more than for arithmetic", "take a GPU with more memory bandwidth, or more GPUs")
         if on_gpu
-        else Tip("convolutions run one to two orders of magnitude faster on a GPU", "train on a GPU")
+        else Tip("this machine has no GPU, or train.device does not let it be used", "train on a GPU")
     )
     return found
 

@@ -1,4 +1,7 @@
-"""What a run will take, from measured costs: seconds, energy, money, and the epochs that a budget buys. Pure functions."""
+"""What a run will take, from measured costs: seconds, energy, money; and the epochs that a budget buys.
+
+Pure functions.
+"""
 
 from dataclasses import asdict, dataclass
 
