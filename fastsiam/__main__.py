@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-COMMANDS = ("train", "prepare")
+COMMANDS = ("train", "plan", "prepare")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Published accuracies of SimSiam, each with its source: what epochs and batch sizes were worth to others."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -84,7 +85,12 @@ def worth(config: Config, num_images: int, epochs: float) -> tuple[list[Worth], 
                 [],
                 f"no table: the published numbers are of {data}'s {images:,} images, and these are {num_images:,}",
             )
-        return [look_up(table, epochs) for table in tables], None
+        batch_size = config.train.batch_size
+        nearest = {}
+        # Of a source's tables for one metric the one with the nearest batch size.
+        for table in sorted(tables, key=lambda table: -abs(math.log(table.batch_size / batch_size))):
+            nearest[table.who, table.metric] = table
+        return [look_up(table, epochs) for table in tables if table in nearest.values()], None
     return [], "no table: no published numbers are known for this model"
 
 

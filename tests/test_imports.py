@@ -13,6 +13,7 @@ LAYERS = (
     {"fastsiam.config_file", "fastsiam.data.views", "fastsiam.budget", "fastsiam.energy"},
     {"fastsiam.config_data"},
     {"fastsiam.config", "fastsiam.data.draws"},
+    {"fastsiam.published"},
     {"fastsiam.data.demo"},
     {
         "fastsiam.data",
@@ -40,11 +41,13 @@ LAYERS = (
         "fastsiam.loader_advice",
     },
     {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.soundness"},
-    {"fastsiam.train", "fastsiam.__main__"},
+    {"fastsiam.planning"},
+    {"fastsiam.train", "fastsiam.plan", "fastsiam.__main__"},
 )
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
     "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent",
+    "plan", "published",
 )  # fmt: skip
 
 

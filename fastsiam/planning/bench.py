@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -57,6 +58,10 @@ class Bench:
                 check_batch_size(config.train.batch_size, len(self.source), config.data.train)
         check_alike(world, {"data.backend": self.backend, **facts_of_images(self.source, self.val)})
         self.specs = view_specs(config.views)
+        if world.is_first and (load := others_busy()):
+            self.notes.append(
+                f"other processes keep {load:.1f} cores of this machine busy: rates are of what they leave"
+            )
         self.weights: dict[str, float] = {}
         """Of the measurements that are still to come, by name."""
         self._deadline = time.perf_counter() + 60 * minutes
@@ -139,6 +144,15 @@ class Bench:
     def _over(self, began, seconds):
         """Whether the time has passed on some rank: all of them must take the same steps."""
         return bool(self.world.largest(int(time.perf_counter() - began >= seconds))[0])
+
+
+def others_busy() -> float | None:
+    """How many cores were busy in the last minute (proc(5), loadavg); None where that is less than half of one.
+
+    To be asked before this process has been busy for long.
+    """
+    load = min(os.getloadavg()[0], len(os.sched_getaffinity(0)))
+    return load if load >= 0.5 else None
 
 
 def epochs(loader) -> Iterator[Batch]:

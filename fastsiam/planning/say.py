@@ -249,12 +249,11 @@ def spoken(seconds: float) -> str:
     """As people say it: 0.4 s, 52 s, 12 min 5 s, 11 h 20 min, 3 d 4 h."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
-    seconds = round(seconds)
     for unit, size, part, smaller in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
-        if seconds >= size:
-            rest = seconds % size // smaller
-            return f"{seconds // size} {unit}" + (f" {rest} {part}" if rest else "")
-    return f"{seconds} s"
+        whole, rest = divmod(round(seconds / smaller), size // smaller)
+        if whole:
+            return f"{whole} {unit}" + (f" {rest} {part}" if rest else "")
+    return f"{round(seconds)} s"
 
 
 def _rate(rate: Rate | None):
