@@ -19,6 +19,7 @@ from fastsiam.planning.say import Plan, spoken
 from fastsiam.planning.steps import Affordable, Probe, largest_affordable, other_batch_sizes
 from tests.conftest import run_python
 from tests.test_config import MASKED
+from tests.test_torchrun import torchrun
 
 # 1,000 images in steps of 100: 10 an epoch, each a second.
 SCHEDULE = Schedule(images=1050, batch_size=100, knn_every_epochs=5, save_every_seconds=60.0)
@@ -338,26 +339,14 @@ def test_ctrl_c_ends_it_with_one_line(tiny, capsys, monkeypatch):
     assert capsys.readouterr().err == "fastsiam: stopped while measuring; nothing is predicted\n"
 
 
-def test_the_first_rank_speaks_for_two_that_average_gradients(tiny, ranks, tmp_path):
-    answers = ranks(2, plan_on_a_rank, tiny("train.batch_size=16"))
-    found = json.loads(answers[0])
-    assert answers[1] is None
+def test_the_first_rank_speaks_for_two_that_average_gradients(tiny, tmp_path):
+    arguments = ["--minutes", "0.05", "--json", *tiny("train.batch_size=16")]
+    with torchrun(*arguments, module="fastsiam.plan") as job:
+        said, errors = job.communicate(timeout=200)
+    assert job.returncode == 0, errors
+    found = json.loads(said)
     assert found["ranks"] == 2
     stages = found["seconds_per_image"]
     assert stages["communication"] > 0
     assert stages["step"] + stages["communication"] == pytest.approx(1 / found["step_images_per_second"]["median"])
     assert not (tmp_path / "runs").exists()
-
-
-def plan_on_a_rank(overrides):
-    """As torchrun would start it, but that the group is there."""
-    import torch.distributed as dist
-
-    from fastsiam.distributed import World
-    from fastsiam.planning.measure import measure
-    from fastsiam.spent import process_began
-
-    world = World(dist.get_rank(), 2, dist.get_rank(), 2)
-    config = load_config("quickstart", overrides)
-    found, loading = measure(config, world, 0.05, process_began())
-    return Plan.of(config, None, found, loading).to_json() if world.is_first else None
