@@ -172,15 +172,11 @@ def test_a_slow_loader_is_told_the_backends_that_were_faster():
         ("set data.backend=dali", 2.0),
     ]
     # Within the spread.
-    close = dataclasses.replace(found, loaders=(rates_of(400, 0.2), LoaderRate("dali", rates(450))))
+    close = dataclasses.replace(found, loaders=(LoaderRate("pil", rates(400, 0.2)), LoaderRate("dali", rates(450))))
     assert actions(close, loading) == [("set data.backend=dali", None)]
     idle = dataclasses.replace(slow, idle_cores=8.0)
     found = measured(1000, 400, end_to_end=idle)
     assert actions(found, dataclasses.replace(LOADING, workers=4)) == [("set data.workers=12 (now 4)", None)]
-
-
-def rates_of(median, spread):
-    return LoaderRate("pil", rates(median, spread))
 
 
 def test_a_slow_step_is_told_batch_size_compiler_and_views():

@@ -91,18 +91,7 @@ class Plan:
             "wait_fraction": measured.end_to_end.wait_fraction,
             "joules_per_image": measured.end_to_end.joules_per_image,
             "energy": measured.energy,
-            "loaders": [
-                {"name": one.name, "images_per_second": _rate(one.rate), "note": one.note} for one in measured.loaders
-            ],
-            "batch_sizes": [
-                {
-                    "batch_size": one.batch_size,
-                    "learning_rate": one.learning_rate,
-                    "step_images_per_second": _rate(one.rate),
-                    "note": one.note,
-                }
-                for one in measured.batch_sizes
-            ],
+            **self._alternatives(),
             "seconds_per_image": {name: stages[name] for name in _STAGES},
             "limit": {"stage": self.limit.stage, "expected": self.limit.expected, "share": self.limit.share},
             "advice": [asdict(tip) for tip in self.tips],
@@ -118,6 +107,23 @@ class Plan:
             "measuring_seconds": measured.seconds,
         }
         return json.dumps(found, allow_nan=False)
+
+    def _alternatives(self):
+        measured = self.measured
+        return {
+            "loaders": [
+                {"name": one.name, "images_per_second": _rate(one.rate), "note": one.note} for one in measured.loaders
+            ],
+            "batch_sizes": [
+                {
+                    "batch_size": one.batch_size,
+                    "learning_rate": one.learning_rate,
+                    "step_images_per_second": _rate(one.rate),
+                    "note": one.note,
+                }
+                for one in measured.batch_sizes
+            ],
+        }
 
     def _run(self, budget, run):
         found, reason = self.worth_of(run)
