@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-COMMANDS = ("train", "prepare", "report", "doctor")
+COMMANDS = ("train", "plan", "prepare", "report", "doctor")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,11 +6,9 @@ import os
 import torch
 
 from fastsiam.config import UserError
+from fastsiam.published import TABLE_2
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-# SimSiam, Table 2: ImageNet linear top-1 after 100 epochs by batch size.
-TABLE_2 = {64: 66.1, 128: 67.3, 256: 68.1, 512: 68.1, 1024: 68.0, 2048: 67.9, 4096: 64.0}
 
 
 def choose_device(asked: str, local_rank: int = 0, local_size: int = 1) -> torch.device:

@@ -6,8 +6,8 @@ import torch
 
 from fastsiam.apex_lookup import APEX_SOURCE, find_apex
 from fastsiam.config import Config, UserError
-from fastsiam.device import TABLE_2
 from fastsiam.lars import LARS
+from fastsiam.published import TABLE_2
 
 APEX = "optimizer.implementation: apex"
 

@@ -67,7 +67,7 @@ class TrainingStep:
     def __call__(self, views: torch.Tensor, number: int) -> dict:
         """Step `number` on views [V*N, 3, S, S]; raises `UserError` with advice where memory does not suffice."""
         try:
-            return self._run(views, number)
+            return self.attempt(views, number)
         except torch.OutOfMemoryError:
             pass
         # Outside the handler: the traceback would hold the activations of the step that did not fit.
@@ -92,6 +92,23 @@ class TrainingStep:
         self.optimizer.zero_grad()
         for name, buffer in self.method.named_buffers():
             buffer.copy_(before[name])
+
+    def attempt(self, views: torch.Tensor, number: int) -> dict:
+        """The step, where torch's own error may say that memory does not suffice."""
+        self.optimizer.zero_grad()
+        with self._precision():
+            out = self._forward(views)
+        loss = out["loss"]
+        if self._scaler:
+            self._scaler.scale(loss).backward()
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+        else:
+            loss.backward()
+            self.optimizer.step()
+        finite = torch.isfinite(loss.detach())
+        self._first_bad = torch.where(finite, self._first_bad, self._first_bad.clamp(max=number))
+        return out
 
     def read(self, loss: torch.Tensor) -> Reading:
         """Waits for the device; all ranks must ask."""
@@ -120,22 +137,6 @@ class TrainingStep:
             self._scaler.load_state_dict(saved["scaler"])
         self._skipped.fill_(saved["skipped_steps"])
 
-    def _run(self, views, number):
-        self.optimizer.zero_grad()
-        with self._precision():
-            out = self._forward(views)
-        loss = out["loss"]
-        if self._scaler:
-            self._scaler.scale(loss).backward()
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
-        else:
-            loss.backward()
-            self.optimizer.step()
-        finite = torch.isfinite(loss.detach())
-        self._first_bad = torch.where(finite, self._first_bad, self._first_bad.clamp(max=number))
-        return out
-
     def _count_skipped(self, optimizer, *_):
         self._skipped += optimizer.found_inf
 
@@ -163,7 +164,7 @@ class TrainingStep:
         torch.cuda.empty_cache()
         try:
             with torch._dynamo.config.patch(recompile_limit=_MANY):
-                self._run(self._blank_views(like, batch_size), _NEVER)
+                self.attempt(self._blank_views(like, batch_size), _NEVER)
         except torch.OutOfMemoryError:
             return False
         return True

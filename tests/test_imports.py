@@ -13,6 +13,7 @@ LAYERS = (
     {"fastsiam.config_file", "fastsiam.data.views", "fastsiam.budget", "fastsiam.energy"},
     {"fastsiam.config_data"},
     {"fastsiam.config", "fastsiam.data.draws"},
+    {"fastsiam.published"},
     {"fastsiam.data.demo"},
     {
         "fastsiam.data",
@@ -50,13 +51,14 @@ LAYERS = (
     {"fastsiam.reports.page", "fastsiam.reports.own"},
     {"fastsiam.report"},
     {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.saver", "fastsiam.soundness"},
-    {"fastsiam.train", "fastsiam.doctor", "fastsiam.__main__"},
+    {"fastsiam.planning"},
+    {"fastsiam.train", "fastsiam.plan", "fastsiam.doctor", "fastsiam.__main__"},
 )
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
     "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent", "apex_lookup",
     "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe", "disk",
-    "tensorboard", "arrays", "report", "reports.runs", "reports.page", "reports.own",
+    "tensorboard", "arrays", "report", "plan", "published", "reports.runs", "reports.page", "reports.own",
 )  # fmt: skip
 
 

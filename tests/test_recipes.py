@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from fastsiam.config import CONFIGS, differing_keys, load_config
-from fastsiam.device import TABLE_2
 from fastsiam.kernels import reference
 from fastsiam.methods import build_method
 from fastsiam.norm import PerViewBatchNorm1d, PerViewBatchNorm2d
 from fastsiam.optim import parameter_groups
+from fastsiam.published import TABLE_2
 
 # SimSiam (arXiv 2011.10566): section 4 "Baseline settings", appendix A, Tables 1 and 4; kNN as its authors run it.
 IMAGENET = {

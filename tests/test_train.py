@@ -180,14 +180,14 @@ def test_precision_and_layout_reach_the_step(tiny, tmp_path, monkeypatch):
 
 def test_out_of_memory_names_the_largest_batch_that_fits_and_its_price(tiny, tmp_path, capsys, monkeypatch):
     """A step of more than 2 images runs out of memory; no GPU is needed to read what is said then."""
-    real = TrainingStep._run
+    real = TrainingStep.attempt
 
     def small_gpu(self, views, number):
         if len(views) > 2 * 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, views, number)
 
-    monkeypatch.setattr(TrainingStep, "_run", small_gpu)
+    monkeypatch.setattr(TrainingStep, "attempt", small_gpu)
     assert main(["--config", "quickstart", *tiny()]) == 2
     said = capsys.readouterr().err
     assert "CUDA out of memory at train.batch_size=8; 2 fits (tried)" in said

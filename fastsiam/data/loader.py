@@ -122,7 +122,7 @@ class Loader:
         delivered = 0
         for indices, crops in self._crops(epoch, cursor):
             delivered += len(indices)
-            views = crops if self.backend_augments else self._augment(crops, epoch, indices)
+            views = crops if self.backend_augments else self.augmented(crops, epoch, indices)
             yield Batch(views, _labels(self.source, indices), indices)
         if delivered != expected:
             raise LoaderError(
@@ -175,7 +175,8 @@ class Loader:
     def _draws(self, epoch, indices):
         return [draws.augment_draws(s, self.seed, epoch, indices, v) for v, s in enumerate(self.specs)]
 
-    def _augment(self, crops, epoch, indices):
+    def augmented(self, crops: torch.Tensor, epoch: int, indices: np.ndarray) -> torch.Tensor:
+        """Views [V*N, 3, S, S] of uint8 crops [V*N, S, S, 3], with the draws of these images in this epoch."""
         parts = self._draws(epoch, indices)
         if len(set(self.specs)) == 1:
             return augment(crops, draws.AugmentDraws.concatenate(parts), self.specs[0], self.dtype)
