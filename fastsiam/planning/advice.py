@@ -108,9 +108,10 @@ def _step_tips(config: Config, measured: Measured, limit: Limit) -> list[Tip]:
         found.append(Tip("the step computes in fp32", "set train.precision=auto, bf16 where the GPU has it"))
     if not train.channels_last:
         found.append(Tip("convolutions are faster on channels-last memory", "set train.channels_last=true"))
-    if smaller := _smaller_view(config.views.size):
-        share = (smaller / config.views.size) ** 2
-        cause = f"views of {smaller} px need {share:.2f} of the arithmetic of {config.views.size} px"
+    size = config.views.full_size
+    if len(config.views.sizes) == 1 and (smaller := _smaller_view(size)):
+        share = (smaller / size) ** 2
+        cause = f"views of {smaller} px need {share:.2f} of the arithmetic of {size} px"
         found.append(Tip(cause, f"set views.size={smaller} (another recipe than the paper's)"))
     found.append(
         Tip("ResNets wait for memory more than for arithmetic", "take a GPU with more memory bandwidth, or more GPUs")

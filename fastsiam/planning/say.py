@@ -181,11 +181,18 @@ class Plan:
         return [
             f"fastsiam  {fastsiam.__version__}, torch {torch.__version__}, {measured.gpu or measured.device}{ranks}",
             f"data      {measured.images:,} images under {config.data.train}{val}",
-            f"step      {config.model.encoder}, {config.views.size} px, batch {config.train.batch_size}, "
+            f"step      {config.model.encoder}, {self._views()}, batch {config.train.batch_size}, "
             f"{measured.dtype}, compile {'on' if measured.compiles else 'off'}",
             f"loader    {measured.loader_text}",
             f"measured  in {spoken(measured.seconds)}, in windows of time, at batch {measured.measured_batch_size}",
         ]
+
+    def _views(self):
+        views = self.config.views
+        each = "" if views.count == 2 else f"{views.count} views of "
+        if len(views.sizes) == 1:
+            return f"{each}{views.size} px"
+        return f"{each}{views.full_size} px (a run of {views.size} px is faster while they grow)"
 
     def _rates(self):
         measured = self.measured
