@@ -11,9 +11,11 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import standings
 from benchmarks.environment import CHECKOUT
 from benchmarks.protocol import SCHEMA
 from fastsiam.config import UserError
@@ -69,6 +71,8 @@ class Table:
     """Variants in order, each of them shown though it be absent; None: all of the file, in its order."""
     without: tuple[str, ...] = ()
     """Variants that another table shows; for `rows` None."""
+    rows_of: Callable[[list[dict]], list[dict]] | None = None
+    """Makes the rows out of the lines, where they are not the lines."""
     speed: str | None = None
     """The number that the last column is a ratio of; None: 1 / median_seconds."""
 
@@ -104,6 +108,16 @@ DISTRIBUTED = (
     Column("graphs", "graphs"),
     Column("first step, s", "first_step_seconds"),
 )
+RACE = (
+    Column("kNN, %", "knn"),
+    Column("s to the target", "seconds_to_target"),
+    Column("reached it", "reached"),
+    Column("images/s", "images_per_second"),
+    Column("best base_lr", "base_lr"),
+    Column("precision", "precision"),
+    Column("memory", "memory_format"),
+    Column("loader", "loader"),
+)
 PEERS = ("lightly", "lightly + bf16 + channels-last", "solo-learn")
 
 TABLES = {
@@ -112,6 +126,7 @@ TABLES = {
     "loader": Table("loader", LOADER, baseline="authors", speed="images_per_second"),
     "end_to_end": Table("end_to_end", END_TO_END),
     "distributed": Table("distributed", DISTRIBUTED),
+    "race": Table("time_to_accuracy", RACE, rows_of=standings.rows),
     "loss": Table("loss", (MS, *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"),
     "augment": Table(
         "augment", (MS, Column("ms a view", "ms_per_view"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"
@@ -182,7 +197,7 @@ def read_all(results: Path) -> dict[str, list[list[dict]]]:
 def render(table: Table, lines: list[dict]) -> str:
     """Caption and Markdown table of one file's lines; params that differ between lines are columns."""
     groups = {}
-    for line in lines:
+    for line in table.rows_of(lines) if table.rows_of else lines:
         groups.setdefault(_key(line), {})[line["variant"]] = line
     shown = [row for group in groups.values() for row in _rows(table, group)]
     names = list(dict.fromkeys(name for line in shown for name in line["params"]))
