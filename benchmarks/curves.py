@@ -3,10 +3,11 @@
 import statistics
 from pathlib import Path
 
+from benchmarks.contestants import CONTESTANTS
 from benchmarks.standings import Standing
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; ours is the strongest.
-_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+# Okabe and Ito's colours, which colour-blind readers tell apart; a contestant has the same in every race.
+_COLOURS = dict(zip(CONTESTANTS, ("#D55E00", "#0072B2", "#009E73", "#56B4E9", "#CC79A7"), strict=True))
 _GREY = "#555555"
 
 
@@ -23,7 +24,8 @@ def draw(found: list[Standing], controls: list[dict], folder: Path, name: str) -
     figure = Figure(figsize=(10, 4.2), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    for standing, colour in zip(found, _COLOURS, strict=False):
+    for standing in found:
+        colour = _COLOURS[standing.variant]
         for axes, column in ((left, 0), (right, 1)):
             curves = [run["curve"] for run in standing.runs]
             for curve in curves:
