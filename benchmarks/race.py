@@ -139,10 +139,11 @@ def thrown_away(contestant: Contestant) -> Iterator[None]:
 def warm_up(contestant: Contestant, config: Config, steps: int = WARMUP_STEPS) -> float:
     """Run the first steps on a state that is thrown away; returns their seconds."""
     start = time.perf_counter()
-    with thrown_away(contestant):
-        for _, views in zip(range(steps), contestant.batches(), strict=False):
+    # A loader has one epoch open at a time.
+    with thrown_away(contestant), contextlib.closing(contestant.batches()) as batches:
+        for _ in range(steps):
             optim.set_learning_rate(contestant.optimizer, config, 0.5)
-            contestant.step(views).item()
+            contestant.step(next(batches)).item()
     return time.perf_counter() - start
 
 

@@ -13,9 +13,11 @@ DIR/time_to_accuracy.jsonl gets a line a run. The same command goes on where it 
 not run again. At the end standings.json, time_to_accuracy.png and .svg are written. The rules: benchmarks/RECORDS.md.
 """
 
+import ctypes
 import hashlib
 import json
 import os
+import signal
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -42,13 +44,19 @@ EVALUATIONS = 10
 _BETWEEN_EVALUATIONS = 10.0
 # Of --minutes, what is left for training beside evaluation, warm-up and the start of processes.
 _TRAINING_SHARE = 0.6
+_PR_SET_PDEATHSIG = 1
 DEFAULT = (FASTSIAM, "authors", "lightly", "solo-learn")
 
 
 def apart(function, *arguments):
     """Call in a new process, whose memory, thread pools and workers end with it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         return pool.submit(function, *arguments).result()
+
+
+def _end_with_parent():
+    """A race that is killed leaves no run behind that would slow the next start down (Linux, prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def in_words(name: str, own: float) -> float:
@@ -287,8 +295,12 @@ def conclude(folder: Path, params: dict) -> None:
     print(f"written: {', '.join(map(str, paths))}")
 
 
+def main(argv: list[str] | None = None) -> int:
+    return command(run, BENCHMARK, "Race to a kNN accuracy.", minutes=60.0, argv=argv)
+
+
 if __name__ == "__main__":
     # As `fastsiam.train` sets it, here for everyone. solo-learn's imports warn in each of its workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    sys.exit(command(run, BENCHMARK, "Race to a kNN accuracy.", minutes=60.0))
+    sys.exit(main())
