@@ -34,7 +34,8 @@ setup(
         # Built from source: needs Debian's libopencv-dev, libturbojpeg0-dev and pkg-config. It imports distutils, which
         # from Python 3.12 on comes from setuptools.
         "ffcv": ["ffcv>=1.0.2", "setuptools"],
-        # What the benchmarks compare with, and their plots; solo-learn pins an old torch and is measured from a checkout.
+        # What the benchmarks compare with, and what they plot with; solo-learn pins an old torch and is measured from a
+        # checkout.
         "peers": ["lightly", "matplotlib"],
         "dev": ["pytest", "ruff", "build", "setuptools", "wheel"],
     },

@@ -60,6 +60,14 @@ def bits(contestant):
 @pytest.mark.parametrize("steps_before", [0, 1])
 def test_warm_up_leaves_every_bit_as_it_was(tiny_config, variant, steps_before):
     contestant = build(variant, tiny_config())
+    step = contestant.step
+
+    def drawing(views):
+        """Draws from every generator that a peer may use."""
+        random.random(), np.random.random(), torch.rand(1)
+        return step(views)
+
+    contestant.step = drawing
     batches = contestant.batches()
     for _ in range(steps_before):
         contestant.step(next(batches))
@@ -155,7 +163,7 @@ def test_everyone_anneals_to_zero_in_the_same_time(tiny_config, pace):
 @pytest.mark.parametrize("variant", INSTALLED)
 def test_peers_begin_with_our_weights_and_our_loss(tiny_config, variant):
     """Seed by seed, on the CIFAR ResNet that torchvision lacks; what their optimizers hold is all of the model."""
-    first = []
+    stems = []
     for seed in (0, 1):
         config = tiny_config(f"train.seed={seed}")
         ours, theirs = build("fastsiam", config), build(variant, config)
@@ -164,11 +172,10 @@ def test_peers_begin_with_our_weights_and_our_loss(tiny_config, variant):
         counts = [sum(p.numel() for g in c.optimizer.param_groups for p in g["params"]) for c in (ours, theirs)]
         assert counts[0] == counts[1] == sum(p.numel() for p in ours.model.parameters())
         views = next(ours.batches())
-        first.append((ours.step(views).item(), theirs.step(views).item()))
-        assert first[-1][0] == pytest.approx(first[-1][1], abs=1e-5)
-        second = [contestant.step(views).item() for contestant in (ours, theirs)]
-        assert second[0] == pytest.approx(second[1], abs=1e-4)
-    assert abs(first[0][0] - first[1][0]) > 1e-3
+        stems.append(weights["conv1.weight"].clone())
+        for tolerance in (1e-5, 1e-4):
+            assert ours.step(views).item() == pytest.approx(theirs.step(views).item(), abs=tolerance)
+    assert (stems[0] - stems[1]).abs().mean() > 0.05
 
 
 def test_whose_predictor_keeps_its_rate(tiny_config):
@@ -312,7 +319,8 @@ def run_line(variant, seed, rate, curve, **more):
 
 
 TABLE = """AMD EPYC, 2 cores, 2 threads; torch 2.15.0, triton 3.9.0; data cifar10, images 10000, \
-encoder cifar_resnet8, size 32, batch 64, seconds 30, target 45 %, n = 1 to 2; commit 0123456789ab; 2026-01-31; solo-learn is absent: give a \
+encoder cifar_resnet8, size 32, batch 64, seconds 30, target 45 %, n = 1 to 2; \
+commit 0123456789ab; 2026-01-31; solo-learn is absent: give a \
 checkout.
 
 | variant | kNN, % | s to the target | reached it | images/s | best base_lr | precision | memory | loader |
@@ -407,12 +415,13 @@ def test_a_killed_race_takes_its_run_with_it(tmp_path):
         assert process.exists()
     finally:
         parent.kill()
-        parent.communicate()
-    wait_for(lambda: not process.exists() or "Z" in (process / "stat").read_text().split()[2])
+        parent.wait()
+        parent.stdout.close(), parent.stderr.close()
+    wait_for(lambda: not process.exists())
 
 
 def wait_for(condition):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
