@@ -10,11 +10,27 @@ from benchmarks.protocol import Results
 from fastsiam.config import UserError
 from fastsiam.device import choose_device
 
+
+def words(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 # What some of them take besides, by the name of the parameter.
 OPTIONS = {
     "images": (Path, "folder of JPEGs; without it they are drawn"),
     "ranks": (int, "processes, on a GPU each where the device is cuda; without it 2"),
     "solo_learn": (Path, "a checkout of github.com/vturrisi/solo-learn"),
+    "config": (str, "a YAML file, or the name of one in configs/ (%(default)s)"),
+    "data": (Path, "folder with train/CLASS/ and val/CLASS/; without it the config's own"),
+    "train": (int, "so many training images, equally many of each class; without it all"),
+    "val": (int, "so many images that kNN classifies, likewise"),
+    "minutes_each": (float, "training time of a run; without it --minutes divided among the runs"),
+    "seeds": (int, "runs of each contestant at its best rate (%(default)s)"),
+    "target": (float, "kNN in percent whose first evaluation is told (%(default)s)"),
+    "rates": (words, "rates of the peers: base_lr, or with an x multiples of the config's (%(default)s)"),
+    "own_rates": (words, "likewise ours (%(default)s)"),
+    "contestants": (words, "who takes part (%(default)s)"),
 }
 
 
@@ -28,11 +44,14 @@ def command(
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--out", type=Path, help=f"folder for {name}.jsonl; without it lines are only printed")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--minutes", type=float, default=minutes)
-    taken = [option for option in OPTIONS if option in inspect.signature(run).parameters]
+    parser.add_argument("--minutes", type=float, default=minutes, help="for the whole (%(default)s)")
+    parameters = inspect.signature(run).parameters
+    taken = [option for option in OPTIONS if option in parameters]
     for option in taken:
         kind, text = OPTIONS[option]
-        parser.add_argument(f"--{option.replace('_', '-')}", type=kind, help=text)
+        default = parameters[option].default
+        default = ",".join(default) if isinstance(default, tuple) else default
+        parser.add_argument(f"--{option.replace('_', '-')}", type=kind, default=default, help=text)
     arguments = parser.parse_args(argv)
     try:
         device = choose_device(arguments.device)

@@ -33,7 +33,7 @@ from fastsiam.data.backends import choose_backend, open_backend
 from fastsiam.data.files import Files
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources import ImageSource, of_files, open_source
-from fastsiam.data.views import view_specs
+from fastsiam.data.views import ViewSpec, view_specs
 
 SIZE, SMALL_SIZE = 224, 96
 DRAWN_IMAGES, IMAGES_PER_WORKER = 256, 256
@@ -207,7 +207,8 @@ def source_of(paths: tuple[str, ...]) -> ImageSource:
 
 def peer(case: Case, build_loader: Callable, *more):
     """Epochs of a peer's loader."""
-    numbers = {"size": case.size, "batch_size": case.batch_size, "workers": case.workers, "device": case.device}
+    spec = ViewSpec(size=case.size, color="exact")
+    numbers = {"spec": spec, "batch_size": case.batch_size, "workers": case.workers, "device": case.device}
     batches = build_loader(list(case.paths), *more, **numbers)
     return lambda index: drain((batch[:2] for batch in batches), case.device), None
 

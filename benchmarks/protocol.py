@@ -208,6 +208,12 @@ class Results:
         `params` tells apart what is measured (batch, dtype, mode): rows of a table are compared within equal params.
         `numbers` are further columns; a number that is not finite raises `ValueError`.
         """
+        line = self.write(benchmark, variant, params, samples, **numbers)
+        print(readable(line), flush=True)
+        return line
+
+    def write(self, benchmark: str, variant: str, params: dict, samples: Samples | None, **numbers) -> dict:
+        """`add` without a word."""
         timed = samples is not None
         line = {
             "schema": SCHEMA,
@@ -227,7 +233,6 @@ class Results:
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(self.folder / f"{benchmark}.jsonl", "a", encoding="utf-8") as file:
                 file.write(text + "\n")
-        print(readable(line), flush=True)
         return line
 
 

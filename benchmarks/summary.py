@@ -1,7 +1,8 @@
 """The README's first table: what a stranger asks, answered for fastsiam and its peers from the newest results."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+
+from benchmarks.captions import NOTHING, caption, number
 
 CONTESTANTS = ("fastsiam", "authors", "lightly", "solo-learn")
 
@@ -43,7 +44,22 @@ def machines(found: dict[str, list[list[dict]]]) -> list[list[dict]]:
     return list(by_name.values())
 
 
-def answers(lines: list[dict], number: Callable[[float], str]) -> tuple[list[list[str]], list[dict]]:
+def text(found: dict[str, list[list[dict]]]) -> str:
+    """Caption and table for each machine."""
+    header = ["", *CONTESTANTS, "fastsiam against authors"]
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    texts = []
+    for lines in machines(found):
+        rows, used = answers(lines)
+        if rows:
+            table = "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows))
+            commits = {line["benchmark"]: line["environment"]["commit"][:12] for line in used}
+            told = ", ".join(f"{commit} ({benchmark})" for benchmark, commit in commits.items())
+            texts.append(f"{caption(used, {}, f'commits {told}')}\n\n{table}")
+    return "\n\n".join(texts) or "No results are recorded yet."
+
+
+def answers(lines: list[dict]) -> tuple[list[list[str]], list[dict]]:
     """Rows of text for one machine (question, a cell a contestant, ours against the authors'), and the lines used."""
     rows, used = [], []
     for question in QUESTIONS:
@@ -52,9 +68,9 @@ def answers(lines: list[dict], number: Callable[[float], str]) -> tuple[list[lis
         if told["fastsiam"] is None:
             continue
         used += [line for line in told.values() if line]
-        cells = [number(line[question.key]) if line else "-" for line in told.values()]
+        cells = [number(line[question.key]) if line else NOTHING for line in told.values()]
         ratio = told["fastsiam"][question.key] / told["authors"][question.key] if told["authors"] else None
-        rows.append([question.text, *cells, f"{number(ratio)}x" if ratio else "-"])
+        rows.append([question.text, *cells, f"{number(ratio)}x" if ratio else NOTHING])
     return rows, used
 
 

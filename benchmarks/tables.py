@@ -8,25 +8,26 @@ with changes is refused: nobody could measure it again.
 
 import argparse
 import json
-import math
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import standings, summary
+from benchmarks.captions import ABSENT, NOTHING, VERSIONS, caption, number, param
 from benchmarks.environment import CHECKOUT
 from benchmarks.protocol import SCHEMA
+from benchmarks.tree import tree
 from fastsiam.config import UserError
 
 MARKER = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 OPENING = "<!-- table:"
 FOLDER = re.compile(r"\d{4}-\d{2}-\d{2}_(.+)")
-ABSENT, NOTHING = "absent", "-"
 GPU_TESTS = "gpu_tests"
 
 # What the lines of one file must share, since the caption says it once.
-_CAPTION_VERSIONS = ("torch", "cuda", "triton", "torchvision", "numba", "dali", "lightly")
-_ONE_RUN = ("gpu", "driver", "cpu", "cores", "threads", "commit", "python", *_CAPTION_VERSIONS)
+_ONE_RUN = ("gpu", "driver", "cpu", "cores", "threads", "commit", "python", *VERSIONS)
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class Table:
     """Variants in order, each of them shown though it be absent; None: all of the file, in its order."""
     without: tuple[str, ...] = ()
     """Variants that another table shows; for `rows` None."""
+    rows_of: Callable[[list[dict]], list[dict]] | None = None
+    """Makes the rows out of the lines, where they are not the lines."""
     speed: str | None = None
     """The number that the last column is a ratio of; None: 1 / median_seconds."""
 
@@ -104,6 +107,23 @@ DISTRIBUTED = (
     Column("graphs", "graphs"),
     Column("first step, s", "first_step_seconds"),
 )
+RACE = (
+    Column("kNN, %", "knn"),
+    Column("s to the target", "seconds_to_target"),
+    Column("reached it", "reached"),
+    Column("images/s", "images_per_second"),
+    Column("best base_lr", "base_lr"),
+    Column("precision", "precision"),
+    Column("memory", "memory_format"),
+    Column("loader", "loader"),
+)
+BUDGET = (
+    Column("processes lived, s", "lived_seconds"),
+    Column("of the budget", "lived_share", scale=100, unit=" %"),
+    Column("by their own account", "spent_share", scale=100, unit=" %"),
+    Column("steps", "steps"),
+    Column("resumed at step", "resumed_at_step"),
+)
 PEERS = ("lightly", "lightly + bf16 + channels-last", "solo-learn")
 
 TABLES = {
@@ -112,20 +132,14 @@ TABLES = {
     "loader": Table("loader", LOADER, baseline="authors", speed="images_per_second"),
     "end_to_end": Table("end_to_end", END_TO_END),
     "distributed": Table("distributed", DISTRIBUTED),
+    "budget": Table("budget", BUDGET),
+    "race": Table("time_to_accuracy", RACE, rows_of=standings.rows),
     "loss": Table("loss", (MS, *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"),
     "augment": Table(
         "augment", (MS, Column("ms a view", "ms_per_view"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"
     ),
     "crop": Table("crop", (MS, Column("ms a crop", "ms_per_crop"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"),
 }
-
-
-def number(value: float) -> str:
-    """Three significant digits, whole numbers from 1,000 on; integers in full."""
-    if isinstance(value, int) or value == 0:
-        return f"{value:,.0f}"
-    value = float(f"{value:.3g}") if abs(value) < 1000 else value
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
 
 
 def read(path: Path) -> list[dict]:
@@ -182,7 +196,7 @@ def read_all(results: Path) -> dict[str, list[list[dict]]]:
 def render(table: Table, lines: list[dict]) -> str:
     """Caption and Markdown table of one file's lines; params that differ between lines are columns."""
     groups = {}
-    for line in lines:
+    for line in table.rows_of(lines) if table.rows_of else lines:
         groups.setdefault(_key(line), {})[line["variant"]] = line
     shown = [row for group in groups.values() for row in _rows(table, group)]
     names = list(dict.fromkeys(name for line in shown for name in line["params"]))
@@ -193,7 +207,7 @@ def render(table: Table, lines: list[dict]) -> str:
     header += [f"against {table.baseline}"] if table.baseline else []
     body = []
     for line in shown:
-        cells = [_param(line["params"].get(name)) for name in varying]
+        cells = [param(line["params"].get(name)) for name in varying]
         cells += [line["variant"], *(column.text(line) for column in columns)]
         if table.baseline:
             cells.append(_ratio(table, line, groups[_key(line)].get(table.baseline)))
@@ -205,25 +219,6 @@ def render(table: Table, lines: list[dict]) -> str:
     return f"{caption(shown, constant)}\n\n{text}\n"
 
 
-def caption(lines: list[dict], constant: dict) -> str:
-    """Machine, versions, what all rows share, n, commit and day, and how to get what is absent."""
-    machine = lines[0]["environment"]
-    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
-    if machine["gpu"]:
-        limit = machine["power_limit_watts"]
-        power = f", {limit:.0f} W" if limit else ""
-        where = f"{machine['gpu']} (driver {machine['driver']}{power}), {where}"
-    versions = [f"{name} {machine[name]}" for name in _CAPTION_VERSIONS if machine.get(name)]
-    counts = [len(line["samples_seconds"]) for line in lines if line["samples_seconds"]]
-    n = f"n = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") if counts else "n = 0"
-    shared = [f"{name} {_param(value)}" for name, value in constant.items()]
-    commit = f"commit {machine['commit'][:12]}" if machine["commit"] else "no commit"
-    parts = [where, ", ".join(versions), ", ".join([*shared, n]), commit, machine["date"][:10]]
-    missing = {line["variant"]: line[ABSENT] for line in lines if line.get(ABSENT)}
-    parts += [f"{variant} is absent: {sentence}" for variant, sentence in missing.items()]
-    return "; ".join(filter(None, parts)) + "."
-
-
 def fill(readme: str, found: dict[str, list[list[dict]]]) -> str:
     """The README's text with every marked table made anew; raises `UserError` where one cannot be made."""
     if readme.count(OPENING) != len(MARKER.findall(readme)) or any(
@@ -233,10 +228,10 @@ def fill(readme: str, found: dict[str, list[list[dict]]]) -> str:
 
     def replacement(match: re.Match) -> str:
         name = match[1]
-        if name == GPU_TESTS:
-            return f"<!-- table: {name} -->\n{last_verified(found.get(name, []))}\n<!-- /table -->"
+        if name in SPECIAL:
+            return f"<!-- table: {name} -->\n{SPECIAL[name](found)}\n<!-- /table -->"
         if name not in TABLES:
-            raise UserError(f"README: there is no table '{name}'; there are {', '.join([*TABLES, GPU_TESTS])}")
+            raise UserError(f"README: there is no table '{name}'; there are {', '.join([*TABLES, *SPECIAL])}")
         table = TABLES[name]
         if not found.get(table.benchmark):
             raise UserError(f"README: table '{name}' has no lines in results/*/{table.benchmark}.jsonl")
@@ -246,8 +241,9 @@ def fill(readme: str, found: dict[str, list[list[dict]]]) -> str:
     return MARKER.sub(replacement, readme)
 
 
-def last_verified(machines: list[list[dict]]) -> str:
+def last_verified(found: dict[str, list[list[dict]]]) -> str:
     """The newest commit on which no test marked gpu failed or was skipped, as a sentence."""
+    machines = found.get(GPU_TESTS, [])
     whole = [line for lines in machines for line in lines if line["passed"] and not line["failed"] + line["skipped"]]
     if not whole:
         return "No commit has been verified on a GPU yet."
@@ -258,6 +254,14 @@ def last_verified(machines: list[list[dict]]) -> str:
         f"Last commit verified on a GPU: {machine['commit'][:12]} on {machine['gpu']}, {machine['date'][:10]} "
         f"(torch {machine['torch']}): {line['passed']} tests passed, mixed decoding {mixed}."
     )
+
+
+SPECIAL = {
+    GPU_TESTS: last_verified,
+    "summary": summary.text,
+    "tree": lambda found: f"```\n{tree(CHECKOUT)}\n```",
+}
+"""Blocks that are no table of one benchmark's lines."""
 
 
 def _key(line: dict) -> str:
@@ -280,10 +284,6 @@ def _ratio(table: Table, line: dict, baseline: dict | None) -> str:
     if table.speed is None:
         return f"{number(baseline['median_seconds'] / line['median_seconds'])}x"
     return f"{number(line[table.speed] / baseline[table.speed])}x"
-
-
-def _param(value) -> str:
-    return NOTHING if value is None else str(value)
 
 
 def main(argv: list[str] | None = None) -> int:

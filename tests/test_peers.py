@@ -12,9 +12,10 @@ import fastsiam
 from benchmarks.peers import AbsentError, authors, lightly, solo_learn
 from fastsiam import optim
 from fastsiam.config import load_config
-from fastsiam.data.views import IMAGENET_MEAN, IMAGENET_STD
+from fastsiam.data.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 
 CPU = torch.device("cpu")
+SPEC = ViewSpec(size=16, color="exact")
 SMALL = (
     "model.predictor.hidden=16",
     "views.size=16",
@@ -120,7 +121,7 @@ def test_lightly_absent_names_the_extra(monkeypatch):
     with pytest.raises(AbsentError, match=r"pip install 'fastsiam\[peers\]'"):
         lightly.build_step(config, {}, CPU)
     with pytest.raises(AbsentError, match=r"pip install 'fastsiam\[peers\]'"):
-        lightly.build_loader([], size=16, batch_size=2, workers=0, device=CPU)
+        lightly.build_loader([], spec=SPEC, batch_size=2, workers=0, device=CPU)
 
 
 def test_solo_learn_absent_says_what_to_do(monkeypatch, tmp_path):
@@ -140,7 +141,7 @@ def test_solo_learn_absent_says_what_to_do(monkeypatch, tmp_path):
     sentence = r"package_that_is_not_there.*pip install lightning omegaconf"
     for build in (solo_learn.build_loader, solo_learn.build_dali_loader):
         with pytest.raises(AbsentError, match=sentence):
-            build([], tmp_path, size=16, batch_size=2, workers=0, device=CPU)
+            build([], tmp_path, spec=SPEC, batch_size=2, workers=0, device=CPU)
     for name in [name for name in sys.modules if name.partition(".")[0] == "solo"]:
         del sys.modules[name]
 
@@ -152,7 +153,7 @@ def test_the_authors_views_have_the_papers_probabilities():
     image = Image.fromarray(
         np.stack([np.tile(ramp, (64, 1)), np.full((64, 64), 128), np.full((64, 64), 60)], 2).astype(np.uint8)
     )
-    transform = authors.build_transform(24)
+    transform = authors.build_transform(ViewSpec(size=24, color="exact"))
     torch.manual_seed(0)
     views = torch.stack([view for _ in range(400) for view in transform(image)])
     rgb = views * torch.tensor(IMAGENET_STD).view(3, 1, 1) + torch.tensor(IMAGENET_MEAN).view(3, 1, 1)
@@ -167,7 +168,7 @@ def test_the_authors_loader_gives_two_views_of_each_file_once(photos):
     """Files of one colour each: which file a view comes from can be read from it."""
     torch.manual_seed(0)
     paths = sorted(str(path) for path in photos.rglob("*.jpg"))
-    batches = list(authors.build_loader(paths, size=16, batch_size=4, workers=0, device=CPU))
+    batches = list(authors.build_loader(paths, spec=SPEC, batch_size=4, workers=0, device=CPU))
     assert len(paths) == 15
     assert [len(x) for batch in batches for x in batch] == [4] * 6
     assert {tuple(x.shape[1:]) for batch in batches for x in batch} == {(3, 16, 16)}

@@ -5,7 +5,10 @@ import json
 import pytest
 
 from benchmarks import tables
-from benchmarks.tables import Column, Table, main, number, render
+from benchmarks.captions import number
+from benchmarks.environment import CHECKOUT
+from benchmarks.tables import Column, Table, main, render
+from benchmarks.tree import tree
 
 MACHINE = {
     "gpu": None, "driver": None, "power_limit_watts": None, "cpu": "AMD EPYC", "cores": 2, "threads": 2,
@@ -249,4 +252,58 @@ def test_the_readme_here_is_what_the_results_give():
 def test_every_table_reads_a_benchmark_of_the_suite():
     from benchmarks.suite import BENCHMARKS
 
-    assert {table.benchmark for table in tables.TABLES.values()} == {benchmark.name for benchmark in BENCHMARKS}
+    # The one of budgets takes minutes of its own to say anything.
+    known = {benchmark.name for benchmark in BENCHMARKS} | {"budget"}
+    assert {table.benchmark for table in tables.TABLES.values()} == known
+
+
+def rates(benchmark, params, machine=MACHINE, **by_variant):
+    return [
+        line(
+            variant.replace("_", " "), n=4, benchmark=benchmark, params=params, machine=machine, images_per_second=rate
+        )
+        for variant, rate in by_variant.items()
+    ]
+
+
+def test_the_first_table_answers_for_everyone_from_the_newest_lines(folder, tmp_path):
+    """A question that nobody has measured is left out, a peer that is absent is a dash; a machine has its own table."""
+    loader = {"size": 224, "workers": 2, "images": 512}
+    other = {**MACHINE, "commit": "f" * 40}
+    arguments = folder({
+        "2026-01-31_epyc/loader.jsonl": [
+            *rates("loader", loader, dali_matrix=700.0, authors=175.0, lightly=140.0),
+            *rates("loader", {**loader, "workers": 1}, dali_matrix=500.0, authors=90.0),
+        ],
+        "2026-01-31_epyc/step.jsonl": rates("step", {"encoder": "resnet50"}, other, fastsiam=6.0, authors=2.0),
+        "2026-02-01_h200/step.jsonl": rates("step", {"encoder": "resnet50"}, GPU, fastsiam=4000.0, authors=2000.0),
+    }, "<!-- table: summary -->\n<!-- /table -->\n")  # fmt: skip
+    assert main(arguments) == 0
+    text = (tmp_path / "README.md").read_text().splitlines()
+    commits = "n = 4; commits 0123456789ab (loader), ffffffffffff (step); 2026-01-31."
+    assert text[1] == f"AMD EPYC, 2 cores, 2 threads; torch 2.15.0, triton 3.9.0; {commits}"
+    assert text[5:7] == [
+        "| two views each of ImageNet photographs, 224 px, images/s | 700 | 175 | 140 | - | 4.00x |",
+        "| training step, ResNet-50, 224 px, images/s | 6.00 | 2.00 | - | - | 3.00x |",
+    ]
+    assert text[8].startswith("NVIDIA H200 (driver 580.1, 700 W), AMD EPYC")
+    assert text[12] == "| training step, ResNet-50, 224 px, images/s | 4,000 | 2,000 | - | - | 2.00x |"
+
+
+def test_the_tree_has_a_phrase_for_every_file():
+    lines = {text.split("  ", 1)[0].strip(): text for text in tree(CHECKOUT).splitlines()}
+    files = {
+        path.relative_to(CHECKOUT).as_posix()
+        for folder, pattern in (
+            ("fastsiam", "*.py"),
+            ("kernels", "*.py"),
+            ("benchmarks", "*.py"),
+            ("configs", "*.yaml"),
+        )
+        for path in (CHECKOUT / folder).rglob(pattern)
+    }
+    assert lines.keys() == files
+    assert max(map(len, lines.values())) <= 120
+    assert all(len(text.partition("  ")[2].strip()) > 3 for text in lines.values())
+    phrase = lines["fastsiam/budget.py"].removeprefix("fastsiam/budget.py").strip()
+    assert phrase == "What a run may spend: epochs, images, time, energy or money"

@@ -1,9 +1,10 @@
 """SimSiam as others run it: one file each, with `build_step` and `build_loader`.
 
 `build_step(config, weights, device, ...)` gives a function from views [2N, 3, S, S] to the loss of one training step,
-on the model of `config` with the weights of `fastsiam.build_method`'s state dict. `build_loader(paths, ...)` gives an
-iterable over batches that begin with two views [N, 3, S, S] of N images. Both raise `AbsentError` where the peer
-cannot run here.
+on the model of `config` with the weights of `fastsiam.build_method`'s state dict; its attributes `model`, `encoder` and
+`optimizer` are what it trains, groups of the optimizer with `scheduled` as `fastsiam.optim` has them.
+`build_loader(paths, spec=...)` gives an iterable over batches that begin with two views [N, 3, S, S] of N images, with
+the numbers of a `ViewSpec`. Both raise `AbsentError` where the peer cannot run here.
 """
 
 import torch
@@ -11,6 +12,8 @@ import torchvision
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import default_loader
+
+from fastsiam.encoder import build_encoder
 
 
 class AbsentError(Exception):
@@ -45,8 +48,13 @@ def data_loader(paths: list[str], transform, batch_size: int, workers: int, devi
     )
 
 
-def torchvision_encoder(model) -> nn.Module:
-    """The plain torchvision ResNet of a config's `model` section; `num_features` is its width without classifier."""
+def plain_encoder(model) -> nn.Module:
+    """The encoder of a config's `model` section with plain batch norm; `num_features` is its width.
+
+    torchvision's ResNet without classifier; a CIFAR ResNet, which torchvision lacks, is ours.
+    """
+    if model.width is not None:
+        return build_encoder(model.encoder, model.stem, model.width, model.zero_init_residual)
     encoder = getattr(torchvision.models, model.encoder)(zero_init_residual=model.zero_init_residual)
     encoder.num_features, encoder.fc = encoder.fc.in_features, nn.Identity()
     if model.stem == "cifar":

@@ -12,8 +12,8 @@ from PIL import ImageFilter
 from torch import nn
 from torchvision import transforms as T
 
-from benchmarks.peers import data_loader, torchvision_encoder
-from fastsiam.data.views import IMAGENET_MEAN, IMAGENET_STD
+from benchmarks.peers import data_loader, plain_encoder
+from fastsiam.data.views import ViewSpec
 
 
 class SimSiam(nn.Module):
@@ -21,7 +21,7 @@ class SimSiam(nn.Module):
 
     def __init__(self, model):
         super().__init__()
-        self.encoder = torchvision_encoder(model)
+        self.encoder = plain_encoder(model)
         hidden, out = model.projector.hidden, model.projector.out
         width, layers = self.encoder.num_features, []
         for _ in range(model.projector.layers - 1):
@@ -43,13 +43,19 @@ class SimSiam(nn.Module):
 
 
 def build_step(config, weights, device, *, precision=contextlib.nullcontext, memory_format=torch.contiguous_format):
-    """The step, in fp32 unless `precision` is an autocast; SGD as torch builds it by default, no fused kernel."""
+    """The step, in fp32 unless `precision` is an autocast; SGD as torch builds it by default, no fused kernel.
+
+    The predictor keeps its rate where the config says so, as their --fix-pred-lr does.
+    """
     model = SimSiam(config.model).to(device, memory_format=memory_format)
     model.load_state_dict(weights)
     criterion = nn.CosineSimilarity(dim=1)
     backbone = [*model.encoder.parameters(), *model.projector.parameters()]
     optimizer = torch.optim.SGD(
-        [{"params": backbone}, {"params": model.predictor.parameters()}],
+        [
+            {"params": backbone, "scheduled": True},
+            {"params": model.predictor.parameters(), "scheduled": config.optimizer.predictor_lr == "scheduled"},
+        ],
         lr=config.learning_rate,
         momentum=config.optimizer.momentum,
         weight_decay=config.optimizer.weight_decay,
@@ -65,7 +71,7 @@ def build_step(config, weights, device, *, precision=contextlib.nullcontext, mem
         optimizer.step()
         return loss.detach()
 
-    step.model = model
+    step.model, step.encoder, step.optimizer = model, model.encoder, optimizer
     return step
 
 
@@ -80,29 +86,37 @@ class TwoCrops:
 
 
 class GaussianBlur:
-    """PIL's Gaussian blur, its standard deviation uniform in [0.1, 2] pixels (SimCLR, appendix A)."""
+    """PIL's Gaussian blur, its standard deviation uniform in `sigma` pixels (SimCLR, appendix A)."""
+
+    def __init__(self, sigma):
+        self.sigma = sigma
 
     def __call__(self, image):
-        return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
+        return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
 
 
-def build_transform(size: int) -> TwoCrops:
-    """The paper's augmentation (section 4 "Baseline settings") from a PIL image to two tensors [3, size, size]."""
+def build_transform(spec: ViewSpec) -> TwoCrops:
+    """The paper's augmentation (section 4 "Baseline settings") from a PIL image to two tensors [3, size, size].
+
+    Without blur its transform is left out (appendix D).
+    """
+    jitter = T.ColorJitter(spec.brightness, spec.contrast, spec.saturation, spec.hue)
+    blur = [T.RandomApply([GaussianBlur(spec.blur_sigma)], p=spec.blur)] if spec.blur else []
     return TwoCrops(
         T.Compose(
             [
-                T.RandomResizedCrop(size, scale=(0.2, 1.0)),
-                T.RandomApply([T.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                T.RandomGrayscale(p=0.2),
-                T.RandomApply([GaussianBlur()], p=0.5),
-                T.RandomHorizontalFlip(),
+                T.RandomResizedCrop(spec.size, scale=spec.crop_scale),
+                T.RandomApply([jitter], p=spec.jitter),
+                T.RandomGrayscale(p=spec.grayscale),
+                *blur,
+                T.RandomHorizontalFlip(p=spec.flip),
                 T.ToTensor(),
-                T.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+                T.Normalize(spec.mean, spec.std),
             ]
         )
     )
 
 
-def build_loader(paths, *, size, batch_size, workers, device):
+def build_loader(paths, *, spec, batch_size, workers, device):
     """Their loader: each file decoded once by PIL in a worker process, two crops of it transformed there."""
-    return data_loader(paths, build_transform(size), batch_size, workers, device)
+    return data_loader(paths, build_transform(spec), batch_size, workers, device)

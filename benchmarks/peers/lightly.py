@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from benchmarks.peers import AbsentError, data_loader, part, torchvision_encoder
+from benchmarks.peers import AbsentError, data_loader, part, plain_encoder
 
 ABSENT = "lightly is not installed; pip install 'fastsiam[peers]'"
 
@@ -22,11 +22,14 @@ def check_installed() -> None:
 
 
 def build_step(config, weights, device, *, precision=contextlib.nullcontext, memory_format=torch.contiguous_format):
-    """Their heads and loss on torchvision's encoder; `precision` and `memory_format` as for the authors' step."""
+    """Their heads and loss on the plain encoder; `precision` and `memory_format` as for the authors' step.
+
+    One rate for all parameters, the predictor's included, as in their example and their CIFAR-10 benchmark.
+    """
     check_installed()
     from lightly.loss import NegativeCosineSimilarity
 
-    encoder = torchvision_encoder(config.model)
+    encoder = plain_encoder(config.model)
     projector, predictor = _heads(config.model, encoder.num_features)
     # A strict load of every part shows that the architecture is the same.
     encoder.load_state_dict(part(weights, "encoder"))
@@ -35,7 +38,7 @@ def build_step(config, weights, device, *, precision=contextlib.nullcontext, mem
     model = nn.ModuleList((encoder, projector, predictor)).to(device, memory_format=memory_format)
     criterion = NegativeCosineSimilarity()
     optimizer = torch.optim.SGD(
-        model.parameters(),
+        [{"params": model.parameters(), "scheduled": True}],
         lr=config.learning_rate,
         momentum=config.optimizer.momentum,
         weight_decay=config.optimizer.weight_decay,
@@ -55,6 +58,7 @@ def build_step(config, weights, device, *, precision=contextlib.nullcontext, mem
         optimizer.zero_grad()
         return loss.detach()
 
+    step.model, step.encoder, step.optimizer = model, encoder, optimizer
     return step
 
 
@@ -73,9 +77,24 @@ def _heads(model, num_features):
     return projector, SimSiamPredictionHead(out, model.predictor.hidden, out)
 
 
-def build_loader(paths, *, size, batch_size, workers, device):
-    """Their SimSiamTransform with its default numbers, which are the paper's, in a DataLoader."""
+def build_loader(paths, *, spec, batch_size, workers, device):
+    """Their SimSiamTransform with the numbers of `spec`, whose crops go up to the whole image, in a DataLoader."""
     check_installed()
     from lightly.transforms import SimSiamTransform
 
-    return data_loader(paths, SimSiamTransform(input_size=size), batch_size, workers, device)
+    assert spec.crop_scale[1] == 1, spec.crop_scale
+    transform = SimSiamTransform(
+        input_size=spec.size,
+        cj_prob=spec.jitter,
+        cj_bright=spec.brightness,
+        cj_contrast=spec.contrast,
+        cj_sat=spec.saturation,
+        cj_hue=spec.hue,
+        min_scale=spec.crop_scale[0],
+        random_gray_scale=spec.grayscale,
+        gaussian_blur=spec.blur,
+        sigmas=spec.blur_sigma,
+        hf_prob=spec.flip,
+        normalize={"mean": list(spec.mean), "std": list(spec.std)},
+    )
+    return data_loader(paths, transform, batch_size, workers, device)

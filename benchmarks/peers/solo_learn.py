@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from benchmarks.peers import AbsentError, data_loader, part
+from benchmarks.peers import AbsentError, data_loader, part, plain_encoder
 
 NO_PATH = "give a checkout of github.com/vturrisi/solo-learn with --solo-learn PATH"
 REQUIRES = "lightning omegaconf scipy timm torchmetrics tqdm"
@@ -21,16 +21,8 @@ REQUIRES = "lightning omegaconf scipy timm torchmetrics tqdm"
 # Batches that its DALI pipeline prepares ahead, DALI's default.
 AHEAD = 2
 
-# Its augmentation sections with the paper's numbers (scripts/pretrain/*/augmentations/*.yaml show the keys).
-AUGMENTATION = {
-    "rrc": {"enabled": True, "crop_min_scale": 0.2, "crop_max_scale": 1.0},
-    "color_jitter": {"prob": 0.8, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
-    "grayscale": {"prob": 0.2},
-    "gaussian_blur": {"prob": 0.5},
-    "solarization": {"prob": 0.0},
-    "equalization": {"prob": 0.0},
-    "horizontal_flip": {"prob": 0.5},
-}
+# No data set of its own table of channel statistics, so that it takes those of the augmentation's section.
+OTHER_IMAGES = "custom"
 
 
 def check_installed(checkout: Path | None) -> None:
@@ -52,7 +44,10 @@ def check_installed(checkout: Path | None) -> None:
 def build_step(
     config, weights, device, checkout, *, precision=contextlib.nullcontext, memory_format=torch.channels_last
 ):
-    """Their method and optimizer; in channels-last as their trainer runs it."""
+    """Their method and optimizer; in channels-last as their trainer runs it.
+
+    The predictor keeps its rate, as their `static_lr` has it.
+    """
     check_installed(checkout)
     from omegaconf import OmegaConf
     from solo.methods.simsiam import SimSiam
@@ -66,6 +61,8 @@ def build_step(
     method.log_dict = lambda *_, **__: None
     method.to(device, memory_format=memory_format)
     optimizer = method.configure_optimizers()
+    for group in optimizer.param_groups:
+        group["scheduled"] = group["name"] != "predictor"
 
     def step(views):
         x = views.chunk(2)
@@ -77,14 +74,17 @@ def build_step(
         optimizer.step()
         return loss.detach()
 
+    step.model, step.encoder, step.optimizer = method, method.backbone, optimizer
     return step
 
 
 def _settings(config, memory_format) -> dict:
     model, optimizer = config.model, config.optimizer
+    # It knows no CIFAR ResNet: `_make_same_architecture` puts one in this one's place.
+    backbone = model.encoder if model.width is None else "resnet18"
     return {
         "method": "simsiam",
-        "backbone": {"name": model.encoder, "kwargs": {"zero_init_residual": model.zero_init_residual}},
+        "backbone": {"name": backbone, "kwargs": {"zero_init_residual": model.zero_init_residual}},
         "method_kwargs": {
             "proj_hidden_dim": model.projector.hidden,
             "proj_output_dim": model.projector.out,
@@ -111,7 +111,12 @@ def _settings(config, memory_format) -> dict:
 
 
 def _make_same_architecture(method, model, weights):
-    if model.stem == "cifar":
+    if model.width is not None:
+        method.backbone = plain_encoder(model)
+        features = method.backbone.num_features
+        method.projector[0] = nn.Linear(features, model.projector.hidden, bias=False)
+        method.classifier = nn.Linear(features, method.num_classes)
+    elif model.stem == "cifar":
         # Theirs pads by 2, which makes 34 px of 32.
         method.backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
     if model.projector.layers == 2:
@@ -125,18 +130,40 @@ def _make_same_architecture(method, model, weights):
     assert len(missing) == 1, missing
 
 
-def build_loader(paths, checkout, *, size, batch_size, workers, device):
-    """Their PIL transforms with the paper's numbers (the crop is bicubic, as always there) in a DataLoader."""
+def _augmentation(spec) -> dict:
+    """Its augmentation section with the numbers of `spec` (scripts/pretrain/*/augmentations/*.yaml show the keys)."""
+    return {
+        "crop_size": spec.size,
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "rrc": {"enabled": True, "crop_min_scale": spec.crop_scale[0], "crop_max_scale": spec.crop_scale[1]},
+        "color_jitter": {
+            "prob": spec.jitter,
+            "brightness": spec.brightness,
+            "contrast": spec.contrast,
+            "saturation": spec.saturation,
+            "hue": spec.hue,
+        },
+        "grayscale": {"prob": spec.grayscale},
+        "gaussian_blur": {"prob": spec.blur},
+        "solarization": {"prob": 0.0},
+        "equalization": {"prob": 0.0},
+        "horizontal_flip": {"prob": spec.flip},
+    }
+
+
+def build_loader(paths, checkout, *, spec, batch_size, workers, device):
+    """Their PIL transforms with the numbers of `spec` (the crop is bicubic, as always there) in a DataLoader."""
     check_installed(checkout)
     from omegaconf import OmegaConf
     from solo.data.pretrain_dataloader import build_transform_pipeline, prepare_n_crop_transform
 
-    augmentation = OmegaConf.create({**AUGMENTATION, "crop_size": size})
-    transform = prepare_n_crop_transform([build_transform_pipeline("imagenet", augmentation)], [2])
+    augmentation = OmegaConf.create(_augmentation(spec))
+    transform = prepare_n_crop_transform([build_transform_pipeline(OTHER_IMAGES, augmentation)], [2])
     return data_loader(paths, transform, batch_size, workers, device)
 
 
-def build_dali_loader(paths, checkout, *, size, batch_size, workers, device):
+def build_dali_loader(paths, checkout, *, spec, batch_size, workers, device):
     """Their DALI pipeline, which decodes once and augments inside the graph."""
     check_installed(checkout)
     try:
@@ -147,9 +174,9 @@ def build_dali_loader(paths, checkout, *, size, batch_size, workers, device):
     from solo.data.dali_dataloader import PretrainPipelineBuilder, build_transform_pipeline_dali
     from solo.data.pretrain_dataloader import prepare_n_crop_transform
 
-    augmentation = OmegaConf.create({**AUGMENTATION, "crop_size": size})
+    augmentation = OmegaConf.create(_augmentation(spec))
     kind = "gpu" if device.type == "cuda" else "cpu"
-    transform = build_transform_pipeline_dali("imagenet", augmentation, dali_device=kind)
+    transform = build_transform_pipeline_dali(OTHER_IMAGES, augmentation, dali_device=kind)
     builder = PretrainPipelineBuilder(
         Path(paths[0]).parents[1],
         batch_size=batch_size,

@@ -1,0 +1,39 @@
+"""Numbers as tables show them, and what a caption says of where they are from."""
+
+import math
+
+ABSENT, NOTHING = "absent", "-"
+VERSIONS = ("torch", "cuda", "triton", "torchvision", "numba", "dali", "lightly")
+
+
+def number(value: float) -> str:
+    """Three significant digits, whole numbers from 1,000 on; integers in full."""
+    if isinstance(value, int) or value == 0:
+        return f"{value:,.0f}"
+    value = float(f"{value:.3g}") if abs(value) < 1000 else value
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def caption(lines: list[dict], constant: dict, commit: str | None = None) -> str:
+    """Machine, versions, what all rows share, n, commit and day, and how to get what is absent."""
+    machine = lines[0]["environment"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    if machine["gpu"]:
+        limit = machine["power_limit_watts"]
+        power = f", {limit:.0f} W" if limit else ""
+        where = f"{machine['gpu']} (driver {machine['driver']}{power}), {where}"
+    versions = [f"{name} {machine[name]}" for name in VERSIONS if machine.get(name)]
+    # A line without samples is one run.
+    counts = [len(line["samples_seconds"]) or 1 for line in lines if ABSENT not in line]
+    n = f"n = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") if counts else "n = 0"
+    shared = [f"{name} {param(value)}" for name, value in constant.items()]
+    commit = commit or (f"commit {machine['commit'][:12]}" if machine["commit"] else "no commit")
+    parts = [where, ", ".join(versions), ", ".join([*shared, n]), commit, machine["date"][:10]]
+    missing = {line["variant"]: line[ABSENT] for line in lines if line.get(ABSENT)}
+    parts += [f"{variant} is absent: {sentence}" for variant, sentence in missing.items()]
+    return "; ".join(filter(None, parts)) + "."
+
+
+def param(value) -> str:
+    """Of a benchmark's params."""
+    return NOTHING if value is None else number(value) if isinstance(value, float) else str(value)
