@@ -3,7 +3,8 @@
 All of them train one model (architecture and initial weights of the config and its seed) on the same files with the
 same batch, rate schedule and augmentation numbers. Each brings its own loader, step, precision and memory layout:
 
-- fastsiam: what `fastsiam.train` runs for the config, by the same parts.
+- fastsiam: what `fastsiam.train` runs for the config, by the same parts; also with four views of each image, and with
+  views that grow from half of their size.
 - authors: PIL transforms in a DataLoader, fp32, eager; their predictor keeps its rate where the config's does.
 - lightly: its transform, heads and loss, fp32, eager, one rate for all parameters, as its example has it.
 - lightly + bf16 + channels-last: the same with the two switches that its example leaves off.
@@ -28,12 +29,14 @@ from fastsiam import host_memory, optim
 from fastsiam.config import Config
 from fastsiam.data.backends import build_loader
 from fastsiam.data.sources import ImageSource
-from fastsiam.data.views import view_specs
+from fastsiam.data.views import size_at, view_specs
 from fastsiam.device import DTYPES, autocast, choose_compile, choose_precision
 from fastsiam.distributed import World
 from fastsiam.step import TrainingStep
 
 FASTSIAM = "fastsiam"
+FOUR_VIEWS, GROWING = "fastsiam + 4 views", "fastsiam + growing views"
+OURS = (FASTSIAM, FOUR_VIEWS, GROWING)
 CHANNELS_LAST = "channels-last"
 
 
@@ -63,6 +66,8 @@ class Contestant:
     """Groups with `scheduled`, for `fastsiam.optim.set_learning_rate`."""
     facts: dict[str, str | bool] = field(default_factory=dict)
     """How it runs, for its result line: precision, memory format, compiler, loader."""
+    progress: float = 0.0
+    """The share of its time that is over: what the size of an epoch's views may depend on."""
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Epoch after epoch, without end."""
@@ -113,9 +118,13 @@ def build_fastsiam(config: Config, source: ImageSource, device: torch.device) ->
         number += 1
         return train(views, number)["loss"].detach()
 
-    return Contestant(
+    def epoch(epoch):
+        size = size_at(config.views.sizes, epoch, contestant.progress)
+        return (batch.views for batch in loader.epoch(epoch, size=size))
+
+    contestant = Contestant(
         step,
-        lambda epoch: (batch.views for batch in loader.epoch(epoch)),
+        epoch,
         method,
         method.encoder,
         optimizer,
@@ -126,6 +135,13 @@ def build_fastsiam(config: Config, source: ImageSource, device: torch.device) ->
             "loader": loader.backend.description,
         },
     )
+    return contestant
+
+
+def overrides_of(variant: str, config: Config) -> list[str]:
+    """What a variation of ours changes in the config of a race; nothing for a peer."""
+    size = config.views.full_size
+    return {FOUR_VIEWS: ["views.count=4"], GROWING: [f"views.size={size // 2}..{size}"]}.get(variant, [])
 
 
 @dataclass(frozen=True)
@@ -188,7 +204,7 @@ PEERS = {
         checkout=True,
     ),
 }
-CONTESTANTS = (FASTSIAM, *PEERS)
+CONTESTANTS = (*OURS, *PEERS)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import peers
-from benchmarks.contestants import FASTSIAM, PEERS, Contestant, Loading, build_fastsiam, seed_everything
+from benchmarks.contestants import FASTSIAM, OURS, PEERS, Contestant, Loading, build_fastsiam, seed_everything
 from benchmarks.peers import AbsentError
 from fastsiam import optim
 from fastsiam.config import Config
@@ -165,7 +165,8 @@ def against_the_clock(
     batches = contestant.batches()
     clock.start()
     while passed < evaluations:
-        optim.set_learning_rate(contestant.optimizer, config, min(clock.seconds / seconds, 1.0))
+        contestant.progress = min(clock.seconds / seconds, 1.0)
+        optim.set_learning_rate(contestant.optimizer, config, contestant.progress)
         loss = contestant.step(next(batches))
         images += config.train.batch_size
         share = min(int(clock.seconds / seconds * evaluations), evaluations)
@@ -207,7 +208,7 @@ def build(job: Job) -> Contestant:
     # Workers begin as forks of a process that has imported what all of them need.
     multiprocessing.set_forkserver_preload(["torch", "torchvision.transforms", peers.__name__])
     source = open_source(job.config.data.train)
-    if job.variant == FASTSIAM:
+    if job.variant in OURS:
         return build_fastsiam(job.config, source, _device(job))
     return PEERS[job.variant].build(job.config, source, _device(job), job.checkout, job.loading)
 

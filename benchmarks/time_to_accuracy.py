@@ -30,7 +30,7 @@ import torch
 
 from benchmarks import curves
 from benchmarks.command import command
-from benchmarks.contestants import CONTESTANTS, FASTSIAM, Loading
+from benchmarks.contestants import CONTESTANTS, FASTSIAM, OURS, Loading, overrides_of
 from benchmarks.peers import AbsentError
 from benchmarks.protocol import Results
 from benchmarks.race import Job, controls, run_job, try_loadings
@@ -114,9 +114,10 @@ class Race:
             print(f"  already there: kNN {line['knn']:.2f} % after {line['seconds']:.0f} s", flush=True)
             return line
         overrides = [*self._overrides, f"train.seed={seed}", f"optimizer.base_lr={base_lr!r}"]
+        overrides += overrides_of(variant, self.config)
         job = Job(variant, load_config(self._name, overrides), self._seconds, self.evaluations, None, self._checkout)
         try:
-            if variant != FASTSIAM:
+            if variant not in OURS:
                 job = replace(job, loading=self._loading(job))
             outcome = self._call(run_job, job)
         except AbsentError as error:
@@ -260,9 +261,7 @@ def run(
         lists = (results.folder or Path(scratch)).resolve() / "images"
         images = images_of(config, device.type, data, train, val, lists)
         own = load_config(config, images.overrides).optimizer.base_lr
-        grids = {
-            name: [in_words(rate, own) for rate in (own_rates if name == FASTSIAM else rates)] for name in contestants
-        }
+        grids = {name: [in_words(rate, own) for rate in (own_rates if name in OURS else rates)] for name in contestants}
         count = sum(map(len, grids.values())) + (seeds - 1) * len(grids)
         seconds = 60 * minutes_each if minutes_each else max(60 * minutes * _TRAINING_SHARE / count, 1.0)
         checkout = solo_learn and solo_learn.resolve()

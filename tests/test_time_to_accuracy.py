@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks import time_to_accuracy
-from benchmarks.contestants import PEERS, Loading, Peer, build_fastsiam, seed_everything
+from benchmarks.contestants import PEERS, Loading, Peer, build_fastsiam, overrides_of, seed_everything
 from benchmarks.curves import draw, mean_curve
 from benchmarks.peers import AbsentError
 from benchmarks.protocol import Results
@@ -198,6 +198,20 @@ def test_peers_see_the_configs_views(tiny_config):
         # The same channel statistics: the demo images' mean is at zero after them.
         assert abs(views.mean() - expected.mean()) < 0.15
         assert abs(views.std() - expected.std()) < 0.15
+
+
+def test_variations_of_ours_have_four_views_or_views_that_grow(tiny_config):
+    """Of 16 px and batch 8: 32 views a step, and sides of 8 to 16 px over the first four fifths."""
+    config = tiny_config()
+    assert overrides_of("fastsiam", config) == overrides_of("authors", config) == []
+    four = build("fastsiam", tiny_config(*overrides_of("fastsiam + 4 views", config)))
+    assert next(four.batches()).shape == (32, 3, 16, 16)
+    growing = build("fastsiam", tiny_config(*overrides_of("fastsiam + growing views", config)))
+    sides = []
+    for epoch in range(5):
+        growing.progress = epoch / 5
+        sides.append(next(iter(growing.epoch(epoch))).shape[-1])
+    assert sides == [8, 8, 8, 8, 16]
 
 
 def test_a_trial_keeps_the_better_of_two_turns(tiny_config, monkeypatch):
