@@ -469,7 +469,7 @@ def test_the_races_own_config_can_race():
 def test_a_wrong_contestant_is_one_sentence(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--contestants", "fastsiam,lightning"]
     assert time_to_accuracy.main(arguments) == 2
-    assert "--contestants: 'lightning' is not one of fastsiam, authors, lightly" in capsys.readouterr().err
+    assert "--contestants: 'lightning' is not one of fastsiam, fastsiam + 4 views, fastsiam + growing views, authors" in capsys.readouterr().err
 
 
 def test_a_line_of_another_kind_is_refused(tmp_path):
