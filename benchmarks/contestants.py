@@ -9,7 +9,7 @@ same batch, rate schedule and augmentation numbers. Each brings its own loader, 
 - lightly + bf16 + channels-last: the same with the two switches that its example leaves off.
 - solo-learn: its method and transforms, channels-last; mixed precision, since its CIFAR configs say `16-mixed`, for
   which Lightning takes bf16 on a CPU. Where the hardware does not multiply bf16 it is run in fp32. Its CIFAR configs
-  load by PIL, as this one does.
+  load by PIL, as this one does. The loss it tells has that of its online classifier in it, which moves no encoder.
 - solo-learn DALI: the same with the DALI pipeline that its configs for folders of images ask for.
 """
 
