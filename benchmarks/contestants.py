@@ -9,7 +9,9 @@ same batch, rate schedule and augmentation numbers. Each brings its own loader, 
 - lightly: its transform, heads and loss, fp32, eager, one rate for all parameters, as its example has it.
 - lightly + bf16 + channels-last: the same with the two switches that its example leaves off.
 - solo-learn: its method and transforms, channels-last; mixed precision, since its CIFAR configs say `16-mixed`, for
-  which Lightning takes bf16 on a CPU. Where the hardware does not multiply bf16 it is run in fp32.
+  which Lightning takes bf16 on a CPU. Where the hardware does not multiply bf16 it is run in fp32. Its CIFAR configs
+  load by PIL, as this one does. The loss it tells has that of its online classifier in it, which moves no encoder.
+- solo-learn DALI: the same with the DALI pipeline that its configs for folders of images ask for.
 """
 
 import contextlib
@@ -197,11 +199,10 @@ PEERS = {
         lightly.build_step, {"PIL": lightly.build_loader}, mixed=True, channels_last=True
     ),
     "solo-learn": Peer(
-        solo_learn.build_step,
-        {"PIL": solo_learn.build_loader, "DALI": solo_learn.build_dali_loader},
-        mixed=True,
-        channels_last=True,
-        checkout=True,
+        solo_learn.build_step, {"PIL": solo_learn.build_loader}, mixed=True, channels_last=True, checkout=True
+    ),
+    "solo-learn DALI": Peer(
+        solo_learn.build_step, {"DALI": solo_learn.build_dali_loader}, mixed=True, channels_last=True, checkout=True
     ),
 }
 CONTESTANTS = (*OURS, *PEERS)

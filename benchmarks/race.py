@@ -18,7 +18,6 @@ import torch
 
 from benchmarks import peers
 from benchmarks.contestants import FASTSIAM, OURS, PEERS, Contestant, Loading, build_fastsiam, seed_everything
-from benchmarks.peers import AbsentError
 from fastsiam import optim
 from fastsiam.config import Config
 from fastsiam.data.headers import UNREADABLE
@@ -230,16 +229,13 @@ def controls(config: Config) -> dict[str, float]:
 
 
 def try_loadings(job: Job) -> dict[Loading, float]:
-    """Images a second of short training with each way to load that a peer has, the better of two turns."""
+    """Images a second of short training with each way to load that a peer has, the better of two turns.
+
+    Raises `AbsentError` for a peer that cannot run here.
+    """
     streams, rates = {}, {}
     for loading in PEERS[job.variant].candidates():
-        try:
-            contestant = build(replace(job, loading=loading))
-        except AbsentError:
-            # solo-learn without DALI still has its other loader.
-            if loading.kind == "DALI":
-                continue
-            raise
+        contestant = build(replace(job, loading=loading))
         streams[loading] = contestant, contestant.batches()
     # In turns: a machine that is slow for a moment is not so for one of them alone.
     for _ in range(_TRIAL_TURNS):

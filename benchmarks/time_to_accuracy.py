@@ -45,7 +45,7 @@ _BETWEEN_EVALUATIONS = 10.0
 # Of --minutes, what is left for training beside evaluation, warm-up and the start of processes.
 _TRAINING_SHARE = 0.6
 _PR_SET_PDEATHSIG = 1
-DEFAULT = (FASTSIAM, "authors", "lightly", "solo-learn")
+DEFAULT = (FASTSIAM, "authors", "lightly", "solo-learn", "solo-learn DALI")
 
 
 def apart(function, *arguments):
