@@ -97,6 +97,16 @@ def test_a_run_keeps_its_first_pairs_and_its_last_neighbours(tiny, tmp_path, dem
     assert {*found["neighbour_names"].ravel().tolist()} <= {*by_name}
 
 
+def test_of_more_views_than_two_the_first_two_of_an_image_are_a_pair(tmp_path, demo_folder):
+    source = open_source(f"{demo_folder}/train")
+    pictures = Pictures(tmp_path, source, None, SPEC, pytest.fail, writes=True)
+    shades = torch.arange(3 * 10) * 8 / 255
+    pictures.remember(1, (shades.view(-1, 1, 1, 1).expand(-1, 3, 4, 4) - 0.5) / 0.25, np.arange(10))
+    pictures.write_pairs()
+    found = read_arrays(tmp_path / "pictures.npz")["pair_images"][:, :, 0, 0, 0]
+    assert found.tolist() == [[8 * row for row in range(start, start + 8)] for start in (0, 10)]
+
+
 def test_thumbnails_belong_to_their_names(tiny, tmp_path):
     """Raw pixels as features: a training image that is a validation image is its own nearest neighbour."""
     config = load_config("quickstart", tiny())
