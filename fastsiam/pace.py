@@ -44,6 +44,11 @@ class Pace:
                 f"budget: {self.budget.text} needs the energy counter of a GPU (NVML), which is {energy.description}; "
                 "give hours instead, budget=2h"
             )
+        elif self.budget.kind == "joules" and spent.joules_before is None:
+            raise UserError(
+                f"budget: {self.budget.text}, but what this run has used before is not known (spent.json in its folder "
+                "is damaged or tells no joules); run.fresh=true starts over in a new folder"
+            )
 
     @property
     def last_step(self) -> int | None:

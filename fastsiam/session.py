@@ -58,7 +58,7 @@ class Session:
         self.state = State(**self._saved["state"]) if self._saved else State()
         self.clock = Stopwatch(self.state)
         every = heartbeat_seconds(config.to_spend)
-        self.spent = Spent(self.folder.path if world.is_first else None, began=began, every=every)
+        self.spent = Spent(self.folder.path if world.is_first else None, self._early.append, began=began, every=every)
         self.journal = Journal(self.folder, world, self.state, self.clock)
         with world.together(), world.leader_first():
             self.source, self.val = open_sources(config, self.journal.warn, self.journal.say)

@@ -33,7 +33,7 @@ class Clock:
 
 def spend(overrides, clock, monkeypatch, world=World(), joules=None):  # noqa: B008
     """A whole run on the clock; returns its result and the clock's time after the last evaluation."""
-    monkeypatch.setattr(session_module, "Spent", lambda folder, **more: Spent(folder, **more | {"clock": clock}))
+    monkeypatch.setattr(session_module, "Spent", lambda *given, **more: Spent(*given, **more | {"clock": clock}))
     if joules is not None:
         monkeypatch.setattr(session_module.EnergyMeter, "of", lambda *_: joules)
     with Session(load_config("quickstart", overrides), world, began=clock.now) as session, StopSignals() as stop:
@@ -226,6 +226,15 @@ def test_a_counter_that_fails_ends_a_budget_of_energy_and_no_other(budgeted, mon
     result = spend(budgeted("budget=36s", "run.name=time"), clock, monkeypatch, joules=Meter(clock, fails_at=9))
     assert result.step == 30
     assert [line["joules_per_image"] for line in train_lines(tmp_path / "runs/time")][:2] == [12.5, 12.5]
+
+
+def test_a_budget_of_energy_needs_to_know_what_was_used_before(budgeted, monkeypatch, tmp_path):
+    """Else it would never end."""
+    clock = Clock()
+    spend(budgeted("budget=1Wh", "train.max_steps=3"), clock, monkeypatch, joules=Meter(clock))
+    (tmp_path / "runs/run/spent.json").write_text('{"seconds": 5, "joules": null}')
+    with pytest.raises(UserError, match="budget: 1Wh, but what this run has used before is not known"):
+        spend(budgeted("budget=1Wh", "train.max_steps=9"), clock, monkeypatch, joules=Meter(clock))
 
 
 def spend_here(overrides):
