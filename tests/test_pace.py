@@ -111,6 +111,21 @@ def test_a_long_evaluation_leaves_its_time(budgeted, monkeypatch, tmp_path):
     assert (result.step, clock.now, result.knn_top1 is not None) == (10, 80, True)
 
 
+def test_a_budget_that_the_start_has_used_up_says_so(budgeted, monkeypatch, tmp_path):
+    clock = Clock()
+    real = Session.start
+
+    def slow(session):
+        clock.now += 30
+        real(session)
+
+    monkeypatch.setattr(Session, "start", slow)
+    result = spend(budgeted("budget=20s"), clock, monkeypatch)
+    assert (result.status, result.step) == ("done", 0)
+    (warning,) = [line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning"]
+    assert warning == "budget: 20s was spent before the first step (30 s were over): the weights are untrained"
+
+
 def test_without_labels_nothing_is_kept_back(budgeted, monkeypatch, tmp_path):
     clock = Clock()
     monkeypatch.setattr(session_module.Checkup, "has_knn", False)
