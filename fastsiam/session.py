@@ -216,6 +216,7 @@ class Session:
         sound = self.soundness.look(loss)
         # The look waits for the device to finish the steps before it: that time belongs to them.
         self.clock.split("step")
+        self.pictures.write_pairs()
         self._files.exchange()
         return sound
 
@@ -235,7 +236,6 @@ class Session:
         advice = self._watch.add(waited, stepped)
         if advice:
             self.journal.warn(advice)
-        self.pictures.write_pairs()
         if self.spent.error:
             self.journal.warn_once(f"what was spent cannot be written down ({self.spent.error}); a kill would hide it")
         text = progress_text(self, reading, images_per_second, wait_fraction, joules_per_image)
