@@ -111,9 +111,13 @@ class Pace:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        before = self.amount_spent
+        """What passes inside is what a checkpoint costs. The first rank comes here alone, where no energy can be read
+        of all: it is taken at the mean power of the run.
+        """
+        before = self._spent.seconds
+        rate = (self._spent.joules or 0.0) / before if self.budget.kind == "joules" else 1.0
         yield
-        self._save_cost = self.amount_spent - before
+        self._save_cost = (self._spent.seconds - before) * rate
 
     def evaluation_is_wanted(self) -> bool:
         """Whether what an evaluation costs must be known now."""

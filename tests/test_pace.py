@@ -193,6 +193,34 @@ def test_progress_never_goes_back(tiny_config):
     assert found == pytest.approx([0.1, 20 / 80, 20 / 80, 40 / 98])
 
 
+def test_checkpoints_keep_their_energy_back(tiny_config):
+    """100 J a second: of 10 kJ two checkpoints of 5 s leave 9 kJ."""
+    clock = Clock()
+    spent, state, meter = Spent(None, clock=clock), State(), Meter(clock)
+    pace = Pace(tiny_config("train.epochs=null", "budget=2.777778Wh"), state, spent, meter, 10, World())
+    clock.now = 40
+    pace.agree()
+    assert state.progress == pytest.approx(0.4)
+    with pace.saving():
+        clock.now += 5
+    pace.agree()
+    assert state.progress == pytest.approx(4500 / 9000)
+
+
+def test_a_budget_within_a_long_epoch_tells_that_its_rate_was_held(budgeted, monkeypatch, capsys):
+    held = ("optimizer.schedule=cosine_per_epoch", "optimizer.warmup=0")
+    spend(budgeted("budget=240 images", *held), Clock(), monkeypatch)
+    assert "learning rate" not in capsys.readouterr().out.partition("done ")[2]
+    spend(budgeted("budget=200 images", *held, "run.name=b"), Clock(), monkeypatch)
+    # 25 steps, the last epoch from step 20 on: (1 + cos(0.8 pi)) / 2.
+    assert (
+        "rate      the run ended at 10 % of the full learning rate, for its last epoch began at 80 % of 200 images"
+        in (capsys.readouterr().out)
+    )
+    spend(budgeted("budget=200 images", "run.name=c"), Clock(), monkeypatch)
+    assert "learning rate" not in capsys.readouterr().out.partition("done ")[2]
+
+
 def test_images_end_at_their_step_and_resume_exactly(tiny, tmp_path):
     """250 images are 31 batches of 8, three epochs and a step."""
     slower = ("train.epochs=null", "budget=250 images", "views.size=32", "model.width=16", "train.log_every_steps=1")
