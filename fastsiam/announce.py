@@ -178,7 +178,8 @@ def _cost_line(session):
         each = spent.joules_per_image(session.state.images_seen)
         parts.append(f"{kilowatt_hours(spent.joules):.3g} kWh" + (f" ({each:.3g} J/image)" if each else ""))
     else:
-        parts.append(f"energy {session.energy.description}")
+        how = session.energy.description
+        parts.append(f"energy {how if how.startswith('not available') else 'not known of the whole run'}")
     if price := session.config.budget_price_per_hour:
         parts.append(f"{spent.seconds / 3600 * price:.2f} at {price:g} an hour")
     if budget.kind != "epochs":

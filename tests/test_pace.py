@@ -261,7 +261,7 @@ def test_energy_is_spent_and_reported(budgeted, monkeypatch, tmp_path, capsys):
     assert json.loads((tmp_path / "runs/run/environment.json").read_text())["energy"] == "NVML total energy"
 
 
-def test_a_counter_that_fails_ends_a_budget_of_energy_and_no_other(budgeted, monkeypatch, tmp_path):
+def test_a_counter_that_fails_ends_a_budget_of_energy_and_no_other(budgeted, monkeypatch, tmp_path, capsys):
     clock = Clock()
     with pytest.raises(UserError, match="budget: 1Wh, but NVML no longer tells the energy of a GPU"):
         spend(budgeted("budget=1Wh"), clock, monkeypatch, joules=Meter(clock, fails_at=9))
@@ -269,6 +269,7 @@ def test_a_counter_that_fails_ends_a_budget_of_energy_and_no_other(budgeted, mon
     result = spend(budgeted("budget=36s", "run.name=time"), clock, monkeypatch, joules=Meter(clock, fails_at=9))
     assert result.step == 30
     assert [line["joules_per_image"] for line in train_lines(tmp_path / "runs/time")][:2] == [12.5, 12.5]
+    assert "of process time, energy not known of the whole run; 100.0 % of 36s" in capsys.readouterr().out
 
 
 def test_a_budget_of_energy_needs_to_know_what_was_used_before(budgeted, monkeypatch, tmp_path):
