@@ -83,6 +83,15 @@ def test_the_headline_has_the_runs_numbers(run):
     assert "Budget" not in told
 
 
+def test_views_that_grow_have_their_curve_and_others_none(tmp_path):
+    """Where the size changes, loss and throughput jump."""
+    growing = write_run(tmp_path / "growing", [train_line(step, view_size=8 * step) for step in (1, 2, 3)])
+    same = write_run(tmp_path / "same")
+    for folder, expected in ((growing, True), (same, False)):
+        assert ("Size of a view" in page(open_runs([folder]))) == expected
+    assert open_runs([growing])[0].series("train", "view_size", "images").y.tolist() == [8, 16, 24]
+
+
 def test_energy_and_budget_are_told_where_they_are_known(tmp_path):
     spent = {"spent_seconds": 1800.0, "progress": 0.5}
     lines = [train_line(1, kwh=None), train_line(2, kwh=0.5, joules_per_image=3.0, **spent)]
