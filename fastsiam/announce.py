@@ -15,8 +15,11 @@ from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precis
 from fastsiam.distributed import World, restarts
 from fastsiam.energy import kilowatt_hours
 from fastsiam.kernels.augment_numba import is_compiled
-from fastsiam.optim import large_batch_warning
+from fastsiam.optim import large_batch_warning, scale_at
 from fastsiam.record import Result, duration
+
+# Share of a run from which on the cosine is below 2.5 %.
+LATE = 0.9
 
 
 def opening_lines(
@@ -175,7 +178,8 @@ def _cost_line(session):
         each = spent.joules_per_image(session.state.images_seen)
         parts.append(f"{kilowatt_hours(spent.joules):.3g} kWh" + (f" ({each:.3g} J/image)" if each else ""))
     else:
-        parts.append(f"energy {session.energy.description}")
+        how = session.energy.description
+        parts.append(f"energy {how if how.startswith('not available') else 'not known of the whole run'}")
     if price := session.config.budget_price_per_hour:
         parts.append(f"{spent.seconds / 3600 * price:.2f} at {price:g} an hour")
     if budget.kind != "epochs":
@@ -204,6 +208,7 @@ def closing_lines(status: str, session, knn: float | None) -> list[tuple[str, st
         if session.loader.size != session.config.views.full_size:
             full = session.config.views.full_size
             lines.append((f"views     the run ended at {session.loader.size} px, before the full size of {full}", None))
+        lines += _held_rate_lines(session)
         if knn is not None:
             settings = session.config.evaluate
             before = ""
@@ -216,6 +221,20 @@ def closing_lines(status: str, session, knn: float | None) -> list[tuple[str, st
     if measures and status not in ("collapsed", "failed"):
         lines.append((f"collapse  {_verdict(session)}: {measures}", None))
     return [*lines, (_cost_line(session), None), (f"run       {path}", None)]
+
+
+def _held_rate_lines(session):
+    """Where a budget has ended in an epoch that was much of the run, and `cosine_per_epoch` has held its rate."""
+    state, optimizer = session.state, session.config.optimizer
+    began = state.epoch_progress
+    if optimizer.schedule != "cosine_per_epoch" or state.progress < 1 or not state.cursor or began >= LATE:
+        return []
+    share = scale_at(state.progress, optimizer.schedule, optimizer.warmup, began)
+    text = (
+        f"rate      the run ended at {100 * share:.0f} % of the full learning rate, for its last epoch began at "
+        f"{100 * began:.0f} % of {session.pace.budget.text}; optimizer.schedule=cosine comes down to zero in it"
+    )
+    return [(text, "yellow")]
 
 
 def _verdict(session) -> str:

@@ -44,6 +44,9 @@ def parse_budget(text: str, price_per_hour: float | None = None) -> Budget:
         return _positive("seconds", number * SECONDS[unit], written)
     if unit in JOULES:
         return _positive("joules", number * JOULES[unit], written)
+    meant = [known for known in (*SECONDS, *JOULES) if known.casefold() == unit.casefold()]
+    if meant:
+        raise ValueError(f"budget: '{text}' has a unit that is not known ({unit}); did you mean {meant[0]}?")
     if not _CURRENCY.fullmatch(unit):
         raise ValueError(f"budget: '{text}' has a unit that is not known ({unit}); write {EXAMPLES}")
     if price_per_hour is None:

@@ -44,6 +44,11 @@ class Pace:
                 f"budget: {self.budget.text} needs the energy counter of a GPU (NVML), which is {energy.description}; "
                 "give hours instead, budget=2h"
             )
+        elif self.budget.kind == "joules" and spent.joules_before is None:
+            raise UserError(
+                f"budget: {self.budget.text}, but what this run has used before is not known (spent.json in its folder "
+                "is damaged or tells no joules); run.fresh=true starts over in a new folder"
+            )
 
     @property
     def last_step(self) -> int | None:
@@ -106,9 +111,13 @@ class Pace:
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
-        before = self.amount_spent
+        """What passes inside is what a checkpoint costs. The first rank comes here alone, where no energy can be read
+        of all: it is taken at the mean power of the run.
+        """
+        before = self._spent.seconds
+        rate = (self._spent.joules or 0.0) / before if self.budget.kind == "joules" else 1.0
         yield
-        self._save_cost = self.amount_spent - before
+        self._save_cost = (self._spent.seconds - before) * rate
 
     def evaluation_is_wanted(self) -> bool:
         """Whether what an evaluation costs must be known now."""

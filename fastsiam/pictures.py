@@ -5,7 +5,7 @@ pickles; thumbnails are uint8 RGB, names are relative to data.train or data.val,
 
 | array | shape | from |
 |---|---|---|
-| pair_images | [2, P, S, S, 3] | the two views of the first images of the first step, as the encoder saw them |
+| pair_images | [2, P, S, S, 3] | the first two views of the first images of the first step, as the encoder saw them |
 | pair_names, pair_labels | [P] | |
 | knn_step | [] | the step of the last kNN evaluation, of which all below is |
 | query_images, query_names, query_labels | [Q, S, S, 3], [Q], [Q] | validation images |
@@ -61,7 +61,8 @@ class Pictures:
     def remember(self, step: int, views: torch.Tensor, indices: np.ndarray) -> None:
         """Keep a copy of the first pairs of the first step; nothing is read back from the device."""
         if step == 1 and self._writes and self._source is not None:
-            pairs = torch.stack([view[:PAIRS] for view in views.chunk(2)])
+            first, second = views.split(len(indices))[:2]
+            pairs = torch.stack([first[:PAIRS], second[:PAIRS]])
             self._first = pairs, np.array(indices[:PAIRS])
 
     def write_pairs(self) -> None:

@@ -77,7 +77,8 @@ def _budget(text: str | None, config: Config) -> Budget | None:
     try:
         return parse_budget(text, config.budget_price_per_hour)
     except ValueError as error:
-        raise UserError(f"--{error}") from error
+        sentence = str(error)
+        raise UserError(f"--{sentence}" if sentence.startswith("budget:") else sentence) from error
 
 
 def _parser():

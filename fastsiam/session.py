@@ -58,7 +58,7 @@ class Session:
         self.state = State(**self._saved["state"]) if self._saved else State()
         self.clock = Stopwatch(self.state)
         every = heartbeat_seconds(config.to_spend)
-        self.spent = Spent(self.folder.path if world.is_first else None, began=began, every=every)
+        self.spent = Spent(self.folder.path if world.is_first else None, self._early.append, began=began, every=every)
         self.journal = Journal(self.folder, world, self.state, self.clock)
         with world.together(), world.leader_first():
             self.source, self.val = open_sources(config, self.journal.warn, self.journal.say)
@@ -216,6 +216,7 @@ class Session:
         sound = self.soundness.look(loss)
         # The look waits for the device to finish the steps before it: that time belongs to them.
         self.clock.split("step")
+        self.pictures.write_pairs()
         self._files.exchange()
         return sound
 
@@ -235,7 +236,6 @@ class Session:
         advice = self._watch.add(waited, stepped)
         if advice:
             self.journal.warn(advice)
-        self.pictures.write_pairs()
         if self.spent.error:
             self.journal.warn_once(f"what was spent cannot be written down ({self.spent.error}); a kill would hide it")
         text = progress_text(self, reading, images_per_second, wait_fraction, joules_per_image)

@@ -4,16 +4,18 @@ Counted from the start of the process, compilation, evaluation and saving includ
 a file in the run folder is brought up to date every few seconds. The time between two processes is not counted.
 """
 
-import contextlib
 import json
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from fastsiam.budget import Budget
+from fastsiam.budget import JOULES, Budget
+from fastsiam.disk import replace_file
 from fastsiam.energy import kilowatt_hours
+from fastsiam.record import parse_metrics
 
 HEARTBEAT_SECONDS = 5.0
 # Of a budget, which bounds what a kill can hide from it.
@@ -41,18 +43,19 @@ class Spent:
     def __init__(
         self,
         folder: Path | None,
+        warn: Callable[[str], None] = warnings.warn,
         *,
         began: float | None = None,
         every: float = HEARTBEAT_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`folder`: the run's, None for a rank that writes nothing. `began`: when this process began to spend, by
-        `clock`; None: now. `every`: seconds between two writes.
+        """`folder`: the run's, None for a rank that writes nothing. `warn(sentence)` is told where its file is damaged.
+        `began`: when this process began to spend, by `clock`; None: now. `every`: seconds between two writes.
         """
         self._path = None if folder is None else folder / "spent.json"
         self._every, self._clock = every, clock
         self._began = clock() if began is None else began
-        self.seconds_before, self.joules_before = _read(self._path)
+        self.seconds_before, self.joules_before = _read(self._path, warn)
         self._joules: float | None = None
         self._lap: float | None = None
         self._left = threading.Event()
@@ -104,15 +107,11 @@ class Spent:
 
     def write(self) -> None:
         text = json.dumps({"seconds": self.seconds, "joules": self.joules})
-        temporary = self._path.with_name(f"{self._path.name}.tmp")
         try:
-            temporary.write_text(text, encoding="ascii")
-            temporary.replace(self._path)
+            replace_file(self._path, text.encode())
             self.error = None
         except OSError as error:
             self.error = error
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _beat(self):
         self.write()
@@ -121,12 +120,21 @@ class Spent:
         self.write()
 
 
-def _read(path):
-    """Seconds and joules that earlier starts have written down; what a damaged file held is not known."""
+def _read(path, warn):
+    """Seconds and joules that earlier starts have written down."""
     if path is None or not path.exists():
         return 0.0, 0.0
     try:
         found = json.loads(path.read_text(encoding="ascii"))
         return float(found["seconds"]), None if found["joules"] is None else float(found["joules"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0.0, None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warn(f"{path} cannot be read ({error}); what the run has spent is taken from the last line of metrics.jsonl")
+        return _as_logged(path.with_name("metrics.jsonl"))
+
+
+def _as_logged(path):
+    """Seconds and joules of the last line of metrics.jsonl that tells them."""
+    lines = parse_metrics(path.read_bytes()) if path.exists() else []
+    told = next((line for line in reversed(lines) if "spent_seconds" in line), {})
+    kwh = told.get("kwh")
+    return told.get("spent_seconds", 0.0), None if kwh is None else kwh * JOULES["kWh"]

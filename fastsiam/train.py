@@ -127,6 +127,11 @@ def train(session: "Session", stop: StopSignals) -> tuple[str, int | None]:
         session.save_before_evaluation()
         state.next_epoch()
         session.evaluate_if_due()
+    if not state.step:
+        spent = f"{session.spent.seconds:,.0f} s were over"
+        session.journal.warn(
+            f"budget: {session.pace.budget.text} was spent before the first step ({spent}): the weights are untrained"
+        )
     return "done", None
 
 

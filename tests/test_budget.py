@@ -44,6 +44,9 @@ REFUSED = {
     "budget=-2h": "budget: '-2h' is no amount with its unit",
     "budget=2hours": "budget: '2hours' has a unit that is not known (hours); write 2h",
     "budget=10m": "budget: '10m' has a unit that is not known (m)",
+    # Three capital letters, but no currency: at 3 an hour 45MIN would be 15 hours.
+    "budget=45MIN": "budget: '45MIN' has a unit that is not known (MIN); did you mean min?",
+    "budget=0.8KWH": "budget: '0.8KWH' has a unit that is not known (KWH); did you mean kWh?",
     "budget=0h": "budget: '0h' must be more than nothing",
     "budget=0 images": "budget: '0 images' must be more than nothing",
     "budget=15USD": "budget_price_per_hour: null, but budget is 15USD; set what an hour costs in USD",

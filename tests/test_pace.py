@@ -33,7 +33,7 @@ class Clock:
 
 def spend(overrides, clock, monkeypatch, world=World(), joules=None):  # noqa: B008
     """A whole run on the clock; returns its result and the clock's time after the last evaluation."""
-    monkeypatch.setattr(session_module, "Spent", lambda folder, **more: Spent(folder, **more | {"clock": clock}))
+    monkeypatch.setattr(session_module, "Spent", lambda *given, **more: Spent(*given, **more | {"clock": clock}))
     if joules is not None:
         monkeypatch.setattr(session_module.EnergyMeter, "of", lambda *_: joules)
     with Session(load_config("quickstart", overrides), world, began=clock.now) as session, StopSignals() as stop:
@@ -111,6 +111,21 @@ def test_a_long_evaluation_leaves_its_time(budgeted, monkeypatch, tmp_path):
     assert (result.step, clock.now, result.knn_top1 is not None) == (10, 80, True)
 
 
+def test_a_budget_that_the_start_has_used_up_says_so(budgeted, monkeypatch, tmp_path):
+    clock = Clock()
+    real = Session.start
+
+    def slow(session):
+        clock.now += 30
+        real(session)
+
+    monkeypatch.setattr(Session, "start", slow)
+    result = spend(budgeted("budget=20s"), clock, monkeypatch)
+    assert (result.status, result.step) == ("done", 0)
+    (warning,) = [line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning"]
+    assert warning == "budget: 20s was spent before the first step (30 s were over): the weights are untrained"
+
+
 def test_without_labels_nothing_is_kept_back(budgeted, monkeypatch, tmp_path):
     clock = Clock()
     monkeypatch.setattr(session_module.Checkup, "has_knn", False)
@@ -178,6 +193,34 @@ def test_progress_never_goes_back(tiny_config):
     assert found == pytest.approx([0.1, 20 / 80, 20 / 80, 40 / 98])
 
 
+def test_checkpoints_keep_their_energy_back(tiny_config):
+    """100 J a second: of 10 kJ two checkpoints of 5 s leave 9 kJ."""
+    clock = Clock()
+    spent, state, meter = Spent(None, clock=clock), State(), Meter(clock)
+    pace = Pace(tiny_config("train.epochs=null", "budget=2.777778Wh"), state, spent, meter, 10, World())
+    clock.now = 40
+    pace.agree()
+    assert state.progress == pytest.approx(0.4)
+    with pace.saving():
+        clock.now += 5
+    pace.agree()
+    assert state.progress == pytest.approx(4500 / 9000)
+
+
+def test_a_budget_within_a_long_epoch_tells_that_its_rate_was_held(budgeted, monkeypatch, capsys):
+    held = ("optimizer.schedule=cosine_per_epoch", "optimizer.warmup=0")
+    spend(budgeted("budget=240 images", *held), Clock(), monkeypatch)
+    assert "learning rate" not in capsys.readouterr().out.partition("done ")[2]
+    spend(budgeted("budget=200 images", *held, "run.name=b"), Clock(), monkeypatch)
+    # 25 steps, the last epoch from step 20 on: (1 + cos(0.8 pi)) / 2.
+    assert (
+        "rate      the run ended at 10 % of the full learning rate, for its last epoch began at 80 % of 200 images"
+        in (capsys.readouterr().out)
+    )
+    spend(budgeted("budget=200 images", "run.name=c"), Clock(), monkeypatch)
+    assert "learning rate" not in capsys.readouterr().out.partition("done ")[2]
+
+
 def test_images_end_at_their_step_and_resume_exactly(tiny, tmp_path):
     """250 images are 31 batches of 8, three epochs and a step."""
     slower = ("train.epochs=null", "budget=250 images", "views.size=32", "model.width=16", "train.log_every_steps=1")
@@ -218,7 +261,7 @@ def test_energy_is_spent_and_reported(budgeted, monkeypatch, tmp_path, capsys):
     assert json.loads((tmp_path / "runs/run/environment.json").read_text())["energy"] == "NVML total energy"
 
 
-def test_a_counter_that_fails_ends_a_budget_of_energy_and_no_other(budgeted, monkeypatch, tmp_path):
+def test_a_counter_that_fails_ends_a_budget_of_energy_and_no_other(budgeted, monkeypatch, tmp_path, capsys):
     clock = Clock()
     with pytest.raises(UserError, match="budget: 1Wh, but NVML no longer tells the energy of a GPU"):
         spend(budgeted("budget=1Wh"), clock, monkeypatch, joules=Meter(clock, fails_at=9))
@@ -226,6 +269,16 @@ def test_a_counter_that_fails_ends_a_budget_of_energy_and_no_other(budgeted, mon
     result = spend(budgeted("budget=36s", "run.name=time"), clock, monkeypatch, joules=Meter(clock, fails_at=9))
     assert result.step == 30
     assert [line["joules_per_image"] for line in train_lines(tmp_path / "runs/time")][:2] == [12.5, 12.5]
+    assert "of process time, energy not known of the whole run; 100.0 % of 36s" in capsys.readouterr().out
+
+
+def test_a_budget_of_energy_needs_to_know_what_was_used_before(budgeted, monkeypatch, tmp_path):
+    """Else it would never end."""
+    clock = Clock()
+    spend(budgeted("budget=1Wh", "train.max_steps=3"), clock, monkeypatch, joules=Meter(clock))
+    (tmp_path / "runs/run/spent.json").write_text('{"seconds": 5, "joules": null}')
+    with pytest.raises(UserError, match="budget: 1Wh, but what this run has used before is not known"):
+        spend(budgeted("budget=1Wh", "train.max_steps=9"), clock, monkeypatch, joules=Meter(clock))
 
 
 def spend_here(overrides):

@@ -16,6 +16,7 @@ from fastsiam.data.views import RECIPES
 from fastsiam.evaluation.monitor import Monitor
 from fastsiam.kernels.reference import normalize, to_unit
 from fastsiam.pictures import Pictures, nearest, project, to_uint8
+from fastsiam.saver import Saver
 from fastsiam.train import main
 from tests.test_faults import largest_file
 from tests.test_ranks import train_here
@@ -95,6 +96,35 @@ def test_a_run_keeps_its_first_pairs_and_its_last_neighbours(tiny, tmp_path, dem
         found["neighbour_names"].ravel(), found["neighbour_labels"].ravel(), strict=True
     ))  # fmt: skip
     assert {*found["neighbour_names"].ravel().tolist()} <= {*by_name}
+
+
+def test_of_more_views_than_two_the_first_two_of_an_image_are_a_pair(tmp_path, demo_folder):
+    source = open_source(f"{demo_folder}/train")
+    pictures = Pictures(tmp_path, source, None, SPEC, pytest.fail, writes=True)
+    shades = torch.arange(3 * 10) * 8 / 255
+    pictures.remember(1, (shades.view(-1, 1, 1, 1).expand(-1, 3, 4, 4) - 0.5) / 0.25, np.arange(10))
+    pictures.write_pairs()
+    found = read_arrays(tmp_path / "pictures.npz")["pair_images"][:, :, 0, 0, 0]
+    assert found.tolist() == [[8 * row for row in range(start, start + 8)] for start in (0, 10)]
+
+
+def test_the_pairs_are_there_before_a_checkpoint_is(tiny, tmp_path, monkeypatch):
+    """A run that goes on from one does not come to its first step again, and its first log line may be far."""
+
+    class Killed(Exception):
+        pass
+
+    def killed(self):
+        self.save()
+        raise Killed
+
+    monkeypatch.setattr(Saver, "save_on_the_way", killed)
+    with pytest.raises(Killed):
+        fastsiam.pretrain(
+            load_config("quickstart", tiny("train.log_every_steps=1000", "checkpoint.every_seconds=1e-6"))
+        )
+    assert (tmp_path / "runs/run/checkpoint.pt").exists()
+    assert read_arrays(tmp_path / "runs/run/pictures.npz")["pair_images"].shape == (2, 8, 16, 16, 3)
 
 
 def test_thumbnails_belong_to_their_names(tiny, tmp_path):

@@ -239,6 +239,9 @@ def test_the_answer_comes_first():
     # Of the budget 8 kNN (one more to know their cost) and 93 saves take 19 min.
     assert lines[0] == "100 epochs take 12 h 19 min; the step is the limit; 8h buys 64.5 epochs."
     assert any(line.startswith("cost      24.63 at 2 an hour") for line in lines)
+    answer = Plan.of(config, budget("10s"), measured(step=3000, loader=4000), LOADING).to_text().splitlines()[0]
+    # Start 30 s, compilation 60, two kNN of 2 min, two saves of 2 s.
+    assert answer.endswith("; 10s buys no step, for what is no training takes 5 min 34 s.")
     assert any("energy    18.5 kWh at 1,500 W, 0.5 J/image" in line for line in lines)
     assert any("the paper's Table 4 has 68.1 % for 100 epochs" in line for line in lines)
     assert any("the paper's Table 4 has no number below 100 epochs" in line for line in lines)
@@ -308,7 +311,7 @@ def test_images_in_memory_and_no_images_are_planned_too(tiny, tmp_path, resident
     [
         (["--config", "quickstart", "data.trian=x"], "did you mean data.train?"),
         (["--config", "quickstart", "--budget", "8"], "--budget: '8' is no amount with its unit; write 2h"),
-        (["--config", "quickstart", "--budget", "5USD"], "--budget_price_per_hour: null"),
+        (["--config", "quickstart", "--budget", "5USD"], "budget_price_per_hour: null"),
         (["--config", "quickstart", "--minutes", "0"], "--minutes: 0 must be more than 0"),
     ],
 )

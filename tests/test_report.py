@@ -83,14 +83,33 @@ def test_the_headline_has_the_runs_numbers(run):
     assert "Budget" not in told
 
 
+def test_views_that_grow_have_their_curve_and_others_none(tmp_path):
+    """Where the size changes, loss and throughput jump."""
+    growing = write_run(tmp_path / "growing", [train_line(step, view_size=8 * step) for step in (1, 2, 3)])
+    same = write_run(tmp_path / "same")
+    for folder, expected in ((growing, True), (same, False)):
+        assert ("Size of a view" in page(open_runs([folder]))) == expected
+    assert open_runs([growing])[0].series("train", "view_size", "images").y.tolist() == [8, 16, 24]
+
+
 def test_energy_and_budget_are_told_where_they_are_known(tmp_path):
-    lines = [train_line(1, kwh=None), train_line(2, kwh=0.5, joules_per_image=3.0, progress=0.125)]
+    spent = {"spent_seconds": 1800.0, "progress": 0.5}
+    lines = [train_line(1, kwh=None), train_line(2, kwh=0.5, joules_per_image=3.0, **spent)]
     folder = write_run(tmp_path / "run", lines)
     (folder / "config.yaml").write_text("budget: 2h\nbudget_price_per_hour: 3600\ntrain: {epochs: 5}\n")
     (run,) = open_runs([folder])
     told = {fact.label: (fact.value, fact.note) for fact in numbers.facts(run)}
-    assert told["Budget"] == ("12.5 %", "spent of 2h")
-    assert told["Energy"] == ("0.5 kWh", "225,000 J/image, 1.4 at 3600 an hour")
+    # Of the budget itself; progress is of what the last evaluation leaves of it.
+    assert told["Budget"] == ("25.0 %", "spent of 2h")
+    assert told["Energy"] == ("0.5 kWh", "225,000 J/image")
+    # The process is paid for, not only the 1.4 s that training took.
+    assert told["Cost"] == ("1,800.00", "at 3600 an hour")
+    for budget, share in (("1kWh", "50.0 %"), ("32 images", "25.0 %"), ("3600USD", "50.0 %"), ("much", "–")):
+        (folder / "config.yaml").write_text(f"budget: {budget}\nbudget_price_per_hour: 3600\n")
+        assert {fact.label: fact.value for fact in numbers.facts(open_runs([folder])[0])}["Budget"] == share
+    without = [train_line(1, spent_seconds=60.0)]
+    (other,) = open_runs([write_run(tmp_path / "cpu", without, budget_price_per_hour="6")])
+    assert {fact.label: fact.value for fact in numbers.facts(other)}["Cost"] == "0.10"
     assert numbers.joules(open_runs([write_run(tmp_path / "b", [train_line(1, joules_per_image=3.25)])])[0]) == 3.25
 
 

@@ -52,12 +52,20 @@ def test_energy_that_was_not_measured_for_a_while_is_not_known(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"seconds": "many", "joules": 0}', '{"joules": 3}', "[1, 2]"])
-def test_a_damaged_file_counts_as_none(tmp_path, text):
+def test_of_a_damaged_file_the_last_line_that_was_logged_counts(tmp_path, text):
+    """Otherwise a power cut would give a run its whole budget again."""
     (tmp_path / "spent.json").write_text(text)
-    clock = Clock()
-    spent = Spent(tmp_path, clock=clock)
+    clock, told = Clock(), []
+    spent = Spent(tmp_path, told.append, clock=clock)
     spent.set_joules(1.0)
     assert (spent.seconds, spent.joules) == (0, None)
+    logged = {"kind": "train", "step": 5, "spent_seconds": 120.0, "kwh": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(logged) + '\n{"kind": "knn", "step": 5}\n{"kind": "tr')
+    spent = Spent(tmp_path, told.append, clock=clock)
+    spent.set_joules(1.0)
+    assert (spent.seconds, spent.joules) == (120, 1.8e6 + 1)
+    assert len(told) == 2
+    assert all(sentence.startswith(f"{tmp_path}/spent.json cannot be read (") for sentence in told)
 
 
 def test_energy_an_image_between_laps_and_of_the_whole():

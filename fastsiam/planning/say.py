@@ -167,11 +167,11 @@ class Plan:
             epochs = _epochs(self.run.epochs)
             parts.append(f"{epochs} take{'s' if epochs == '1 epoch' else ''} {spoken(self.run.total)}")
         else:
-            parts.append(f"{self.asked.text} buys {_epochs(self.run.epochs)} in {spoken(self.run.total)}")
+            parts.append(_bought(self.asked, self.run, f" in {spoken(self.run.total)}"))
         parts.append(f"{_STAGES[self.limit.stage]} is the limit")
         if self.budget is not None:
-            bought = "cannot be measured here" if self.bought is None else f"buys {_epochs(self.bought.epochs)}"
-            parts.append(f"{self.budget.text} {bought}")
+            none = f"{self.budget.text} cannot be measured here"
+            parts.append(none if self.bought is None else _bought(self.budget, self.bought))
         return "; ".join(parts) + "."
 
     def _machine(self):
@@ -267,6 +267,12 @@ def spoken(seconds: float) -> str:
         if whole:
             return f"{whole} {unit}" + (f" {rest} {part}" if rest else "")
     return f"{round(seconds)} s"
+
+
+def _bought(budget: Budget, run: Run, time: str = "") -> str:
+    if not run.steps:
+        return f"{budget.text} buys no step, for what is no training takes {spoken(run.total)}"
+    return f"{budget.text} buys {_epochs(run.epochs)}{time}"
 
 
 def _rate(rate: Rate | None):

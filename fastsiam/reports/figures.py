@@ -70,6 +70,10 @@ PANELS = (
         "Mean |cosine| between z of different images; 1 is one point.", from_zero=True,
     ),
     Panel("lr", "train", "lr", "Learning rate", "Of the encoder, for the whole batch.", from_zero=True),
+    Panel(
+        "view_size", "train", "view_size", "Size of a view",
+        "Side in pixels; loss and throughput change with it.", from_zero=True,
+    ),
     Panel("rate", "train", "images_per_second", "Throughput", "Images per second between log lines.", from_zero=True),
     Panel(
         "wait", "train", "data_wait_fraction", "Waiting for data",

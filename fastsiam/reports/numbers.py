@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from fastsiam.budget import JOULES, parse_budget
 from fastsiam.record import duration
 from fastsiam.reports.runs import Run, number
 
@@ -62,6 +63,7 @@ def facts(run: Run) -> list[Fact]:
         Fact("Throughput", rate(run), "images/s while training"),
         _energy(run),
         *_budget(run),
+        *_cost(run),
         _hardware(run),
     ]
 
@@ -85,7 +87,7 @@ def joules(run: Run) -> float | None:
     if told is not None:
         return told
     if energy is not None and images:
-        return energy * 3.6e6 / images
+        return energy * JOULES["kWh"] / images
     return run.last("joules_per_image")
 
 
@@ -141,10 +143,6 @@ def _energy(run):
     if energy is None:
         return Fact("Energy", f"{significant(per_image)} J/image")
     note = "" if per_image is None else f"{significant(per_image)} J/image"
-    price = number(run.config.get("budget_price_per_hour"))
-    seconds = run.last("wall_seconds")
-    if math.isfinite(price) and seconds is not None:
-        note += f", {significant(price * seconds / 3600)} at {price:g} an hour"
     return Fact("Energy", f"{significant(energy)} kWh", note)
 
 
@@ -152,8 +150,33 @@ def _budget(run):
     given = run.config.get("budget")
     if given is None:
         return []
-    spent = run.last("progress", "train")
-    return [Fact("Budget", "–" if spent is None else f"{100 * spent:.1f} %", f"spent of {given}")]
+    share = _share_spent(run, str(given))
+    return [Fact("Budget", "–" if share is None else f"{100 * share:.1f} %", f"spent of {given}")]
+
+
+def _share_spent(run, given):
+    """Of the whole budget, as a run says when it ends; progress is of what evaluation leaves for training."""
+    price = number(run.config.get("budget_price_per_hour"))
+    try:
+        budget = parse_budget(given, price if math.isfinite(price) else None)
+    except ValueError:
+        return None
+    energy = kwh(run)
+    spent = {
+        "images": run.last("images_seen"),
+        "seconds": run.last("spent_seconds"),
+        "joules": None if energy is None else energy * JOULES["kWh"],
+    }[budget.kind]
+    return None if spent is None else spent / budget.amount
+
+
+def _cost(run):
+    """Of the process time, which a price is paid for; evaluation, saving and what a kill has lost are in it."""
+    price, seconds = number(run.config.get("budget_price_per_hour")), run.last("spent_seconds")
+    if not math.isfinite(price):
+        return []
+    value = "–" if seconds is None else f"{price * seconds / 3600:,.2f}"
+    return [Fact("Cost", value, f"at {price:g} an hour")]
 
 
 def _hardware(run):
