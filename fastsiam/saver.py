@@ -30,6 +30,7 @@ class Saver:
         self._folder, self._settings, self._contents = folder, settings, contents
         self._journal, self._pace, self._world = journal, pace, world
         self._saved_at = time.perf_counter()
+        self._saved_step: int | None = None
 
     def is_due(self) -> bool:
         """By the clock of this rank."""
@@ -37,7 +38,7 @@ class Saver:
 
     def save(self) -> None:
         """Raises `SaveError` where a checkpoint cannot be written."""
-        self._saved_at = time.perf_counter()
+        self._saved_at, self._saved_step = time.perf_counter(), self._journal.state.step
         if self._world.is_first:
             with self._pace.saving():
                 checkpoint.save(self._folder, self._contents(), self._settings.keep)
@@ -49,7 +50,7 @@ class Saver:
         except checkpoint.SaveError as error:
             self._journal.warn(f"at step {self._journal.state.step:,}: {error}")
 
-    def save_unless_recent(self) -> None:
-        """Before what may take long."""
-        if time.perf_counter() - self._saved_at > SAVED_LONG_AGO:
+    def save_unless_recent(self, seconds: float = SAVED_LONG_AGO) -> None:
+        """Before what may take long: where the last checkpoint is older, and of another step."""
+        if time.perf_counter() - self._saved_at > seconds and self._saved_step != self._journal.state.step:
             self.save_on_the_way()

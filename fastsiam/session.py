@@ -247,8 +247,13 @@ class Session:
         return (ends and self.checkup.follows(state.epoch + 1)) or self.checkup.is_wanted_early()
 
     def save_before_evaluation(self) -> None:
-        """At the end of an epoch that kNN follows, and of the run, where the last checkpoint is old."""
-        if self.checkup.follows(self.state.epoch + 1) or self.pace.is_over:
+        """At the end of an epoch that kNN follows, and of the run, where the last checkpoint is old.
+
+        What a kill would lose then is spent: a budget of time or energy could not train those steps again.
+        """
+        if self.pace.is_over and not self.pace.budget.counts_steps:
+            self.saver.save_unless_recent(seconds=0)
+        elif self.checkup.follows(self.state.epoch + 1) or self.pace.is_over:
             self.saver.save_unless_recent()
 
     def evaluate_if_due(self) -> None:

@@ -169,6 +169,26 @@ def test_work_that_a_kill_has_lost_is_spent(budgeted, monkeypatch, tmp_path):
     assert train_lines(folder)[0]["progress"] == pytest.approx(0.41)
 
 
+def test_a_kill_in_the_last_evaluation_loses_no_step(budgeted, monkeypatch, tmp_path):
+    """The budget has nothing left to train them again."""
+    clock, overrides = Clock(), budgeted("budget=20s", "checkpoint.every_seconds=1000")
+
+    class Killed(Exception):
+        pass
+
+    def killed(checkup):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module.Checkup, "final", killed)
+        with pytest.raises(Killed):
+            spend(overrides, clock, patch)
+    clock.now += 5
+    result = spend(overrides, clock, monkeypatch)
+    (resumed,) = (line["step"] for line in lines(tmp_path / "runs/run") if line["kind"] == "resume")
+    assert resumed == result.step == 14
+
+
 def test_a_finished_budget_says_so(budgeted, monkeypatch, capsys):
     overrides = budgeted("budget=20s")
     result = spend(overrides, Clock(), monkeypatch)
