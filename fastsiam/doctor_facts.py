@@ -36,6 +36,8 @@ REQUIRED = {
     "rich": "rich",
     "safetensors": "safetensors",
     "pynvml": "nvidia-ml-py",
+    "tensorboard": "tensorboard",
+    "matplotlib": "matplotlib",
 }
 
 

@@ -301,10 +301,10 @@ def test_auto_takes_dali_where_it_is_installed_and_says_what_else_it_took(monkey
 
 
 def test_decoding_processes_outlive_the_signals_of_their_group(photos):
-    """With one image a batch they are still at work when the signals come."""
+    """With one image a batch they are still at work when the signals come, each having begun."""
     made = make(photos, "pil", batch_size=1, workers=2)
     batches = made.epoch(0)
-    delivered = [next(batches).indices]
+    delivered = [next(batches).indices for _ in range(2)]
     workers = [worker.pid for worker in made.backend._loader._iterator._workers]
     with open(f"/proc/{workers[0]}/stat", encoding="ascii") as file:
         server = int(file.read().rpartition(")")[2].split()[1])
