@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from fastsiam.energy import nvml_handle
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 # Result files are what a run writes while it measures; they change nothing that is measured.
@@ -92,23 +94,22 @@ def _gpu(device: torch.device) -> dict:
     }
 
 
-def _ask(question, *arguments):
-    """NVML's answer; None where this card, or a virtual one, does not tell."""
+def _ask(question, handle, *arguments):
+    """NVML's answer; None where this card, or a virtual one, does not tell, and for an instance of a card."""
     import pynvml
 
     try:
-        return question(*arguments)
+        return None if handle is None else question(handle, *arguments)
     except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
         return None
 
 
 @functools.cache
 def _nvml_handle(device: torch.device):
-    """By UUID: NVML numbers all GPUs of the machine, torch those of CUDA_VISIBLE_DEVICES."""
     import pynvml
 
     pynvml.nvmlInit()
-    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    return nvml_handle(pynvml, device)
 
 
 def _cpu() -> tuple[str, set[str]]:

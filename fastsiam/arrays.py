@@ -1,12 +1,11 @@
 """A file of named arrays: numpy's .npz without pickles, written whole."""
 
 import io
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from fastsiam.disk import replace_file
+from fastsiam.disk import DAMAGED_ZIP, replace_file
 
 
 def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -22,5 +21,5 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return dict(archive)
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile):
+    except (OSError, *DAMAGED_ZIP):
         return {}

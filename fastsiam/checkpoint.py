@@ -8,9 +8,7 @@ import os
 import pickle
 import pickletools
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -18,10 +16,9 @@ from typing import BinaryIO
 import torch
 
 from fastsiam.config import UserError
+from fastsiam.disk import DAMAGED_ZIP
 
 ZIP_MAGIC = b"PK\x03\x04"
-# What zipfile raises for damaged bytes: they may spell another compression, a password, a name that is no UTF-8.
-UNREADABLE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
 
 
 # Another number where a checkpoint holds other things than before.
@@ -198,7 +195,7 @@ def _damage(path: Path) -> str | None:
         if error.errno not in (errno.EIO, errno.EINVAL):
             raise UserError(f"{path} cannot be opened ({error.strerror})") from error
         return error.strerror
-    except UNREADABLE as error:
+    except DAMAGED_ZIP as error:
         return str(error).rstrip(".") or "it ends too early"
     if runs_code:
         raise _would_run_code(path)

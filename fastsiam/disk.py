@@ -2,8 +2,14 @@
 
 import contextlib
 import os
+import struct
+import zipfile
+import zlib
 from pathlib import Path
 from typing import BinaryIO
+
+# What zipfile raises for damaged bytes: they may spell another compression, a password, a name that is no UTF-8.
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
 
 
 class Appender:

@@ -159,7 +159,7 @@ class _Samples:
 def _open(nvml, device):
     """What measures a GPU, and its description; None where nothing does."""
     try:
-        handle = _handle(nvml, device)
+        handle = nvml_handle(nvml, device)
     except nvml.NVMLError as error:
         return None, f"not available (NVML does not find the GPU: {error})"
     if handle is None:
@@ -176,7 +176,7 @@ def _open(nvml, device):
     return samples, f"NVML power, sampled every {SAMPLE_SECONDS:g} s"
 
 
-def _handle(nvml, device):
+def nvml_handle(nvml, device: "torch.device"):
     """NVML's handle of torch's device, by UUID, for NVML numbers all GPUs of a machine; None for a MIG instance."""
     import torch
 

@@ -6,10 +6,9 @@ mistake, 130 Ctrl-C.
 """
 
 import argparse
-import os
-import signal
 import sys
 
+from fastsiam import commands
 from fastsiam.budget import Budget, parse_budget
 from fastsiam.config import Config, UserError, load_config
 from fastsiam.spent import process_began
@@ -19,38 +18,26 @@ MINUTES = 1.0
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    # As in training.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    commands.let_threads_sleep()
     try:
         config = load_config(arguments.config, arguments.overrides)
         budget = _budget(arguments.budget, config)
         if not arguments.minutes > 0:
             raise UserError(f"--minutes: {arguments.minutes:g} must be more than 0")
     except UserError as error:
-        if speaks:
-            print(f"fastsiam: {error}", file=sys.stderr)
-        return 2
-    try:
+        return commands.refused(error)
+
+    def print_plan():
         answer = plan(config, budget, arguments.minutes, as_json=arguments.json)
         if answer is not None:
             print(answer)
         return 0
-    except (UserError, ImportError) as error:
-        if isinstance(error, ModuleNotFoundError):
-            raise
-        print(f"fastsiam: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        from fastsiam.distributed import is_lost_peer
 
-        if not is_lost_peer(error):
-            raise
-        print("fastsiam: another process has gone; nothing is predicted", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fastsiam: stopped while measuring; nothing is predicted", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return commands.answered(
+        print_plan,
+        gone="another process has gone; nothing is predicted",
+        stopped="stopped while measuring; nothing is predicted",
+    )
 
 
 def plan(config: Config, budget: Budget | None, minutes: float = MINUTES, *, as_json: bool = False) -> str | None:

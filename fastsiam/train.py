@@ -8,11 +8,10 @@ processes again.
 """
 
 import argparse
-import os
-import signal
 import sys
 from typing import TYPE_CHECKING
 
+from fastsiam import commands
 from fastsiam.config import Config, UserError, load_config
 from fastsiam.data.views import size_at
 from fastsiam.signals import StopSignals
@@ -29,45 +28,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example train.epochs=10")
     arguments = parser.parse_intermixed_args(argv)
-    # OpenMP threads that spin at barriers starve the decoder's on small machines: with both cores of a 2-core CPU
-    # busy, a step of the quickstart takes 1.3 to 3.1 s spinning and 0.4 to 0.5 s sleeping.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Of the processes of a machine one says what all of them meet before they know each other.
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    commands.let_threads_sleep()
     try:
         config = load_config(arguments.config, arguments.overrides)
     except UserError as error:
-        if speaks:
-            print(f"fastsiam: {error}", file=sys.stderr)
-        return 2
-    try:
-        if arguments.dry_run:
-            if not speaks:
-                return 0
-            from fastsiam.announce import dry_run
+        return commands.refused(error)
+    return commands.answered(
+        lambda: _dry_run(config) if arguments.dry_run else _train(config),
+        gone="another process of the run has gone; nothing was saved after it",
+        stopped="stopped before the first step",
+    )
 
-            dry_run(config)
-            return 0
-        result = pretrain(config, began=process_began())
-        from fastsiam.distributed import under_torchrun
 
-        return 0 if result.status == "preempted" and under_torchrun() else result.exit_code
-    except (UserError, ImportError) as error:
-        if isinstance(error, ModuleNotFoundError):
-            raise
-        print(f"fastsiam: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        from fastsiam.distributed import is_lost_peer
+def _dry_run(config):
+    if commands.speaks():
+        from fastsiam.announce import dry_run
 
-        if not is_lost_peer(error):
-            raise
-        first = str(error).partition(". ")[0].partition("\n")[0]
-        print(f"fastsiam: another process of the run has gone; nothing was saved after it ({first})", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fastsiam: stopped before the first step", file=sys.stderr)
-        return 128 + signal.SIGINT
+        dry_run(config)
+    return 0
+
+
+def _train(config):
+    result = pretrain(config, began=process_began())
+    from fastsiam.distributed import under_torchrun
+
+    return 0 if result.status == "preempted" and under_torchrun() else result.exit_code
 
 
 def pretrain(config: Config, *, began: float | None = None) -> "Result":

@@ -32,7 +32,7 @@ LAYERS = (
     },
     {"fastsiam.disk"},
     {"fastsiam.tensorboard", "fastsiam.arrays"},
-    {"fastsiam.record", "fastsiam.state", "fastsiam.spent"},
+    {"fastsiam.record", "fastsiam.state", "fastsiam.spent", "fastsiam.commands"},
     {"fastsiam.journal", "fastsiam.pace"},
     {
         "fastsiam.methods",
@@ -57,7 +57,7 @@ LAYERS = (
 TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
     "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent", "apex_lookup",
-    "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe", "disk",
+    "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe", "disk", "commands",
     "tensorboard", "arrays", "report", "plan", "published", "reports.runs", "reports.page", "reports.own",
 )  # fmt: skip
 

@@ -179,15 +179,17 @@ def test_environment_of_a_cpu():
 def test_what_a_card_does_not_tell_is_null():
     import pynvml
 
-    def answer(error=None):
+    def answer(handle, error=None):
         if error:
             raise error()
-        return 700_000
+        return {"card": 700_000}[handle]
 
-    assert environment_module._ask(answer) == 700_000
-    assert environment_module._ask(answer, pynvml.NVMLError_NotSupported) is None
+    assert environment_module._ask(answer, "card") == 700_000
+    assert environment_module._ask(answer, "card", pynvml.NVMLError_NotSupported) is None
+    # An instance of a card has no handle.
+    assert environment_module._ask(answer, None) is None
     with pytest.raises(pynvml.NVMLError_GpuIsLost):
-        environment_module._ask(answer, pynvml.NVMLError_GpuIsLost)
+        environment_module._ask(answer, "card", pynvml.NVMLError_GpuIsLost)
 
 
 def test_cache_size_is_the_largest_level(tmp_path, monkeypatch):
