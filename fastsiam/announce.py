@@ -15,6 +15,7 @@ from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precis
 from fastsiam.distributed import World, restarts
 from fastsiam.energy import kilowatt_hours
 from fastsiam.kernels.augment_numba import is_compiled
+from fastsiam.laps import Lap
 from fastsiam.optim import large_batch_warning, scale_at
 from fastsiam.record import Result, duration
 
@@ -143,10 +144,17 @@ def size_fields(session) -> dict[str, int]:
     return {"view_size": session.loader.size} if len(session.config.views.sizes) > 1 else {}
 
 
-def progress_text(
-    session, reading, images_per_second: float, wait_fraction: float, joules_per_image: float | None
-) -> str:
-    """What the progress line says after a step; `reading` is of that step."""
+def train_fields(session, reading, lap: Lap) -> dict:
+    """What a `train` line says, but for the learning rate; `reading` is of its step, `lap` from the line before on."""
+    fields = {"loss": reading.loss, "images_per_second": lap.images_per_second}
+    if session.dtype == torch.float16:
+        fields["skipped_steps"] = reading.skipped_steps
+    fields |= {"data_wait_fraction": lap.wait_fraction, "progress": session.state.progress, **size_fields(session)}
+    return fields | session.spent.fields(lap.joules_per_image)
+
+
+def progress_text(session, reading, lap: Lap) -> str:
+    """What the progress line says; arguments as `train_fields` takes them."""
     state, pace, health, loss = session.state, session.pace, session.checkup.measures, reading.loss
     measured = ""
     if health:
@@ -156,8 +164,8 @@ def progress_text(
     size = "".join(f"{side} px  " for side in size_fields(session).values())
     return (
         f"{_where(state, pace)}  {size}loss {loss:+.3f} (cosine {-loss:.3f})  {measured}"
-        f"{images_per_second:,.0f} img/s  wait {100 * wait_fraction:.0f} %"
-        + (f"  {joules_per_image:.3g} J/image" if joules_per_image is not None else "")
+        f"{lap.images_per_second:,.0f} img/s  wait {100 * lap.wait_fraction:.0f} %"
+        + (f"  {lap.joules_per_image:.3g} J/image" if lap.joules_per_image is not None else "")
         + (f"  {reading.skipped_steps} steps skipped (fp16)" if reading.skipped_steps else "")
     )
 

@@ -10,7 +10,7 @@ import torch
 
 from fastsiam import checkpoint, host_memory, optim
 from fastsiam.alike import check_alike, facts_of_config, facts_of_images
-from fastsiam.announce import closing_lines, described, finished, progress_text, session_lines, size_fields
+from fastsiam.announce import closing_lines, described, finished, progress_text, session_lines, train_fields
 from fastsiam.bad_files import BadFiles
 from fastsiam.config import Config, UserError
 from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
@@ -23,6 +23,7 @@ from fastsiam.energy import EnergyMeter
 from fastsiam.evaluation.checkup import Checkup
 from fastsiam.evaluation.monitor import Monitor
 from fastsiam.journal import Journal
+from fastsiam.laps import Laps
 from fastsiam.loader_advice import LoaderWatch, describe
 from fastsiam.methods import build_method
 from fastsiam.pace import Pace
@@ -184,9 +185,7 @@ class Session:
         self.pace.agree()
         journal.begin_progress(self.pace.share_done)
         self.saver = Saver(self.folder.path, config.checkpoint, self._checkpoint, journal, self.pace, world)
-        self.clock.lap()
-        self._logged_step = self.state.step
-        self.spent.lap(0)
+        self._laps = Laps(self.state, self.clock, self.spent)
         self.soundness = Soundness(self._step, self.source, self.folder, world)
         self._watch = LoaderWatch(lambda: describe(self._loading, self.source, self.backend_name, self.device))
 
@@ -223,23 +222,13 @@ class Session:
     def log(self, rate: float) -> None:
         """A `train` line in metrics.jsonl and the progress line, of what `numbers_are_sound` has read."""
         self.pace.read_energy()
-        reading, (waited, stepped) = self.soundness.reading, self.clock.lap()
-        images = (self.state.step - self._logged_step) * self.config.train.batch_size
-        self._logged_step, joules_per_image = self.state.step, self.spent.lap(images)
-        seconds = max(waited + stepped, 1e-9)
-        images_per_second, wait_fraction = images / seconds, waited / seconds
-        fields = {"loss": reading.loss, "lr": rate, "images_per_second": images_per_second}
-        if self.dtype == torch.float16:
-            fields["skipped_steps"] = reading.skipped_steps
-        fields |= {"data_wait_fraction": wait_fraction, "progress": self.state.progress, **size_fields(self)}
-        self.journal.write("train", **fields, **self.spent.fields(joules_per_image))
-        advice = self._watch.add(waited, stepped)
-        if advice:
+        reading, lap = self.soundness.reading, self._laps.next()
+        self.journal.write("train", lr=rate, **train_fields(self, reading, lap))
+        if advice := self._watch.add(lap.waited, lap.stepped):
             self.journal.warn(advice)
         if self.spent.error:
             self.journal.warn_once(f"what was spent cannot be written down ({self.spent.error}); a kill would hide it")
-        text = progress_text(self, reading, images_per_second, wait_fraction, joules_per_image)
-        self.journal.progress(self.pace.share_done, text)
+        self.journal.progress(self.pace.share_done, progress_text(self, reading, lap))
 
     def evaluation_is_next(self) -> bool:
         """Whether kNN follows this step, mostly the last of its epoch."""
@@ -257,20 +246,17 @@ class Session:
             self.saver.save_unless_recent()
 
     def evaluate_if_due(self) -> None:
+        """Between two epochs."""
         if self.checkup.follows(self.state.epoch):
             # Decoders and their buffers would otherwise lie beside those of the evaluation.
             self.loader.backend.close()
-            self.checkup.knn()
-            self.pace.agree()
-            self._files.exchange()
+            self._evaluate()
 
     def evaluate_early(self) -> None:
         """In mid-epoch, where a budget of time or energy must know what its last evaluation will cost."""
         if self.checkup.is_wanted_early():
             self.saver.save_unless_recent()
-            self.checkup.knn()
-            self.pace.agree()
-            self._files.exchange()
+            self._evaluate()
 
     def end(self, status: str, received: int | None = None) -> Result:
         """Last evaluation, last checkpoint, the closing lines."""
@@ -307,6 +293,11 @@ class Session:
     @property
     def loader_text(self) -> str:
         return self.loader.backend.description if self.source is not None else "synthetic: one fixed batch"
+
+    def _evaluate(self):
+        self.checkup.knn()
+        self.pace.agree()
+        self._files.exchange()
 
     def _announce(self):
         config, journal = self.config, self.journal

@@ -33,7 +33,7 @@ LAYERS = (
     {"fastsiam.disk"},
     {"fastsiam.tensorboard", "fastsiam.arrays"},
     {"fastsiam.record", "fastsiam.state", "fastsiam.spent", "fastsiam.commands"},
-    {"fastsiam.journal", "fastsiam.pace"},
+    {"fastsiam.journal", "fastsiam.pace", "fastsiam.laps"},
     {
         "fastsiam.methods",
         "fastsiam.evaluation",
