@@ -1,4 +1,4 @@
-"""Predictions from known costs to the last digit, advice from known rates, and one plan of the tiny demo for real."""
+"""Predictions from known costs to the last digit, and advice from known rates."""
 
 import dataclasses
 import json
