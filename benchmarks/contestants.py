@@ -70,6 +70,10 @@ class Contestant:
     """How it runs, for its result line: precision, memory format, compiler, loader."""
     progress: float = 0.0
     """The share of its time that is over: what the size of an epoch's views may depend on."""
+    sizes: tuple[int, ...] = ()
+    """Of its views, where there are several; each has a graph of its own to compile."""
+    size: int | None = None
+    """One of them, whatever the progress says: for the warm-up."""
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Epoch after epoch, without end."""
@@ -121,7 +125,7 @@ def build_fastsiam(config: Config, source: ImageSource, device: torch.device) ->
         return train(views, number)["loss"].detach()
 
     def epoch(epoch):
-        size = size_at(config.views.sizes, epoch, contestant.progress)
+        size = contestant.size or size_at(config.views.sizes, epoch, contestant.progress)
         return (batch.views for batch in loader.epoch(epoch, size=size))
 
     contestant = Contestant(
@@ -136,6 +140,7 @@ def build_fastsiam(config: Config, source: ImageSource, device: torch.device) ->
             "compiled": compiles,
             "loader": loader.backend.description,
         },
+        sizes=config.views.sizes,
     )
     return contestant
 

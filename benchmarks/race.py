@@ -136,13 +136,16 @@ def thrown_away(contestant: Contestant) -> Iterator[None]:
 
 
 def warm_up(contestant: Contestant, config: Config, steps: int = WARMUP_STEPS) -> float:
-    """Run the first steps on a state that is thrown away; returns their seconds."""
+    """Run the first steps on a state that is thrown away, in each size of views; returns their seconds."""
     start = time.perf_counter()
-    # A loader has one epoch open at a time.
-    with thrown_away(contestant), contextlib.closing(contestant.batches()) as batches:
-        for _ in range(steps):
-            optim.set_learning_rate(contestant.optimizer, config, 0.5)
-            contestant.step(next(batches)).item()
+    with thrown_away(contestant):
+        for contestant.size in contestant.sizes or (None,):
+            # A loader has one epoch open at a time.
+            with contextlib.closing(contestant.batches()) as batches:
+                for _ in range(steps):
+                    optim.set_learning_rate(contestant.optimizer, config, 0.5)
+                    contestant.step(next(batches)).item()
+        contestant.size = None
     return time.perf_counter() - start
 
 

@@ -83,6 +83,22 @@ def test_a_warmed_up_run_trains_as_one_that_is_not(tiny_config):
     assert len(set(losses[True])) == 4
 
 
+def test_every_size_of_views_is_warmed_up_before_the_clock(tiny_config):
+    """Each would compile on the clock otherwise; afterwards the size is what the progress says again."""
+    config = tiny_config("views.size=24..32")
+    contestant = build("fastsiam", config)
+    step, sizes = contestant.step, []
+
+    def seen(views):
+        sizes.append(views.shape[-1])
+        return step(views)
+
+    contestant.step = seen
+    warm_up(contestant, config, steps=2)
+    assert sizes == [24, 24, 32, 32]
+    assert next(contestant.batches()).shape[-1] == 24
+
+
 class Paced:
     """A contestant whose step takes `pace` seconds of a clock that it moves itself."""
 
