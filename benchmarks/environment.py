@@ -32,9 +32,9 @@ def environment(device: torch.device) -> dict:
     """What a result line says of its machine; GPU fields and absent packages are None.
 
     Keys: gpu, driver, power_limit_watts; cpu, isa (the extensions that matter here), cores, threads,
-    omp_wait_policy; python, cuda (that torch was built for), torch, triton, numba, torchvision, dali, lightly; commit
-    (40 hex digits, None outside a git checkout) and dirty (True where a tracked file differs from it, or an untracked
-    one is not ignored; files in benchmarks/results do not count).
+    omp_wait_policy, gomp_spincount; python, cuda (that torch was built for), torch, triton, numba, torchvision, dali,
+    lightly; commit (40 hex digits, None outside a git checkout) and dirty (True where a tracked file differs from it,
+    or an untracked one is not ignored; files in benchmarks/results do not count).
     """
     cpu, flags = _cpu()
     return {
@@ -44,6 +44,7 @@ def environment(device: torch.device) -> dict:
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "gomp_spincount": os.environ.get("GOMP_SPINCOUNT"),
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         **{name: _version(packages) for name, packages in _VERSIONS.items()},

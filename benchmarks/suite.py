@@ -6,7 +6,6 @@ aside: a table never shows what is left of it.
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from benchmarks.environment import CHECKOUT
 from benchmarks.images import photographs
 from benchmarks.tables import TABLES, read, render
+from fastsiam.commands import let_threads_sleep
 from fastsiam.config import UserError
 
 DRAWN_COUNT = 256
@@ -89,11 +89,9 @@ def run_one(
     for name in benchmark.options:
         if options[name] is not None:
             command += [f"--{name.replace('_', '-')}", str(options[name])]
-    # As `fastsiam.train` sets it: OpenMP threads that spin starve the decoder's on small machines.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
     limit = _OVERRUN * minutes * 60 + _GRACE_SECONDS
     try:
-        code = subprocess.run(command, cwd=CHECKOUT, env=environment, timeout=limit).returncode
+        code = subprocess.run(command, cwd=CHECKOUT, timeout=limit).returncode
         reason = f"exit code {code}" if code else None
     except subprocess.TimeoutExpired:
         reason = f"stopped after {limit:.0f} s"
@@ -130,4 +128,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # As `fastsiam.train` does it, for every benchmark.
+    let_threads_sleep()
     sys.exit(main())
