@@ -3,8 +3,8 @@
 All of them train one model (architecture and initial weights of the config and its seed) on the same files with the
 same batch, rate schedule and augmentation numbers. Each brings its own loader, step, precision and memory layout:
 
-- fastsiam: what `fastsiam.train` runs for the config, by the same parts; also with four views of each image, and with
-  views that grow from half of their size.
+- fastsiam: what `fastsiam.train` runs for the config, by the same parts. Beside it, whatever the config has: with two
+  views of one size (plain), with four of one size, and with two that grow from half of it.
 - authors: PIL transforms in a DataLoader, fp32, eager; their predictor keeps its rate where the config's does.
 - lightly: its transform, heads and loss, fp32, eager, one rate for all parameters, as its example has it.
 - lightly + bf16 + channels-last: the same with the two switches that its example leaves off.
@@ -37,8 +37,8 @@ from fastsiam.distributed import World
 from fastsiam.step import TrainingStep
 
 FASTSIAM = "fastsiam"
-FOUR_VIEWS, GROWING = "fastsiam + 4 views", "fastsiam + growing views"
-OURS = (FASTSIAM, FOUR_VIEWS, GROWING)
+PLAIN, FOUR_VIEWS, GROWING = "fastsiam plain", "fastsiam + 4 views", "fastsiam + growing views"
+OURS = (FASTSIAM, PLAIN, FOUR_VIEWS, GROWING)
 CHANNELS_LAST = "channels-last"
 
 
@@ -148,7 +148,11 @@ def build_fastsiam(config: Config, source: ImageSource, device: torch.device) ->
 def overrides_of(variant: str, config: Config) -> list[str]:
     """What a variation of ours changes in the config of a race; nothing for a peer."""
     size = config.views.full_size
-    return {FOUR_VIEWS: ["views.count=4"], GROWING: [f"views.size={size // 2}..{size}"]}.get(variant, [])
+    recipes = {PLAIN: (2, f"{size}"), FOUR_VIEWS: (4, f"{size}"), GROWING: (2, f"{size // 2}..{size}")}
+    if variant not in recipes:
+        return []
+    count, sizes = recipes[variant]
+    return [f"views.count={count}", f"views.size={sizes}"]
 
 
 @dataclass(frozen=True)

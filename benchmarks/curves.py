@@ -6,8 +6,8 @@ from pathlib import Path
 from benchmarks.contestants import CONTESTANTS
 from benchmarks.standings import Standing
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; a contestant has the same in every race.
-_HEX = ("#D55E00", "#000000", "#8C564B", "#0072B2", "#009E73", "#56B4E9", "#CC79A7", "#E69F00")
+# Okabe and Ito's, a brown and a grey, which colour-blind readers tell apart; a contestant has its own in every race.
+_HEX = ("#D55E00", "#000000", "#8C564B", "#0072B2", "#009E73", "#56B4E9", "#7F7F7F", "#E69F00", "#CC79A7")
 _COLOURS = dict(zip(CONTESTANTS, _HEX, strict=True))
 _GREY = "#555555"
 

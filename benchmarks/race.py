@@ -139,7 +139,8 @@ def warm_up(contestant: Contestant, config: Config, steps: int = WARMUP_STEPS) -
     """Run the first steps on a state that is thrown away, in each size of views; returns their seconds."""
     start = time.perf_counter()
     with thrown_away(contestant):
-        for contestant.size in contestant.sizes or (None,):
+        for size in contestant.sizes or (None,):
+            contestant.size = size
             # A loader has one epoch open at a time.
             with contextlib.closing(contestant.batches()) as batches:
                 for _ in range(steps):
@@ -227,6 +228,7 @@ def controls(config: Config) -> dict[str, float]:
     """kNN without training: of the seed's initial weights with filled batch-norm statistics, and of raw pixels."""
     job = Job(FASTSIAM, config, 0.0, 0)
     contestant, monitor = prepare(job)
+    contestant.size = config.views.full_size
     untrained = monitor.untrained(contestant.model, _Views(contestant))
     return {"untrained_knn": untrained, "raw_pixels_knn": monitor.raw_pixels()}
 

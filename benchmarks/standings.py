@@ -173,6 +173,7 @@ def rows(lines: list[dict]) -> list[dict]:
                 "samples_seconds": [run["seconds"] for run in standing.runs],
                 "environment": standing.runs[-1]["environment"],
                 "knn": plus_minus(standing.knn, 1),
+                "knn_mean": standing.knn[0],
                 "seconds_to_target": plus_minus(standing.seconds, 0),
                 "reached": f"{standing.reached} of {len(standing.runs)}",
                 "images_per_second": standing.images_per_second,

@@ -1,7 +1,8 @@
 """The README's first table: what a stranger asks, answered for fastsiam and its peers from the newest results."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from benchmarks import standings
 from benchmarks.captions import NOTHING, caption, number
 
 CONTESTANTS = ("fastsiam", "authors", "lightly", "solo-learn")
@@ -15,18 +16,25 @@ class Question:
     benchmark: str
     key: str
     params: dict
-    ours: str = "fastsiam"
-    """The variant that stands for fastsiam."""
+    variants: dict[str, str] = field(default_factory=dict)
+    """What stands for a contestant whose variant has another name."""
+    percents: str | None = None
+    """The number behind a `key` that is text; percentages are compared by their difference."""
 
 
 QUESTIONS = (
     Question(
+        "kNN after 5 minutes on 10,000 CIFAR-10 images, ResNet-8, %",
+        standings.BENCHMARK, "knn", {"data": "cifar10", "images": 10_000, "encoder": "cifar_resnet8", "seconds": 300.0},
+        {"solo-learn": "solo-learn DALI"}, "knn_mean",
+    ),
+    Question(
         "two views each of ImageNet photographs, 224 px, images/s",
-        "loader", "images_per_second", {"size": 224, "workers": 2}, "dali matrix",
+        "loader", "images_per_second", {"size": 224, "workers": 2}, {"fastsiam": "dali matrix"},
     ),
     Question(
         "two views each of ImageNet photographs, 224 px, from memory, images/s",
-        "loader", "images_per_second", {"size": 224, "workers": 2}, "resident matrix",
+        "loader", "images_per_second", {"size": 224, "workers": 2}, {"fastsiam": "resident matrix"},
     ),
     Question("training step, ResNet-50, 224 px, images/s", "step", "images_per_second", {"encoder": "resnet50"}),
     Question("training step, ResNet-18, 32 px, images/s", "step", "images_per_second", {"encoder": "resnet18"}),
@@ -40,7 +48,8 @@ def machines(found: dict[str, list[list[dict]]]) -> list[list[dict]]:
     for benchmark in asked:
         for lines in found.get(benchmark, []):
             environment = lines[0]["environment"]
-            by_name.setdefault((environment["gpu"], environment["cpu"]), []).extend(lines)
+            rows = _of_a_race(lines) if benchmark == standings.BENCHMARK else lines
+            by_name.setdefault((environment["gpu"], environment["cpu"]), []).extend(rows)
     return list(by_name.values())
 
 
@@ -63,15 +72,27 @@ def answers(lines: list[dict]) -> tuple[list[list[str]], list[dict]]:
     """Rows of text for one machine (question, a cell a contestant, ours against the authors'), and the lines used."""
     rows, used = [], []
     for question in QUESTIONS:
-        variants = dict(zip(CONTESTANTS, (question.ours, *CONTESTANTS[1:]), strict=True))
-        told = {name: _line(question, variant, lines) for name, variant in variants.items()}
+        told = {name: _line(question, question.variants.get(name, name), lines) for name in CONTESTANTS}
         if told["fastsiam"] is None:
             continue
         used += [line for line in told.values() if line]
-        cells = [number(line[question.key]) if line else NOTHING for line in told.values()]
-        ratio = told["fastsiam"][question.key] / told["authors"][question.key] if told["authors"] else None
-        rows.append([question.text, *cells, f"{number(ratio)}x" if ratio else NOTHING])
+        values = [line[question.key] if line else NOTHING for line in told.values()]
+        cells = [value if isinstance(value, str) else number(value) for value in values]
+        rows.append([question.text, *cells, _against(question, told["fastsiam"], told["authors"])])
     return rows, used
+
+
+def _against(question, ours, theirs):
+    if theirs is None:
+        return NOTHING
+    if question.percents:
+        return f"{ours[question.percents] - theirs[question.percents]:+.1f} points"
+    return f"{number(ours[question.key] / theirs[question.key])}x"
+
+
+def _of_a_race(lines):
+    """One line a contestant in place of one a run; those that are absent have no number."""
+    return [{**row, "benchmark": standings.BENCHMARK} for row in standings.rows(lines)]
 
 
 def _line(question, variant, lines):

@@ -30,12 +30,13 @@ import torch
 
 from benchmarks import curves
 from benchmarks.command import command
-from benchmarks.contestants import CONTESTANTS, FASTSIAM, OURS, Loading, overrides_of
+from benchmarks.contestants import CONTESTANTS, FASTSIAM, OURS, PLAIN, Loading, overrides_of
 from benchmarks.peers import AbsentError
 from benchmarks.protocol import Results
 from benchmarks.race import Job, controls, run_job, try_loadings
 from benchmarks.standings import BENCHMARK, Lines, best_rate, plus_minus, read, seconds_to, standings
 from benchmarks.subset import write_list
+from fastsiam.commands import let_threads_sleep
 from fastsiam.config import Config, UserError, load_config
 from fastsiam.data.sources import draw_missing_demo, open_source
 
@@ -45,7 +46,7 @@ _BETWEEN_EVALUATIONS = 10.0
 # Of --minutes, what is left for training beside evaluation, warm-up and the start of processes.
 _TRAINING_SHARE = 0.6
 _PR_SET_PDEATHSIG = 1
-DEFAULT = (FASTSIAM, "authors", "lightly", "solo-learn", "solo-learn DALI")
+DEFAULT = (FASTSIAM, PLAIN, "authors", "lightly", "solo-learn", "solo-learn DALI")
 
 
 def apart(function, *arguments):
@@ -178,7 +179,7 @@ class Race:
             "val": len(sources[1]),
             "encoder": config.model.encoder,
             **width,
-            "size": config.views.size,
+            "size": config.views.full_size,
             "batch": config.train.batch_size,
             "seconds": self._seconds,
             "evaluations": self.evaluations,
@@ -300,6 +301,6 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     # As `fastsiam.train` sets it, here for everyone. solo-learn's imports warn in each of its workers.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    let_threads_sleep()
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     sys.exit(main())

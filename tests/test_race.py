@@ -211,7 +211,7 @@ def test_a_trial_keeps_the_better_of_two_turns(tiny_config, monkeypatch):
 
 
 def test_variations_of_ours_have_four_views_or_views_that_grow(tiny_config):
-    """Of 16 px and batch 8: 32 views a step, and sides of 8 to 16 px over the first four fifths."""
+    """Of 16 px and batch 8: 32 views a step, and sides of 8 to 16 px over the first four fifths; plain by any."""
     config = tiny_config()
     assert overrides_of("fastsiam", config) == overrides_of("authors", config) == []
     four = build("fastsiam", tiny_config(*overrides_of("fastsiam + 4 views", config)))
@@ -222,3 +222,6 @@ def test_variations_of_ours_have_four_views_or_views_that_grow(tiny_config):
         growing.progress = epoch / 5
         sides.append(next(iter(growing.epoch(epoch))).shape[-1])
     assert sides == [8, 8, 8, 8, 16]
+    both = tiny_config("views.size=8..16", "views.count=4")
+    plain = build("fastsiam", tiny_config("views.count=4", *overrides_of("fastsiam plain", both)))
+    assert next(plain.batches()).shape == (16, 3, 16, 16)

@@ -290,6 +290,27 @@ def test_the_first_table_answers_for_everyone_from_the_newest_lines(folder, tmp_
     assert text[12] == "| training step, ResNet-50, 224 px, images/s | 4,000 | 2,000 | - | - | 2.00x |"
 
 
+def test_a_race_is_compared_in_points_of_its_seeds_means(folder, tmp_path):
+    """Of solo-learn's two loaders the faster one; a race of another length answers another question."""
+    setting = {"data": "cifar10", "images": 10000, "encoder": "cifar_resnet8", "seconds": 300.0}
+    facts = {"kind": "run", "target": 45.0, "precision": "bf16", "memory_format": "contiguous", "loader": "PIL"}
+    lines = [
+        line(
+            variant, n=0, benchmark="time_to_accuracy", params={**setting, "seed": seed, "base_lr": 0.4, **more},
+            knn=knn, images_per_second=700.0, curve=[[300.0, 210000, knn]], **facts,
+        ) | {"seconds": 300.0}
+        for variant, seed, knn, more in (
+            ("fastsiam", 0, 47.0, {}), ("fastsiam", 1, 49.0, {}), ("authors", 0, 40.0, {}), ("authors", 1, 41.5, {}),
+            ("solo-learn DALI", 0, 46.0, {}), ("lightly", 0, 99.0, {"seconds": 30.0}),
+        )
+    ]  # fmt: skip
+    readme = "<!-- table: summary -->\n<!-- /table -->\n"
+    assert main(folder({"2026-01-31_epyc/time_to_accuracy.jsonl": lines}, readme)) == 0
+    row = (tmp_path / "README.md").read_text().splitlines()[5]
+    question = "kNN after 5 minutes on 10,000 CIFAR-10 images, ResNet-8, %"
+    assert row == f"| {question} | 48.0 ± 1.4 | 40.8 ± 1.1 | - | 46.0 | +7.2 points |"
+
+
 def test_the_tree_has_a_phrase_for_every_file():
     lines = {text.split("  ", 1)[0].strip(): text for text in tree(CHECKOUT).splitlines()}
     files = {

@@ -283,7 +283,7 @@ def test_a_wrong_contestant_is_one_sentence(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--contestants", "fastsiam,lightning"]
     assert time_to_accuracy.main(arguments) == 2
     assert (
-        "--contestants: 'lightning' is not one of fastsiam, fastsiam + 4 views, fastsiam + growing views, authors"
+        "--contestants: 'lightning' is not one of fastsiam, fastsiam plain, fastsiam + 4 views, fastsiam + growing"
         in capsys.readouterr().err
     )
 
