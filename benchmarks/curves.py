@@ -52,7 +52,8 @@ def draw(found: list[Standing], controls: list[dict], folder: Path, name: str) -
     params = found[0].params
     setting = f"{params['encoder']}, {params['size']} px, batch {params['batch']}"
     images = f"{params['images']:,} images of {params['data']}"
-    figure.suptitle(f"{setting}: {images}, {params['seconds'] / 60:g} minutes of training each", fontsize=10)
+    minutes = f"{params['seconds'] / 60:g} minute" + ("" if params["seconds"] == 60 else "s")
+    figure.suptitle(f"{setting}: {images}, {minutes} of training each", fontsize=10)
     paths = [folder / f"{name}.{ending}" for ending in ("png", "svg")]
     for path in paths:
         figure.savefig(path, dpi=150)
