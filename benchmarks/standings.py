@@ -167,6 +167,7 @@ def rows(lines: list[dict]) -> list[dict]:
         first = standing.runs[0]
         found.append(
             {
+                "benchmark": BENCHMARK,
                 "variant": standing.variant,
                 # The target is said once, in the caption.
                 "params": {**standing.params, "target": f"{standing.target:g} %"},

@@ -48,7 +48,8 @@ def machines(found: dict[str, list[list[dict]]]) -> list[list[dict]]:
     for benchmark in asked:
         for lines in found.get(benchmark, []):
             environment = lines[0]["environment"]
-            rows = _of_a_race(lines) if benchmark == standings.BENCHMARK else lines
+            # A line of a race is one run of a contestant.
+            rows = standings.rows(lines) if benchmark == standings.BENCHMARK else lines
             by_name.setdefault((environment["gpu"], environment["cpu"]), []).extend(rows)
     return list(by_name.values())
 
@@ -88,11 +89,6 @@ def _against(question, ours, theirs):
     if question.percents:
         return f"{ours[question.percents] - theirs[question.percents]:+.1f} points"
     return f"{number(ours[question.key] / theirs[question.key])}x"
-
-
-def _of_a_race(lines):
-    """One line a contestant in place of one a run; those that are absent have no number."""
-    return [{**row, "benchmark": standings.BENCHMARK} for row in standings.rows(lines)]
 
 
 def _line(question, variant, lines):

@@ -17,9 +17,9 @@ def let_threads_sleep() -> None:
     """At OpenMP's barriers, after a few microseconds; to be called before torch is imported.
 
     Threads that spin there starve the decoder's on small machines: with both cores of a 2-core CPU busy, a step of the
-    quickstart takes 1.3 to 3.1 s spinning and 0.4 to 0.5 s sleeping. Most barriers are shorter than falling asleep:
-    with 1,000 turns before it the two cores come to 1,109 images/s in place of 954 where nothing else runs, and to no
-    less beside other jobs.
+    quickstart takes 1.3 to 3.1 s spinning and 0.4 to 0.5 s sleeping. Most waits there are shorter than falling asleep
+    takes: where nothing else runs, 1,000 turns before it gave 981 to 1,134 images/s in place of 836 to 975, and beside
+    other jobs no fewer (benchmarks/NOTES.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

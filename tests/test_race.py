@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.contestants import PEERS, Loading, Peer, build_fastsiam, overrides_of, seed_everything
-from benchmarks.race import Clock, Job, Point, against_the_clock, try_loadings, warm_up
+from benchmarks.race import Clock, Job, Point, against_the_clock, controls, try_loadings, warm_up
 from fastsiam import host_memory
 from fastsiam.data.sources import open_source
 
@@ -97,6 +97,11 @@ def test_every_size_of_views_is_warmed_up_before_the_clock(tiny_config):
     warm_up(contestant, config, steps=2)
     assert sizes == [24, 24, 32, 32]
     assert next(contestant.batches()).shape[-1] == 24
+
+
+def test_controls_see_views_of_the_full_size(tiny_config):
+    """Views that grow begin small, and batch-norm statistics of those are not what is evaluated."""
+    assert controls(tiny_config("views.size=8..16")) == controls(tiny_config())
 
 
 class Paced:
