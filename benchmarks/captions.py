@@ -15,7 +15,7 @@ def number(value: float) -> str:
 
 
 def caption(lines: list[dict], constant: dict, commit: str | None = None) -> str:
-    """Machine, versions, what all rows share, n, commit and day, and how to get what is absent."""
+    """Machine, versions, what all rows share, n, commit and days, and how to get what is absent."""
     machine = lines[0]["environment"]
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     if machine["gpu"]:
@@ -28,7 +28,9 @@ def caption(lines: list[dict], constant: dict, commit: str | None = None) -> str
     n = f"n = {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "") if counts else "n = 0"
     shared = [f"{name} {param(value)}" for name, value in constant.items()]
     commit = commit or (f"commit {machine['commit'][:12]}" if machine["commit"] else "no commit")
-    parts = [where, ", ".join(versions), ", ".join([*shared, n]), commit, machine["date"][:10]]
+    days = sorted({line["environment"]["date"][:10] for line in lines})
+    when = " to ".join(dict.fromkeys((days[0], days[-1])))
+    parts = [where, ", ".join(versions), ", ".join([*shared, n]), commit, when]
     missing = {line["variant"]: line[ABSENT] for line in lines if line.get(ABSENT)}
     parts += [f"{variant} is absent: {sentence}" for variant, sentence in missing.items()]
     return "; ".join(filter(None, parts)) + "."
