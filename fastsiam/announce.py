@@ -34,7 +34,7 @@ def opening_lines(
 ) -> list[str]:
     """Everything that was chosen, before the first step: data, backend, views, model, step, schedule.
 
-    `left_out`: what a scan leaves out of the training images and of those for kNN.
+    `left_out`: a text each of what is passed over in the folders and left out by a scan, for training and for kNN.
     """
     model, train = config.model, config.train
     device = choose_device(train.device)
@@ -45,7 +45,7 @@ def opening_lines(
     if num_train:
         val = f", {num_val:,} for kNN under {config.data.val}" if num_val else ", no kNN"
         lines.append(f"data      {num_train:,} images under {config.data.train}{val}")
-        lines += [f"left out  {text}" for text in left_out if text]
+        lines += [f"left out  {text}" for text in left_out]
     if world_size > 1:
         share = train.batch_size // world_size
         lines.append(f"ranks     {world_size}, {share} images a step each; batch-norm statistics over all of them")
@@ -116,7 +116,7 @@ def schedule_line(config: Config, steps_per_epoch: int) -> str:
 def session_lines(session) -> list[str]:
     """The first lines of a run."""
     config, sources = session.config, (session.source, session.val)
-    left_out = [source.left_out for source in sources if source is not None]
+    left_out = [text for source in sources if source is not None for text in source.left_out_texts()]
     counts = [len(source or ()) for source in sources]
     where = f"run folder {session.folder.path}"
     lines = opening_lines(config, *counts, session.loader_text, where, left_out, session.world.size)
@@ -135,6 +135,7 @@ def described(session) -> dict:
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == session.dtype),
         "compile": session.compiles,
         **{key: len(source) for key, source in sources.items() if source is not None},
+        **{f"{key}_left_out": source.left_out for key, source in sources.items() if source and source.left_out},
         "images_per_epoch": session.loader.steps_per_epoch * session.config.train.batch_size,
     }
 
@@ -310,6 +311,6 @@ def _count(config: Config) -> tuple[int, int, list[str]]:
         return demo.TRAIN_PER_CLASS * len(demo.CLASSES), demo.VAL_PER_CLASS * len(demo.CLASSES), []
     train = open_source(data.train, scanned=data.manifest)
     if data.val is None or not Path(data.val).exists():
-        return len(train), 0, [train.left_out]
+        return len(train), 0, train.left_out_texts()
     val = open_source(data.val, "data.val")
-    return len(train), len(val), [train.left_out, val.left_out]
+    return len(train), len(val), train.left_out_texts() + val.left_out_texts()

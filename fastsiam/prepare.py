@@ -69,8 +69,8 @@ def _add_pack(commands):
 def _pack(arguments):
     shard_bytes = pack.parse_size(arguments.shard_size)
     source = open_source(arguments.source, "SRC")
-    if source.left_out:
-        _say(f"left out  {source.left_out}")
+    for text in source.left_out_texts():
+        _say(f"left out  {text}")
     with _progress("packing") as progress:
         shards = pack.pack(source, arguments.out, shard_bytes, progress)
     _say(f"{arguments.out} holds {shards} shards; data.train={arguments.out} reads them")
@@ -116,6 +116,8 @@ def _scan(arguments):
             progress=progress,
         )
     _print_verdicts(rows)
+    for text in source.left_out_texts():
+        _say(f"left out  {text}")
     _say(f"manifest  {path}" + (f"; data.manifest={path} names it to a run" if arguments.out else ""))
 
 

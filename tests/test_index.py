@@ -1,6 +1,7 @@
 """The list of a folder is kept, and taken from the cache only while the folder is as it was."""
 
 import io
+import json
 import os
 import tarfile
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastsiam.data.backends import open_backend
 from fastsiam.data.headers import PLAIN, UNKNOWN, UNREADABLE
 from fastsiam.data.index import cache_folder
 from fastsiam.data.loader import Loader
+from fastsiam.data.pack import pack
 from fastsiam.data.sources import open_source
 from fastsiam.data.views import RECIPES
 
@@ -217,3 +219,22 @@ def test_foreign_shards_are_read_through_once(folder, monkeypatch):
     with tarfile.open(shards / "1.tar", "a") as tar:
         tar.add(folder / "class3/03.png", "added.png")
     assert len(open_source(str(shards))) == 21
+
+
+def test_a_pack_of_an_earlier_version_is_read_as_it_is(folder, tmp_path):
+    pack(open_source(str(folder)), tmp_path / "packed", 10**9)
+    expected = columns(open_source(str(tmp_path / "packed")))
+    note = tmp_path / "packed" / index.PACK_INDEX / "index.json"
+    fields = json.loads(note.read_text()) | {"version": 1}
+    del fields["left_out"]
+    note.write_text(json.dumps(fields))
+    assert columns(open_source(str(tmp_path / "packed"))) == expected
+
+
+def test_what_was_passed_over_is_kept_with_the_list(folder, tmp_path):
+    files = open_source(str(folder)).left_out
+    left_out = {"dead links": 12, ".heic (pip install pillow-heif)": 3}
+    found = index.unread(index.open_folder(folder, "data.train").files._replace(left_out=left_out))
+    index.write_index(tmp_path / "kept", found, {"listed_ns": 0, "directories": [], "files": []})
+    assert files == {}
+    assert index.read_index(tmp_path / "kept", folder, cached=True).files.left_out == left_out

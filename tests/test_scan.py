@@ -171,7 +171,7 @@ def test_what_has_changed_is_scanned_again(folder):
 
 
 def test_runs_find_the_manifest_and_read_no_header_that_it_holds(folder, monkeypatch):
-    assert open_source(str(folder)).left_out == ""
+    assert open_source(str(folder)).left_out_by_scan == ""
     scanned(folder)
     source = open_source(str(folder))
     for index, (name, (_, verdict, kind, size)) in enumerate(files().items()):
@@ -182,7 +182,7 @@ def test_runs_find_the_manifest_and_read_no_header_that_it_holds(folder, monkeyp
     monkeypatch.setattr(sources, "read_header", lambda *a: pytest.fail("a header was read"))
     assert source.look(np.arange(17)) == {}
     path = manifest.default_path(cache_folder(folder))
-    assert source.left_out == (
+    assert source.left_out_by_scan == (
         f"9 of the 17 images under {folder}, by {path}: 2 empty, 1 not an image, 3 truncated, 1 too large, "
         "1 duplicate, 1 constant"
     )
@@ -205,9 +205,9 @@ def test_what_a_scan_leaves_out_is_not_used_and_not_counted(folder, backend):
 def test_a_manifest_elsewhere_is_named_by_the_config(folder, tmp_path, tiny_config):
     path = tmp_path / "found.tsv"
     scan.scan(sources.open_unscanned(str(folder), "scan"), path, workers=0, max_pixels=LIMIT)
-    assert open_source(str(folder)).left_out == ""
+    assert open_source(str(folder)).left_out_by_scan == ""
     config = tiny_config(f"data.train={folder}", f"data.manifest={path}", "data.val=null", "data.backend=pil")
-    assert build_loader(config).source.left_out.startswith("9 of the 17 images")
+    assert build_loader(config).source.left_out_by_scan.startswith("9 of the 17 images")
     with pytest.raises(UserError, match=r"data.manifest: the manifest .*nowhere.tsv cannot be read"):
         open_source(str(folder), scanned=str(tmp_path / "nowhere.tsv"))
     (tmp_path / "list.txt").write_text("images/a_good.jpg\n")

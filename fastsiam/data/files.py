@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,8 @@ class Files(NamedTuple):
     classes: tuple[str, ...]
     packed: Packed | None = None
     """None where each image is a file of its own."""
+    left_out: Mapping[str, int] = {}
+    """How many files and folders are passed over, by a reason of `fastsiam.data.left_out`."""
 
 
 def fingerprint(names: np.ndarray, file_sizes: np.ndarray) -> str:

@@ -25,8 +25,9 @@ from fastsiam.data.shards import files_of_shards, shards_of_folder
 # In a folder that `fastsiam.prepare pack` has written, or has begun to write.
 PACK_INDEX, PACK_INCOMPLETE = "fastsiam-index", "fastsiam-pack.incomplete"
 
-# Another number where the same files would be listed, labelled or judged otherwise.
-_VERSION = 1
+# Another number where the same files would be listed, labelled or judged otherwise. A pack is not listed: earlier
+# ones are read as they are.
+_VERSION, _PACK_VERSIONS = 2, (1, 2)
 _SAMPLE = 1000
 # A change in the same tick of the file system's clock as the listing would go unseen: whole seconds on some.
 _SETTLED_NS = 2_000_000_000
@@ -107,6 +108,7 @@ def write_index(folder: Path, index: Index, state: dict, keep: Callable[[], bool
         "fingerprint": fingerprint(files.names, files.file_sizes),
         "classes": files.classes,
         "shards": files.packed.shards if files.packed else None,
+        "left_out": dict(files.left_out),
         **state,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +139,8 @@ def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
     """
     try:
         note = json.loads((folder / "index.json").read_text(encoding="ascii"))
-        if note["version"] != _VERSION or (cached and not _is_unchanged(root, note)):
+        known = (_VERSION,) if cached else _PACK_VERSIONS
+        if note["version"] not in known or (cached and not _is_unchanged(root, note)):
             return None
         load = {name: _load(folder / f"{name}.npy", "r") for name in ("names", "file_sizes", "labels")}
         packed = None
@@ -149,7 +152,8 @@ def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
                 return None
             places = (_load(folder / f"{name}.npy", "r") for name in ("shard", "offset"))
             packed = Packed(tuple(note["shards"]), *places)
-        files = Files(root=root, **load, classes=tuple(note["classes"]), packed=packed)
+        left_out = note.get("left_out", {})
+        files = Files(root=root, **load, classes=tuple(note["classes"]), packed=packed, left_out=left_out)
         mode = "r+" if cached and os.access(folder / "kinds.npy", os.W_OK) else "c"
         image_sizes, cached_kinds = (_load(folder / f"{name}.npy", mode) for name in ("image_sizes", "kinds"))
         if {len(column) for column in (*load.values(), image_sizes, cached_kinds)} != {len(files.names)}:

@@ -1,9 +1,9 @@
 """What images there are, and where the bytes of each lie: a folder, a text list, or tar shards."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from fastsiam.data import beton, demo, manifest
 from fastsiam.data.files import Files, Packed, files_of_list, fingerprint
 from fastsiam.data.headers import UNKNOWN, UNREADABLE, BadImageError, read_header
 from fastsiam.data.index import Index, cache_folder, open_folder, unread
+from fastsiam.data.left_out import in_words
 
 _READERS = 8
 
@@ -43,8 +44,10 @@ class ImageSource:
     """`kinds` in the index cache, where `look` writes too; a file that cannot be read is looked at again next time."""
     known_fingerprint: str | None = None
     """From the index; None: `fingerprint` computes it."""
-    left_out: str = ""
-    """How many images a scan leaves out, why, and by which manifest; empty for none."""
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    """How many files and folders below the root are passed over and are not among the N, by reason."""
+    left_out_by_scan: str = ""
+    """How many of the N a scan leaves out, why, and by which manifest; empty for none."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -99,6 +102,11 @@ class ImageSource:
         self.look(indices)
         return self.image_sizes[indices]
 
+    def left_out_texts(self) -> list[str]:
+        """What is passed over, and what a scan leaves out, in a sentence each; empty for nothing."""
+        passed_over = f"{in_words(self.left_out)} under {self.root}" if self.left_out else ""
+        return [text for text in (passed_over, self.left_out_by_scan) if text]
+
     def fingerprint(self) -> str:
         """Hash of relative names and file sizes: the same data under another root has the same one."""
         return self.known_fingerprint or fingerprint(self.names, self.file_sizes)
@@ -121,7 +129,7 @@ def open_source(location: str, key: str = "data.train", scanned: str | None = No
     if scanned is None and not path.exists():
         return source
     left_out = manifest.apply(path, source, "data.manifest" if scanned is not None else key)
-    return replace(source, left_out=left_out)
+    return replace(source, left_out_by_scan=left_out)
 
 
 def open_unscanned(location: str, key: str) -> ImageSource:
