@@ -14,6 +14,7 @@ from fastsiam.data.sources import open_source
 from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision, environment
 from fastsiam.distributed import World, restarts
 from fastsiam.energy import kilowatt_hours
+from fastsiam.kernels import numba_cache
 from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.laps import Lap
 from fastsiam.optim import large_batch_warning, scale_at
@@ -62,6 +63,8 @@ def opening_lines(
         f"compile {'on' if choose_compile(train.compile, device) else 'off'}, "
         f"loss {'fused (Triton)' if device.type == 'cuda' else 'in plain torch'}",
     ]
+    if numba_cache.NOTE and device.type == "cpu":
+        lines.append(f"cache     {numba_cache.NOTE}")
     return lines
 
 
@@ -92,7 +95,8 @@ def _augmenter_text(config, device):
     colour = f"colour {config.views.color}, augmented by "
     if device.type == "cuda":
         return colour + "Triton"
-    first = "" if is_compiled(config.views.color == "exact") else " (compiled now, once on this machine: about 15 s)"
+    once = "once on this machine" if numba_cache.KEEPS_CODE else "at each start"
+    first = "" if is_compiled(config.views.color == "exact") else f" (compiled now, {once}: about 15 s)"
     return f"{colour}numba{first}"
 
 

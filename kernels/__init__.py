@@ -4,6 +4,7 @@ Each public function here has its mathematics in plain torch in `reference.py`, 
 suffix `_ref`.
 """
 
+from fastsiam.cache_dirs import place_triton_cache
 from fastsiam.kernels.augment import augment_views
 from fastsiam.kernels.cosine import (
     negative_cosine,
@@ -21,3 +22,5 @@ __all__ = [
     "negative_cosine_asymmetric",
     "negative_cosine_mean_target",
 ]
+
+place_triton_cache()

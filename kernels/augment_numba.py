@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numba.extending import overload
 
+from fastsiam.kernels.numba_cache import KEEPS_CODE
 from fastsiam.kernels.numba_threads import as_torch_has
 from fastsiam.kernels.reference import LUMA
 from fastsiam.kernels.table import BLUR, COLOR, FLIP, REACH, SOLARIZE
@@ -19,7 +20,7 @@ from fastsiam.kernels.table import BLUR, COLOR, FLIP, REACH, SOLARIZE
 # Blur weights below 2^-24 of the largest are lost in fp32: at sigma 0.1 one tap remains, at 1 six each side.
 NEGLIGIBLE = 2.0**-24
 R_WEIGHT, G_WEIGHT, B_WEIGHT = (np.float32(weight) for weight in LUMA)
-JIT = {"fastmath": True, "cache": True}
+JIT = {"fastmath": True, "cache": KEEPS_CODE}
 
 
 def augment_on_cpu(crops, table, scale, bias, exact, dtype):
@@ -42,7 +43,7 @@ def augment_on_cpu(crops, table, scale, bias, exact, dtype):
 def is_compiled(exact):
     """Whether a run of this colour mode finds compiled code on the disk; the first one compiles for 10 to 20 s."""
     kernel = _augment_exactly if exact else _augment_by_matrix
-    return any(Path(kernel.stats.cache_path).glob(f"*.{kernel.__name__}-*.nbi"))
+    return KEEPS_CODE and any(Path(kernel.stats.cache_path).glob(f"*.{kernel.__name__}-*.nbi"))
 
 
 # Two functions, so that a run compiles only the colour mode that it uses.

@@ -11,10 +11,11 @@ import torch
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from fastsiam.kernels.numba_cache import KEEPS_CODE
 from fastsiam.kernels.numba_threads import as_torch_has
 from fastsiam.kernels.reference import CROP_EDGE
 
-JIT = {"fastmath": True, "cache": True}
+JIT = {"fastmath": True, "cache": KEEPS_CODE}
 
 
 def crop_on_cpu(addresses: np.ndarray, sizes: np.ndarray, boxes: np.ndarray, size: int) -> torch.Tensor:

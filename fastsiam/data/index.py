@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastsiam.cache_dirs import cache_root
 from fastsiam.config import UserError
 from fastsiam.data.files import Directory, Files, Packed, files_of_folder, fingerprint, is_outside, no_images, walk
 from fastsiam.data.headers import UNKNOWN, UNREADABLE
@@ -45,11 +46,6 @@ class Index(NamedTuple):
     """The same in the cache, where what was read of a header is written too; None where there is no cache."""
     fingerprint: str | None
     """None where nobody has computed it."""
-
-
-def cache_root() -> Path:
-    """$XDG_CACHE_HOME/fastsiam; below ~/.cache where the variable is not set."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastsiam"
 
 
 def cache_folder(location: Path) -> Path:

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fastsiam.cache_dirs import cache_root
 from fastsiam.config import UserError
 from fastsiam.data.backends import choose_backend, open_backend
 from fastsiam.data.headers import UNKNOWN, UNREADABLE, UNWANTED
-from fastsiam.data.index import cache_root
 from fastsiam.data.loader import Backend, CropRequest, check_delivery
 from fastsiam.data.skip import UndecodableError
 from fastsiam.data.sources import ImageSource
