@@ -24,7 +24,7 @@ def build_optimizer(method, config: Config) -> torch.optim.Optimizer:
         return LARS(groups, **numbers, trust=settings.lars_trust)
     if settings.implementation == "apex":
         return _apex_sgd(groups, numbers)
-    return torch.optim.SGD(groups, **numbers, fused=True)
+    return _fused_sgd(groups, numbers)
 
 
 def parameter_groups(method, config: Config) -> list[dict]:
@@ -49,6 +49,28 @@ def _split_by_dimension(group):
         group | {"params": weights, "adapt": True},
         group | {"params": vectors, "adapt": False, "weight_decay": 0.0},
     ]
+
+
+def _fused_sgd(groups, numbers):
+    """torch's fused SGD, whose momentum begins at zero.
+
+    Left to itself it allocates momentum in its first step with `torch.empty_like`, for the kernel to fill. Where fp16
+    overflows in that step the kernel fills nothing, and the next step takes the memory as it is for momentum (torch
+    2.14). From zero the first step is the same to the bit: momentum * 0 + gradient.
+    """
+    optimizer = torch.optim.SGD(groups, **numbers, fused=True)
+    if numbers["momentum"]:
+        _begin_momentum(optimizer)
+        # A checkpoint of step 0 may hold none.
+        optimizer.register_load_state_dict_post_hook(_begin_momentum)
+    return optimizer
+
+
+def _begin_momentum(optimizer):
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _apex_sgd(groups, numbers):

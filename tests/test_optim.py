@@ -10,6 +10,66 @@ from fastsiam.methods import build_method
 from fastsiam.optim import build_optimizer, large_batch_warning, scale_at, set_learning_rate
 
 
+def small(*overrides):
+    return load_config("quickstart", ["model.width=8", "optimizer.base_lr=0.4", "train.batch_size=128", *overrides])
+
+
+def train_steps(optimizer, method, gradients, scaler=None):
+    """The weights after a step with each of `gradients`, the value of all entries of the gradient."""
+    for gradient in gradients:
+        for parameter in method.parameters():
+            parameter.grad = torch.full_like(parameter, gradient) * torch.linspace(1, 2, parameter.shape[-1])
+        if scaler:
+            # As the backward of a scaled loss leaves them.
+            for parameter in method.parameters():
+                parameter.grad *= scaler.scale(torch.ones(()))
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+    return [parameter.detach().clone() for parameter in method.parameters()]
+
+
+@pytest.mark.parametrize("loads", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_a_first_step_that_overflows_leaves_no_trace_in_the_momentum(name, loads):
+    """Memory that nobody has written is NaN here, and steps after the skipped one are those of a run without it.
+
+    `loads`: the state of a checkpoint that was written before the first step.
+    """
+    found = []
+    for gradients, scaler in (((math.inf, 0.1, -0.2), torch.amp.GradScaler("cpu")), ((0.1, -0.2), None)):
+        torch.manual_seed(0)
+        config = small(f"optimizer.name={name}", *(["train.precision=fp16"] if scaler else []))
+        method = build_method(config)
+        optimizer = build_optimizer(method, config)
+        if loads:
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": {}})
+        torch.use_deterministic_algorithms(True)
+        try:
+            found.append(train_steps(optimizer, method, gradients, scaler))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert all(weight.isfinite().all() for weight in found[0])
+    torch.testing.assert_close(*found, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_momentum_from_zero_is_torchs_sgd_to_the_bit(momentum):
+    found = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        config = small(f"optimizer.momentum={momentum}")
+        method = build_method(config)
+        optimizer = build_optimizer(method, config)
+        if not ours:
+            optimizer = torch.optim.SGD(
+                method.parameters(), config.learning_rate, momentum, weight_decay=config.optimizer.weight_decay, fused=True
+            )
+        found.append(train_steps(optimizer, method, (0.1, -0.2, 0.3)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("epochs", [1, 3, 7, 49, 100, 800, 999])
 @pytest.mark.parametrize("steps_per_epoch", [1, 3, 62])
 def test_cosine_per_epoch_is_the_authors_formula_at_every_step(epochs, steps_per_epoch):
@@ -41,10 +101,6 @@ def test_cosine_and_constant_after_warmup():
     assert scale_at(0.5, "cosine", 0.0) == pytest.approx(0.5)
     assert scale_at(0.99, "constant", 0.1) == 1
     assert scale_at(0.02, "constant", 0.1) == pytest.approx(0.2)
-
-
-def small(*overrides):
-    return load_config("quickstart", ["model.width=8", "optimizer.base_lr=0.4", "train.batch_size=128", *overrides])
 
 
 def test_the_predictor_keeps_its_rate_where_it_is_fixed():
