@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 
 from fastsiam.config import load_config
 from fastsiam.data.demo import draw_demo
+from tests import optional
 from tests.gpu_record import GpuRecord
 from tests.ranks import Ranks
 
@@ -145,9 +146,23 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu run where there is a CUDA device; the only reason for which a test may be skipped."""
-    if torch.cuda.is_available():
-        return
+    """Skip tests marked gpu where there is no CUDA device, and `needs` where a library is missing; CI has them all."""
+    gpu = torch.cuda.is_available()
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))
+        for mark in item.iter_markers("needs"):
+            for library in mark.args:
+                if not optional.installed(library):
+                    item.add_marker(pytest.mark.skip(reason=optional.reason(item, library)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Skip a test that cannot import what is not installed; `needs` is for those in which that looks otherwise."""
+    report = yield
+    library = optional.missing(call.excinfo.value) if report.failed and call.excinfo else None
+    if library:
+        path, line, _ = item.location
+        report.outcome, report.longrepr = "skipped", (path, line + 1, f"Skipped: {optional.reason(item, library)}")
+    return report

@@ -12,7 +12,6 @@ import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data import draws
 from fastsiam.data.backends import open_backend
-from fastsiam.data.dali_recipe import open_recipe
 from fastsiam.data.loader import Loader
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import open_source
@@ -26,6 +25,8 @@ NOTHING = dataclasses.replace(EVERYTHING, flip=0.0, jitter=0.0, grayscale=0.0, b
 
 
 def make(photos, spec, dtype=torch.float32, skip=None, batch_size=8, device="cpu"):
+    from fastsiam.data.dali_recipe import open_recipe
+
     source = open_source(str(photos))
     backend = open_recipe(source, (spec, spec), batch_size, 1, torch.device(device), dtype)
     numbers = {"batch_size": batch_size, "seed": 0, "dtype": dtype}

@@ -12,7 +12,6 @@ from torch.utils import data as torch_data
 from fastsiam.checkpoint import identity
 from fastsiam.config import UserError, load_config
 from fastsiam.data.backends import build_loader, check_grows, open_backend
-from fastsiam.data.dali_recipe import open_recipe
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources import open_source
 from fastsiam.data.synthetic import SyntheticLoader
@@ -154,6 +153,8 @@ def make(photos, backend, size, num_views=2, workers=None):
     source = beton_of(photos, "mixed") if backend == "ffcv" else open_source(str(photos))
     workers = (0 if backend == "pil" else 1) if workers is None else workers
     if backend == "dali's recipe":
+        from fastsiam.data.dali_recipe import open_recipe
+
         opened = open_recipe(source, specs, 5, workers, CPU, torch.float32)
     else:
         opened = open_backend(backend, source, size, num_views, 5, workers, CPU, 200)

@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from fastsiam.data.backends import open_backend
-from fastsiam.data.dali import decoder_memory
 from fastsiam.data.headers import ODD, PLAIN, UNKNOWN, UNREADABLE
 from fastsiam.data.sources import open_source
 from fastsiam.session import Session
@@ -92,19 +91,21 @@ def grown(script, folder, backend, first):
     return [b - a for a, b in zip(before, after, strict=True)]
 
 
-@pytest.mark.parametrize("backend", ["dali", "pil"])
+@pytest.mark.parametrize("backend", [pytest.param("dali", marks=pytest.mark.needs("dali")), "pil"])
 def test_thirty_epochs_take_the_memory_of_five(folder, backend):
     built, found, more = grown(EPOCHS, folder, backend, first=5)
     assert (built, found) == (0, 0)
     assert more < GROWTH
 
 
+@pytest.mark.needs("dali")
 def test_changing_the_size_of_views_takes_no_memory(folder):
     built, found, more = grown(SIZES, folder, "dali", first=8)
     assert (built, found) == (21, 0)
     assert more < GROWTH
 
 
+@pytest.mark.needs("dali")
 def test_bad_files_take_no_memory(folder):
     """The last 180 of 200. DALI's graph is built again after each, or two where both were in flight."""
     built, found, more = grown(BAD_FILES, folder, "dali", first=11)
@@ -124,6 +125,8 @@ def known(folder, sizes, kinds=PLAIN):
 def test_the_mixed_decoder_is_sized_for_the_largest_image(folder):
     source = known(folder, [[900, 2000], [1500, 1000], [8000, 8000]], ODD)
     source.kinds[2] = UNREADABLE
+    from fastsiam.data.dali import decoder_memory
+
     found = decoder_memory(source, batch_size=64, threads=4, device_bytes=10**10)
     assert found == {
         "device_memory_padding": 8_100_000,
@@ -134,6 +137,8 @@ def test_the_mixed_decoder_is_sized_for_the_largest_image(folder):
 
 
 def test_an_image_too_large_to_allocate_for_is_left_to_growing(folder):
+    from fastsiam.data.dali import decoder_memory
+
     source = known(folder, [[10_000, 10_000]])
     paddings = {"device_memory_padding": 450_000_000, "host_memory_padding": 300_000_000}
     assert decoder_memory(source, batch_size=64, threads=4, device_bytes=18 * 10**9) == paddings
@@ -142,6 +147,8 @@ def test_an_image_too_large_to_allocate_for_is_left_to_growing(folder):
 
 def test_before_all_headers_are_read_nothing_is_assumed(folder):
     source = known(folder, [[900, 2000]])
+    from fastsiam.data.dali import decoder_memory
+
     source.kinds[7] = UNKNOWN
     assert decoder_memory(source, batch_size=64, threads=4, device_bytes=10**12) == {}
 

@@ -1,11 +1,9 @@
 """Reports in a real browser: nothing fetched, nothing complained of, every figure seen, on a phone and in the dark."""
 
-import shutil
-
 import pytest
-from playwright.sync_api import sync_playwright
 
 from fastsiam.report import main
+from tests.optional import browser_path
 from tests.report_runs import write_run
 from tests.test_report import EVIL
 
@@ -21,10 +19,10 @@ WIDTHS = "() => [document.documentElement.scrollWidth, innerWidth]"
 
 @pytest.fixture(scope="module")
 def browser():
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert path, "reports are tested in Chromium: apt-get install -y chromium"
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=browser_path(playwright), args=["--no-sandbox"])
         yield browser
         browser.close()
 

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from fastsiam.config import UserError, load_config
-from fastsiam.data import dali, draws, ffcv, pil
+from fastsiam.data import draws, pil
 from fastsiam.data.backends import build_loader, open_backend
-from fastsiam.data.dali_recipe import open_recipe
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources import open_source
 from fastsiam.data.views import RECIPES
@@ -114,6 +113,8 @@ def make(photos, backend, count):
     source = beton_of(photos, "mixed") if backend == "ffcv" else open_source(str(photos))
     own = backend == "dali's recipe"
     if own:
+        from fastsiam.data.dali_recipe import open_recipe
+
         opened = open_recipe(source, specs, 8, 1, CPU, torch.float32)
     else:
         opened = open_backend(backend, source, 16, count, 8, 0 if backend == "pil" else 1, CPU, 200)
@@ -162,6 +163,8 @@ def test_pil_decodes_an_image_once_for_all_its_views(photos, monkeypatch, count)
 
 @pytest.mark.parametrize("backend", ["dali", "dali's recipe"])
 def test_dalis_graph_has_one_decoder_for_all_views(photos, monkeypatch, backend):
+    from fastsiam.data import dali
+
     decoders = []
     real = dali.fn.decoders.image
     monkeypatch.setattr(dali.fn.decoders, "image", lambda *a, **k: decoders.append(1) or real(*a, **k))
@@ -173,6 +176,8 @@ def test_dalis_graph_has_one_decoder_for_all_views(photos, monkeypatch, backend)
 
 def test_ffcvs_operation_decodes_before_it_loops_over_views(photos, monkeypatch):
     """Its code as Python, with a decoder that counts."""
+    from fastsiam.data import ffcv
+
     calls = []
 
     class Plain:

@@ -124,7 +124,8 @@ def choose_backend(asked: str, location: str | Path | None = None) -> tuple[str,
         if asked == "dali" and not dali_installed():
             raise ImportError(
                 "data.backend: dali is not installed; pip install 'fastsiam[dali]' (CUDA 12, and machines without "
-                "a GPU) or 'fastsiam[dali-cu13]' (CUDA 13), or set data.backend=pil"
+                "a GPU) or 'fastsiam[dali-cu13]' (CUDA 13), or set data.backend=pil",
+                name="nvidia.dali",
             )
         return asked, "asked for"
     if dali_installed():

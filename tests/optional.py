@@ -1,0 +1,47 @@
+"""What some tests need beyond `pip install -e '.[dev]'`; where it is missing they are skipped and say how to get it."""
+
+import shutil
+from importlib import util
+
+import pytest
+
+# By the name that `@pytest.mark.needs` takes: the module, and what installs it.
+LIBRARIES = {
+    "dali": ("nvidia.dali", "pip install -e '.[dali]', or '.[dali-cu13]' beside a torch for CUDA 13"),
+    "ffcv": ("ffcv", "pip install -e '.[ffcv]' (it is compiled: the README names the packages for that)"),
+    "playwright": ("playwright", "pip install playwright"),
+}
+CHROMIUM = "no Chromium: apt-get install -y chromium, or without root: playwright install chromium"
+
+
+def installed(library: str) -> bool:
+    module = LIBRARIES[library][0]
+    try:
+        return util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        # The package that it would be in.
+        return False
+
+
+def reason(item: pytest.Item, library: str) -> str:
+    """Why a test is skipped: which one, what it misses, and the command that installs that."""
+    return f"{item.name.partition('[')[0]} needs {library}: {LIBRARIES[library][1]}"
+
+
+def missing(error: BaseException | None) -> str | None:
+    """The library whose absence led to this error, by the names of what could not be imported."""
+    while error is not None:
+        if isinstance(error, ImportError) and error.name:
+            for library, (module, _) in LIBRARIES.items():
+                # A namespace package may be absent with all that it would hold.
+                if f"{module}.".startswith(f"{error.name}.") and not installed(library):
+                    return library
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def browser_path(playwright) -> str:
+    """The system's Chromium, or the one that playwright has downloaded; skips the test where there is neither."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, (*names, playwright.chromium.executable_path))), None)
+    return path or pytest.skip(CHROMIUM)

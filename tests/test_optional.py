@@ -1,0 +1,79 @@
+"""The tests where ffcv, DALI, playwright or Chromium is missing: all collected, some skipped, none in the way."""
+
+import json
+import re
+
+from tests import optional
+from tests.conftest import run_python
+
+# `python -c WITHOUT '["ffcv", ...]' ARGUMENT ...`: pytest with these arguments, where those modules cannot be found.
+WITHOUT = """
+import importlib.machinery, json, os, sys
+hidden, find = set(json.loads(sys.argv[1])), importlib.machinery.PathFinder.find_spec
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name in hidden else find(name, path, target)
+
+sys.meta_path = [Finder if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+import pytest
+sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[2:]]))
+"""
+EVERYTHING = ("ffcv", "cv2", "nvidia.dali", "playwright")
+
+
+def without(modules, *arguments, **environment):
+    done = run_python("-c", WITHOUT, json.dumps(modules), *arguments, **environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_every_test_is_collected_where_they_are_missing():
+    """With -m gpu, the documented command, on whose machines they are missing more often than not."""
+    code, printed = without(EVERYTHING, "--collect-only", "-q", "-m", "gpu")
+    assert code == 0, printed[-2000:]
+    (chosen, all_of_them) = re.search(r"^(\d+)/(\d+) tests collected", printed, re.MULTILINE).groups()
+    assert int(chosen) >= 28
+    assert int(all_of_them) > 1700
+
+
+SKIPPED = {
+    "test_view_count.py::test_ffcvs_operation_decodes_before_it_loops_over_views": "ffcv",
+    "test_parity.py::test_the_same_seed_gives_the_same_order_and_boxes[ffcv]": "ffcv",
+    "test_view_count.py::test_dalis_graph_has_one_decoder_for_all_views": "dali",
+    "test_loader_memory.py::test_changing_the_size_of_views_takes_no_memory": "dali",
+    "test_report_page.py::test_names_from_outside_stay_text": "playwright",
+}
+
+
+def test_a_test_without_its_library_is_skipped_and_says_what_installs_it():
+    other = "test_view_count.py::test_draws_of_further_views_are_spread_as_those_of_the_first"
+    code, printed = without(EVERYTHING, "-q", *(f"tests/{test}" for test in (*SKIPPED, other)))
+    assert code == 0, printed[-2000:]
+    for test, library in SKIPPED.items():
+        name = re.escape(test.partition("::")[2].partition("[")[0])
+        assert re.search(rf"^SKIPPED .*\b{name} needs {library}: pip install \S+", printed, re.MULTILINE), printed
+    assert re.search(r"^1 passed, \d skipped", printed, re.MULTILINE), printed
+
+
+def test_an_error_that_is_no_missing_library_fails(monkeypatch):
+    """Where a library is there, nothing that it raises is a reason to skip."""
+    monkeypatch.setattr(optional, "installed", lambda library: library != "ffcv")
+    assert optional.missing(ModuleNotFoundError("no", name="ffcv")) == "ffcv"
+    assert optional.missing(ModuleNotFoundError("no", name="nvidia.dali")) is None
+    assert optional.missing(ModuleNotFoundError("no", name="fastsiam.data.ffcv")) is None
+    assert optional.missing(ImportError("no name")) is None
+    assert optional.missing(None) is None
+    monkeypatch.setattr(optional, "installed", lambda library: False)
+    assert optional.missing(ModuleNotFoundError("no", name="nvidia")) == "dali"
+    wrapped = ImportError("says what to install")
+    wrapped.__cause__ = ModuleNotFoundError("no", name="ffcv")
+    assert optional.missing(wrapped) == "ffcv"
+
+
+def test_without_chromium_pages_are_skipped(tmp_path):
+    """A PATH without any, and no download of playwright's own."""
+    test = "tests/test_report_page.py::test_names_from_outside_stay_text"
+    code, printed = without((), "-q", test, PATH=str(tmp_path), PLAYWRIGHT_BROWSERS_PATH=str(tmp_path))
+    assert code == 0, printed[-2000:]
+    assert "playwright install chromium" in printed
