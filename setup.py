@@ -11,6 +11,9 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # fastsiam/kernels and fastsiam/configs are symlinks to the top-level folders: one import name everywhere.
+    # Named, an editable install puts the checkout on sys.path: from the folder above a clone, where `fastsiam` is also
+    # the name of the clone's folder, a finder that comes after the path would lose to it.
+    package_dir={"": "."},
     packages=[*find_packages(include=["fastsiam", "fastsiam.*"]), "fastsiam.configs"],
     package_data={"fastsiam.configs": ["*.yaml"], "fastsiam.reports": ["page.css"]},
     install_requires=[
