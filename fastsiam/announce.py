@@ -1,5 +1,6 @@
 """What a run says of itself: its first lines, its last ones, and the dry run."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -282,8 +283,10 @@ def knn_text(knn: float | None) -> str:
 
 
 def dry_run(config: Config) -> None:
-    """Print the resolved config and what would run; draws and writes nothing. Raises what the run would raise."""
-    print(config.to_yaml())
+    """Print the resolved config on stdout, what would run on stderr; draws and writes nothing.
+
+    Raises what the run would raise, with nothing on stdout.
+    """
     world = World.of_environment()
     check_divides(config.train.batch_size, world.size)
     name, _ = choose_backend(config.data.backend, config.data.train)
@@ -299,10 +302,12 @@ def dry_run(config: Config) -> None:
     check_grows(config, steps_per_epoch)
     where = f"would run in {config.run.dir}/{config.run.name}"
     lines = opening_lines(config, num_train, num_val, name, where, left_out, world.size)
-    print("\n".join(lines))
-    print(schedule_line(config, steps_per_epoch))
+    lines.append(schedule_line(config, steps_per_epoch))
     if warning := large_batch_warning(config):
-        print(f"warning: {warning}")
+        lines.append(f"warning: {warning}")
+    # A file made of stdout is a config that can be run.
+    print(config.to_yaml(), end="", flush=True)
+    print("\n".join(lines), file=sys.stderr)
 
 
 def _count(config: Config) -> tuple[int, int, list[str]]:
@@ -311,7 +316,7 @@ def _count(config: Config) -> tuple[int, int, list[str]]:
     if data.backend == "synthetic":
         return 0, 0, []
     if data.demo_seed is not None and not Path(data.train).exists():
-        print(f"the demo images of seed {data.demo_seed} would be drawn to {Path(data.train).parent}")
+        print(f"the demo images of seed {data.demo_seed} would be drawn to {Path(data.train).parent}", file=sys.stderr)
         return demo.TRAIN_PER_CLASS * len(demo.CLASSES), demo.VAL_PER_CLASS * len(demo.CLASSES), []
     train = open_source(data.train, scanned=data.manifest)
     if data.val is None or not Path(data.val).exists():

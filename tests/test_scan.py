@@ -231,7 +231,7 @@ def test_a_run_says_what_is_left_out(demo_folder, tmp_path, tiny, capsys):
     where.append(f"data.manifest={out}")
     for more in (["--dry-run"], []):
         assert train(["--config", "quickstart", *more, *tiny(*where)]) == 0
-        printed = capsys.readouterr().out
+        printed = "".join(capsys.readouterr())
         assert f"left out  1 of the 80 images under {tmp_path}/demo/train, by {out}: 1 truncated\n" in printed
 
 
