@@ -291,7 +291,7 @@ def conclude(folder: Path, params: dict) -> None:
     try:
         paths = curves.draw(found, controls_of, folder, BENCHMARK)
     except ImportError as error:
-        raise UserError(f"--out: the plot needs matplotlib ({error}); pip install 'fastsiam[peers]'") from error
+        raise UserError(f"--out: the plot needs matplotlib ({error}); pip install matplotlib") from error
     print(f"written: {', '.join(map(str, paths))}")
 
 

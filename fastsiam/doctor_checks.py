@@ -169,11 +169,11 @@ def check_dali(installed: dict[str, str], probe: Probe | None, torch_cuda: str |
     """`installed`: versions by distribution; `driver_cuda`: the major version that the driver knows, None: no GPU."""
     wheels = {name: int(match[1]) for name in installed if (match := _DALI.fullmatch(name))}
     torch_major = release(torch_cuda)[0] if torch_cuda else None
-    fits = "fastsiam[dali-cu13]" if (driver_cuda or 0) >= 13 and torch_major == 13 else "fastsiam[dali]"
+    fits = "nvidia-dali-cuda130" if (driver_cuda or 0) >= 13 and torch_major == 13 else "nvidia-dali-cuda120"
     if not wheels:
-        return Line("ok", "dali", f"not installed; pip install '{fits}' for speed")
+        return Line("ok", "dali", f"not installed; pip install {fits} for speed")
     if len(wheels) > 1:
-        cure = f"pip uninstall -y {' '.join(sorted(wheels))} && pip install '{fits}'"
+        cure = f"pip uninstall -y {' '.join(sorted(wheels))} && pip install {fits}"
         return Line("error", "dali", f"{' and '.join(sorted(wheels))} share one import path", cure)
     ((name, cuda),) = wheels.items()
     text = f"{name} {installed[name]}"
@@ -181,7 +181,7 @@ def check_dali(installed: dict[str, str], probe: Probe | None, torch_cuda: str |
         reason = probe.reason if probe else "no module nvidia.dali"
         cure = f"pip install --force-reinstall {name}, or set data.backend=pil"
         return Line("error", "dali", f"{text} cannot be imported ({reason})", cure)
-    change = f"pip uninstall -y {name} && pip install '{fits}'"
+    change = f"pip uninstall -y {name} && pip install {fits}"
     if driver_cuda and driver_cuda < cuda:
         return Line("error", "dali", f"{text} needs CUDA {cuda}, which the driver does not know", change)
     if release(installed[name])[:2] < OLDEST_DALI:
@@ -196,7 +196,7 @@ def check_dali(installed: dict[str, str], probe: Probe | None, torch_cuda: str |
 def check_ffcv(probe: Probe | None) -> Line:
     """None: not installed."""
     if probe is None:
-        return Line("ok", "ffcv", "not installed; pip install 'fastsiam[ffcv]' reads .beton files")
+        return Line("ok", "ffcv", "not installed; pip install ffcv setuptools reads .beton files")
     if probe.found is None:
         reason = probe.reason.removeprefix("ImportError: data.backend: ffcv ").partition("; it is built")[0]
         cure = (

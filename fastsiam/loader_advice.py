@@ -64,7 +64,7 @@ def advise(loading: Loading, window: Window) -> Advice | None:
     if window.wait_fraction <= WAIT_LIMIT or loading.backend in ("resident", "synthetic"):
         return None
     if loading.backend == "pil":
-        install = "" if loading.dali_installed else "pip install 'fastsiam[dali]', then "
+        install = "" if loading.dali_installed else "pip install nvidia-dali-cuda120, then "
         return Advice("PIL decodes and crops several times as slowly as DALI", f"{install}set data.backend=dali")
     if window.disk_cores >= DISK_LIMIT:
         if loading.small_files:

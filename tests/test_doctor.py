@@ -16,7 +16,7 @@ SOFTWARE = [
 ]  # fmt: skip
 MACHINE = ["cores", "memory", "shared memory", "open files", "run folder"]
 LINES = [
-    Line("ok", "dali", "not installed; pip install 'fastsiam[dali]' for speed"),
+    Line("ok", "dali", "not installed; pip install nvidia-dali-cuda120 for speed"),
     Line("warning", "data", "slow [/photos] of \udcff", "move [it]"),
 ]
 ERROR = Line("error", "torch", "cannot be imported", "pip install torch")
@@ -32,7 +32,7 @@ def test_what_is_printed(found, capsys):
     found(*LINES)
     assert doctor.main([]) == 0
     assert capsys.readouterr().out == (
-        "ok       dali  not installed; pip install 'fastsiam[dali]' for speed\n"
+        "ok       dali  not installed; pip install nvidia-dali-cuda120 for speed\n"
         "warning  data  slow [/photos] of \\xff; cure: move [it]\n"
         "errors: 0, warnings: 1\n"
     )

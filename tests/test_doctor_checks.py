@@ -61,7 +61,7 @@ def triton(version, requirement, ptxas="/bin/ptxas", gpu=True):
 
 
 CUDA12, CUDA13 = {"nvidia-dali-cuda120": "2.4.0"}, {"nvidia-dali-cuda130": "2.4.0"}
-INSTEAD = "pip uninstall -y nvidia-dali-cuda120 && pip install 'fastsiam[dali-cu13]'"
+INSTEAD = "pip uninstall -y nvidia-dali-cuda120 && pip install nvidia-dali-cuda130"
 
 # A line, its status, what its text has, and what its cure has.
 SOFTWARE = {
@@ -133,23 +133,23 @@ SOFTWARE = {
     "no Inductor": (checks.check_cxx_compiler(torch(inductor={"error": "no x"})), "warning", "(no x)", "compile=off"),
     "C++ compiler, no torch": (checks.check_cxx_compiler(FAILED), "ok", "not known", ""),
     "dali": (dali(CUDA13), "ok", "nvidia-dali-cuda130 2.4.0", ""),
-    "no dali": (dali({}, None), "ok", "pip install 'fastsiam[dali-cu13]'", ""),
-    "no dali, no gpu": (dali({}, None, driver=None), "ok", "pip install 'fastsiam[dali]'", ""),
-    "no dali, CUDA 12": (dali({}, None, "12.8", 12), "ok", "pip install 'fastsiam[dali]'", ""),
-    "no dali, torch for CUDA 12": (dali({}, None, "12.8", 13), "ok", "pip install 'fastsiam[dali]'", ""),
+    "no dali": (dali({}, None), "ok", "pip install nvidia-dali-cuda130", ""),
+    "no dali, no gpu": (dali({}, None, driver=None), "ok", "pip install nvidia-dali-cuda120", ""),
+    "no dali, CUDA 12": (dali({}, None, "12.8", 12), "ok", "pip install nvidia-dali-cuda120", ""),
+    "no dali, torch for CUDA 12": (dali({}, None, "12.8", 13), "ok", "pip install nvidia-dali-cuda120", ""),
     "dali of another CUDA": (dali(CUDA12), "warning", "brings CUDA 12 and torch CUDA 13 into one process", INSTEAD),
     "dali of another CUDA, no gpu": (dali(CUDA12, driver=None), "ok", "nvidia-dali-cuda120 2.4.0", ""),
     "dali twice": (
         dali(CUDA12 | CUDA13), "error", "nvidia-dali-cuda120 and nvidia-dali-cuda130 share one import path",
-        "pip uninstall -y nvidia-dali-cuda120 nvidia-dali-cuda130 && pip install 'fastsiam[dali-cu13]'",
+        "pip uninstall -y nvidia-dali-cuda120 nvidia-dali-cuda130 && pip install nvidia-dali-cuda130",
     ),
     "dali and a nightly": (dali(CUDA13 | {"nvidia-dali-nightly-cuda130": "3"}), "error", "share one import", "pip"),
-    "dali that the driver does not know": (dali(CUDA13, driver=12), "error", "needs CUDA 13", "'fastsiam[dali]'"),
+    "dali that the driver does not know": (dali(CUDA13, driver=12), "error", "needs CUDA 13", "nvidia-dali-cuda120"),
     "old dali": (dali({"nvidia-dali-cuda120": "1.37.1"}, torch_cuda="12.1"), "warning", "older than 1.51", "--upgrade"),
     "dali that fails": (dali(CUDA13, FAILED), "error", "libc is gone", "data.backend=pil"),
     "dali without its module": (dali(CUDA13, None), "error", "no module nvidia.dali", "data.backend=pil"),
     "ffcv": (checks.check_ffcv(Probe({"version": "1.0.2"})), "ok", "1.0.2", ""),
-    "no ffcv": (checks.check_ffcv(None), "ok", "pip install 'fastsiam[ffcv]'", ""),
+    "no ffcv": (checks.check_ffcv(None), "ok", "pip install ffcv setuptools", ""),
     "ffcv that fails": (
         checks.check_ffcv(Probe(None, "ImportError: data.backend: ffcv cannot be imported (libx); it is built from y")),
         "warning", "cannot be imported (libx)", "apt-get install libopencv-dev libturbojpeg0-dev",

@@ -69,7 +69,7 @@ def test_without_idle_cores_images_are_kept_or_made_smaller():
 
 def test_pil_is_replaced_first():
     assert action(Window(0.4, 10.0, 2.0), backend="pil") == "set data.backend=dali"
-    expected = "pip install 'fastsiam[dali]', then set data.backend=dali"
+    expected = "pip install nvidia-dali-cuda120, then set data.backend=dali"
     assert action(backend="pil", dali_installed=False) == expected
 
 

@@ -64,7 +64,11 @@ def test_momentum_from_zero_is_torchs_sgd_to_the_bit(momentum):
         optimizer = build_optimizer(method, config)
         if not ours:
             optimizer = torch.optim.SGD(
-                method.parameters(), config.learning_rate, momentum, weight_decay=config.optimizer.weight_decay, fused=True
+                method.parameters(),
+                config.learning_rate,
+                momentum,
+                weight_decay=config.optimizer.weight_decay,
+                fused=True,
             )
         found.append(train_steps(optimizer, method, (0.1, -0.2, 0.3)))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

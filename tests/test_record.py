@@ -39,10 +39,10 @@ def test_elsewhere_each_interval_is_one_plain_line():
 def test_brackets_are_text(capsys):
     """A name of an extra, or a folder [like this], is no markup."""
     journal = Journal(None, World(), None, None)
-    journal.say("auto: DALI is not installed (pip install 'fastsiam[dali]')")
+    journal.say("auto: DALI is not installed (pip install nvidia-dali-cuda120)")
     journal.warn("no [/photos] here")
     assert capsys.readouterr().out == (
-        "auto: DALI is not installed (pip install 'fastsiam[dali]')\nwarning: no [/photos] here\n"
+        "auto: DALI is not installed (pip install nvidia-dali-cuda120)\nwarning: no [/photos] here\n"
     )
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from benchmarks.peers import AbsentError, data_loader, part, plain_encoder
 
-ABSENT = "lightly is not installed; pip install 'fastsiam[peers]'"
+ABSENT = "lightly is not installed; pip install lightly"
 
 
 def check_installed() -> None:

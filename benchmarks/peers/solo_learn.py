@@ -169,7 +169,7 @@ def build_dali_loader(paths, checkout, *, spec, batch_size, workers, device):
     try:
         from nvidia.dali import ops
     except ImportError as error:
-        raise AbsentError("DALI is not installed; pip install 'fastsiam[dali]'") from error
+        raise AbsentError("DALI is not installed; pip install nvidia-dali-cuda120") from error
     from omegaconf import OmegaConf
     from solo.data.dali_dataloader import PretrainPipelineBuilder, build_transform_pipeline_dali
     from solo.data.pretrain_dataloader import prepare_n_crop_transform

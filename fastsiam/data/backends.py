@@ -123,14 +123,14 @@ def choose_backend(asked: str, location: str | Path | None = None) -> tuple[str,
     if asked != "auto":
         if asked == "dali" and not dali_installed():
             raise ImportError(
-                "data.backend: dali is not installed; pip install 'fastsiam[dali]' (CUDA 12, and machines without "
-                "a GPU) or 'fastsiam[dali-cu13]' (CUDA 13), or set data.backend=pil",
+                "data.backend: dali is not installed; pip install nvidia-dali-cuda120 (CUDA 12, and machines "
+                "without a GPU) or nvidia-dali-cuda130 (CUDA 13), or set data.backend=pil",
                 name="nvidia.dali",
             )
         return asked, "asked for"
     if dali_installed():
         return "dali", "auto: DALI is installed"
-    return "pil", "auto: DALI is not installed (pip install 'fastsiam[dali]' for speed)"
+    return "pil", "auto: DALI is not installed (pip install nvidia-dali-cuda120 for speed)"
 
 
 def dali_installed() -> bool:

@@ -3,8 +3,8 @@
 import torch
 
 INSTALL = (
-    "it is built from source: apt-get install libopencv-dev libturbojpeg0-dev pkg-config (Debian's names) and then "
-    "pip install 'fastsiam[ffcv]'"
+    "it is built from source: apt-get install g++ python3-dev pkg-config libopencv-dev libturbojpeg0-dev "
+    "(Debian's names) and then pip install ffcv setuptools"
 )
 
 _threads = torch.get_num_threads()

@@ -141,7 +141,7 @@ class Loaders:
             settings = f"data.backend={name}" + (" data.augment=fastsiam" if self.augments_itself else "")
             opened = self._opener(name)
             if name == "dali" and not dali_installed():
-                opened = "not installed (pip install 'fastsiam[dali]')"
+                opened = "not installed (pip install nvidia-dali-cuda120)"
             found.append((name, settings, opened, None))
         side, needed, free = loading.store_size, loading.resident_bytes, loading.free_bytes
         settings = f"data.backend=resident data.store_size={side}"
