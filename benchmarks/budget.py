@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.checkout import CHECKOUT
 from benchmarks.command import command
-from benchmarks.environment import CHECKOUT
 from benchmarks.protocol import Results
 from fastsiam.budget import parse_budget
 

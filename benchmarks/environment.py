@@ -4,17 +4,12 @@ import functools
 import importlib.metadata
 import os
 import platform
-import subprocess
 from pathlib import Path
 
 import torch
 
+from benchmarks.checkout import CHECKOUT, checkout_state
 from fastsiam.energy import nvml_handle
-
-CHECKOUT = Path(__file__).resolve().parents[1]
-
-# Result files are what a run writes while it measures; they change nothing that is measured.
-_NOT_CODE = "benchmarks/results"
 
 _ISA = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 _VERSIONS = {
@@ -29,12 +24,11 @@ _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def environment(device: torch.device) -> dict:
-    """What a result line says of its machine; GPU fields and absent packages are None.
+    """What a result line says of its machine; absent packages, and of a GPU what NVML does not tell, are None.
 
     Keys: gpu, driver, power_limit_watts; cpu, isa (the extensions that matter here), cores, threads,
     omp_wait_policy, gomp_spincount; python, cuda (that torch was built for), torch, triton, numba, torchvision, dali,
-    lightly; commit (40 hex digits, None outside a git checkout) and dirty (True where a tracked file differs from it,
-    or an untracked one is not ignored; files in benchmarks/results do not count).
+    lightly; commit and dirty, as `checkout_state` has them.
     """
     cpu, flags = _cpu()
     return {
@@ -54,23 +48,13 @@ def environment(device: torch.device) -> dict:
 
 def clocks(device: torch.device) -> dict:
     """sm_clock_mhz and memory_clock_mhz at this moment; None on a CPU."""
-    if device.type != "cuda":
+    nvml, handle = _nvml(device)
+    if nvml is None:
         return {"sm_clock_mhz": None, "memory_clock_mhz": None}
-    import pynvml
-
-    handle = _nvml_handle(device)
     return {
-        "sm_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        "memory_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+        "sm_clock_mhz": _ask(nvml, nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": _ask(nvml, nvml.nvmlDeviceGetClockInfo, handle, nvml.NVML_CLOCK_MEM),
     }
-
-
-def checkout_state(folder: Path) -> dict:
-    """`{"commit", "dirty"}` of the git checkout `folder`; both None where it is none."""
-    if not (folder / ".git").exists():
-        return {"commit": None, "dirty": None}
-    changed = _git(folder, "status", "--porcelain", "--", ".", f":(exclude){_NOT_CODE}")
-    return {"commit": _git(folder, "rev-parse", "HEAD").strip(), "dirty": bool(changed.strip())}
 
 
 @functools.cache
@@ -83,34 +67,48 @@ def last_level_cache_bytes(device: torch.device) -> int:
 
 
 def _gpu(device: torch.device) -> dict:
-    if device.type != "cuda":
-        return {"gpu": None, "driver": None, "power_limit_watts": None}
-    import pynvml
-
-    milliwatts = _ask(pynvml.nvmlDeviceGetPowerManagementLimit, _nvml_handle(device))
+    nvml, handle = _nvml(device)
+    milliwatts = _ask(nvml, nvml.nvmlDeviceGetPowerManagementLimit, handle) if nvml else None
     return {
-        "gpu": torch.cuda.get_device_name(device),
-        "driver": pynvml.nvmlSystemGetDriverVersion(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "driver": _ask(nvml, nvml.nvmlSystemGetDriverVersion) if nvml else None,
         "power_limit_watts": None if milliwatts is None else milliwatts / 1000,
     }
 
 
-def _ask(question, handle, *arguments):
-    """NVML's answer; None where this card, or a virtual one, does not tell, and for an instance of a card."""
-    import pynvml
+def _ask(nvml, question, *arguments):
+    """NVML's answer; None where this card, or a virtual one, does not tell, and for an instance of a card.
 
+    Raises where the GPU is lost: what is measured then is nothing.
+    """
     try:
-        return None if handle is None else question(handle, *arguments)
-    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
+        return None if None in arguments else question(*arguments)
+    except nvml.NVMLError_GpuIsLost:
+        raise
+    except nvml.NVMLError:
         return None
 
 
 @functools.cache
-def _nvml_handle(device: torch.device):
-    import pynvml
+def _nvml(device: torch.device):
+    """The module pynvml, initialised, and its handle of the device; None for what is not to be had.
 
-    pynvml.nvmlInit()
-    return nvml_handle(pynvml, device)
+    A container may have CUDA and not NVML's library.
+    """
+    if device.type != "cuda":
+        return None, None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except ImportError:
+        return None, None
+    except pynvml.NVMLError:
+        return None, None
+    try:
+        return pynvml, nvml_handle(pynvml, device)
+    except pynvml.NVMLError:
+        return pynvml, None
 
 
 def _cpu() -> tuple[str, set[str]]:
@@ -130,8 +128,3 @@ def _version(packages: tuple[str, ...]) -> str | None:
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

@@ -12,7 +12,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.environment import CHECKOUT
+from benchmarks.checkout import CHECKOUT
 from benchmarks.images import photographs
 from benchmarks.tables import TABLES, read, render
 from fastsiam.commands import let_threads_sleep

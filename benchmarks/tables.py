@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import standings, summary
 from benchmarks.captions import ABSENT, NOTHING, VERSIONS, caption, number, param
-from benchmarks.environment import CHECKOUT
+from benchmarks.checkout import CHECKOUT
 from benchmarks.protocol import SCHEMA
 from benchmarks.tree import tree
 from fastsiam.config import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.environment import CHECKOUT
+from benchmarks.checkout import CHECKOUT
 from benchmarks.protocol import Results
 from benchmarks.tables import GPU_TESTS
 

@@ -1,7 +1,8 @@
 """The protocol that every measurement goes through: order, statistics, limits, and what a line says."""
 
+import functools
 import json
-import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks import environment as environment_module
 from benchmarks import loss, protocol
-from benchmarks.environment import checkout_state, environment
+from benchmarks.environment import environment
 from benchmarks.protocol import Results, Samples, copy_bandwidth, interleave
 
 CPU = torch.device("cpu")
@@ -184,12 +185,36 @@ def test_what_a_card_does_not_tell_is_null():
             raise error()
         return {"card": 700_000}[handle]
 
-    assert environment_module._ask(answer, "card") == 700_000
-    assert environment_module._ask(answer, "card", pynvml.NVMLError_NotSupported) is None
+    ask = functools.partial(environment_module._ask, pynvml, answer)
+    assert ask("card") == 700_000
+    assert ask("card", pynvml.NVMLError_NotSupported) is None
+    assert ask("card", pynvml.NVMLError_Unknown) is None
     # An instance of a card has no handle.
-    assert environment_module._ask(answer, None) is None
+    assert ask(None) is None
     with pytest.raises(pynvml.NVMLError_GpuIsLost):
-        environment_module._ask(answer, "card", pynvml.NVMLError_GpuIsLost)
+        ask("card", pynvml.NVMLError_GpuIsLost)
+
+
+@pytest.mark.parametrize("error", ["NVMLError_LibraryNotFound", "NVMLError_DriverNotLoaded", "ImportError"])
+def test_an_nvml_that_does_not_open_leaves_the_rest(monkeypatch, tmp_path, error):
+    """Containers have CUDA and no libnvidia-ml: a result line is written, and says nothing of what NVML would know."""
+    import pynvml
+
+    def refuse():
+        raise getattr(pynvml, error)()
+
+    if error == "ImportError":
+        monkeypatch.setitem(sys.modules, "pynvml", None)
+    else:
+        monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    environment_module._nvml.cache_clear()
+    try:
+        line = Results(tmp_path, torch.device("cuda")).add("loss", "eager", {}, Samples((1.0,)))["environment"]
+    finally:
+        environment_module._nvml.cache_clear()
+    told = ("gpu", "driver", "power_limit_watts", "sm_clock_mhz", "memory_clock_mhz")
+    assert [line[key] for key in told] == ["a card", None, None, None, None]
 
 
 def test_cache_size_is_the_largest_level(tmp_path, monkeypatch):
@@ -198,31 +223,6 @@ def test_cache_size_is_the_largest_level(tmp_path, monkeypatch):
         (tmp_path / f"index{number}" / "size").write_text(f"{size}\n")
     monkeypatch.setattr(environment_module, "_CACHES", tmp_path)
     assert environment_module.last_level_cache_bytes.__wrapped__(CPU) == 33 * 1024 * 1024
-
-
-def test_dirty_is_what_git_would_not_give_back(tmp_path):
-    def git(*arguments):
-        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        subprocess.run(["git", "-C", tmp_path, *who, *arguments], check=True, capture_output=True)
-
-    assert checkout_state(tmp_path) == {"commit": None, "dirty": None}
-    git("init")
-    (tmp_path / ".gitignore").write_text("*.log\n")
-    (tmp_path / "code.py").write_text("1\n")
-    git("add", ".")
-    git("commit", "-m", "first")
-    (tmp_path / "run.log").write_text("ignored")
-    results = tmp_path / "benchmarks" / "results" / "2026-01-01_here"
-    results.mkdir(parents=True)
-    (results / "loss.jsonl").write_text("{}\n")
-    clean = checkout_state(tmp_path)
-    assert clean["dirty"] is False
-    assert len(clean["commit"]) == 40
-    (tmp_path / "new.py").write_text("2\n")
-    assert checkout_state(tmp_path) == {**clean, "dirty": True}
-    (tmp_path / "new.py").unlink()
-    (tmp_path / "code.py").write_text("2\n")
-    assert checkout_state(tmp_path)["dirty"] is True
 
 
 def test_bytes_of_the_loss():

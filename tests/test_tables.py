@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.captions import number
-from benchmarks.environment import CHECKOUT
+from benchmarks.checkout import CHECKOUT
 from benchmarks.tables import Column, Table, main, render
 from benchmarks.tree import tree
 
