@@ -5,12 +5,27 @@ import signal
 import sys
 from collections.abc import Callable
 
+from fastsiam import slurm
 from fastsiam.config import UserError
+from fastsiam.cores import usable_cores
 
 
 def speaks() -> bool:
     """Of the processes of a machine one says what all of them meet before they know each other."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def prepare_process() -> None:
+    """What a command that trains does before it imports torch, which reads these variables."""
+    slurm.fill_in(os.environ)
+    let_threads_sleep()
+    keep_to_quota()
+
+
+def keep_to_quota() -> None:
+    """As many threads as a CPU quota keeps busy, where OMP_NUM_THREADS does not say; torch sees the affinity only."""
+    if "OMP_NUM_THREADS" not in os.environ and usable_cores() < len(os.sched_getaffinity(0)):
+        os.environ["OMP_NUM_THREADS"] = str(usable_cores())
 
 
 def let_threads_sleep() -> None:

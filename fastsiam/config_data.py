@@ -30,7 +30,8 @@ class DataConfig(Section):
     store_size: PositiveInt | None = None
     """Side in pixels of the squares that resident stores the images as: 3 * store_size^2 bytes an image."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Decoding threads (dali, ffcv) or processes (pil) a rank; null: its share of the cores, 0: none (pil)."""
+    """Decoding threads (dali, ffcv) or processes (pil) a rank; null: its share of the cores, 0: none (pil)
+    or one (dali, ffcv)."""
     max_bad_fraction: Probability = 0.001
     """A run stops when more than this share of the images could not be decoded; what a scan found does not count."""
     manifest: str | None = None

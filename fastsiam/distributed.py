@@ -8,6 +8,7 @@ import datetime
 import itertools
 import os
 import re
+import socket
 import sys
 import time
 import uuid
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from fastsiam import slurm
 from fastsiam.config import UserError
 
 # Longer than anything that the first rank does alone; a hang is the watchdog's matter.
@@ -41,12 +43,18 @@ class World:
     """Among the processes of this machine."""
     local_size: int = 1
     _store: dist.Store | None = field(default=None, repr=False, compare=False)
+    has_own_gpu: bool = field(default=False, compare=False)
+    """Each rank of this machine sees one GPU, and each another one, as under srun --gpus-per-task=1."""
     _start: int = field(default=0, repr=False, compare=False)
     """How many groups this process has joined before."""
 
     @classmethod
     def of_environment(cls) -> "World":
-        """What torchrun says of this process; alone where it says nothing. Raises `UserError` where it says half."""
+        """What torchrun or srun says of this process; alone where neither does.
+
+        Raises `UserError` where torchrun's variables are incomplete, and for processes of mpirun.
+        """
+        slurm.fill_in(os.environ)
         if "WORLD_SIZE" not in os.environ:
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -71,19 +79,39 @@ class World:
         if self.size == 1:
             yield
             return
+        store = dist.PrefixStore(greeted(self._store, self.rank, self.size), self._store)
+        if asked != "cpu":
+            self.has_own_gpu = self._finds_own_gpu(store)
         # Fewer devices than processes are a mistake that the ranks tell each other of, through gloo.
-        cuda = asked != "cpu" and self.local_size <= torch.cuda.device_count()
+        cuda = asked != "cpu" and (self.has_own_gpu or self.local_size <= torch.cuda.device_count())
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
-            store=dist.PrefixStore(greeted(self._store, self.rank, self.size), self._store),
+            store=store,
             rank=self.rank,
             world_size=self.size,
             timeout=TIMEOUT,
-            device_id=torch.device("cuda", self.local_rank) if cuda else None,
+            device_id=torch.device("cuda", self.device_rank) if cuda else None,
         )
         yield
         # Not after an error: where a peer has gone, saying goodbye to it can hang.
         dist.destroy_process_group()
+
+    @property
+    def device_rank(self) -> int:
+        """The number of this rank's GPU among those that it sees."""
+        return 0 if self.has_own_gpu else self.local_rank
+
+    @property
+    def device_ranks(self) -> int:
+        """How many ranks need a GPU of those that this one sees."""
+        return 1 if self.has_own_gpu else self.local_size
+
+    def _finds_own_gpu(self, store):
+        alone = torch.cuda.device_count() == 1
+        mine = str(torch.cuda.get_device_properties(0).uuid) if alone else ""
+        store.set(f"gpu/{self.rank}", mine)
+        everybodys = [store.get(f"gpu/{rank}").decode() for rank in range(self.size)]
+        return alone and self.local_size > 1 and everybodys.count(mine) == 1
 
     def once(self, key: str, value: str) -> str:
         """What the first start of this job has called with this key, on every later start by torchrun, too."""
@@ -141,6 +169,12 @@ class World:
     def share_of(self, count: int) -> slice:
         """This rank's part of `count` things, in the order of ranks; sizes differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def ranks_on_these_cores(self) -> int:
+        """How many ranks may run on cores of this one's: those of its machine, unless each is bound to its own."""
+        everybodys = self.collect((socket.gethostname(), os.sched_getaffinity(0)))
+        host, cores = everybodys[self.rank]
+        return sum(host == its_host and bool(cores & its_cores) for its_host, its_cores in everybodys)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

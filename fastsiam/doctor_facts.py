@@ -13,10 +13,11 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from fastsiam.cores import control_groups, cpu_quota, read_fact, whole_cores
 
 # Importing torch from a network file system for the first time takes a minute or more.
 PROBE_SECONDS = 300
@@ -54,7 +55,7 @@ class Machine:
     """What this process may use."""
 
     cores_seen: int
-    """os.cpu_count(), which is also what data.workers is by default."""
+    """os.cpu_count()."""
     cores_allowed: int
     """By affinity."""
     cores_quota: float
@@ -68,6 +69,11 @@ class Machine:
     open_files: int
     """The soft limit."""
     open_files_hard: int
+
+    @property
+    def cores(self) -> int:
+        """Whole cores that this process may use, which is also what data.workers is by default."""
+        return whole_cores(self.cores_allowed, self.cores_quota)
 
 
 def ask(name: str, *arguments: str) -> Probe:
@@ -152,7 +158,7 @@ def look_at_machine(root: Path = Path("/")) -> Machine:
     return Machine(
         cores_seen=os.cpu_count() or 1,
         cores_allowed=len(os.sched_getaffinity(0)),
-        cores_quota=_quota(root),
+        cores_quota=cpu_quota(root),
         memory_available=min(system, group),
         memory_limited=group < system,
         shared_memory_free=shutil.disk_usage(shared).free if shared.is_dir() else None,
@@ -178,61 +184,25 @@ def look_at_run_folder(path: Path) -> dict:
 
 
 def _memory_available(root):
-    for line in (_read(root / "proc/meminfo") or "").splitlines():
+    for line in (read_fact(root / "proc/meminfo") or "").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return math.inf
 
 
-def _quota(root) -> float:
-    """Cores of the tightest CPU quota on the way to the root; cpu.max is cgroup v2, cpu.cfs_* v1."""
-    cores = math.inf
-    for group in _groups(root, "cpu"):
-        if text := _read(group / "cpu.max"):
-            quota, period = text.split()
-            if quota != "max":
-                cores = min(cores, int(quota) / int(period))
-        elif text := _read(group / "cpu.cfs_quota_us"):
-            period = _read(group / "cpu.cfs_period_us")
-            if int(text) > 0 and period:
-                cores = min(cores, int(text) / int(period))
-    return cores
-
-
 def _group_memory(root) -> float:
     """Bytes that the tightest memory group leaves; inactive file pages are given up before anything is killed."""
     left = math.inf
-    for group in _groups(root, "memory"):
-        limit = _read(group / "memory.max") or _read(group / "memory.limit_in_bytes")
-        used = _read(group / "memory.current") or _read(group / "memory.usage_in_bytes")
+    for group in control_groups(root, "memory"):
+        limit = read_fact(group / "memory.max") or read_fact(group / "memory.limit_in_bytes")
+        used = read_fact(group / "memory.current") or read_fact(group / "memory.usage_in_bytes")
         if not limit or not used or limit == "max":
             continue
         inactive = 0
-        for line in (_read(group / "memory.stat") or "").splitlines():
+        for line in (read_fact(group / "memory.stat") or "").splitlines():
             key, _, value = line.partition(" ")
             # v1's total_ counts the groups below, as usage does.
             if key in ("inactive_file", "total_inactive_file"):
                 inactive = int(value)
         left = min(left, int(limit) - int(used) + inactive)
     return max(left, 0)
-
-
-def _groups(root, controller) -> Iterator[Path]:
-    """Folders of this process' control groups that have a controller, from its own up to the root."""
-    for line in (_read(root / "proc/self/cgroup") or "").splitlines():
-        _, names, path = line.split(":", 2)
-        if names and controller not in names.split(","):
-            continue
-        tops = ("cpu", "cpu,cpuacct", "cpuacct,cpu") if controller == "cpu" else (controller,)
-        for top in tops if names else ("",):
-            base = root / "sys/fs/cgroup" / top
-            # In a container the path may be the host's, of which only the mount itself is seen.
-            inside = base / path.lstrip("/")
-            yield from (level for level in (inside, *inside.parents) if level.is_relative_to(base))
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None

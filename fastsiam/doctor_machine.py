@@ -22,17 +22,13 @@ _SMALL = 10
 
 def check_cores(machine: Machine) -> Line:
     usable = min(machine.cores_allowed, machine.cores_quota)
-    text = f"{usable:.3g} of {machine.cores_seen}"
-    if usable >= machine.cores_seen:
-        return Line("ok", "cores", f"{text}; data.workers={machine.cores_seen} by default")
-    why = "a quota of the container" if machine.cores_quota < machine.cores_allowed else "the process' affinity"
-    workers = max(1, math.floor(usable))
-    return Line(
-        "warning",
-        "cores",
-        f"{text}, by {why}; data.workers={machine.cores_seen} by default, which is too many",
-        f"set data.workers={workers} and OMP_NUM_THREADS={workers}",
-    )
+    limited = ""
+    if usable < machine.cores_seen:
+        limited = ", by " + (
+            "a quota of the container" if machine.cores_quota < machine.cores_allowed else "the affinity of the process"
+        )
+    text = f"{usable:.3g} of {machine.cores_seen}{limited}; data.workers={machine.cores} by default"
+    return Line("ok", "cores", text)
 
 
 def check_memory(machine: Machine) -> Line:
@@ -48,9 +44,9 @@ def check_memory(machine: Machine) -> Line:
 def check_shared_memory(machine: Machine, backend: str | None) -> Line:
     """Batches of data.backend=pil's workers come through /dev/shm; nothing else does."""
     free, name = machine.shared_memory_free, "shared memory"
-    needed = machine.cores_seen * PIL_AHEAD * PIL_BATCH
+    needed = machine.cores * PIL_AHEAD * PIL_BATCH
     text = "no /dev/shm" if free is None else f"{size(free)} free in /dev/shm"
-    uses = f"data.backend=pil with {machine.cores_seen} workers takes {size(needed)} of it at 512 images of 224 px"
+    uses = f"data.backend=pil with {machine.cores} workers takes {size(needed)} of it at 512 images of 224 px"
     if (free or 0) >= needed or backend != "pil":
         return Line("ok", name, f"{text}; {uses}")
     fitting = int((free or 0) / (PIL_AHEAD * PIL_BATCH))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from fastsiam.config import Config
+from fastsiam.cores import usable_cores
 from fastsiam.data.backends import dali_installed
 from fastsiam.data.resident import free_bytes
 from fastsiam.data.sources import ImageSource
@@ -133,12 +134,12 @@ def cpu_times() -> dict[str, list[int]]:
 
 def describe(config: Config, source: ImageSource | None, backend: str, device: torch.device) -> Loading:
     """What `advise` needs to know of a run."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     count = len(source or ())
     side = round(STORED_SIDE * config.views.full_size)
     return Loading(
         backend=backend,
-        workers=config.data.workers or cores,
+        workers=cores if config.data.workers is None else config.data.workers,
         cores=cores,
         dali_installed=dali_installed(),
         small_files=_has_small_files(source) if count and backend != "ffcv" else False,

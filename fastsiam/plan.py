@@ -18,8 +18,8 @@ MINUTES = 1.0
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    commands.let_threads_sleep()
     try:
+        commands.prepare_process()
         config = load_config(arguments.config, arguments.overrides)
         budget = _budget(arguments.budget, config)
         if not arguments.minutes > 0:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastsiam.config import UserError
+from fastsiam.cores import usable_cores
 from fastsiam.data import beton, cifar10, demo, manifest, pack
 from fastsiam.data.index import cache_folder
 from fastsiam.data.sources import open_source, open_unscanned
@@ -91,7 +92,7 @@ def _add_scan(commands):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("source", metavar="SRC", help="a folder of images or tar shards or a text list")
-    command.add_argument("--workers", metavar="N", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    command.add_argument("--workers", metavar="N", type=int, default=usable_cores(), help="processes (%(default)s)")
     command.add_argument("--max-pixels", metavar="M", type=int, help="leave out larger images (what Pillow refuses)")
     command.add_argument(
         "--out", metavar="FILE.tsv", type=Path, help="the manifest, for data.manifest (where runs find it themselves)"

@@ -50,6 +50,7 @@ class Session:
         self._stack = contextlib.ExitStack()
         self._started = False
         check_alike(world, facts_of_config(config))
+        self._loading = with_its_cores(config, world)
         with world.together():
             path = Path(world.once(f"folder of {config.run.name}", str(run_path(config)))) if world.is_first else None
         self.folder = RunFolder(config, world.share(path), lambda sentence: self.journal.warn(sentence))
@@ -78,7 +79,7 @@ class Session:
     def _choose(self):
         """What the config leads to on this machine, and what its run folder holds."""
         config, world = self.config, self.world
-        self.device = choose_device(config.train.device, world.local_rank, world.local_size)
+        self.device = choose_device(config.train.device, world.device_rank, world.device_ranks)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         self.dtype = choose_precision(config.train.precision, self.device)
@@ -95,7 +96,6 @@ class Session:
         config, world = self.config, self.world
         if self.val is not None:
             choose_backend(config.data.backend, self.val.root)
-        self._loading = with_its_cores(config, world.local_size)
         self.loader = build_loader(
             self._loading,
             self.source,

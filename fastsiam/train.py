@@ -28,8 +28,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="show what would run, and exit")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example train.epochs=10")
     arguments = parser.parse_intermixed_args(argv)
-    commands.let_threads_sleep()
     try:
+        commands.prepare_process()
         config = load_config(arguments.config, arguments.overrides)
     except UserError as error:
         return commands.refused(error)

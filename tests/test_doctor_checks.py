@@ -186,11 +186,14 @@ def reading(cores=2, probe=None, **changes):
 HARDWARE = {
     "cores": (machines.check_cores(MACHINE), "ok", "8 of 8; data.workers=8 by default", ""),
     "quota": (
-        machines.check_cores(machine(cores_quota=2.5)), "warning",
-        "2.5 of 8, by a quota of the container; data.workers=8 by default", "data.workers=2 and OMP_NUM_THREADS=2",
+        machines.check_cores(machine(cores_quota=2.5)), "ok",
+        "2.5 of 8, by a quota of the container; data.workers=2 by default", "",
     ),
-    "small quota": (machines.check_cores(machine(cores_quota=0.5)), "warning", "0.5 of 8", "data.workers=1 and"),
-    "affinity": (machines.check_cores(machine(cores_allowed=4)), "warning", "4 of 8, by the process' aff", "workers=4"),
+    "small quota": (machines.check_cores(machine(cores_quota=0.5)), "ok", "0.5 of 8, by a quota", ""),
+    "affinity": (
+        machines.check_cores(machine(cores_allowed=4)), "ok",
+        "4 of 8, by the affinity of the process; data.workers=4 by default", "",
+    ),
     "memory": (machines.check_memory(MACHINE), "ok", "64 GB available", ""),
     "memory limit": (
         machines.check_memory(machine(memory_available=1.5e9, memory_limited=True)), "warning",

@@ -10,10 +10,12 @@ from tests.conftest import REPOSITORY, run_python
 # Each room may import from the rows above it and from its own row.
 LAYERS = (
     {"fastsiam.cache_dirs"},
-    {"fastsiam.kernels", "fastsiam.apex_lookup", "fastsiam.doctor_facts"},
+    {"fastsiam.kernels", "fastsiam.apex_lookup", "fastsiam.cores"},
+    {"fastsiam.doctor_facts"},
     {"fastsiam.config_file", "fastsiam.data.views", "fastsiam.budget", "fastsiam.energy"},
     {"fastsiam.config_data"},
     {"fastsiam.config", "fastsiam.data.draws"},
+    {"fastsiam.slurm"},
     {"fastsiam.published"},
     {"fastsiam.data.demo"},
     {

@@ -1,17 +1,18 @@
 """Which backend decodes and crops, and the loaders of a config over it."""
 
-import os
 from importlib import import_module, util
 from pathlib import Path
 
 import torch
 
 from fastsiam.config import Config, UserError
+from fastsiam.cores import usable_cores
 from fastsiam.data.beton import is_beton
 from fastsiam.data.loader import Backend, EvaluationLoader, Loader, check_divides
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import ImageSource
 from fastsiam.data.views import view_specs
+from fastsiam.distributed import World
 
 
 def build_loader(
@@ -150,9 +151,10 @@ def check_grows(config: Config, steps_per_epoch: int) -> None:
         )
 
 
-def with_its_cores(config: Config, local_size: int) -> Config:
-    """`data.workers: null` made a number where several processes of a machine share its cores."""
-    if local_size == 1 or config.data.workers is not None:
+def with_its_cores(config: Config, world: World) -> Config:
+    """`data.workers: null` made a number where several ranks share the cores of a machine; all ranks must ask."""
+    sharing = world.ranks_on_these_cores()
+    if sharing == 1 or config.data.workers is not None:
         return config
-    workers = max(1, (os.cpu_count() or 1) // local_size)
+    workers = max(1, usable_cores() // sharing)
     return config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})

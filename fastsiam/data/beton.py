@@ -8,7 +8,6 @@ torch.
 """
 
 import argparse
-import os
 import sys
 import zipfile
 from collections import deque
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastsiam.config import UserError
+from fastsiam.cores import usable_cores
 from fastsiam.data import draws
 from fastsiam.data.headers import PLAIN, UNREADABLE, BadImageError
 
@@ -102,7 +102,7 @@ def write_beton(
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         encoder = _Encoder(source, in_jpeg, max_side, quality)
-        image_sizes, stored, bad = _write(encoder, source.labels, unfinished, threads or os.cpu_count(), progress)
+        image_sizes, stored, bad = _write(encoder, source.labels, unfinished, threads or usable_cores(), progress)
         if len(bad) == len(source):
             raise UserError(f"none of the {len(source)} images under {source.root} can be decoded")
         kinds = np.where(source.kinds >= UNREADABLE, source.kinds, PLAIN).astype(np.uint8)

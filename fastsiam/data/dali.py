@@ -16,6 +16,7 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 
+from fastsiam.cores import threads_for
 from fastsiam.data.converted import Converted
 from fastsiam.data.headers import ODD, UNKNOWN, UNREADABLE, BadImageError, other_size
 from fastsiam.data.loader import CropRequest
@@ -35,7 +36,7 @@ PINNED_BYTES, DEVICE_BYTES, HARDWARE_BYTES = 3.0, 4.5, 3.0
 
 
 def open_backend(source, size, num_views, batch_size, workers, device) -> "DaliBackend":
-    return DaliBackend(source, size, num_views, batch_size, workers or os.cpu_count(), device)
+    return DaliBackend(source, size, num_views, batch_size, threads_for(workers), device)
 
 
 def decoder_memory(source: ImageSource, batch_size: int, threads: int, device_bytes: int) -> dict[str, int]:

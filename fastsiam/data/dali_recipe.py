@@ -6,13 +6,13 @@ brightness; greyscale is saturation 0), the blur comes after them, its window is
 every operation rounds to 8 bits.
 """
 
-import os
 from dataclasses import replace
 
 import numpy as np
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 
+from fastsiam.cores import threads_for
 from fastsiam.data.dali import DaliBackend, corners, decode_graph, resized
 from fastsiam.data.draws import AugmentDraws
 from fastsiam.data.sources import ImageSource
@@ -33,7 +33,7 @@ _COLOUR = ("brightness", "contrast", "saturation", "hue")
 
 
 def open_recipe(source, specs, batch_size, workers, device, dtype) -> "RecipeBackend":
-    return RecipeBackend(source, specs, batch_size, workers or os.cpu_count(), device, dtype)
+    return RecipeBackend(source, specs, batch_size, threads_for(workers), device, dtype)
 
 
 @pipeline_def(enable_conditionals=True)

@@ -9,7 +9,6 @@ reading a mapped file needs none.
 import functools
 import itertools
 import math
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -20,6 +19,7 @@ import numpy as np
 import torch
 
 from fastsiam.config import UserError
+from fastsiam.cores import threads_for
 from fastsiam.data.beton import index_path
 from fastsiam.data.ffcv_library import (
     IMAGE_MODES,
@@ -42,7 +42,7 @@ _PARTS = 4
 
 
 def open_backend(source, size, num_views, batch_size, workers, device) -> "FfcvBackend":
-    return FfcvBackend(source, size, num_views, batch_size, workers or os.cpu_count(), device)
+    return FfcvBackend(source, size, num_views, batch_size, threads_for(workers), device)
 
 
 class DecodeOnce(Operation):

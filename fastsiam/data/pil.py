@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import multiprocessing
 import signal
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -15,13 +14,14 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
+from fastsiam.cores import usable_cores
 from fastsiam.data.headers import BadImageError, orientation, other_size
 from fastsiam.data.skip import UndecodableError
 from fastsiam.data.sources import ImageSource
 
 
 def open_backend(source, size, num_views, batch_size, workers, device) -> "PilBackend":
-    workers = multiprocessing.cpu_count() if workers is None else workers
+    workers = usable_cores() if workers is None else workers
     return PilBackend(source, size, workers, device)
 
 

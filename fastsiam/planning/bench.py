@@ -37,14 +37,14 @@ class Bench:
 
     def __init__(self, config: Config, world: World, stack: contextlib.ExitStack, minutes: float):
         check_alike(world, facts_of_config(config))
-        self.config, self.world = with_its_cores(config, world.local_size), world
+        self.config, self.world = with_its_cores(config, world), world
         self.notes: list[str] = []
         self.drawing_seconds = 0.0
         """Of the demo images, which a run finds drawn."""
         self._drew_from: float | None = None
         with world.together():
             check_divides(config.train.batch_size, world.size)
-            self.device = choose_device(config.train.device, world.local_rank, world.local_size)
+            self.device = choose_device(config.train.device, world.device_rank, world.device_ranks)
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
             self.dtype = choose_precision(config.train.precision, self.device)

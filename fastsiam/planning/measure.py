@@ -1,7 +1,6 @@
 """All measurements of a plan, within about the minutes that it is given; compilation comes on top."""
 
 import contextlib
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from fastsiam import checkpoint
 from fastsiam.config import Config
+from fastsiam.cores import usable_cores
 from fastsiam.data.loader import EvaluationLoader
 from fastsiam.data.synthetic import SyntheticLoader
 from fastsiam.device import DTYPES, autocast
@@ -207,7 +207,7 @@ class _Plan:
             return Stages(None, None, None, alone, others, ("no images are read", *notes))
         bench.say("measuring the disk, decoding and augmentation")
         workers = bench.config.data.workers
-        workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        workers = usable_cores() if workers is None else workers
         read, reason = disk(bench, self.loaders, workers, bench.share("disk"))
         decoding, augmenting = decoding_and_augmentation(bench, self.loaders, bench.share("stages"))
         if augmenting is None:
