@@ -42,7 +42,7 @@ class Case:
 
     @property
     def spec(self) -> ViewSpec:
-        return ViewSpec(size=self.size, color=self.color, blur=self.blur)
+        return ViewSpec(size=self.size, color=self.color, blur=self.blur, blur_kind="pil")
 
 
 CASES = {
@@ -67,7 +67,7 @@ def dense_views(crops, flip, sigma, order, factors, grayscale, solarize, *, spec
     x = reference.to_unit(crops)
     x = choose(flip, x.flip(3), x)
     if spec.blur:
-        x = choose(sigma > 0, reference.gaussian_blur(x, sigma.clamp(min=spec.blur_sigma[0])), x)
+        x = choose(sigma > 0, reference.blur(x, sigma.clamp(min=spec.blur_sigma[0]), spec.blur_kind), x)
     if spec.color == "matrix":
         x = reference.apply_color(x, *reference.color_matrix(x.mean((2, 3)), order, factors, grayscale)).clamp(0, 1)
     else:
@@ -84,7 +84,7 @@ def dense_views(crops, flip, sigma, order, factors, grayscale, solarize, *, spec
 def variants(case: Case, device: torch.device, drawn: dict) -> dict[str, Callable]:
     """Functions of the crops by name."""
     spec, dtype = case.spec, DTYPES[case.dtype]
-    options = {"color": spec.color, "mean": spec.mean, "std": spec.std, "dtype": dtype}
+    options = {"color": spec.color, "blur_kind": spec.blur_kind, "mean": spec.mean, "std": spec.std, "dtype": dtype}
     torch.compiler.reset()
     # The reference keeps its constants on the device in a cache, which a compiled graph does by itself.
     warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")

@@ -91,7 +91,8 @@ def _augmenter_text(config, device):
     if config.data.augment == "dali":
         return (
             "augmented by DALI: not our augmenter's views; colour in one order whatever views.color says (saturation "
-            "and hue in YIQ, contrast about mid-grey, brightness), the blur after it, 8 bits between operations"
+            "and hue in YIQ, contrast about mid-grey, brightness), the blur after it and a sampled Gaussian "
+            "whatever views.blur_kind says, 8 bits between operations"
         )
     colour = f"colour {config.views.color}, augmented by "
     if device.type == "cuda":

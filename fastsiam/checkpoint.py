@@ -16,6 +16,7 @@ from typing import BinaryIO
 import torch
 
 from fastsiam.config import UserError
+from fastsiam.data.views import described
 from fastsiam.disk import DAMAGED_ZIP
 
 ZIP_MAGIC = b"PK\x03\x04"
@@ -84,7 +85,7 @@ def identity(source, specs, backend: str) -> dict:
     return {
         "data": source.fingerprint() if source is not None else "synthetic",
         "images": len(source) if source is not None else 0,
-        "views": hashlib.sha256(repr(specs).encode()).hexdigest()[:16],
+        "views": hashlib.sha256(described(specs).encode()).hexdigest()[:16],
         "backend": backend,
     }
 

@@ -290,12 +290,18 @@ def find_config(name_or_path: str | Path) -> Path:
 
 def differing_keys(one: Config, other: Config) -> list[str]:
     """Dotted keys in which two configs compute something else, as `key (a, now b)`."""
+    return [f"{key} ({a}, now {b})" for key, (a, b) in differences(one, other).items()]
+
+
+def differences(one: Config, other: Config) -> dict[str, tuple]:
+    """Dotted keys in which two configs compute something else, sorted, with both values."""
     a, b = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
-    return [
-        f"{key} ({a.get(key)}, now {b.get(key)})"
+    without_effect = {"views.blur_kind"} if not one.views.blur and not other.views.blur else set()
+    return {
+        key: (a.get(key), b.get(key))
         for key in sorted(a.keys() | b.keys())
-        if key not in OPERATIONAL and a.get(key) != b.get(key)
-    ]
+        if key not in OPERATIONAL and key not in without_effect and a.get(key) != b.get(key)
+    }
 
 
 def _let_the_override_win(values: dict, overridden: set[str]) -> None:

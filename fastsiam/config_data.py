@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from fastsiam.data.views import RECIPES, parse_range, sizes_between
+from fastsiam.data.views import ADDED, RECIPES, parse_range, sizes_between
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -96,6 +96,9 @@ class ViewsConfig(Section):
     blur: Probability
     blur_sigma: Pair
     """Range of the blur's standard deviation in pixels of the view."""
+    blur_kind: Literal["pil", "gaussian"]
+    """pil: the three boxes of Pillow's GaussianBlur, as the paper's code; gaussian: a sampled Gaussian, as torchvision
+    and runs before there was this key. data.augment=dali samples a Gaussian whatever this says."""
     solarize: Probability
     mean: Annotated[tuple[float, float, float], Field(strict=False)]
     std: Annotated[tuple[float, float, float], Field(strict=False)]
@@ -104,7 +107,10 @@ class ViewsConfig(Section):
     @classmethod
     def fill_from_recipe(cls, given):
         if isinstance(given, dict) and given.get("recipe") in RECIPES:
-            return {**RECIPES[given["recipe"]].numbers(), **given}
+            recipe = RECIPES[given["recipe"]].numbers()
+            missing = recipe.keys() - given.keys()
+            # Every number but those added since: a run's own config, which says what it did.
+            return {**recipe, **(ADDED if missing <= ADDED.keys() else {}), **given}
         return given
 
     @field_validator("size", mode="before")

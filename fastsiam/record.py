@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from fastsiam.config import Config, UserError, differing_keys, load_config
+from fastsiam.config import Config, UserError, differences, differing_keys, load_config
 from fastsiam.disk import Appender, replace_file
 from fastsiam.tensorboard import EventFiles
 
@@ -72,12 +72,14 @@ class RunFolder:
                 if self.path.exists() and any(entry.name not in begun for entry in self.path.iterdir()):
                     raise UserError(f"{self.path} exists and is no run folder; set run.name or run.dir")
                 return
-        differing = differing_keys(load_config(self.path / "config.yaml"), self.config)
+        then = load_config(self.path / "config.yaml")
+        differing = differing_keys(then, self.config)
         if differing:
+            more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
             raise UserError(
-                f"{self.path} belongs to another config: {', '.join(differing[:4])}"
-                + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")
-                + "; set run.name=NEW to keep both, or run.fresh=true for a new folder"
+                f"{self.path} belongs to another config: {', '.join(differing[:4])}{more}; set "
+                + _as_before(differences(then, self.config))
+                + "run.name=NEW to keep both, or run.fresh=true for a new folder"
             )
 
     def status(self) -> dict:
@@ -241,6 +243,15 @@ def run_path(config: Config) -> Path:
     numbered = itertools.chain([base], (base.with_name(f"{base.name}-{number}") for number in itertools.count(2)))
     with _refusal(config, base):
         return next(path for path in numbered if not path.exists())
+
+
+def _as_before(changed: dict[str, tuple]) -> str:
+    """The overrides that undo a change or two, as part of a sentence."""
+    values = [then for then, _ in changed.values()]
+    if len(values) > 2 or any(isinstance(then, list) for then in values):
+        return ""
+    typed = (then if isinstance(then, str) else json.dumps(then) for then in values)
+    return " ".join(f"{key}={then}" for key, then in zip(changed, typed, strict=True)) + " to go on with it, "
 
 
 @contextlib.contextmanager

@@ -4,13 +4,15 @@ import torch
 
 from fastsiam.kernels.augment_numba import augment_on_cpu
 from fastsiam.kernels.augment_triton import augment_on_cuda
-from fastsiam.kernels.reference import BLUR_TAPS, scale_and_bias
+from fastsiam.kernels.reference import BLUR_KINDS, BLUR_TAPS, scale_and_bias
 from fastsiam.kernels.table import view_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def augment_views(crops, *, flip, sigma, order, factors, grayscale, solarize, color, mean, std, dtype):
+def augment_views(
+    crops, *, flip, sigma, order, factors, grayscale, solarize, color, mean, std, dtype, blur_kind="gaussian"
+):
     """Flip, blur, colour, clamp, solarize and normalise B square crops, in that order.
 
     `crops`: uint8 [B, S, S, 3], on the CPU or a CUDA device. The draws are tensors on the host, one row a view: `flip`,
@@ -18,7 +20,10 @@ def augment_views(crops, *, flip, sigma, order, factors, grayscale, solarize, co
     of (brightness, contrast, saturation, hue) comes first, second, ...; `factors` fp32 [B, 4] in that naming order,
     hue in turns, (1, 1, 1, 0) for no change. `color` is `exact`, torchvision's operations with a clamp after each, or
     `matrix`, all of them as one affine map of RGB with one clamp at the end. `mean` and `std`: three numbers each,
-    of values in [0, 1].
+    of values in [0, 1]. `blur_kind` is `gaussian`, a Gaussian sampled at 13 taps with the borders reflected as in
+    torchvision, or `pil`, the three boxes of Pillow's GaussianBlur: within 3 of 255 levels of Pillow, which rounds to 8
+    bits after each of six passes. Above sigma 1.41 that does not hold for the outer pixels, whose edge Pillow repeats
+    and this reflects (up to 16 levels in noise of black and white).
 
     Returns [B, 3, S, S] of `dtype` (fp32, bf16 or fp16), channels-last in memory, on the device of `crops`. Raises
     `ValueError` for crops of another kind, and for a blur of crops smaller than its reach.
@@ -29,9 +34,11 @@ def augment_views(crops, *, flip, sigma, order, factors, grayscale, solarize, co
         raise ValueError(f"augment_views: dtype must be one of {DTYPES}, got {dtype}")
     if color not in ("matrix", "exact"):
         raise ValueError(f"augment_views: color must be matrix or exact, got {color!r}")
+    if blur_kind not in BLUR_KINDS:
+        raise ValueError(f"augment_views: blur_kind must be pil or gaussian, got {blur_kind!r}")
     if crops.shape[1] <= BLUR_TAPS // 2 and (sigma > 0).any():
         raise ValueError(f"augment_views: a blur of {BLUR_TAPS} taps needs crops of more than {BLUR_TAPS // 2} pixels")
-    table = view_table(flip, sigma, order, factors, grayscale, solarize, color == "exact")
+    table = view_table(flip, sigma, order, factors, grayscale, solarize, color == "exact", blur_kind)
     if crops.is_cuda:
         table = table.pin_memory().to(crops.device, non_blocking=True)
     scale, bias = scale_and_bias(mean, std)

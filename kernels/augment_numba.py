@@ -15,7 +15,7 @@ from numba.extending import overload
 from fastsiam.kernels.numba_cache import KEEPS_CODE
 from fastsiam.kernels.numba_threads import as_torch_has
 from fastsiam.kernels.reference import LUMA
-from fastsiam.kernels.table import BLUR, COLOR, FLIP, REACH, SOLARIZE
+from fastsiam.kernels.table import BLUR, COLOR, EDGE, FLIP, REACH, SOLARIZE
 
 # Blur weights below 2^-24 of the largest are lost in fp32: at sigma 0.1 one tap remains, at 1 six each side.
 NEGLIGIBLE = 2.0**-24
@@ -65,7 +65,7 @@ def _matrix_view(crop, draws, scale, bias, state, out):
     color = draws[COLOR:]
     blurred = draws[BLUR] > 0
     if blurred:
-        _blur(crop, draws[BLUR:COLOR], state)
+        _blur(crop, draws[BLUR:COLOR], int(draws[EDGE]), state)
     contrast = (color[9] * color[12], color[10] * color[12], color[11] * color[12])
     shift = np.float32(0)
     if contrast != (0, 0, 0):
@@ -95,7 +95,7 @@ def _exact_view(crop, draws, scale, bias, state, out):
     mirrored, blurred = draws[FLIP] > 0, draws[BLUR] > 0
     order, factors, grayscale = draws[COLOR : COLOR + 4], draws[COLOR + 4 : COLOR + 8], draws[COLOR + 8] > 0
     if blurred:
-        _blur(crop, draws[BLUR:COLOR], state)
+        _blur(crop, draws[BLUR:COLOR], int(draws[EDGE]), state)
     eye, to_grey, nothing = np.eye(3, dtype=np.float32), np.empty((3, 3), np.float32), np.zeros(3, np.float32)
     to_grey[:, 0], to_grey[:, 1], to_grey[:, 2] = R_WEIGHT, G_WEIGHT, B_WEIGHT
     saturation = factors[2] * eye + (np.float32(1) - factors[2]) * to_grey
@@ -247,8 +247,11 @@ def _mean(rows):
 
 
 @numba.njit(**JIT)
-def _blur(crop, weights, state):
-    """Separable Gaussian of uint8 [S, 3S] into fp32, borders reflected: down the columns, then along the row."""
+def _blur(crop, weights, edge, state):
+    """Separable blur of uint8 [S, 3S] into fp32, borders reflected: down the columns, then along the row.
+
+    `edge` is 1 where the outermost pixel is reflected too, 0 where it is not.
+    """
     size, width = crop.shape
     reach = REACH
     while weights[reach] < NEGLIGIBLE * weights[0]:
@@ -260,13 +263,17 @@ def _blur(crop, weights, state):
         for i in range(width):
             inner[i] = weight * row[i]
         for tap in range(1, reach + 1):
-            above, below, weight = crop[abs(y - tap)], crop[_reflect(y + tap, size)], weights[tap]
+            above, below, weight = (
+                crop[_reflect(y - tap, size, edge)],
+                crop[_reflect(y + tap, size, edge)],
+                weights[tap],
+            )
             for i in range(width):
                 inner[i] += weight * (np.float32(above[i]) + np.float32(below[i]))
         for pixel in range(1, REACH + 1):
             for channel in range(3):
-                column[3 * (REACH - pixel) + channel] = inner[3 * pixel + channel]
-                column[3 * (REACH + size - 1 + pixel) + channel] = inner[3 * (size - 1 - pixel) + channel]
+                column[3 * (REACH - pixel) + channel] = inner[3 * (pixel - edge) + channel]
+                column[3 * (REACH + size - 1 + pixel) + channel] = inner[3 * (size - 1 - pixel + edge) + channel]
         target, weight = state[y], weights[0]
         for i in range(width):
             target[i] = weight * inner[i]
@@ -277,8 +284,9 @@ def _blur(crop, weights, state):
 
 
 @numba.njit(**JIT)
-def _reflect(y, size):
-    return y if y < size else 2 * (size - 1) - y
+def _reflect(y, size, edge):
+    y = y if y >= 0 else -y - edge
+    return y if y < size else 2 * (size - 1) - y + edge
 
 
 @numba.njit(**JIT)

@@ -11,8 +11,9 @@ import triton.language as tl
 
 from fastsiam.kernels import reference, table
 
-FLIP, SOLARIZE, BLUR = tl.constexpr(table.FLIP), tl.constexpr(table.SOLARIZE), tl.constexpr(table.BLUR)
-COLOR, WIDTH, REACH = tl.constexpr(table.COLOR), tl.constexpr(table.WIDTH), tl.constexpr(table.REACH)
+FLIP, SOLARIZE, EDGE = tl.constexpr(table.FLIP), tl.constexpr(table.SOLARIZE), tl.constexpr(table.EDGE)
+BLUR, REACH = tl.constexpr(table.BLUR), tl.constexpr(table.REACH)
+COLOR, WIDTH = tl.constexpr(table.COLOR), tl.constexpr(table.WIDTH)
 R_WEIGHT, G_WEIGHT, B_WEIGHT = (tl.constexpr(weight) for weight in reference.LUMA)
 # Rows and row elements of a tile: 8 elements a thread, 16 bytes of bf16 to store. Five programs of 128 threads with at
 # most 102 registers are on a multiprocessor at once; their scratch is 14 MB at 224 px, a quarter of an H200's L2.
@@ -62,7 +63,7 @@ def _contrast_kernel(
 
 @triton.jit
 def _row_times_mean(crop, draws, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A blur with reflected borders weighs a source row or column by how often it is read: 1 but near the borders."""
+    """A blur weighs a source row or column by how often it is read: 1 but near borders reflected without their edge."""
     red, green, blue = tl.load(draws + COLOR + 9), tl.load(draws + COLOR + 10), tl.load(draws + COLOR + 11)
     used = tl.load(draws + COLOR + 12) + tl.load(draws + COLOR + 13) + tl.load(draws + COLOR + 14)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -84,7 +85,7 @@ def _row_times_mean(crop, draws, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
 def _times_read(place, draws, size):
     """The sum of the weights with which a blur reads each place of a line."""
     result = tl.full(place.shape, 1.0, tl.float32)
-    if tl.load(draws + BLUR) > 0:
+    if (tl.load(draws + BLUR) > 0) & (tl.load(draws + EDGE) == 0):
         for tap in tl.static_range(1, REACH + 1):
             weight = tl.load(draws + BLUR + tap)
             result -= tl.where(place < tap, weight, 0.0) + tl.where(size - 1 - place < tap, weight, 0.0)
@@ -152,6 +153,7 @@ def _blur_strip(crop, draws, scratch, rows, size, ROWS: tl.constexpr, BLOCK: tl.
     """The rows blurred into the second half of `scratch`, in [0, 255]; nothing where the view has no blur."""
     width = 3 * size
     inside = scratch + tl.arange(0, ROWS)[:, None] * width
+    edge = tl.load(draws + EDGE).to(tl.int32)
     if tl.load(draws + BLUR) > 0:
         for left in range(0, width, BLOCK):
             element = left + tl.arange(0, BLOCK)
@@ -159,7 +161,7 @@ def _blur_strip(crop, draws, scratch, rows, size, ROWS: tl.constexpr, BLOCK: tl.
             column = tl.zeros([ROWS, BLOCK], tl.float32)
             # Not unrolled: 71 registers a thread instead of 167.
             for tap in range(-REACH, REACH + 1):
-                source = _reflect(rows + tap, size)
+                source = _reflect(rows + tap, size, edge)
                 value = tl.load(crop + source[:, None] * width + element[None, :], mask=mask, other=0)
                 column += tl.load(draws + BLUR + tl.abs(tap)) * value.to(tl.float32)
             tl.store(inside + element[None, :], column, mask=mask)
@@ -170,17 +172,17 @@ def _blur_strip(crop, draws, scratch, rows, size, ROWS: tl.constexpr, BLOCK: tl.
             mask = (rows < size)[:, None] & (element < width)[None, :]
             row = tl.zeros([ROWS, BLOCK], tl.float32)
             for tap in range(-REACH, REACH + 1):
-                source = 3 * _reflect(element // 3 + tap, size) + element % 3
+                source = 3 * _reflect(element // 3 + tap, size, edge) + element % 3
                 row += tl.load(draws + BLUR + tl.abs(tap)) * tl.load(inside + source[None, :], mask=mask, other=0.0)
             tl.store(inside + ROWS * width + element[None, :], row, mask=mask)
         tl.debug_barrier()
 
 
 @triton.jit
-def _reflect(place, size):
-    """Torch's reflection of places up to REACH outside [0, size); further ones, which are masked, stay inside too."""
-    place = tl.abs(place)
-    return tl.maximum(tl.where(place < size, place, 2 * (size - 1) - place), 0)
+def _reflect(place, size, edge):
+    """Where places up to REACH outside [0, size) are read; further ones, which are masked, stay inside too."""
+    place = tl.maximum(place, -edge - place)
+    return tl.maximum(tl.minimum(place, 2 * (size - 1) + edge - place), 0)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The mathematics of every kernel in plain torch: what tests and benchmarks compare with.
 
 Colour operations take images [B, 3, H, W] in [0, 1] and one factor per image [B]; none of them reads a value back
-to the host. Sources: torchvision's ColorJitter, RandomGrayscale, RandomSolarize and GaussianBlur.
+to the host. Sources: torchvision's ColorJitter, RandomGrayscale, RandomSolarize and GaussianBlur, Pillow's BoxBlur.c.
 """
 
 import functools
@@ -10,8 +10,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-# Thirteen taps reach three standard deviations at sigma 2, the largest that the paper draws.
+# Thirteen taps reach three standard deviations at sigma 2, the largest that the paper draws, and hold Pillow's three
+# boxes up to sigma 2.4.
 BLUR_TAPS = 13
+BLUR_KINDS = ("pil", "gaussian")
 # ITU-R 601-2 luma as torchvision rounds it.
 LUMA = (0.2989, 0.587, 0.114)
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
@@ -170,27 +172,54 @@ def apply_color(x, linear, offset):
     return flat.view_as(x)
 
 
-def gaussian_blur(x, sigma):
-    """Separable Gaussian blur of `BLUR_TAPS` taps with reflected borders; `sigma` [B] in pixels."""
+def blur(x, sigma, kind):
+    """Separable blur of [B, 3, H, W] by `BLUR_TAPS` taps; `sigma` [B] in pixels, `kind` as in `blur_weights`.
+
+    `gaussian` reflects the borders without their edge, as torchvision does. `pil` reflects the edge too: as long as a
+    pass of Pillow reaches one pixel (up to sigma 1.41) that is what its repetition of the edge in each pass comes to.
+    """
     reach = BLUR_TAPS // 2
-    position = torch.arange(-reach, reach + 1, device=x.device, dtype=x.dtype)
-    weights = torch.exp(-0.5 * (position / sigma.unsqueeze(-1)) ** 2)
-    weights = (weights / weights.sum(-1, keepdim=True)).view(len(x), BLUR_TAPS, 1, 1, 1)
-    for dim, pad in ((3, (reach, reach, 0, 0)), (2, (0, 0, reach, reach))):
-        padded = F.pad(x, pad, mode="reflect")
-        size = x.shape[dim]
+    weights = blur_weights(sigma, kind).view(len(x), BLUR_TAPS, 1, 1, 1)
+    for dim in (3, 2):
+        size, edge = x.shape[dim], int(kind == "pil")
+        before, after = x.narrow(dim, 1 - edge, reach), x.narrow(dim, size - 1 + edge - reach, reach)
+        padded = torch.cat((before.flip(dim), x, after.flip(dim)), dim)
         x = sum(weights[:, tap] * padded.narrow(dim, tap, size) for tap in range(BLUR_TAPS))
     return x
 
 
-def augment_views_ref(crops, *, flip, sigma, order, factors, grayscale, solarize, color, mean, std, dtype):
+def blur_weights(sigma, kind):
+    """[B, BLUR_TAPS], each row of it summing to 1, for `sigma` [B] in pixels.
+
+    `gaussian` samples the density at the taps. `pil` is Pillow's GaussianBlur: three passes of a box whose ends count
+    in part, so that its variance is sigma^2 / 3. A sampled Gaussian hardly blurs below sigma 0.5, Pillow's boxes do.
+    """
+    reach = BLUR_TAPS // 2
+    if kind == "gaussian":
+        position = torch.arange(-reach, reach + 1, device=sigma.device, dtype=sigma.dtype)
+        weights = torch.exp(-0.5 * (position / sigma.unsqueeze(-1)) ** 2)
+        return weights / weights.sum(-1, keepdim=True)
+    variance = sigma.unsqueeze(-1) ** 2 / 3
+    whole = torch.floor((torch.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    far = torch.arange(-2, 3, device=sigma.device, dtype=sigma.dtype).abs() - whole
+    box = torch.where(far <= 0, torch.ones_like(far), torch.where(far == 1, part, torch.zeros_like(far)))
+    box = weights = box / (2 * whole + 1 + 2 * part)
+    for _ in range(2):
+        weights = sum(box[:, tap : tap + 1] * F.pad(weights, (tap, 4 - tap)) for tap in range(5))
+    return weights
+
+
+def augment_views_ref(
+    crops, *, flip, sigma, order, factors, grayscale, solarize, color, mean, std, dtype, blur_kind="gaussian"
+):
     """Flip, blur, colour, clamp, solarize, normalise; see `augment_views`.
 
     The draws are on the host, so each operation runs only on the views that it touches, and nothing is read back.
     """
     x = to_unit(crops, torch.promote_types(dtype, torch.float32))
     x = _on(x, flip, lambda part: part.flip(3))
-    x = _on(x, sigma > 0, lambda part, drawn: gaussian_blur(part, drawn), sigma)
+    x = _on(x, sigma > 0, lambda part, drawn: blur(part, drawn, blur_kind), sigma)
     if color == "exact":
         x = _exact_color(x, order, factors, grayscale)
     else:

@@ -7,8 +7,10 @@ from fastsiam.kernels.reference import BLUR_TAPS, LUMA, RGB_TO_YIQ, YIQ_TO_RGB
 
 REACH = BLUR_TAPS // 2
 FLIP, SOLARIZE = 0, 1
+# 1 where a blur reflects the borders with their edge, as pil does, 0 where without.
+EDGE = 2
 # The weights of the middle tap and of those at 1 ... REACH from it; all zero where there is no blur.
-BLUR = 2
+BLUR = 3
 # With color=matrix: linear 9, row 3, column 3, as in reference.fold_color; with exact: order 4, factors 4, grayscale 1.
 COLOR = BLUR + REACH + 1
 WIDTH = COLOR + 15
@@ -16,11 +18,12 @@ WIDTH = COLOR + 15
 _TO_YIQ, _TO_RGB = np.array(RGB_TO_YIQ), np.array(YIQ_TO_RGB)
 
 
-def view_table(flip, sigma, order, factors, grayscale, solarize, exact: bool) -> torch.Tensor:
+def view_table(flip, sigma, order, factors, grayscale, solarize, exact: bool, blur_kind="gaussian") -> torch.Tensor:
     """fp32 [B, WIDTH] on the host from the draws of B views; see `augment_views`."""
     table = np.zeros((len(flip), WIDTH), np.float32)
     table[:, FLIP], table[:, SOLARIZE] = flip.numpy(), solarize.numpy()
-    table[:, BLUR:COLOR] = _blur_weights(sigma.numpy())
+    table[:, EDGE] = blur_kind == "pil"
+    table[:, BLUR:COLOR] = _blur_weights(sigma.numpy(), blur_kind)
     if exact:
         table[:, COLOR : COLOR + 4], table[:, COLOR + 4 : COLOR + 8] = order.numpy(), factors.numpy()
         table[:, COLOR + 8] = grayscale.numpy()
@@ -29,11 +32,29 @@ def view_table(flip, sigma, order, factors, grayscale, solarize, exact: bool) ->
     return torch.from_numpy(table)
 
 
-def _blur_weights(sigma):
-    """Of a Gaussian of `sigma` [B] pixels: [B, REACH + 1], which with its mirror image sums to 1."""
-    weights = np.exp(-0.5 * (np.arange(REACH + 1) / np.where(sigma > 0, sigma, 1)[:, None].astype(np.float64)) ** 2)
-    weights /= weights[:, :1] + 2 * weights[:, 1:].sum(1, keepdims=True)
+def _blur_weights(sigma, kind):
+    """The middle tap and those to one side of `reference.blur_weights`, in fp64: [B, REACH + 1] for `sigma` [B]."""
+    blurred = np.where(sigma > 0, sigma, 1)[:, None].astype(np.float64)
+    weights = _three_boxes(blurred) if kind == "pil" else _sampled(blurred)
     return np.where(sigma[:, None] > 0, weights, 0)
+
+
+def _sampled(sigma):
+    weights = np.exp(-0.5 * (np.arange(REACH + 1) / sigma) ** 2)
+    return weights / (weights[:, :1] + 2 * weights[:, 1:].sum(1, keepdims=True))
+
+
+def _three_boxes(sigma):
+    variance = sigma**2 / 3
+    whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    far = np.abs(np.arange(-2, 3)) - whole
+    box = weights = np.where(far <= 0, 1, np.where(far == 1, part, 0)) / (2 * whole + 1 + 2 * part)
+    for _ in range(2):
+        narrow, weights = weights, np.zeros((len(box), weights.shape[1] + 4))
+        for tap in range(5):
+            weights[:, tap : tap + narrow.shape[1]] += box[:, tap : tap + 1] * narrow
+    return weights[:, REACH:]
 
 
 def _fold(order, factors, grayscale):

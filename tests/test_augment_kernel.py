@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 
 from fastsiam.data.augment import augment, host_draws
 from fastsiam.data.draws import augment_draws
@@ -32,27 +33,36 @@ def make(count, size, seed=0, spec=BUSY):
     return crops, host_draws(augment_draws(spec, seed, 0, np.arange(count), 0))
 
 
-def run(kernel, crops, drawn, color, dtype=torch.float32, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def run(kernel, crops, drawn, color, dtype=torch.float32, mean=IMAGENET_MEAN, std=IMAGENET_STD, kind="gaussian"):
     function, device = KERNELS[kernel]
-    rows = table.view_table(exact=color == "exact", **drawn).to(device)
+    rows = table.view_table(exact=color == "exact", blur_kind=kind, **drawn).to(device)
     scale, bias = reference.scale_and_bias(mean, std)
     return function(crops.to(device), rows, list(scale), list(bias), color == "exact", dtype).cpu()
 
 
 # Just above the blur's reach; not a multiple of a tile's rows; more elements in a row than in a block of 32.
 @pytest.mark.parametrize(
-    ("size", "dtype"),
-    [(7, torch.float32), (13, torch.float32), (13, torch.bfloat16), (13, torch.float16), (16, torch.float32)],
+    ("size", "dtype", "kind"),
+    [
+        (7, torch.float32, "gaussian"),
+        (7, torch.float32, "pil"),
+        (13, torch.float32, "gaussian"),
+        (13, torch.bfloat16, "pil"),
+        (13, torch.float16, "gaussian"),
+        (16, torch.float32, "pil"),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("color", ["matrix", "exact"])
 @pytest.mark.parametrize("kernel", list(KERNELS))
-def test_views_are_the_references_within_twice_its_fp32_error(kernel, color, dtype, size, monkeypatch):
+def test_views_are_the_references_within_twice_its_fp32_error(kernel, color, dtype, size, kind, monkeypatch):
     monkeypatch.setattr(augment_triton, "BLOCK", 32)
     crops, drawn = make(6, size)
-    ours = run(kernel, crops, drawn, color, dtype)
-    exact = reference.augment_views_ref(crops, **drawn, color=color, **NORMALISED, dtype=torch.float64)
-    plain = reference.augment_views_ref(crops, **drawn, color=color, **NORMALISED, dtype=torch.float32)
+    ours = run(kernel, crops, drawn, color, dtype, kind=kind)
+    exact, plain = (
+        reference.augment_views_ref(crops, **drawn, color=color, **NORMALISED, dtype=dtype, blur_kind=kind)
+        for dtype in (torch.float64, torch.float32)
+    )
     assert exact.dtype == torch.float64
     assert ours.dtype == dtype
     assert ours.stride() == plain.stride()
@@ -69,10 +79,11 @@ def test_bf16_is_fp32_rounded_to_nearest(kernel):
     assert torch.equal(half, full.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("kind", reference.BLUR_KINDS)
 @pytest.mark.parametrize("color", ["matrix", "exact"])
 @pytest.mark.parametrize("kernel", list(KERNELS))
-def test_contrast_is_about_the_mean_of_the_blurred_crop(kernel, color):
-    """A crop bright at its border only: reflection reads the border row once, its neighbours twice."""
+def test_contrast_is_about_the_mean_of_the_blurred_crop(kernel, color, kind):
+    """A crop bright at its border only: reflection without the edge reads the border row once, its neighbours twice."""
     crops = torch.zeros(1, 12, 12, 3, dtype=torch.uint8)
     crops[:, 0], crops[:, :, 1] = 200, 120
     drawn = {
@@ -83,12 +94,70 @@ def test_contrast_is_about_the_mean_of_the_blurred_crop(kernel, color):
         "grayscale": torch.zeros(1, dtype=torch.bool),
         "solarize": torch.zeros(1, dtype=torch.bool),
     }
-    ours = run(kernel, crops, drawn, color, mean=(0.0,) * 3, std=(1.0,) * 3)
-    blurred = reference.gaussian_blur(reference.to_unit(crops, torch.float64), torch.tensor([2.0]).double())
+    ours = run(kernel, crops, drawn, color, mean=(0.0,) * 3, std=(1.0,) * 3, kind=kind)
+    blurred = reference.blur(reference.to_unit(crops, torch.float64), torch.tensor([2.0]).double(), kind)
     grey = sum(weight * channel.mean() for weight, channel in zip(reference.LUMA, blurred[0], strict=True))
     torch.testing.assert_close(ours.double(), 0.5 * blurred + 0.5 * grey, atol=1e-6, rtol=0)
-    unblurred = reference.to_unit(crops, torch.float64).mean()
-    assert abs(unblurred - grey) > 1e-3
+    unblurred = sum(
+        w * c.mean() for w, c in zip(reference.LUMA, reference.to_unit(crops, torch.float64)[0], strict=True)
+    )
+    assert (abs(unblurred - grey) > 1e-3) == (kind == "gaussian")
+
+
+SIGMAS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 1.41, 1.42, 1.7, 2.0)
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
+def test_the_blur_of_the_papers_recipe_is_pillows(kernel):
+    """Three levels are the six roundings of Pillow's passes; above sigma 1.41 they hold inside the image only."""
+    generator = np.random.default_rng(0)
+    crops = generator.integers(0, 256, (len(SIGMAS), 24, 24, 3), np.uint8)
+    crops[:, 12:] = crops[:, 12:] // 128 * 255
+    nothing = torch.zeros(len(SIGMAS), dtype=torch.bool)
+    drawn = {
+        "flip": nothing,
+        "sigma": torch.tensor(SIGMAS),
+        "order": torch.arange(4).repeat(len(SIGMAS), 1),
+        "factors": torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(len(SIGMAS), 1),
+        "grayscale": nothing,
+        "solarize": nothing,
+    }
+    pixels = {"mean": (0.0,) * 3, "std": (1 / 255,) * 3}
+
+    def levels(kind):
+        if kernel == "reference":
+            return reference.augment_views_ref(
+                torch.from_numpy(crops), **drawn, color="exact", **pixels, dtype=torch.float32, blur_kind=kind
+            )
+        return run(kernel, torch.from_numpy(crops), drawn, "exact", **pixels, kind=kind)
+
+    blurs = (
+        np.asarray(Image.fromarray(crop).filter(ImageFilter.GaussianBlur(sigma)))
+        for sigma, crop in zip(SIGMAS, crops, strict=True)
+    )
+    pillow = torch.from_numpy(np.stack(list(blurs))).permute(0, 3, 1, 2)
+    off = (levels("pil") - pillow).abs()
+    small = torch.tensor(SIGMAS) < 2**0.5
+    assert off[small].max() < 3.01
+    assert off[..., 6:-6, 6:-6].max() < 3.01
+    assert off.max() < 20
+    assert (levels("gaussian") - pillow).abs()[SIGMAS.index(0.3), :, 6:-6, 6:-6].max() > 25
+
+
+@pytest.mark.parametrize("kind", reference.BLUR_KINDS)
+def test_the_table_holds_the_references_blur(kind):
+    _, drawn = make(200, 8)
+    rows = table.view_table(exact=False, blur_kind=kind, **drawn)[:, table.BLUR : table.COLOR].double()
+    blurred = drawn["sigma"] > 0
+    weights = reference.blur_weights(drawn["sigma"][blurred].double(), kind)
+    torch.testing.assert_close(weights.sum(1), torch.ones(len(weights)).double(), atol=1e-14, rtol=0)
+    torch.testing.assert_close(weights, weights.flip(1), atol=1e-15, rtol=0)
+    torch.testing.assert_close(rows[blurred], weights[:, table.REACH :], atol=1e-7, rtol=0)
+    assert not rows[~blurred].any()
+    if kind == "pil":
+        # The variance of three boxes is sigma^2.
+        variance = (weights * torch.arange(-table.REACH, table.REACH + 1).double() ** 2).sum(1)
+        torch.testing.assert_close(variance, drawn["sigma"][blurred].double() ** 2, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
@@ -161,6 +230,7 @@ def test_crops_may_be_slices_of_a_buffer():
         ({"crops": torch.zeros(2, 8, 9, 3, dtype=torch.uint8)}, "crops must be uint8"),
         ({"crops": torch.zeros(2, 3, 8, 8, dtype=torch.uint8)}, "crops must be uint8"),
         ({"dtype": torch.int8}, "dtype must be one of"),
+        ({"blur_kind": "box"}, "blur_kind must be pil or gaussian, got 'box'"),
         ({"color": "hsv"}, "color must be matrix or exact, got 'hsv'"),
         ({"crops": torch.zeros(2, 6, 6, 3, dtype=torch.uint8), "sigma": torch.ones(2)}, "13 taps needs crops of more"),
     ],

@@ -130,6 +130,19 @@ def test_what_is_written_beats_the_recipe_and_the_recipe_fills_the_rest():
     assert (views.hue, views.blur, views.brightness, views.mean) == (0.2, 0.0, 0.4, (0.4914, 0.4822, 0.4465))
 
 
+def test_a_run_from_before_there_was_a_kind_of_blur_had_a_sampled_gaussian(tmp_path):
+    """The config that a run writes names every number of its views, and then named all but this one."""
+    config = load_config("r50_100ep", ["views.grayscale=0.25"])
+    values = yaml.safe_load(config.to_yaml())
+    assert values["views"].pop("blur_kind") == "pil"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    old = load_config(tmp_path / "config.yaml")
+    assert differing_keys(old, config) == ["views.blur_kind (gaussian, now pil)"]
+    assert load_config(tmp_path / "config.yaml", ["views.blur_kind=pil"]) == config
+    unblurred = (load_config(config, ["views.blur=0"]) for config in ("r50_100ep", tmp_path / "config.yaml"))
+    assert differing_keys(*unblurred) == ["views.grayscale (0.2, now 0.25)"]
+
+
 def test_the_run_is_named_by_what_the_overrides_change():
     def name(*overrides):
         return load_config("quickstart", overrides).run.name

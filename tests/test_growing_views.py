@@ -138,6 +138,23 @@ def test_a_checkpoint_knows_the_range_and_a_fixed_size_is_known_as_ever():
     assert len({known(), *map(known, ranges)}) == 6
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "known"),
+    [
+        ("r50_100ep", ["views.blur_kind=gaussian"], "85078a9113f7663d"),
+        ("r50_100ep", ["views.blur_kind=gaussian", "views.size=128..224", "views.solarize=0.25"], "bc87f8bedf0d574e"),
+        ("r18_cifar10_800ep", [], "f3d51b1b9fe8686a"),
+        ("quickstart", [], "9772e1337421c53a"),
+    ],
+)
+def test_checkpoints_from_before_there_was_a_kind_of_blur_are_known(name, overrides, known):
+    """What a checkpoint of commit e21b2b9 holds; without a blur its kind changes nothing."""
+    specs = specs_of_run(load_config(name, overrides).views)
+    assert identity(None, specs, "dali")["views"] == known
+    pil = tuple(dataclasses.replace(spec, blur=0.5, blur_kind="pil") for spec in specs)
+    assert identity(None, pil, "dali")["views"] != known
+
+
 def test_what_is_stored_is_advised_for_the_full_size(tiny_config, demo_folder):
     source = open_source(str(demo_folder / "train"))
     assert describe(tiny_config("views.size=16..28"), source, "dali", CPU).store_size == 32

@@ -29,6 +29,7 @@ IMAGENET = {
     "views.grayscale": 0.2,
     "views.blur": 0.5,
     "views.blur_sigma": (0.1, 2.0),
+    "views.blur_kind": "pil",
     "views.solarize": 0.0,
     "views.mean": (0.485, 0.456, 0.406),
     "views.std": (0.229, 0.224, 0.225),

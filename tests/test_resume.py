@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 import fastsiam
 from fastsiam.checkpoint import load_newest
@@ -195,6 +196,20 @@ def test_other_data_views_or_backend_are_refused(tiny, tmp_path, capsys, demo_fo
         assert expected in said()
     torch.save({**saved, "layout": 2}, tmp_path / "runs/run/checkpoint.pt")
     assert "its checkpoint was written by another version of fastsiam" in said()
+
+
+def test_a_run_of_the_sampled_blur_goes_on_with_it_when_the_recipe_means_pillows(tiny, tmp_path, capsys):
+    recipe = tiny("views.recipe=simsiam", "train.max_steps=4")
+    assert main(["--config", "quickstart", *recipe, "views.blur_kind=gaussian", "train.max_steps=2"]) == 0
+    path = tmp_path / "runs/run/config.yaml"
+    values = yaml.safe_load(path.read_text())
+    del values["views"]["blur_kind"]
+    path.write_text(yaml.safe_dump(values))
+    said = refused(capsys, tmp_path, "--config", "quickstart", *recipe)
+    assert "views.blur_kind (gaussian, now pil); set views.blur_kind=gaussian to go on with it" in said
+    assert main(["--config", "quickstart", *recipe, "views.blur_kind=gaussian"]) == 0
+    assert "resume    at step 2" in capsys.readouterr().out
+    assert yaml.safe_load(path.read_text())["views"]["blur_kind"] == "gaussian"
 
 
 def test_data_that_moved_is_the_same_data(tiny, tmp_path, demo_folder, capsys):

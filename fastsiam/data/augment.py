@@ -19,6 +19,7 @@ def augment(crops: torch.Tensor, draws: AugmentDraws, spec: ViewSpec, dtype: tor
         crops,
         **host_draws(draws),
         color=spec.color,
+        blur_kind=spec.blur_kind,
         mean=spec.mean,
         std=spec.std,
         dtype=dtype,

@@ -2,8 +2,8 @@
 
 For those who know it from other projects, and as the other side of a measurement. What differs from our augmenter: the
 colour operations come in one order for every view (saturation and hue as a rotation in YIQ, contrast about mid-grey,
-brightness; greyscale is saturation 0), the blur comes after them, its window is DALI's (2 * ceil(3 sigma) + 1), and
-every operation rounds to 8 bits.
+brightness; greyscale is saturation 0), the blur comes after them, is a sampled Gaussian whatever `blur_kind` says, in
+DALI's window (2 * ceil(3 sigma) + 1), and every operation rounds to 8 bits.
 """
 
 from dataclasses import replace

@@ -13,7 +13,8 @@ class ViewSpec:
     """One view of an image: random resized crop, flip, blur, colour, clamp, solarize, normalise, in that order.
 
     Probabilities in [0, 1]; `brightness`, `contrast`, `saturation` draw a factor from [1 - x, 1 + x] and `hue` a
-    turn from [-x, x], as torchvision's ColorJitter does; `blur_sigma` is in pixels of the view.
+    turn from [-x, x], as torchvision's ColorJitter does; `blur_sigma` is in pixels of the view, and `blur_kind` one of
+    `kernels.reference.BLUR_KINDS`.
     """
 
     size: int
@@ -28,6 +29,7 @@ class ViewSpec:
     grayscale: float = 0.2
     blur: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_kind: str = "gaussian"
     solarize: float = 0.0
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
@@ -37,11 +39,14 @@ class ViewSpec:
         return {key: value for key, value in asdict(self).items() if key not in ("size", "color")}
 
 
+# Fields that views had not always, with what views did before: files and checkpoints of those runs do not name them.
+ADDED = {"blur_kind": "gaussian"}
+
 RECIPES = {
-    # SimSiam, section 4 "Baseline settings" and appendix A: MoCo v2's augmentation.
-    "simsiam": ViewSpec(size=224, color="exact"),
+    # SimSiam, section 4 "Baseline settings" and appendix A: MoCo v2's augmentation, whose code blurs with Pillow.
+    "simsiam": ViewSpec(size=224, color="exact", blur_kind="pil"),
     # SimSiam, appendix D: as for ImageNet, without blur.
-    "simsiam_cifar10": ViewSpec(size=32, color="exact", blur=0.0, mean=CIFAR10_MEAN, std=CIFAR10_STD),
+    "simsiam_cifar10": ViewSpec(size=32, color="exact", blur=0.0, blur_kind="pil", mean=CIFAR10_MEAN, std=CIFAR10_STD),
     # The demo images have zero-mean colour around mid-grey.
     "demo": ViewSpec(size=32, color="matrix", blur=0.0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
 }
@@ -64,6 +69,24 @@ def view_specs(views, num_views: int | None = None) -> tuple[ViewSpec, ...]:
 def specs_of_run(views) -> tuple[ViewSpec, ...]:
     """The specs of all views at each size that a run comes to: what its checkpoints are compared by."""
     return tuple(replace(spec, size=size) for size in views.sizes for spec in view_specs(views))
+
+
+def described(specs: tuple[ViewSpec, ...]) -> str:
+    """All that specs ask for, as text: alike for specs that make the same views, and the same in each version.
+
+    A field that was added later is named only where it changes the views.
+    """
+    return repr(tuple(_Described(spec) for spec in specs))
+
+
+class _Described:
+    def __init__(self, spec: ViewSpec):
+        hidden = {name for name, before in ADDED.items() if getattr(spec, name) == before}
+        hidden |= set() if spec.blur else {"blur_kind"}
+        self._values = {key: value for key, value in asdict(spec).items() if key not in hidden}
+
+    def __repr__(self):
+        return f"ViewSpec({', '.join(f'{key}={value!r}' for key, value in self._values.items())})"
 
 
 def parse_range(text: str) -> tuple[int, int] | None:
