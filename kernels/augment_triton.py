@@ -181,8 +181,8 @@ def _blur_strip(crop, draws, scratch, rows, size, ROWS: tl.constexpr, BLOCK: tl.
 @triton.jit
 def _reflect(place, size, edge):
     """Where places up to REACH outside [0, size) are read; further ones, which are masked, stay inside too."""
-    place = tl.maximum(place, -edge - place)
-    return tl.maximum(tl.minimum(place, 2 * (size - 1) + edge - place), 0)
+    place = tl.where(place < 0, -edge - place, place)
+    return tl.maximum(tl.where(place < size, place, 2 * (size - 1) + edge - place), 0)
 
 
 @triton.jit
