@@ -3,12 +3,18 @@
 The tiles are flat rows of RGB elements. An output sums what lies under its triangle, rows in the outer loop, columns in
 the inner one: 2 x 2 pixels where the box is enlarged, which is what a store near the size of the views is for. A pass
 each way, through scratch, would pay only where boxes shrink much.
+
+Images of one size lie in one tensor. Decoded ones of different sizes stay where the decoder put them: a table gives the
+kernel each crop's image, so that nothing is copied before it is cropped.
 """
 
+import numpy as np
+import torch
 import triton
 import triton.language as tl
 
 from fastsiam.kernels import reference
+from fastsiam.kernels.crop_numba import check_boxes
 
 EDGE = tl.constexpr(reference.CROP_EDGE)
 # Elements of a tile, 8 a thread, and the most of them in a row.
@@ -17,31 +23,63 @@ TILE, BLOCK, NUM_WARPS = 1024, 256, 4
 
 def crop_on_cuda(images, boxes, size, indices):
     """The op for CUDA tensors, `boxes` fp32; see `crop_resize`."""
-    out = images.new_empty((len(boxes), size, size, 3))
+    return _crop(images, boxes, size, boxes if indices is None else indices.contiguous(), images.shape[1:3], {
+        "INDEXED": indices is not None, "SCATTERED": False
+    })  # fmt: skip
+
+
+def crop_scattered(
+    addresses: np.ndarray, sizes: np.ndarray, boxes: np.ndarray, size: int, device: torch.device
+) -> torch.Tensor:
+    """V crops of each of N images that lie apart in the memory of `device`: uint8 [V*N, S, S, 3] there.
+
+    The arguments are those of `fastsiam.kernels.crop_numba.crop_on_cpu`, and so are the crops. The memory must stay
+    as it is until the current stream has passed the launch.
+    """
+    check_boxes(boxes, sizes)
+    num_views, num_images = boxes.shape[:2]
+    table = np.empty((num_views, num_images, 3), np.int64)
+    table[:, :, 0], table[:, :, 1:] = addresses, sizes
+    like = torch.empty(0, dtype=torch.uint8, device=device)
+    table = reference.send(torch.from_numpy(table.reshape(-1, 3)), like)
+    boxes = reference.send(torch.from_numpy(boxes.reshape(-1, 4).astype(np.float32)), like)
+    return _crop(table, boxes, size, boxes, (0, 0), {"INDEXED": False, "SCATTERED": True})
+
+
+def _crop(images, boxes, size, indices, shape, constants):
+    out = torch.empty(len(boxes), size, size, 3, dtype=torch.uint8, device=boxes.device)
     if not len(boxes):
         return out
     block = min(BLOCK, triton.next_power_of_2(3 * size))
     rows = min(TILE // block, triton.next_power_of_2(size))
     grid = (len(boxes), triton.cdiv(size, rows), triton.cdiv(3 * size, block))
     _crop_kernel[grid](
-        images, boxes.contiguous(), boxes if indices is None else indices.contiguous(), out, *images.shape[1:3], size,
-        INDEXED=indices is not None, ROWS=rows, BLOCK=block, num_warps=NUM_WARPS,
+        images, boxes.contiguous(), indices, out, *shape, size, **constants, ROWS=rows, BLOCK=block,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
     return out
 
 
 @triton.jit
 def _crop_kernel(
-    images, boxes, indices, out, height, width, size, INDEXED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    images, boxes, indices, out, height, width, size,
+    INDEXED: tl.constexpr, SCATTERED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """`images`: uint8 [N, H, W, 3]; SCATTERED: int64 [crops, 3], each crop's address of pixels, height and width."""
     crop = tl.program_id(0).to(tl.int64)
-    image = crop
-    if INDEXED:
-        image = tl.load(indices + crop)
+    if SCATTERED:
+        pixels = tl.load(images + 3 * crop).to(tl.pointer_type(tl.uint8))
+        height = tl.load(images + 3 * crop + 1).to(tl.int32)
+        width = tl.load(images + 3 * crop + 2).to(tl.int32)
+    else:
+        image = crop
+        if INDEXED:
+            image = tl.load(indices + crop)
+        pixels = images + image * height * width * 3
     boxes += 4 * crop
     top, row_pixels, row_begin, row_scale = _span(tl.load(boxes), tl.load(boxes + 2), height, size)
     left, column_pixels, column_begin, column_scale = _span(tl.load(boxes + 1), tl.load(boxes + 3), width, size)
-    images += image * height * width * 3 + (top * width + left) * 3
+    pixels += (top * width + left) * 3
 
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -61,7 +99,7 @@ def _crop_kernel(
             column = first + tap
             place = row[:, None] * (3 * width) + (3 * column + element % 3)[None, :]
             mask = (row < row_pixels)[:, None] & (column < column_pixels)[None, :]
-            value = tl.load(images + place, mask=mask, other=0).to(tl.float32)
+            value = tl.load(pixels + place, mask=mask, other=0).to(tl.float32)
             line += _weight(column, column_pixels, center, slope)[None, :] * value
         total += row_weight[:, None] * line
     value = total / (row_sum[:, None] * column_sum[None, :]) + 0.5

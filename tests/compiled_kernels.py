@@ -44,8 +44,16 @@ def variants(dim=2048):
                 constants,
                 augment_triton.NUM_WARPS,
             )
-    tile = {"ROWS": crop_triton.TILE // crop_triton.BLOCK, "BLOCK": crop_triton.BLOCK, "INDEXED": True}
+    tile = {
+        "ROWS": crop_triton.TILE // crop_triton.BLOCK,
+        "BLOCK": crop_triton.BLOCK,
+        "INDEXED": True,
+        "SCATTERED": False,
+    }
     yield "crop", crop_triton._crop_kernel, CROP_POINTERS, tile, crop_triton.NUM_WARPS
+    apart = {**tile, "INDEXED": False, "SCATTERED": True}
+    table = {**CROP_POINTERS, "images": "*i64"}
+    yield "crop_scattered", crop_triton._crop_kernel, table, apart, crop_triton.NUM_WARPS
 
 
 def compiled(kernel, pointers, constants, num_warps, capability):

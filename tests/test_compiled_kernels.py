@@ -21,7 +21,7 @@ def count(kernel, kind, width):
 
 
 def test_every_kernel_compiles_for_both(report):
-    names = {"cosine_forward", "cosine_backward", "cosine_backward_to_z", "crop"}
+    names = {"cosine_forward", "cosine_backward", "cosine_backward_to_z", "crop", "crop_scattered"}
     names |= {f"{name}_{color}" for name in ("contrast", "views") for color in ("matrix", "exact")}
     assert set(report) == {f"{name} sm_{capability}" for name in names for capability in (80, 90)}
 
@@ -57,7 +57,6 @@ def test_the_augmenter_reads_and_writes_16_bytes_at_a_time(report):
 
 def test_the_crops_are_stored_8_bytes_at_a_time_and_four_programs_fit(report):
     """8 elements a thread; 4 x 4 warps hide the loads' latency where a thread has at most 128 registers."""
-    for capability in (80, 90):
-        crop = report[f"crop sm_{capability}"]
-        assert count(crop, "st", "v2.b32") == 1
-        assert crop["reg"] <= 128
+    for name in ("crop sm_80", "crop sm_90", "crop_scattered sm_80", "crop_scattered sm_90"):
+        assert count(report[name], "st", "v2.b32") == 1
+        assert report[name]["reg"] <= 128

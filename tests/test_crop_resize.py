@@ -22,7 +22,16 @@ def triton(images, boxes, size, indices=None):
     return crop_on_cuda(images.to(device), boxes.float().to(device), size, taken).cpu()
 
 
-KERNELS = {"numba": crop_resize, "triton": triton, "reference": reference.crop_resize_ref}
+def scattered(images, boxes, size, indices=None):
+    """The images one by one, as a decoder leaves them: each crop's is named by its address."""
+    images = images.to("cuda" if CUDA else "cpu")
+    taken = range(len(boxes)) if indices is None else indices.tolist()
+    addresses = np.array([images[index].data_ptr() for index in taken], np.int64)
+    sizes = np.array([images.shape[1:3]] * len(taken)).reshape(-1, 2)
+    return crop_triton.crop_scattered(addresses, sizes, boxes.double().numpy()[None], size, images.device).cpu()
+
+
+KERNELS = {"numba": crop_resize, "triton": triton, "scattered": scattered, "reference": reference.crop_resize_ref}
 
 
 def pictures(count, height, width, seed=0):

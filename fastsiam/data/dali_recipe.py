@@ -3,17 +3,19 @@
 For those who know it from other projects, and as the other side of a measurement. What differs from our augmenter: the
 colour operations come in one order for every view (saturation and hue as a rotation in YIQ, contrast about mid-grey,
 brightness; greyscale is saturation 0), the blur comes after them, is a sampled Gaussian whatever `blur_kind` says, in
-DALI's window (2 * ceil(3 sigma) + 1), and every operation rounds to 8 bits.
+DALI's window (2 * ceil(3 sigma) + 1), every operation rounds to 8 bits, and in the outer ring of a crop the resize
+mixes in what lies around its box.
 """
 
 from dataclasses import replace
 
 import numpy as np
+import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 
 from fastsiam.cores import threads_for
-from fastsiam.data.dali import DaliBackend, corners, decode_graph, resized
+from fastsiam.data.dali import DaliBackend, decode_graph
 from fastsiam.data.draws import AugmentDraws
 from fastsiam.data.sources import ImageSource
 from fastsiam.data.views import ViewSpec
@@ -40,7 +42,7 @@ def open_recipe(source, specs, batch_size, workers, device, dtype) -> "RecipeBac
 def view_graph(source, specs: tuple[ViewSpec, ...], decoder: str, packed: bool, memory: dict[str, int]):
     """[files, indices, boxes of each view, draws of each view] -> [index, shape of the image, views [S, S, 3] of each].
 
-    The views are finished, float32; the other arguments are those of `fastsiam.data.dali.crop_graph`.
+    The views are finished, float32; the other arguments are those of `fastsiam.data.dali.image_graph`.
     """
     names = [name for spec in specs for name in operands(spec)]
     kinds = [types.UINT8, types.INT64, *[types.FLOAT] * len(specs), *[_TYPES[name] for name in names]]
@@ -52,6 +54,18 @@ def view_graph(source, specs: tuple[ViewSpec, ...], decoder: str, packed: bool, 
         first += len(drawn)
         views.append(rendered(resized(images, inputs[number], spec.size), drawn, spec))
     return indices, images.shape(device="cpu"), *views
+
+
+def resized(images, box, size: int):
+    """`box`: float [4], top, left, bottom, right in pixels."""
+    return fn.resize(
+        images,
+        size=(size, size),
+        roi_start=box[:2],
+        roi_end=box[2:],
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
 
 
 def rendered(view, drawn: dict, spec: ViewSpec):
@@ -95,6 +109,11 @@ def operands(spec: ViewSpec) -> list[str]:
     return names + ["solarized"] * bool(spec.solarize)
 
 
+def corners(boxes: np.ndarray) -> np.ndarray:
+    """Top, left, height, width [..., 4] as float32 top, left, bottom, right."""
+    return np.concatenate([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], -1).astype(np.float32)
+
+
 def arguments(drawn: AugmentDraws) -> dict[str, np.ndarray]:
     """The draws of B views as [B] arguments of DALI's operators; hue in degrees."""
     brightness, contrast, saturation, turn = np.ascontiguousarray(drawn.factors.T)
@@ -119,6 +138,8 @@ class RecipeBackend(DaliBackend):
         self.description += ", augmented by DALI"
 
     def resize(self, size):
+        # The size is a constant of the graph.
+        self.close()
         super().resize(size)
         self._specs = tuple(replace(spec, size=size) for spec in self._specs)
 
@@ -134,4 +155,12 @@ class RecipeBackend(DaliBackend):
         )
 
     def _deliver(self, request, outputs):
-        return self._own(request, outputs).permute(0, 3, 1, 2).to(self._dtype)
+        shapes, *views = outputs
+        self._check_sizes(request, np.array(shapes.as_tensor())[:, :2])
+        finished, self._cropped = self._lane(lambda: self._own(views))
+        return finished
+
+    def _own(self, views):
+        """What the graph made of each view as one tensor of ours."""
+        joined = torch.cat([torch.from_dlpack(view.as_tensor()) for view in views]).to(self._device)
+        return joined.permute(0, 3, 1, 2).to(self._dtype)
