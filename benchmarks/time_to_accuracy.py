@@ -219,8 +219,7 @@ def images_of(config: str, device: str, data: Path | None, train: int | None, va
     """Those of `data`, or the config's own, cut down to equally many of each class by files in `lists`."""
     if data is None:
         own = load_config(config)
-        if own.data.demo_seed is not None:
-            draw_missing_demo(own, print)
+        draw_missing_demo(own, print)
         folders = [Path(own.data.train or ""), Path(own.data.val or "")]
     else:
         folders = [data / "train", data / "val"]

@@ -1,7 +1,6 @@
 """What a run says of itself: its first lines, its last ones, and the dry run."""
 
 import sys
-from pathlib import Path
 
 import torch
 
@@ -11,7 +10,7 @@ from fastsiam.config import Config
 from fastsiam.data import demo
 from fastsiam.data.backends import check_grows, choose_backend
 from fastsiam.data.loader import check_batch_size, check_divides
-from fastsiam.data.sources import open_source
+from fastsiam.data.sources import demo_folder, open_source, open_validation
 from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision, environment
 from fastsiam.distributed import World, restarts
 from fastsiam.energy import kilowatt_hours
@@ -291,7 +290,7 @@ def dry_run(config: Config) -> None:
     world = World.of_environment()
     check_divides(config.train.batch_size, world.size)
     name, _ = choose_backend(config.data.backend, config.data.train)
-    num_train, num_val, left_out = _count(config)
+    num_train, num_val, left_out = _count(config, lambda sentence: print(sentence, file=sys.stderr))
     if num_train:
         check_batch_size(config.train.batch_size, num_train, config.data.train)
     if name == "synthetic":
@@ -311,16 +310,17 @@ def dry_run(config: Config) -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
-def _count(config: Config) -> tuple[int, int, list[str]]:
+def _count(config: Config, warn) -> tuple[int, int, list[str]]:
     """Images for training and for kNN, and what is left out of them."""
     data = config.data
     if data.backend == "synthetic":
         return 0, 0, []
-    if data.demo_seed is not None and not Path(data.train).exists():
-        print(f"the demo images of seed {data.demo_seed} would be drawn to {Path(data.train).parent}", file=sys.stderr)
-        return demo.TRAIN_PER_CLASS * len(demo.CLASSES), demo.VAL_PER_CLASS * len(demo.CLASSES), []
+    folder = demo_folder(config)
+    if folder is not None and not folder.exists():
+        warn(f"the demo images of seed {data.demo_seed} would be drawn to {folder}")
+        num_val = demo.VAL_PER_CLASS * len(demo.CLASSES) if data.val is not None else 0
+        return demo.TRAIN_PER_CLASS * len(demo.CLASSES), num_val, []
     train = open_source(data.train, scanned=data.manifest)
-    if data.val is None or not Path(data.val).exists():
-        return len(train), 0, train.left_out_texts()
-    val = open_source(data.val, "data.val")
-    return len(train), len(val), train.left_out_texts() + val.left_out_texts()
+    val = open_validation(config, train, lambda sentence: warn(f"warning: {sentence}"))
+    left_out = train.left_out_texts() + (val.left_out_texts() if val is not None else [])
+    return len(train), len(val or ()), left_out

@@ -7,6 +7,7 @@ and answers every mistake with one sentence that names the key and the nearest r
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fastsiam.budget import EXAMPLES, Budget, parse_budget
 from fastsiam.config_data import DataConfig, PositiveFloat, PositiveInt, Section, ViewsConfig
-from fastsiam.config_file import UserError, apply_override, check, flat, read
+from fastsiam.config_file import UserError, apply_override, check, expand_home, flat, read
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -159,6 +160,11 @@ class RunConfig(Section):
     fresh: bool = False
     """Start over in a new folder."""
 
+    @field_validator("dir")
+    @classmethod
+    def home_expanded(cls, path):
+        return os.path.expanduser(path)
+
 
 class Config(Section):
     data: DataConfig
@@ -260,14 +266,19 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
 
     `name_or_path`: a path, or the name of a file in `configs/` with or without `.yaml`. `overrides`: strings
     `section.key=value`, the value in YAML; a budget there takes the place of the file's epochs, and epochs that of its
-    budget. Raises `UserError` (a `ValueError`) of one sentence.
+    budget; with another data.train no demo images are drawn. Raises `UserError` (a `ValueError`) of one sentence.
     """
     path = find_config(name_or_path)
     values = read(path)
     overrides = list(overrides)
+    demo_folder = _folder_of_demo(values)
     for override in overrides:
         apply_override(Config, values, override)
-    _let_the_override_win(values, {override.partition("=")[0] for override in overrides})
+    overridden = {override.partition("=")[0] for override in overrides}
+    _let_the_override_win(values, overridden)
+    if demo_folder and demo_folder != _folder_of_demo(values) and not overridden & {"data", "data.demo_seed"}:
+        # The file asks for demo images in its own folder, not in that of somebody's images.
+        values["data"]["demo_seed"] = None
     if not values.get("run"):
         values["run"] = {}
     config = check(Config, values)
@@ -278,7 +289,7 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
 
 def find_config(name_or_path: str | Path) -> Path:
     """The file that a `--config` argument means; raises `UserError` with the names that exist."""
-    path = Path(name_or_path)
+    path = expand_home(name_or_path)
     for candidate in (path, CONFIGS / path.name, CONFIGS / f"{path.name}.yaml"):
         if candidate.is_file() and (candidate == path or path.name == str(name_or_path)):
             return candidate
@@ -312,6 +323,14 @@ def _let_the_override_win(values: dict, overridden: set[str]) -> None:
         train["epochs"] = None
     if "train.epochs" in overridden and "budget" not in overridden and train["epochs"] is not None:
         values["budget"] = None
+
+
+def _folder_of_demo(values: dict) -> str | None:
+    """Where data.train is, if data.demo_seed asks for the demo images there."""
+    data = values.get("data")
+    if not isinstance(data, dict) or data.get("demo_seed") is None or not isinstance(data.get("train"), str):
+        return None
+    return os.path.normpath(os.path.expanduser(data["train"]))
 
 
 def _named(config: Config, path: Path, changed: bool) -> Config:

@@ -1,6 +1,7 @@
 """The sections data and views of a config: what images there are, who reads them, and what a view of one is."""
 
 import json
+import os
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -37,7 +38,13 @@ class DataConfig(Section):
     manifest: str | None = None
     """What a scan has found in data.train, if it was written elsewhere than the index cache, where it is looked for."""
     demo_seed: Annotated[int, Field(ge=0)] | None = None
-    """Draw the demo images of this seed beside data.train where they are missing; null never draws."""
+    """Draw the demo images of this seed to FOLDER/train, FOLDER/val where data.train is FOLDER/train and there is no
+    FOLDER; null never draws. Another data.train on the command line makes it null, unless it is given there, too."""
+
+    @field_validator("train", "val", "manifest")
+    @classmethod
+    def home_expanded(cls, path):
+        return path if path is None else os.path.expanduser(path)
 
     @model_validator(mode="after")
     def what_there_is_to_read(self):

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 class UserError(ValueError):
     """Something the user can put right; commands print its one sentence and exit with code 2."""
+
+
+def expand_home(path: Path | str) -> Path:
+    """A path with a leading `~` or `~user` as the home folder, which a shell leaves alone in `key=~/x`."""
+    # pathlib's own raises where there is no home folder; there the name stays as it is.
+    return Path(os.path.expanduser(path))
 
 
 class _Loader(yaml.SafeLoader):

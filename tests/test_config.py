@@ -187,3 +187,29 @@ def test_operational_keys_exist():
 def test_the_rate_is_that_of_256_images_scaled():
     assert load_config("r50_100ep").learning_rate == pytest.approx(0.1)
     assert load_config("r50_100ep", ["train.batch_size=64"]).learning_rate == pytest.approx(0.0125)
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_every_path(tmp_path, monkeypatch):
+    """A shell expands it at the beginning of a word only, and not in key=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text((CONFIGS / "quickstart.yaml").read_text())
+    keys = ("data.train", "data.val", "data.manifest", "run.dir")
+    config = load_config("~/my.yaml", [f"{key}=~/x y" for key in keys])
+    assert [flat(config.model_dump())[key] for key in keys] == [f"{tmp_path}/x y"] * 4
+    assert load_config("quickstart", ["data.train=a~/b"]).data.train == "a~/b"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seed"),
+    [
+        ([], 0),
+        (["data.val=null"], 0),
+        (["data.train=./data/demo/train"], 0),
+        (["data.train=mine"], None),
+        (["data.train=mine/train", "data.val=mine/val"], None),
+        (["data={train: mine}"], None),
+        (["data.train=mine/train", "data.demo_seed=3"], 3),
+    ],
+)
+def test_demo_images_are_for_the_folder_of_the_file(overrides, seed):
+    assert load_config("quickstart", overrides).data.demo_seed == seed

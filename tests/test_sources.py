@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastsiam.config import UserError
+from fastsiam.config import UserError, load_config
+from fastsiam.data import demo
 from fastsiam.data.headers import BadImageError, read_header
 from fastsiam.data.pil import decode
-from fastsiam.data.sources import check_labels, open_source
+from fastsiam.data.sources import check_labels, open_source, open_sources
 
 
 def picture(path, size=(8, 6), color=(200, 30, 90)):
@@ -140,3 +141,63 @@ def test_labels_that_cannot_serve_knn_are_refused(tmp_path, photos):
     with pytest.raises(UserError, match="1 of its 2 classes are not in data.train, for example class9"):
         check_labels(train, open_source(str(tmp_path / "other")))
     check_labels(train, train)
+
+
+def quickstart(*overrides):
+    return load_config("quickstart", overrides)
+
+
+@pytest.fixture
+def drawing(tmp_path, monkeypatch):
+    """A working folder in which the demo images of the quickstart are two a class."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "draw_demo", lambda root, seed, draw=demo.draw_demo: draw(root, seed, 2, 1))
+    return tmp_path
+
+
+def opened(config):
+    """Lengths of the two sources, and what was warned and said."""
+    warned, said = [], []
+    train, val = open_sources(config, warned.append, said.append)
+    return len(train), None if val is None else len(val), warned, said
+
+
+def test_the_quickstart_draws_its_images_with_and_without_knn(drawing):
+    assert opened(quickstart("data.val=null"))[:2] == (20, None)
+    assert [path.name for path in (drawing / "data/demo").iterdir() if path.is_dir()] == ["train", "val"]
+    length, val, warned, said = opened(quickstart())
+    assert (length, val, warned, said) == (20, 10, [], []), "not drawn again"
+    with pytest.raises(UserError, match="asked for is .*'seed': 7"):
+        opened(quickstart("data.demo_seed=7"))
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("place", ["mine", "mine/train", "data/mine"])
+def test_the_quickstart_takes_somebodys_own_images(drawing, photos, place, drawn):
+    """With the demo images beside them or not: they are neither drawn nor taken for kNN, and one line says so."""
+    if drawn:
+        opened(quickstart())
+    shutil.copytree(photos, drawing / place)
+    length, val, warned, said = opened(quickstart(f"data.train={place}"))
+    assert (length, val, said) == (16, None, [])
+    (sentence,) = warned
+    assert sentence.startswith("no kNN: ")
+    assert "set data.val to labelled images" in sentence
+    assert opened(quickstart(f"data.train={place}", "data.val=null")) == (16, None, [], [])
+    assert opened(quickstart(f"data.train={place}", f"data.val={place}"))[:2] == (16, 16)
+    assert (drawing / "data/demo").exists() == drawn
+
+
+def test_demo_images_are_not_drawn_for_a_folder_that_is_missing(drawing):
+    with pytest.raises(UserError, match="there is no photos/train"):
+        opened(quickstart("data.train=photos/train", "data.val=photos/val"))
+    assert list(drawing.iterdir()) == []
+    # Asked for, they are.
+    assert opened(quickstart("data.train=x/train", "data.val=x/val", "data.demo_seed=3"))[:2] == (20, 10)
+
+
+def test_a_list_of_demo_images_has_their_labels_for_knn(drawing):
+    opened(quickstart())
+    lines = [f"data/demo/train/{name}/00000.jpg\t{name}" for name in demo.CLASSES]
+    (drawing / "some.txt").write_text("\n".join(lines))
+    assert opened(quickstart("data.train=some.txt")) == (10, 10, [], [])

@@ -25,7 +25,8 @@ from PIL import Image
 
 SIDE = 48
 TRAIN_PER_CLASS, VAL_PER_CLASS = 400, 100
-VERSION = 1  # in demo.json: another number for other pixels
+NOTE = "demo.json"
+VERSION = 1  # in NOTE: another number for other pixels
 
 _QUALITY = 90
 _VAL_START = 1 << 31  # the index of the first val image; train images count from 0
@@ -232,13 +233,13 @@ def _write_set(folder: Path, asked: dict[str, int], progress: Callable[[int, int
                 done += 1
                 if progress is not None:
                     progress(done, total)
-    (folder / "demo.json").write_text(json.dumps(asked, indent=1) + "\n", encoding="ascii")
+    (folder / NOTE).write_text(json.dumps(asked, indent=1) + "\n", encoding="ascii")
 
 
 def _require_equal(root: Path, asked: dict[str, int]) -> None:
     """Raise ValueError unless root/demo.json says what is asked."""
     advice = "name another folder, or delete this one"
-    note = root / "demo.json"
+    note = root / NOTE
     if not note.is_file():
         raise ValueError(f"{root} exists without a demo.json, asked for is {asked}: {advice}")
     try:

@@ -168,38 +168,58 @@ def open_sources(config: Config, warn, say) -> "tuple[ImageSource | None, ImageS
     """The training images of a config and its labelled ones for kNN; draws the demo images where asked and absent.
 
     None for the first with the synthetic backend, for the second where there is no kNN. A `data.val` that does not
-    exist is told through `warn`, labels that cannot serve raise `UserError`.
+    exist, or is of demo images while data.train has others, is told through `warn`; labels that cannot serve raise
+    `UserError`.
     """
     data = config.data
     if data.backend == "synthetic":
         return None, None
-    if data.demo_seed is not None:
-        draw_missing_demo(config, say)
+    draw_missing_demo(config, say)
     train = open_source(data.train, scanned=data.manifest)
+    return train, open_validation(config, train, warn)
+
+
+def open_validation(config: Config, train: ImageSource, warn) -> ImageSource | None:
+    """The images of data.val where they can serve `train`; see `open_sources`."""
+    data = config.data
     if data.val is None:
-        return train, None
+        return None
+    advice = "set data.val to labelled images of your classes, or data.val=null"
     if not Path(data.val).exists():
-        warn(f"no kNN: there is no {data.val}; set data.val to labelled images, or data.val=null")
-        return train, None
+        warn(f"no kNN: there is no {data.val}; {advice}")
+        return None
     val = open_source(data.val, "data.val")
-    check_labels(train, val)
-    return train, val
+    try:
+        check_labels(train, val)
+    except UserError:
+        # The config's own val beside somebody's images, not a mistake of theirs.
+        if not (Path(data.val).parent / demo.NOTE).is_file():
+            raise
+        warn(f"no kNN: {data.val} holds demo images and {data.train} does not; {advice}")
+        return None
+    return val
+
+
+def demo_folder(config: Config) -> Path | None:
+    """FOLDER of data.train=FOLDER/train where demo images are asked for and nothing else lies there; need not exist."""
+    data = config.data
+    if data.backend == "synthetic" or data.demo_seed is None or Path(data.train).name != "train":
+        return None
+    folder = Path(data.train).parent
+    return folder if (folder / demo.NOTE).is_file() or not folder.exists() else None
 
 
 def draw_missing_demo(config: Config, say) -> None:
-    """Draw the demo images of `data.demo_seed` into the folder that holds data.train and data.val."""
-    train, val = Path(config.data.train), Path(config.data.val or config.data.train).with_name("val")
-    if train.name != "train" or config.data.val is None or val != Path(config.data.val) or train.parent != val.parent:
-        raise UserError(
-            f"data.demo_seed: the demo images are drawn to FOLDER/train and FOLDER/val, but data.train is {train} and "
-            f"data.val is {config.data.val}; set both, or data.demo_seed=null to use your own images"
-        )
-    if not train.parent.exists():
-        say(f"drawing   the demo images of seed {config.data.demo_seed} into {train.parent}")
+    """Draw the demo images of `data.demo_seed` where they are missing; raises `UserError` where they are others."""
+    folder = demo_folder(config)
+    if folder is None:
+        return
+    if not folder.exists():
+        say(f"drawing   the demo images of seed {config.data.demo_seed} into {folder}")
     try:
-        demo.draw_demo(train.parent, config.data.demo_seed)
-    except ValueError as error:
-        raise UserError(f"data.demo_seed: {error}") from error
+        demo.draw_demo(folder, config.data.demo_seed)
+    except (ValueError, OSError) as error:
+        raise UserError(f"data.demo_seed: {error}; set data.train to a folder of images to use yours") from error
 
 
 def check_labels(train: ImageSource, val: ImageSource) -> None:
