@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m fastsiam.doctor",
         description="What is installed, what mismatches, what would run where; exit code 1 where there is an error.",
     )
-    parser.add_argument("data", metavar="DATA_FOLDER", nargs="?", help="measure how fast its files are read, for 2 s")
+    what = "measure how fast its files are read, for 2 s"
+    parser.add_argument("data", metavar="DATA_FOLDER", nargs="?", type=os.path.expanduser, help=what)
     parser.add_argument("--json", action="store_true", help="for scripts")
     arguments = parser.parse_args(argv)
     if arguments.data is not None and not os.path.isdir(arguments.data):

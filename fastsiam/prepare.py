@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastsiam.config import UserError
+from fastsiam.config_file import expand_home
 from fastsiam.cores import usable_cores
 from fastsiam.data import beton, cifar10, demo, manifest, pack
 from fastsiam.data.index import cache_folder
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _add_demo(commands):
     draw = commands.add_parser("demo", help="draw the quickstart's images, 10 classes of patterns")
-    draw.add_argument("folder", type=Path, help="where train/ and val/ go")
+    draw.add_argument("folder", type=expand_home, help="where train/ and val/ go")
     draw.add_argument("--seed", type=int, default=0)
     draw.set_defaults(run=_demo)
 
@@ -61,8 +62,9 @@ def _add_pack(commands):
         description="Pack images into tar shards in WebDataset's layout, their bytes as they are; data.train=OUT reads "
         "them. Names, labels and order stay; what a scan of SRC leaves out is left out.",
     )
-    command.add_argument("source", metavar="SRC", help="a folder of images or a text list, as for data.train")
-    command.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    text = "a folder of images or a text list, as for data.train"
+    command.add_argument("source", metavar="SRC", type=os.path.expanduser, help=text)
+    command.add_argument("out", metavar="OUT", type=expand_home, help="a new folder")
     command.add_argument("--shard-size", metavar="SIZE", default="1GB", help="of a tar file (%(default)s)")
     command.set_defaults(run=_pack)
 
@@ -91,11 +93,15 @@ def _add_scan(commands):
         "the manifest to read all of them again.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument("source", metavar="SRC", help="a folder of images or tar shards or a text list")
+    text = "a folder of images or tar shards or a text list"
+    command.add_argument("source", metavar="SRC", type=os.path.expanduser, help=text)
     command.add_argument("--workers", metavar="N", type=int, default=usable_cores(), help="processes (%(default)s)")
     command.add_argument("--max-pixels", metavar="M", type=int, help="leave out larger images (what Pillow refuses)")
     command.add_argument(
-        "--out", metavar="FILE.tsv", type=Path, help="the manifest, for data.manifest (where runs find it themselves)"
+        "--out",
+        metavar="FILE.tsv",
+        type=expand_home,
+        help="the manifest, for data.manifest (where runs find it themselves)",
     )
     command.set_defaults(run=_scan)
 
@@ -154,9 +160,9 @@ def _add_cifar10(commands):
         "(as PNG, which loses nothing), or a folder or tar of images {train,test}/CLASS/IMAGE.jpg (their bytes as they "
         "are). Without SRC torchvision downloads the archive.",
     )
-    command.add_argument("source", metavar="SRC", type=Path, nargs="?")
+    command.add_argument("source", metavar="SRC", type=expand_home, nargs="?")
     command.add_argument(
-        "out", metavar="OUT", type=Path, help="a new folder; r18_cifar10_800ep.yaml reads data/cifar10"
+        "out", metavar="OUT", type=expand_home, help="a new folder; r18_cifar10_800ep.yaml reads data/cifar10"
     )
     command.set_defaults(run=_cifar10)
 

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastsiam.config_file import UserError
+from fastsiam.config_file import UserError, expand_home
 from fastsiam.disk import replace_file
 from fastsiam.reports.runs import open_runs
 
@@ -21,9 +21,10 @@ def main(argv: list[str] | None = None) -> int:
         "result, curves, view pairs, nearest neighbours, warnings, config. A run that goes on, was killed or failed "
         "works, too.",
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder, for example runs/quickstart")
+    text = "a run folder, for example runs/quickstart"
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=expand_home, help=text)
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help=f"of one run by default RUN/{NAME}, of several ./{NAME}"
+        "--out", metavar="FILE", type=expand_home, help=f"of one run by default RUN/{NAME}, of several ./{NAME}"
     )
     arguments = parser.parse_args(argv)
     out = arguments.out or (arguments.runs[0] / NAME if len(arguments.runs) == 1 else Path(NAME))

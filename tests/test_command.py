@@ -1,11 +1,13 @@
-"""The command line that the benchmarks share."""
+"""The command line that the benchmarks share, and what all commands take for a path."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.command import command
+from fastsiam import doctor, plan, prepare, report
 from fastsiam.config import UserError
 
 
@@ -30,3 +32,22 @@ def test_a_mistake_is_a_sentence(capsys):
 
     assert command(run, "x", "Time x.", 3.0, ["--device", "cpu"]) == 2
     assert capsys.readouterr().err == "benchmarks: --images: nothing there\n"
+
+
+def test_a_tilde_is_the_home_folder_on_every_command_line(photos, tmp_path, monkeypatch, capsys):
+    """Started without a shell, and in --out=~/x, which a shell leaves alone."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(photos, tmp_path / "photos")
+    assert prepare.main(["scan", "~/photos", "--workers=0", "--out=~/found.tsv"]) == 0
+    assert prepare.main(["pack", "~/photos", "~/packed"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "found.tsv", "packed"}
+    capsys.readouterr()
+    for main, arguments in (
+        (report.main, ["~/none"]),
+        (doctor.main, ["~/none"]),
+        (plan.main, ["--config=quickstart", "data.train=~/none"]),
+        (prepare.main, ["ffcv", "~/none", "~/x.beton"]),
+        (prepare.main, ["cifar10", "~/none", "~/x"]),
+    ):
+        assert main(arguments) == 2
+        assert f"{tmp_path}/none" in capsys.readouterr().err

@@ -8,6 +8,7 @@ torch.
 """
 
 import argparse
+import os
 import sys
 import zipfile
 from collections import deque
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from fastsiam.config import UserError
+from fastsiam.config_file import expand_home
 from fastsiam.cores import usable_cores
 from fastsiam.data import draws
 from fastsiam.data.headers import PLAIN, UNREADABLE, BadImageError
@@ -117,8 +119,9 @@ def write_beton(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `python -m fastsiam.prepare ffcv`."""
-    parser.add_argument("source", metavar="SRC", help="what data.train takes: a folder of images, or a list of files")
-    parser.add_argument("out", metavar="OUT.beton", type=Path)
+    text = "what data.train takes: a folder of images, or a list of files"
+    parser.add_argument("source", metavar="SRC", type=os.path.expanduser, help=text)
+    parser.add_argument("out", metavar="OUT.beton", type=expand_home)
     parser.add_argument("--max-side", type=int, default=MAX_SIDE, help="pixels of the longest side (%(default)s)")
     parser.add_argument("--format", choices=FORMATS, default=FORMAT, help="mixed: half jpg, half raw (%(default)s)")
     parser.add_argument("--quality", type=int, default=QUALITY, help="of the JPEGs (%(default)s)")
