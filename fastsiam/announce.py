@@ -10,7 +10,7 @@ from fastsiam.config import Config
 from fastsiam.data import demo
 from fastsiam.data.backends import check_grows, choose_backend
 from fastsiam.data.loader import check_batch_size, check_divides
-from fastsiam.data.sources import demo_folder, open_source, open_validation
+from fastsiam.data.sources import ImageSource, demo_folder, open_source, open_validation
 from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision, environment
 from fastsiam.distributed import World, restarts
 from fastsiam.energy import kilowatt_hours
@@ -30,12 +30,12 @@ def opening_lines(
     num_val: int,
     loader_text: str,
     where: str,
-    left_out: list[str],
+    data_lines: list[str],
     world_size: int = 1,
 ) -> list[str]:
     """Everything that was chosen, before the first step: data, backend, views, model, step, schedule.
 
-    `left_out`: a text each of what is passed over in the folders and left out by a scan, for training and for kNN.
+    `data_lines`: those of `source_lines`.
     """
     model, train = config.model, config.train
     device = choose_device(train.device)
@@ -46,7 +46,7 @@ def opening_lines(
     if num_train:
         val = f", {num_val:,} for kNN under {config.data.val}" if num_val else ", no kNN"
         lines.append(f"data      {num_train:,} images under {config.data.train}{val}")
-        lines += [f"left out  {text}" for text in left_out]
+        lines += data_lines
     if world_size > 1:
         share = train.batch_size // world_size
         lines.append(f"ranks     {world_size}, {share} images a step each; batch-norm statistics over all of them")
@@ -101,6 +101,14 @@ def _augmenter_text(config, device):
     return f"{colour}numba{first}"
 
 
+def source_lines(*sources: ImageSource | None) -> list[str]:
+    """How the labels were read, and what is left out, of the images for training and of those for kNN."""
+    sources = [source for source in sources if source is not None]
+    labels = [source.label_text() for source in sources]
+    lines = [f"labels    {text}" for text in dict.fromkeys(labels) if text]
+    return lines + [f"left out  {text}" for source in sources for text in source.left_out_texts()]
+
+
 def schedule_line(config: Config, steps_per_epoch: int) -> str:
     budget, most = config.to_spend, config.train.max_steps
     if budget.kind == "epochs":
@@ -121,10 +129,9 @@ def schedule_line(config: Config, steps_per_epoch: int) -> str:
 def session_lines(session) -> list[str]:
     """The first lines of a run."""
     config, sources = session.config, (session.source, session.val)
-    left_out = [text for source in sources if source is not None for text in source.left_out_texts()]
     counts = [len(source or ()) for source in sources]
     where = f"run folder {session.folder.path}"
-    lines = opening_lines(config, *counts, session.loader_text, where, left_out, session.world.size)
+    lines = opening_lines(config, *counts, session.loader_text, where, source_lines(*sources), session.world.size)
     return [*lines, schedule_line(config, session.loader.steps_per_epoch)]
 
 
@@ -290,7 +297,7 @@ def dry_run(config: Config) -> None:
     world = World.of_environment()
     check_divides(config.train.batch_size, world.size)
     name, _ = choose_backend(config.data.backend, config.data.train)
-    num_train, num_val, left_out = _count(config, lambda sentence: print(sentence, file=sys.stderr))
+    num_train, num_val, data_lines = _count(config, lambda sentence: print(sentence, file=sys.stderr))
     if num_train:
         check_batch_size(config.train.batch_size, num_train, config.data.train)
     if name == "synthetic":
@@ -301,7 +308,7 @@ def dry_run(config: Config) -> None:
         steps_per_epoch = num_train // config.train.batch_size
     check_grows(config, steps_per_epoch)
     where = f"would run in {config.run.dir}/{config.run.name}"
-    lines = opening_lines(config, num_train, num_val, name, where, left_out, world.size)
+    lines = opening_lines(config, num_train, num_val, name, where, data_lines, world.size)
     lines.append(schedule_line(config, steps_per_epoch))
     if warning := large_batch_warning(config):
         lines.append(f"warning: {warning}")
@@ -311,7 +318,7 @@ def dry_run(config: Config) -> None:
 
 
 def _count(config: Config, warn) -> tuple[int, int, list[str]]:
-    """Images for training and for kNN, and what is left out of them."""
+    """Images for training and for kNN, and the lines about them."""
     data = config.data
     if data.backend == "synthetic":
         return 0, 0, []
@@ -322,5 +329,4 @@ def _count(config: Config, warn) -> tuple[int, int, list[str]]:
         return demo.TRAIN_PER_CLASS * len(demo.CLASSES), num_val, []
     train = open_source(data.train, scanned=data.manifest)
     val = open_validation(config, train, lambda sentence: warn(f"warning: {sentence}"))
-    left_out = train.left_out_texts() + (val.left_out_texts() if val is not None else [])
-    return len(train), len(val or ()), left_out
+    return len(train), len(val or ()), source_lines(train, val)

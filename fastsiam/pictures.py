@@ -82,7 +82,7 @@ class Pictures:
     def chosen(self) -> np.ndarray:
         """The validation images to look at: some of each of a few classes, spread over the source; sorted, int64."""
         labels = self._val.labels
-        rows = [np.flatnonzero(labels == label) for label in _spread(np.unique(labels), CLASSES)]
+        rows = [np.flatnonzero(labels == label) for label in _spread(np.unique(labels[labels >= 0]), CLASSES)]
         return np.sort(np.concatenate([_spread(row, IMAGES_PER_CLASS) for row in rows]))
 
     def evaluated(

@@ -1,4 +1,4 @@
-"""The image files of a folder (labelled, nested or flat) and of a text list."""
+"""The image files of a folder, labelled, nested or flat."""
 
 import hashlib
 import os
@@ -50,6 +50,8 @@ class Files(NamedTuple):
     """None where each image is a file of its own."""
     left_out: Mapping[str, int] = {}
     """How many files and folders are passed over, by a reason of `fastsiam.data.left_out`."""
+    labelling: str = ""
+    """How the labels were read (`by val_annotations.txt`), or why there are none where some could be expected."""
 
 
 def fingerprint(names: np.ndarray, file_sizes: np.ndarray) -> str:
@@ -75,34 +77,6 @@ def files_of_folder(root: Path, found: list[tuple[str, int]]) -> Files:
         classes = ()
     number = {name: label for label, name in enumerate(classes)}
     return make_files(root, found, [number.get(first, -1) for first in firsts], classes)
-
-
-def files_of_list(path: Path, key: str) -> Files:
-    """In the list's order: a path a line, relative to the list and below its folder; a label after a tab."""
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{key}: {path} is neither a folder nor a text file with a path a line") from None
-    if not lines:
-        raise UserError(f"{key}: the list {path} is empty")
-    entries = [line.partition("\t") for line in lines]
-    given = [label.strip() for _, _, label in entries]
-    if any(given) and not all(given):
-        line = given.index("") + 1
-        raise UserError(f"{key}: in {path} some lines have a label after a tab, but entry {line} has none")
-    classes = tuple(sorted(set(given))) if all(given) else ()
-    number = {name: label for label, name in enumerate(classes)}
-    found = []
-    for name in (name.strip() for name, _, _ in entries):
-        if is_outside(name):
-            raise UserError(
-                f"{key}: {path} lists {name}, outside {path.parent}; paths are relative to the list's folder"
-            )
-        try:
-            found.append((name, (path.parent / name).stat().st_size))
-        except OSError:
-            raise UserError(f"{key}: {path} lists {name}, but there is no {path.parent / name}") from None
-    return make_files(path.parent, found, [number.get(label, -1) for label in given], classes)
 
 
 def is_outside(name: str) -> bool:
@@ -135,10 +109,8 @@ def walk(root: Path, directories: list[Directory]) -> Iterator[tuple[str, int]]:
                     yield name, entry.stat().st_size
 
 
-def make_files(
-    root: Path, found: list[tuple[str, int]], labels: list[int], classes: tuple[str, ...], packed: Packed | None = None
-) -> Files:
-    """`found`: name and size in bytes of each."""
+def make_files(root: Path, found: list[tuple[str, int]], labels: list[int], classes: tuple[str, ...], **more) -> Files:
+    """`found`: name and size in bytes of each; `more`: other fields of `Files`."""
     names, file_sizes = zip(*found, strict=True)
     return Files(
         root=root,
@@ -146,7 +118,7 @@ def make_files(
         file_sizes=np.array(file_sizes, np.int64),
         labels=np.array(labels, np.int64),
         classes=classes,
-        packed=packed,
+        **more,
     )
 
 

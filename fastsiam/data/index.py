@@ -105,6 +105,7 @@ def write_index(folder: Path, index: Index, state: dict, keep: Callable[[], bool
         "classes": files.classes,
         "shards": files.packed.shards if files.packed else None,
         "left_out": dict(files.left_out),
+        "labelling": files.labelling,
         **state,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -148,8 +149,8 @@ def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
                 return None
             places = (_load(folder / f"{name}.npy", "r") for name in ("shard", "offset"))
             packed = Packed(tuple(note["shards"]), *places)
-        left_out = note.get("left_out", {})
-        files = Files(root=root, **load, classes=tuple(note["classes"]), packed=packed, left_out=left_out)
+        more = {"left_out": note.get("left_out", {}), "labelling": note.get("labelling", "")}
+        files = Files(root=root, **load, classes=tuple(note["classes"]), packed=packed, **more)
         mode = "r+" if cached and os.access(folder / "kinds.npy", os.W_OK) else "c"
         image_sizes, cached_kinds = (_load(folder / f"{name}.npy", mode) for name in ("image_sizes", "kinds"))
         if {len(column) for column in (*load.values(), image_sizes, cached_kinds)} != {len(files.names)}:

@@ -36,7 +36,7 @@ def files_of_shards(root: Path, shards: list[Path], key: str) -> Files:
         )
     classes = tuple(str(label) for label in range(max(labels) + 1))
     packed = Packed(tuple(shard.name for shard in shards), np.array(numbers, np.int32), np.array(offsets, np.int64))
-    return make_files(root, found, labels, classes, packed)
+    return make_files(root, found, labels, classes, packed=packed)
 
 
 def split_key(name: str) -> tuple[str, str]:

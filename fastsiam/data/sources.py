@@ -10,10 +10,12 @@ import numpy as np
 
 from fastsiam.config import Config, UserError
 from fastsiam.data import beton, demo, manifest
-from fastsiam.data.files import Files, Packed, files_of_list, fingerprint
+from fastsiam.data.files import Files, Packed, fingerprint
 from fastsiam.data.headers import UNKNOWN, UNREADABLE, BadImageError, read_header
 from fastsiam.data.index import Index, cache_folder, open_folder, unread
 from fastsiam.data.left_out import in_words
+from fastsiam.data.lists import files_of_list
+from fastsiam.data.tables import is_numbered, shown
 
 _READERS = 8
 
@@ -46,6 +48,8 @@ class ImageSource:
     """From the index; None: `fingerprint` computes it."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """How many files and folders below the root are passed over and are not among the N, by reason."""
+    labelling: str = ""
+    """How the labels were read, or why there are none where some could be expected."""
     left_out_by_scan: str = ""
     """How many of the N a scan leaves out, why, and by which manifest; empty for none."""
 
@@ -101,6 +105,18 @@ class ImageSource:
         """Heights and widths [n, 2] int32 of some images, 0 where the header cannot be read."""
         self.look(indices)
         return self.image_sizes[indices]
+
+    def label_text(self) -> str:
+        """How many classes there are, some of them, and how they were read; "" where no labels could be expected."""
+        if not self.classes:
+            return f"none under {self.root}: {self.labelling}" if self.labelling else ""
+        some = ", ".join(shown(name, 20) for name in self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
+        text = f"{len(self.classes):,} classes ({some}) {self.labelling}".rstrip()
+        unlabelled = np.flatnonzero(self.labels < 0)
+        if len(unlabelled):
+            has = "1 image has" if len(unlabelled) == 1 else f"{len(unlabelled):,} images have"
+            text += f"; {has} none and cannot serve kNN, for example {shown(os.fsdecode(self.names[unlabelled[0]]))}"
+        return text
 
     def left_out_texts(self) -> list[str]:
         """What is passed over, and what a scan leaves out, in a sentence each; empty for nothing."""
@@ -226,13 +242,19 @@ def check_labels(train: ImageSource, val: ImageSource) -> None:
     """Raise `UserError` where kNN is impossible: no labels, or classes of `val` that `train` does not have."""
     for key, source in (("data.train", train), ("data.val", val)):
         if not source.classes:
+            reason = source.labelling or "a folder a class, or a list with labels after a tab, would give them"
             raise UserError(
-                f"{key}: kNN needs labels, and {source.root} has none (a folder a class, or a list with labels "
-                "after a tab); set data.val=null to train without kNN"
+                f"{key}: kNN needs labels, and {shown(source.root)} has none ({reason}); set data.val=null to train "
+                "without kNN"
             )
     unknown = sorted(set(val.classes) - set(train.classes))
+    if unknown and is_numbered(val.classes) and not is_numbered(train.classes):
+        raise UserError(
+            f"data.val: its labels are numbers ({shown(unknown[0], 20)}, ...), those of data.train are words "
+            f"({shown(train.classes[0], 20)}, ...); label both alike, or set data.val=null"
+        )
     if unknown:
         raise UserError(
             f"data.val: {len(unknown)} of its {len(val.classes)} classes are not in data.train, for example "
-            f"{unknown[0]}; set data.val to images of the same classes, or data.val=null"
+            f"{shown(unknown[0], 40)}; set data.val to images of the same classes, or data.val=null"
         )

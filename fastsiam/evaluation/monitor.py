@@ -120,8 +120,9 @@ class Monitor:
         return 100 * totals[0] / totals[1]
 
     def _extract(self, encoder, loader):
-        """Features, labels and indices of this rank's part of the images."""
+        """Features, labels and indices of this rank's part of the images that have a label."""
         part = np.arange(len(loader.source))[self._world.share_of(len(loader.source))]
+        part = part[loader.source.labels[part] >= 0]
         if loader.skip.mask[part].all():
             none = torch.empty(0, dtype=torch.int64)
             return torch.empty(0, device=self._device), none, none
