@@ -15,6 +15,7 @@ class BadFiles:
     def __init__(self, config: Config, folder: Path, journal: Journal, world: World):
         self._config, self._folder, self._journal, self._world = config, folder, journal, world
         self._lists: dict[str, SkipList] = {}
+        self._sources: dict[str, ImageSource] = {}
         self._untold: list[tuple[str, int, str]] = []
 
     def skip_list(self, source: ImageSource | None, name: str, location: str | None) -> SkipList | None:
@@ -38,7 +39,7 @@ class BadFiles:
 
         known = self._world.share(file.known() if self._world.is_first else None)
         found = SkipList(len(source), self._config.data.max_bad_fraction, known, report, location)
-        self._lists[name] = found
+        self._lists[name], self._sources[name] = found, source
         return found
 
     def exchange(self) -> None:
@@ -55,3 +56,11 @@ class BadFiles:
                         self._lists[name].add({index: reason})
         # Of the others: they have told everybody.
         self._untold.clear()
+
+    def finish(self) -> None:
+        """`exchange` for the last time, and tell how many images DALI has left to PIL; all ranks must ask."""
+        self.exchange()
+        mine = {(name, index) for name, source in self._sources.items() for index in source.converted}
+        if converted := len(set().union(*self._world.collect(mine))):
+            images = "image" if converted == 1 else "images"
+            self._journal.say(f"converted {converted:,} {images} that DALI does not decode")

@@ -265,7 +265,7 @@ class Session:
         if status == "done":
             self.save_before_evaluation()
             knn = self.checkup.final()
-            self._files.exchange()
+            self._files.finish()
         with self.world.together():
             if status != "failed":
                 self.saver.save()

@@ -11,6 +11,7 @@ an fp32 intermediate of 0.8 GB written and read, and torch.cat moves 0.3 GB more
 the boxes, 0.26 GB, and writes the batch, 0.15 GB.
 """
 
+import itertools
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +43,10 @@ MEMORY_SHARE = 0.1
 # planes beside them. NVIDIA's own sizes for ImageNet, 140,544,512 and 211,025,920, stand in that ratio. The hardware
 # decoder's buffers are sized for 4:4:4 (nvImageCodec, hw_decoder.cpp).
 PINNED_BYTES, DEVICE_BYTES, HARDWARE_BYTES = 3.0, 4.5, 3.0
+
+
+class _ConvertedError(Exception):
+    """Files that DALI refuses have been left to PIL."""
 
 
 def open_backend(source, size, num_views, batch_size, workers, device) -> "DaliBackend":
@@ -101,31 +106,21 @@ class DaliBackend:
         self._lane, self._cropped = lane_to(device), Passed()
 
     def crops(self, requests):
-        if self._pipeline is None:
-            self._pipeline = self._build()
         self._requests = iter(requests)
         finished = False
         try:
-            while True:
+            while not finished:
                 # The next run takes back the images of the last one.
                 self._cropped.synchronize()
                 try:
-                    indices, *outputs = self._pipeline.run()
-                except StopIteration:
-                    break
-                except RuntimeError:
-                    # Before another is built: 400 graphs in a row grew the process by 40 MB where each lived on until
-                    # the next was there, by 3 MB where it did not.
-                    self._pipeline = None
-                    reasons = self._undecodable()
-                    if not reasons:
-                        raise
-                    raise UndecodableError(reasons) from None
-                self._converted.finish()
-                delivered = self._deliver(self._in_flight.popleft(), outputs)
-                yield np.array(indices.as_cpu().as_tensor()).reshape(-1), delivered
+                    delivered = self._next()
+                except _ConvertedError:
+                    self._rewind()
+                    continue
+                finished = delivered is None
+                if not finished:
+                    yield delivered
             self._pipeline.reset()
-            finished = True
         finally:
             # A graph left in mid-epoch holds prefetched batches, and one that failed is invalid (NVIDIA/DALI#3913).
             if not finished:
@@ -139,6 +134,37 @@ class DaliBackend:
         self._pipeline = None
         self._in_flight.clear()
         self._converted.clear()
+
+    def _next(self):
+        """Indices and crops of the oldest batch in flight; None where there is no more.
+
+        Raises `UndecodableError`, and `_ConvertedError` where the batches in flight are to be asked for again.
+        """
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        try:
+            indices, *outputs = self._pipeline.run()
+        except StopIteration:
+            return None
+        except RuntimeError:
+            # Before another is built: 400 graphs in a row grew the process by 40 MB where each lived on until
+            # the next was there, by 3 MB where it did not.
+            self._pipeline = None
+            reasons = self._refused()
+            if not reasons:
+                raise
+        else:
+            request = self._in_flight[0]
+            delivered = self._deliver(request, outputs)
+            self._in_flight.popleft()
+            self._converted.finish()
+            return np.array(indices.as_cpu().as_tensor()).reshape(-1), delivered
+        return self._convert(reasons)
+
+    def _rewind(self):
+        """Ask for the batches in flight once more."""
+        self._requests = itertools.chain(tuple(self._in_flight), self._requests)
+        self.close()
 
     def _build(self):
         options = {
@@ -198,47 +224,62 @@ class DaliBackend:
         """The boxes were drawn for the sizes in the files' headers: another size is another picture."""
         wrong = np.flatnonzero((sizes != request.sizes).any(1))
         if len(wrong):
-            raise UndecodableError(
+            self._convert(
                 {
                     index: other_size(self._source.name(index), sizes[row], request.sizes[row])
                     for row, index in zip(wrong, request.indices[wrong].tolist(), strict=True)
                 }
             )
 
-    def _undecodable(self):
-        """Why files in flight cannot be decoded: DALI's error names none, so each is tried alone, by PIL first."""
-        batches = [request.indices.tolist() for request in self._in_flight]
-        with ThreadPoolExecutor(self._threads) as pool:
-            for indices in batches:
-                refused = zip(indices, pool.map(self._refused_by_pil, indices), strict=True)
-                if reasons := {index: reason for index, reason in refused if reason}:
-                    return reasons
-        return self._refused_by_dali([index for indices in batches for index in indices])
+    def _convert(self, reasons):
+        """Leave files, by index with what is wrong with them for DALI, to PIL: raises `_ConvertedError`.
 
-    def _refused_by_pil(self, index):
+        Raises `UndecodableError` for those that PIL does not decode either, or has converted already.
+        """
+        with ThreadPoolExecutor(self._threads) as pool:
+            refused = zip(reasons, pool.map(self._refused_by_pil, reasons.keys(), reasons.values()), strict=True)
+            bad = {index: reason for index, reason in refused if reason}
+        self._source.convert(reasons.keys() - bad.keys())
+        if bad:
+            raise UndecodableError(bad)
+        raise _ConvertedError
+
+    def _refused_by_pil(self, index, reason):
+        """Why an image cannot be used that DALI refuses for `reason`; None where PIL decodes it."""
         try:
-            decode_image(self._source, index)
+            image = decode_image(self._source, index)
         except BadImageError as error:
             return str(error)
-        return None
+        height, width = self._source.image_sizes[index].tolist()
+        return reason if self._source.kinds[index] == ODD or image.size != (width, height) else None
 
-    def _refused_by_dali(self, indices):
-        """Sentences for those that PIL decodes and DALI does not, by index."""
-        reasons = {}
+    def _refused(self):
+        """Sentences for files of the oldest batch in flight that has some which DALI refuses: its error names none."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            for request in self._in_flight:
+                parts = np.array_split(request.indices, min(self._threads, len(request.indices)))
+                found = {index: reason for part in pool.map(self._refused_in_turn, parts) for index, reason in part}
+                if found:
+                    return found
+        return {}
+
+    def _refused_in_turn(self, indices):
+        """Those among `indices` that DALI does not decode by themselves, and why; a graph that fails is invalid."""
+        refused, indices = [], indices.tolist()
         while indices:
             decoded, reason = self._decode_in_turn(indices)
             if reason is None:
                 break
             name = self._source.name(indices[decoded])
-            reasons[indices[decoded]] = f"{name} cannot be decoded by DALI: {reason}"
+            refused.append((indices[decoded], f"{name} cannot be decoded by DALI: {reason}"))
             indices = indices[decoded + 1 :]
-        return reasons
+        return refused
 
     def _decode_in_turn(self, indices):
-        """How many of `indices` one graph decodes before it fails, and what it says then; it is invalid afterwards."""
-        files = (([self._file(index)], [np.array([index])]) for index in indices)
+        """How many of `indices` one graph decodes before it fails, and what it says then."""
+        files = (([self._encoded(index)], [np.array([index])]) for index in indices)
         options = {"batch_size": 1, "num_threads": 1, "device_id": self._device_id, "prefetch_queue_depth": 1}
-        graph = image_graph(lambda: next(files), self._decoder, self._packed, {}, exec_async=False, **options)
+        graph = image_graph(lambda: next(files), self._decoder, True, {}, exec_async=False, **options)
         graph.build()
         for decoded in range(len(indices)):
             try:
@@ -246,6 +287,15 @@ class DaliBackend:
             except RuntimeError as error:
                 return decoded, str(error).strip().partition("\n")[0]
         return len(indices), None
+
+    def _encoded(self, index):
+        """The bytes that DALI is to decode, as uint8; where they cannot be had, some that it does not."""
+        try:
+            odd = self._source.kinds[index] == ODD
+            file = self._converted.bytes(index) if odd else self._source.read(index)
+        except BadImageError:
+            file = b"unreadable"
+        return np.frombuffer(file or b"empty", np.uint8)
 
 
 def decoder_text() -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from fastsiam.config import Config, UserError
 from fastsiam.data import beton, demo, manifest
 from fastsiam.data.files import Files, Packed, fingerprint
-from fastsiam.data.headers import UNKNOWN, UNREADABLE, BadImageError, read_header
+from fastsiam.data.headers import ODD, UNKNOWN, UNREADABLE, BadImageError, read_header
 from fastsiam.data.index import Index, cache_folder, open_folder, unread
 from fastsiam.data.left_out import in_words
 from fastsiam.data.lists import files_of_list
@@ -52,6 +52,8 @@ class ImageSource:
     """How the labels were read, or why there are none where some could be expected."""
     left_out_by_scan: str = ""
     """How many of the N a scan leaves out, why, and by which manifest; empty for none."""
+    converted: set[int] = field(default_factory=set)
+    """Images that this process has found to be decoded by PIL only."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,6 +102,14 @@ class ImageSource:
         """Do not trust the cache for these images, which were not as their headers said: the next start looks again."""
         if self.cached_kinds is not None:
             self.cached_kinds[list(indices)] = UNKNOWN
+
+    def convert(self, indices: Iterable[int]) -> None:
+        """Leave these images to PIL from now on, whatever their headers say; the next start knows them."""
+        chosen = list(indices)
+        self.kinds[chosen] = ODD
+        if self.cached_kinds is not None:
+            self.cached_kinds[chosen] = ODD
+        self.converted.update(chosen)
 
     def sizes(self, indices: np.ndarray) -> np.ndarray:
         """Heights and widths [n, 2] int32 of some images, 0 where the header cannot be read."""
