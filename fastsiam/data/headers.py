@@ -23,6 +23,8 @@ _PLAIN_BITMAPS = ("BGR", "BGRX")
 # Where Pillow finds an orientation: an EXIF block, the same as text in a PNG, or XMP.
 _TURNING = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _PNG_SIGNATURE_BYTES = 8
+# What Pillow's reader of EXIF raises where a count, an offset or a type in it is wrong.
+_DAMAGED_EXIF = (SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError, struct.error)
 
 
 class BadImageError(UserError):
@@ -53,13 +55,18 @@ def read_header(file: Path | str | bytes, name: object = None) -> Header:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's orientation of an image that has just been opened, or XMP's where EXIF has none; 1 for none.
+    """EXIF's orientation of an image that has just been opened, or XMP's where EXIF has none; 1 to 8, 1 for none.
 
-    XMP behind the pixels of a PNG is not looked at: nobody else does.
+    XMP behind the pixels of a PNG is not looked at: nobody else does. A damaged block turns nothing.
     """
     # Only these can turn the image, and parsing them costs more than the rest of the header.
     if any(key in image.info for key in _TURNING) or (image.format == "PNG" and _has_chunk(image.fp, b"eXIf")):
-        return image.getexif().get(_ORIENTATION, 1)
+        try:
+            found = image.getexif().get(_ORIENTATION, 1)
+        except _DAMAGED_EXIF:
+            return 1
+        # Of another type it may be text, or a fraction.
+        return next((number for number in range(1, 9) if number == found), 1)
     return 1
 
 
