@@ -1,6 +1,7 @@
 """One contract, every backend: what is delivered, in which order, how often, and which pixels."""
 
 import dataclasses
+import itertools
 import os
 import signal
 from collections import deque
@@ -20,6 +21,7 @@ from fastsiam.data.synthetic import SyntheticLoader
 from fastsiam.data.views import RECIPES
 from fastsiam.kernels import crop_triton
 from tests.betons import beton_of
+from tests.lanes import LateLane
 
 SIZE = 24
 SPEC = dataclasses.replace(RECIPES["simsiam"], size=SIZE)
@@ -141,6 +143,25 @@ def test_the_graph_of_a_gpu_can_be_defined(photos, monkeypatch):
         decoders.clear()
         dali.image_graph(lambda: None, "mixed", packed, memory, **options)
         assert decoders == [("image", "mixed")]
+
+
+@pytest.mark.parametrize("backend", ["dali", "ffcv"])
+def test_memory_that_a_device_still_reads_is_not_written_to(photos, backend):
+    """Over two epochs, the first of them left early: every batch is copied or cropped as late as its mark allows."""
+    made, plain = (make(photos, backend, batch_size=2) for _ in range(2))
+    made.backend._lane = LateLane()
+
+    def crops(loader, epoch, count):
+        batches = loader.backend.crops(loader._requests(epoch, 0, deque()))
+        found = [crops for _, crops in itertools.islice(batches, count)]
+        batches.close()
+        return found
+
+    found, expected = (crops(loader, 0, 3) + crops(loader, 1, 8) for loader in (made, plain))
+    made.backend.close()
+    assert len(found) == 11
+    for late, right in zip(found, expected, strict=True):
+        assert torch.equal(late, right)
 
 
 def count_decoders(monkeypatch):

@@ -31,6 +31,7 @@ from fastsiam.data.ffcv_library import (
     allocate_query,
     imdecode,
 )
+from fastsiam.data.lane import Passed, lane_to
 from fastsiam.data.skip import UndecodableError
 from fastsiam.data.sources import ImageSource
 from fastsiam.kernels.crop_numba import crop_into
@@ -123,12 +124,11 @@ class FfcvBackend:
         self.description = (
             f"ffcv {version('ffcv')} ({threads} threads, {share:.0%} JPEG, longest side {stored.max()} px)"
         )
-        self._memory = None
+        self._lane, self._memory, self._sent = lane_to(device), None, []
 
     def crops(self, requests):
         if self._memory is None:
-            _, queries = DecodeOnce(self._num_views, self._size).declare_state_and_memory(INITIAL_STATE)
-            self._memory = [allocate_query(query, self._batch_size, PREFETCH + 1) for query in queries]
+            self._allocate()
         slots = itertools.cycle(range(PREFETCH + 1))
         in_flight = deque()
         try:
@@ -140,7 +140,7 @@ class FfcvBackend:
                 yield self._finish(*in_flight.popleft())
         finally:
             # The next epoch writes to the same memory.
-            tasks = [task for _, _, tasks in in_flight for task in tasks]
+            tasks = [task for *_, tasks in in_flight for task in tasks]
             for task in tasks:
                 task.cancel()
             wait(tasks)
@@ -150,9 +150,26 @@ class FfcvBackend:
         self._size = size
 
     def close(self):
-        self._memory = None
+        for mark in self._sent:
+            mark.synchronize()
+        self._memory, self._sent = None, []
+
+    def _allocate(self):
+        """Slots for batches, in parts as `DecodeOnce` has them.
+
+        The crops are pinned for a GPU: from pageable memory the host would wait for all steps before the copy, and the
+        GPU then for the host.
+        """
+        _, queries = DecodeOnce(self._num_views, self._size).declare_state_and_memory(INITIAL_STATE)
+        slots = PREFETCH + 1
+        shape = (slots, self._batch_size, *queries[0].shape)
+        crops = torch.empty(shape, dtype=torch.uint8, pin_memory=self._device.type == "cuda").numpy()
+        self._memory = [crops, *(allocate_query(query, self._batch_size, slots) for query in queries[1:])]
+        self._sent = [Passed()] * slots
 
     def _start(self, request, slot):
+        # The device may still be copying the slot's last batch.
+        self._sent[slot].synchronize()
         indices = np.ascontiguousarray(request.indices, np.int64)
         memory = tuple(part[slot][: len(indices)] for part in self._memory)
         # Boxes were drawn for the sizes before shrinking: the same crops as from the originals.
@@ -164,9 +181,9 @@ class FfcvBackend:
             pool.submit(run, indices[part], tuple(array[part] for array in memory), self._records, self._storage)
             for part in rows
         ]
-        return indices, memory, tasks
+        return slot, indices, memory, tasks
 
-    def _finish(self, indices, memory, tasks):
+    def _finish(self, slot, indices, memory, tasks):
         wait(tasks)
         for task in tasks:
             task.result()
@@ -178,8 +195,9 @@ class FfcvBackend:
                     for index in indices[failed != 0].tolist()
                 }
             )
+        here, device = torch.from_numpy(crops), self._device
         # A copy, also of a single view: the memory is written to again.
-        views = torch.cat(torch.from_numpy(crops).to(self._device).unbind(1))
+        views, self._sent[slot] = self._lane(lambda: torch.cat(here.to(device, non_blocking=True).unbind(1)))
         return indices, views.view(-1, self._size, self._size, 3)
 
 
