@@ -11,12 +11,13 @@ from fastsiam.data import demo
 from fastsiam.data.backends import check_grows, choose_backend
 from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.sources import ImageSource, demo_folder, open_source, open_validation
-from fastsiam.device import DTYPES, choose_compile, choose_device, choose_precision, environment
+from fastsiam.device import Compute, choose_compute, environment
 from fastsiam.distributed import World, restarts
 from fastsiam.energy import kilowatt_hours
 from fastsiam.kernels import numba_cache
 from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.laps import Lap
+from fastsiam.methods.simsiam import loss_is_fused
 from fastsiam.optim import large_batch_warning, scale_at
 from fastsiam.record import Result, duration
 
@@ -31,17 +32,17 @@ def opening_lines(
     loader_text: str,
     where: str,
     data_lines: list[str],
+    *,
+    compute: Compute,
+    reason: str,
     world_size: int = 1,
 ) -> list[str]:
     """Everything that was chosen, before the first step: data, backend, views, model, step, schedule.
 
-    `data_lines`: those of `source_lines`.
+    `data_lines`: those of `source_lines`. `compute` and `reason` are what the run computes with, and why it has its
+    backend: nothing is decided here.
     """
-    model, train = config.model, config.train
-    device = choose_device(train.device)
-    dtype = choose_precision(train.precision, device)
-    dtype = next(name for name, known in DTYPES.items() if known == dtype)
-    _, reason = choose_backend(config.data.backend, config.data.train)
+    model, train, device, names = config.model, config.train, compute.device, compute.names
     lines = [f"fastsiam  {fastsiam.__version__}, torch {torch.__version__}; {where}"]
     if num_train:
         val = f", {num_val:,} for kNN under {config.data.val}" if num_val else ", no kNN"
@@ -58,10 +59,10 @@ def opening_lines(
         + f"), projector {model.projector.layers} x {model.projector.out}, predictor {model.predictor.hidden}, "
         f"batch-norm statistics {model.bn_statistics}",
         f"step      batch {train.batch_size}, learning rate {config.learning_rate:g} = {config.optimizer.base_lr:g} x "
-        f"{train.batch_size} / 256, {_optimizer_text(config)}, {device.type}, {dtype}, "
+        f"{train.batch_size} / 256, {_optimizer_text(config)}, {device.type}, {names['dtype']}, "
         f"{'channels-last' if train.channels_last else 'channels-first'}, "
-        f"compile {'on' if choose_compile(train.compile, device) else 'off'}, "
-        f"loss {'fused (Triton)' if device.type == 'cuda' else 'in plain torch'}",
+        f"compile {'on' if compute.compiles else 'off'}, "
+        f"loss {'fused (Triton)' if loss_is_fused(config.views.count, device) else 'in plain torch'}",
     ]
     if numba_cache.NOTE and device.type == "cpu":
         lines.append(f"cache     {numba_cache.NOTE}")
@@ -131,7 +132,8 @@ def session_lines(session) -> list[str]:
     config, sources = session.config, (session.source, session.val)
     counts = [len(source or ()) for source in sources]
     where = f"run folder {session.folder.path}"
-    lines = opening_lines(config, *counts, session.loader_text, where, source_lines(*sources), session.world.size)
+    chosen = {"compute": session.compute, "reason": session.backend_reason, "world_size": session.world.size}
+    lines = opening_lines(config, *counts, session.loader_text, where, source_lines(*sources), **chosen)
     return [*lines, schedule_line(config, session.loader.steps_per_epoch)]
 
 
@@ -143,9 +145,7 @@ def described(session) -> dict:
         "loader": session.loader_text,
         "energy": session.energy.description,
         "ranks": session.world.size,
-        "device": session.device.type,
-        "dtype": next(name for name, dtype in DTYPES.items() if dtype == session.dtype),
-        "compile": session.compiles,
+        **session.compute.names,
         **{key: len(source) for key, source in sources.items() if source is not None},
         **{f"{key}_left_out": source.left_out for key, source in sources.items() if source and source.left_out},
         "images_per_epoch": session.loader.steps_per_epoch * session.config.train.batch_size,
@@ -274,7 +274,8 @@ def finished(session) -> Result | None:
     if ended == "done" and session.pace.is_over:
         knn = earlier.get("knn_top1")
         journal.say(f"{path} is finished: step {step:,}" + knn_text(knn))
-        journal.say("run.fresh=true starts over in a new folder")
+        more = "a larger train.epochs" if session.pace.budget.kind == "epochs" else "a larger budget"
+        journal.say(f"{more} goes on from there; run.fresh=true starts over in a new folder")
         return Result("done", str(path), step, knn)
     if ended == "collapsed" and session.config.collapse.action == "stop":
         journal.say(f"{path} has collapsed: {reason}", "red")
@@ -296,7 +297,8 @@ def dry_run(config: Config) -> None:
     """
     world = World.of_environment()
     check_divides(config.train.batch_size, world.size)
-    name, _ = choose_backend(config.data.backend, config.data.train)
+    name, reason = choose_backend(config.data.backend, config.data.train)
+    compute = choose_compute(config.train, world.device_rank, world.device_ranks)
     num_train, num_val, data_lines = _count(config, lambda sentence: print(sentence, file=sys.stderr))
     if num_train:
         check_batch_size(config.train.batch_size, num_train, config.data.train)
@@ -308,7 +310,8 @@ def dry_run(config: Config) -> None:
         steps_per_epoch = num_train // config.train.batch_size
     check_grows(config, steps_per_epoch)
     where = f"would run in {config.run.dir}/{config.run.name}"
-    lines = opening_lines(config, num_train, num_val, name, where, data_lines, world.size)
+    chosen = {"compute": compute, "reason": reason, "world_size": world.size}
+    lines = opening_lines(config, num_train, num_val, name, where, data_lines, **chosen)
     lines.append(schedule_line(config, steps_per_epoch))
     if warning := large_batch_warning(config):
         lines.append(f"warning: {warning}")

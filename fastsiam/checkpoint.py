@@ -10,6 +10,7 @@ import pickletools
 import re
 import zipfile
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,8 @@ import torch
 from fastsiam.config import UserError
 from fastsiam.data.views import described
 from fastsiam.disk import DAMAGED_ZIP
+from fastsiam.record import RunFolder
+from fastsiam.state import State
 
 ZIP_MAGIC = b"PK\x03\x04"
 
@@ -80,6 +83,25 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> dict | None:
     return None
 
 
+def of_run(folder: RunFolder, warn: Callable[[str], None]) -> dict | None:
+    """The newest whole checkpoint of a run that may go on with the folder's config; None for a new run.
+
+    Raises `UserError` as `load_newest` does, and where the folder belongs to another config or another version.
+    """
+    folder.check_config()
+    saved = load_newest(folder.path, warn)
+    if saved is None:
+        return None
+    check_layout(saved, folder.path)
+    if "computation" not in saved:
+        # Of an earlier version; its environment.json says what it computed with.
+        before = folder.environment()
+        kept = {key: before[key] for key in ("device", "dtype", "compile", "ranks") if key in before}
+        saved["computation"] = kept | {"threads": saved["threads"]}
+        saved["budget"] = folder.config_before().to_spend.amount
+    return saved
+
+
 def identity(source, specs, backend: str) -> dict:
     """What a checkpoint must find again: the data by relative names and sizes, the views, the backend."""
     return {
@@ -91,8 +113,9 @@ def identity(source, specs, backend: str) -> dict:
 
 
 def check_layout(saved: dict, folder: Path) -> None:
-    """Raise `UserError` for what another version has written."""
-    if saved.get("layout") != LAYOUT:
+    """Raise `UserError` for what another version has written, or another program."""
+    known = {field.name for field in fields(State)}
+    if saved.get("layout") != LAYOUT or not known.issuperset(saved["state"]):
         raise UserError(
             f"{folder} cannot go on: its checkpoint was written by another version of fastsiam; run.fresh=true starts "
             "over in a new folder"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -9,6 +10,38 @@ from fastsiam.config import UserError
 from fastsiam.published import TABLE_2
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a run computes with."""
+
+    device: torch.device
+    dtype: torch.dtype
+    compiles: bool
+
+    @property
+    def names(self) -> dict:
+        """`device` (cpu, cuda), `dtype` (bf16, fp16, fp32) and `compile` (bool), as checkpoints hold them."""
+        dtype = next(name for name, known in DTYPES.items() if known == self.dtype)
+        return {"device": self.device.type, "dtype": dtype, "compile": self.compiles}
+
+
+def choose_compute(train, local_rank: int = 0, local_size: int = 1, before: dict | None = None) -> Compute:
+    """What the `train` section of a config leads to on this machine.
+
+    `before`: the `Compute.names` of the checkpoint that a run resumes from, as far as it holds them. Where the config
+    says auto, its precision is kept if this machine computes it natively, and its compiler setting if the device is of
+    the same type. Raises `UserError` as `choose_device` does.
+    """
+    device = choose_device(train.device, local_rank, local_size)
+    precision, compiling = train.precision, train.compile
+    before = before or {}
+    if precision == "auto" and "dtype" in before and (before["dtype"] != "bf16" or _multiplies_bf16(device)):
+        precision = before["dtype"]
+    if compiling == "auto" and "compile" in before and before.get("device") == device.type:
+        compiling = "on" if before["compile"] else "off"
+    return Compute(device, choose_precision(precision, device), choose_compile(compiling, device))
 
 
 def choose_device(asked: str, local_rank: int = 0, local_size: int = 1) -> torch.device:
@@ -35,8 +68,7 @@ def choose_device(asked: str, local_rank: int = 0, local_size: int = 1) -> torch
 def choose_precision(asked: str, device: torch.device) -> torch.dtype:
     """The compute dtype; `auto` is bf16 where the hardware multiplies it natively."""
     if asked == "auto":
-        native = torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpu_multiplies_bf16()
-        asked = "bf16" if native else "fp32"
+        asked = "bf16" if _multiplies_bf16(device) else "fp32"
     return DTYPES[asked]
 
 
@@ -105,6 +137,10 @@ def _table_2_cost(batch_size: int) -> str:
         f"the paper's Table 2 has {TABLE_2[nearest]} % at batch {nearest} against {max(TABLE_2.values())} % at 256 "
         "and 512 (ImageNet, 100 epochs)"
     )
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    return torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpu_multiplies_bf16()
 
 
 def _cpu_multiplies_bf16() -> bool:

@@ -24,9 +24,19 @@ class Pace:
     """Progress of a run, the same on all its ranks."""
 
     def __init__(
-        self, config: Config, state: State, spent: Spent, energy: EnergyMeter, steps_per_epoch: int, world: World
+        self,
+        config: Config,
+        state: State,
+        spent: Spent,
+        energy: EnergyMeter,
+        steps_per_epoch: int,
+        world: World,
+        amount_before: float | None = None,
     ):
-        """Raises `UserError` for a budget that buys no step, and for one of energy where it cannot be measured."""
+        """Raises `UserError` for a budget that buys no step, and for one of energy where it cannot be measured.
+
+        `amount_before`: the amount of the budget in the checkpoint that `state` comes from, which may be smaller.
+        """
         self.budget = config.to_spend
         self._state, self._spent, self._energy, self._world = state, spent, energy, world
         self._max_steps = config.train.max_steps
@@ -49,6 +59,7 @@ class Pace:
                 f"budget: {self.budget.text}, but what this run has used before is not known (spent.json in its folder "
                 "is damaged or tells no joules); run.fresh=true starts over in a new folder"
             )
+        self._follow_budget(config.train.batch_size, amount_before)
 
     @property
     def last_step(self) -> int | None:
@@ -130,6 +141,16 @@ class Pace:
         if self.total_steps is not None or state.evaluation_cost is None:
             return True
         return (1 - state.progress) * self.budget.amount > state.evaluation_cost
+
+    def _follow_budget(self, batch_size, amount_before):
+        """Make the progress of a checkpoint that of this budget."""
+        state = self._state
+        if self.total_steps is not None:
+            state.progress = state.step / self.total_steps
+            state.epoch_progress = (state.step - state.cursor // batch_size) / self.total_steps
+        elif amount_before is not None and amount_before != self.budget.amount:
+            state.progress *= amount_before / self.budget.amount
+            state.epoch_progress *= amount_before / self.budget.amount
 
     def _measured(self):
         """Progress in whole parts, by the first rank's clock and the energy of all."""

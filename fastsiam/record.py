@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from fastsiam.config import Config, UserError, differences, differing_keys, load_config
+from fastsiam.config import Config, UserError, load_config
 from fastsiam.disk import Appender, replace_file
+from fastsiam.resuming import asks_for_less, differences_against_resuming
 from fastsiam.tensorboard import EventFiles
 
 SCHEMA = 1
@@ -72,21 +73,33 @@ class RunFolder:
                 if self.path.exists() and any(entry.name not in begun for entry in self.path.iterdir()):
                     raise UserError(f"{self.path} exists and is no run folder; set run.name or run.dir")
                 return
-        then = load_config(self.path / "config.yaml")
-        differing = differing_keys(then, self.config)
-        if differing:
-            more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
+        before = self.config_before()
+        changed = differences_against_resuming(before, self.config)
+        if changed:
+            named = ", ".join(f"{key} ({then}, now {now})" for key, (then, now) in list(changed.items())[:4])
+            more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+            sooner = "train.max_steps=N to end it sooner, " if asks_for_less(before, self.config) else ""
             raise UserError(
-                f"{self.path} belongs to another config: {', '.join(differing[:4])}{more}; set "
-                + _as_before(differences(then, self.config))
-                + "run.name=NEW to keep both, or run.fresh=true for a new folder"
+                f"{self.path} belongs to another config: {named}{more}; set {_as_before(changed)}{sooner}"
+                "run.name=NEW to keep both, or run.fresh=true for a new folder"
             )
 
-    def status(self) -> dict:
+    def config_before(self) -> Config:
+        """What the last start was asked for; raises `UserError` where that cannot be read."""
         try:
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
+            return load_config(self.path / "config.yaml")
+        except UserError as error:
+            raise UserError(
+                f"{self.path} cannot go on: its config.yaml is damaged or of another version of fastsiam ({error}); "
+                "run.fresh=true starts over in a new folder"
+            ) from error
+
+    def status(self) -> dict:
+        return _read_json(self.path / "status.json")
+
+    def environment(self) -> dict:
+        """What the last start has found and chosen; empty where that is not known."""
+        return _read_json(self.path / "environment.json")
 
     def open(self, environment: dict) -> None:
         """Make the folder, or enter it again, and take its lock.
@@ -262,6 +275,14 @@ def _refusal(config, path):
         raise UserError(
             f"run.dir={config.run.dir}: the run folder {path} cannot be made or written ({error.strerror or error})"
         ) from error
+
+
+def _read_json(path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _not_finite(value) -> bool:

@@ -16,7 +16,7 @@ from fastsiam.config import Config, UserError
 from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
 from fastsiam.data.sources import open_sources
 from fastsiam.data.views import specs_of_run, view_specs
-from fastsiam.device import autocast, choose_compile, choose_device, choose_precision
+from fastsiam.device import autocast, choose_compute
 from fastsiam.distributed import World, is_lost_peer
 from fastsiam.encoder import save_encoder
 from fastsiam.energy import EnergyMeter
@@ -30,6 +30,7 @@ from fastsiam.pace import Pace
 from fastsiam.pictures import Pictures
 from fastsiam.record import EXIT_CODES, Result, RunFolder, run_path
 from fastsiam.reports.own import write_own_report
+from fastsiam.resuming import changes
 from fastsiam.saver import Saver
 from fastsiam.soundness import Soundness
 from fastsiam.spent import Spent, heartbeat_seconds
@@ -54,9 +55,12 @@ class Session:
         with world.together():
             path = Path(world.once(f"folder of {config.run.name}", str(run_path(config)))) if world.is_first else None
         self.folder = RunFolder(config, world.share(path), lambda sentence: self.journal.warn(sentence))
+        self._early: list[str] = []
+        with world.together():
+            saved = checkpoint.of_run(self.folder, self._early.append) if world.is_first else None
+        self._saved = world.share(saved)
         with world.together():
             self._choose()
-        self._saved = world.share(self._saved)
         self.state = State(**self._saved["state"]) if self._saved else State()
         self.clock = Stopwatch(self.state)
         every = heartbeat_seconds(config.to_spend)
@@ -64,8 +68,8 @@ class Session:
         self.journal = Journal(self.folder, world, self.state, self.clock)
         with world.together(), world.leader_first():
             self.source, self.val = open_sources(config, self.journal.warn, self.journal.say)
-        chosen = {"device": self.device.type, "dtype": str(self.dtype), "compile": self.compiles}
-        check_alike(world, {**chosen, "data.backend": self.backend_name, **facts_of_images(self.source, self.val)})
+        chosen = {**self.compute.names, "data.backend": self.backend_name}
+        check_alike(world, {**chosen, **facts_of_images(self.source, self.val)})
         self._files = BadFiles(config, self.folder.path, self.journal, world)
         self.skips = [
             self._files.skip_list(self.source, "skip", config.data.train),
@@ -74,23 +78,18 @@ class Session:
         self.energy = self._stack.enter_context(EnergyMeter.of(self.device, self.journal.warn))
         with world.together():
             self._open_loader()
-            self.pace = Pace(config, self.state, self.spent, self.energy, self.loader.steps_per_epoch, world)
+            steps, before = self.loader.steps_per_epoch, (self._saved or {}).get("budget")
+            self.pace = Pace(config, self.state, self.spent, self.energy, steps, world, before)
 
     def _choose(self):
-        """What the config leads to on this machine, and what its run folder holds."""
+        """What config and checkpoint lead to on this machine."""
         config, world = self.config, self.world
-        self.device = choose_device(config.train.device, world.device_rank, world.device_ranks)
+        before = self._saved["computation"] if self._saved else {}
+        self.compute = choose_compute(config.train, world.device_rank, world.device_ranks, before)
+        self.device, self.dtype, self.compiles = self.compute.device, self.compute.dtype, self.compute.compiles
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        self.dtype = choose_precision(config.train.precision, self.device)
-        self.compiles = choose_compile(config.train.compile, self.device)
-        self.backend_name, _ = choose_backend(config.data.backend, config.data.train)
-        self._saved, self._early = None, []
-        if world.is_first:
-            self.folder.check_config()
-            self._saved = checkpoint.load_newest(self.folder.path, self._early.append)
-            if self._saved:
-                checkpoint.check_layout(self._saved, self.folder.path)
+        self.backend_name, self.backend_reason = choose_backend(config.data.backend, config.data.train)
 
     def _open_loader(self):
         config, world = self.config, self.world
@@ -327,7 +326,8 @@ class Session:
             **self._step.state_dict(),
             "collapsed_in_a_row": self.checkup.guard.collapsed_in_a_row,
             "random": torch.get_rng_state(),
-            "threads": torch.get_num_threads(),
+            "computation": self._computation(),
+            "budget": self.pace.budget.amount,
             "identity": self.identity,
             "metrics": self.folder.metrics_state(),
         }
@@ -341,8 +341,8 @@ class Session:
         self.journal.write("resume", world_size=self.world.size)
         state = self.state
         self.journal.say(f"resume    at step {state.step:,}, epoch {state.epoch + 1}, image {state.cursor:,}")
-        if saved["threads"] != torch.get_num_threads():
-            self.journal.warn(
-                f"the checkpoint was written with {saved['threads']} CPU threads and now there are "
-                f"{torch.get_num_threads()}: the last bits may differ"
-            )
+        for warning in changes(saved, self._computation(), self.config):
+            self.journal.warn(warning)
+
+    def _computation(self):
+        return {**self.compute.names, "threads": torch.get_num_threads(), "ranks": self.world.size}

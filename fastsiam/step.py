@@ -133,7 +133,8 @@ class TrainingStep:
     def load_state_dict(self, saved: dict) -> None:
         self.method.load_state_dict(saved["method"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        if self._scaler:
+        # A run that is resumed in fp16 may have been trained in another precision before.
+        if self._scaler and saved["scaler"]:
             self._scaler.load_state_dict(saved["scaler"])
         self._skipped.fill_(saved["skipped_steps"])
 

@@ -16,7 +16,7 @@ LAYERS = (
     {"fastsiam.config_data"},
     {"fastsiam.config", "fastsiam.data.draws"},
     {"fastsiam.slurm"},
-    {"fastsiam.published"},
+    {"fastsiam.published", "fastsiam.resuming"},
     {"fastsiam.data.demo"},
     {
         "fastsiam.data",
@@ -61,7 +61,7 @@ TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
     "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent", "apex_lookup",
     "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe", "disk", "commands",
-    "tensorboard", "arrays", "report", "plan", "published", "reports.runs", "reports.page", "reports.own",
+    "resuming", "tensorboard", "arrays", "report", "plan", "published", "reports.runs", "reports.page", "reports.own",
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """SimSiam (Chen and He, Exploring Simple Siamese Representation Learning, arXiv 2011.10566), Algorithm 1."""
 
+import torch
 from torch import nn
 
 from fastsiam.kernels import negative_cosine, negative_cosine_all_pairs
@@ -50,3 +51,8 @@ class SimSiam(nn.Module):
     def constant_lr_parameters(self):
         """What keeps its initial learning rate where the config says so: the predictor (paper, Table 1)."""
         return self.predictor.parameters()
+
+
+def loss_is_fused(num_views: int, device: torch.device) -> bool:
+    """Whether the loss of so many views is the fused kernel on `device`; otherwise it is plain torch."""
+    return num_views == 2 and device.type == "cuda"
