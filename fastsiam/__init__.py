@@ -7,7 +7,7 @@ _PUBLIC = {
     "pretrain": "train",
     "build_loader": "data.backends",
     "build_method": "methods",
-    "load_encoder": "encoder",
+    "load_encoder": "saved_encoder",
     "knn_accuracy": "evaluation.knn",
 }
 

@@ -1,16 +1,8 @@
-"""Backbones: torchvision's ResNets and the CIFAR ResNets of He et al., with a clean state dict to save and load."""
-
-import contextlib
-import json
-from pathlib import Path
+"""Backbones: torchvision's ResNets and the CIFAR ResNets of He et al.."""
 
 import torch
 import torchvision
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
-
-from fastsiam.config import UserError
 
 
 def build_encoder(name: str, stem: str, width: int | None, zero_init_residual: bool) -> nn.Module:
@@ -67,40 +59,3 @@ class CifarResNet(nn.Module):
     def forward(self, x):
         x = self.blocks(torch.relu(self.bn1(self.conv1(x))))
         return x.mean((2, 3))
-
-
-def save_encoder(encoder: nn.Module, model, path: Path) -> None:
-    """Write the encoder's weights as safetensors, with the `model` section that rebuilds it in the metadata.
-
-    Raises `UserError` where the disk refuses; a file that was there stays.
-    """
-    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
-    description = {key: getattr(model, key) for key in ("encoder", "stem", "width")}
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(state, temporary, {"fastsiam": json.dumps(description)})
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error})") from error
-
-
-def load_encoder(path: str | Path) -> nn.Module:
-    """The encoder of a run folder or of an `encoder.safetensors`, in evaluation mode on the CPU.
-
-    It maps images [B, 3, S, S], normalised as in training, to features [B, D].
-    """
-    path = Path(path)
-    path = path / "encoder.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"there is no {path}; a run writes it when it ends")
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if "fastsiam" not in metadata:
-        raise UserError(f"{path} was not written by fastsiam: its metadata do not say what encoder it holds")
-    description = json.loads(metadata["fastsiam"])
-    encoder = build_encoder(description["encoder"], description["stem"], description["width"], False)
-    encoder.load_state_dict(state)
-    return encoder.eval()

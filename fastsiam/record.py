@@ -60,6 +60,8 @@ class RunFolder:
         self._metrics = Appender(self.metrics_path)
         self._events = EventFiles(self.path / "tensorboard", warn)
         self._lock = None
+        self.commit: str | None = None
+        """Of the code; None where it is not known, and before `open`."""
 
     def exists(self) -> bool:
         return (self.path / "config.yaml").is_file()
@@ -95,7 +97,7 @@ class RunFolder:
             ) from error
 
     def status(self) -> dict:
-        return _read_json(self.path / "status.json")
+        return read_status(self.path)
 
     def environment(self) -> dict:
         """What the last start has found and chosen; empty where that is not known."""
@@ -114,7 +116,8 @@ class RunFolder:
             except BlockingIOError:
                 raise UserError(f"another process is training in {self.path}") from None
             replace_file(self.path / "config.yaml", self.config.to_yaml().encode())
-            described = json.dumps(environment | {"commit": _commit()}, indent=1)
+            self.commit = _commit()
+            described = json.dumps(environment | {"commit": self.commit}, indent=1)
             replace_file(self.path / "environment.json", described.encode())
 
     def write_header(self) -> None:
@@ -275,6 +278,11 @@ def _refusal(config, path):
         raise UserError(
             f"run.dir={config.run.dir}: the run folder {path} cannot be made or written ({error.strerror or error})"
         ) from error
+
+
+def read_status(folder: Path) -> dict:
+    """What a run has last said of itself; empty where that is not known."""
+    return _read_json(folder / "status.json")
 
 
 def _read_json(path) -> dict:

@@ -1,8 +1,8 @@
 """One run put together from its config: everything is checked before anything is written."""
 
 import contextlib
+import functools
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,6 @@ from fastsiam.data.sources import open_sources
 from fastsiam.data.views import specs_of_run, view_specs
 from fastsiam.device import autocast, choose_compute
 from fastsiam.distributed import World, is_lost_peer
-from fastsiam.encoder import save_encoder
 from fastsiam.energy import EnergyMeter
 from fastsiam.evaluation.checkup import Checkup
 from fastsiam.evaluation.monitor import Monitor
@@ -30,7 +29,8 @@ from fastsiam.pace import Pace
 from fastsiam.pictures import Pictures
 from fastsiam.record import EXIT_CODES, Result, RunFolder, run_path
 from fastsiam.reports.own import write_own_report
-from fastsiam.resuming import changes
+from fastsiam.run_state import checkpoint_contents, restore
+from fastsiam.saved_encoder import describe_encoder, save_encoder
 from fastsiam.saver import Saver
 from fastsiam.soundness import Soundness
 from fastsiam.spent import Spent, heartbeat_seconds
@@ -175,7 +175,7 @@ class Session:
         self._announce()
         with world.together():
             if self._saved:
-                self._restore(self._saved)
+                restore(self, self._step, self._saved)
             elif world.is_first:
                 self.folder.write_header()
         self._saved = None
@@ -183,7 +183,8 @@ class Session:
             self.checkup.controls(self.loader)
         self.pace.agree()
         journal.begin_progress(self.pace.share_done)
-        self.saver = Saver(self.folder.path, config.checkpoint, self._checkpoint, journal, self.pace, world)
+        contents = functools.partial(checkpoint_contents, self, self._step)
+        self.saver = Saver(self.folder.path, config.checkpoint, contents, journal, self.pace, world)
         self._laps = Laps(self.state, self.clock, self.spent)
         self.soundness = Soundness(self._step, self.source, self.folder, world)
         self._watch = LoaderWatch(lambda: describe(self._loading, self.source, self.backend_name, self.device))
@@ -269,7 +270,8 @@ class Session:
             if status != "failed":
                 self.saver.save()
             if status == "done" and self.world.is_first:
-                save_encoder(self.method.encoder, self.config.model, path / "encoder.safetensors")
+                description = describe_encoder(self.config, state.step, self.folder.commit)
+                save_encoder(self.method.encoder, description, path / "encoder.safetensors")
         details = {"step": state.step} | ({"knn_top1": knn} if knn is not None else {})
         if self.checkup.measures:
             details |= self.checkup.measures.fields()
@@ -316,33 +318,3 @@ class Session:
         self.journal.write("compile", **report)
         if report["fallback"]:
             self.journal.warn(f"torch.compile failed, and the run goes on in eager mode: {report['fallback']}")
-
-    def _checkpoint(self):
-        """What `_restore` takes."""
-        self.clock.update_state()
-        return {
-            "layout": checkpoint.LAYOUT,
-            "state": asdict(self.state),
-            **self._step.state_dict(),
-            "collapsed_in_a_row": self.checkup.guard.collapsed_in_a_row,
-            "random": torch.get_rng_state(),
-            "computation": self._computation(),
-            "budget": self.pace.budget.amount,
-            "identity": self.identity,
-            "metrics": self.folder.metrics_state(),
-        }
-
-    def _restore(self, saved):
-        self._step.load_state_dict(saved)
-        self.checkup.guard.collapsed_in_a_row = saved["collapsed_in_a_row"]
-        torch.set_rng_state(saved["random"])
-        if self.world.is_first:
-            self.folder.restore_metrics(saved["metrics"])
-        self.journal.write("resume", world_size=self.world.size)
-        state = self.state
-        self.journal.say(f"resume    at step {state.step:,}, epoch {state.epoch + 1}, image {state.cursor:,}")
-        for warning in changes(saved, self._computation(), self.config):
-            self.journal.warn(warning)
-
-    def _computation(self):
-        return {**self.compute.names, "threads": torch.get_num_threads(), "ranks": self.world.size}

@@ -53,7 +53,15 @@ LAYERS = (
     {"fastsiam.reports.images"},
     {"fastsiam.reports.page", "fastsiam.reports.own"},
     {"fastsiam.report"},
-    {"fastsiam.announce", "fastsiam.session", "fastsiam.prepare", "fastsiam.saver", "fastsiam.soundness"},
+    {
+        "fastsiam.announce",
+        "fastsiam.session",
+        "fastsiam.prepare",
+        "fastsiam.saver",
+        "fastsiam.soundness",
+        "fastsiam.saved_encoder",
+        "fastsiam.run_state",
+    },
     {"fastsiam.planning"},
     {"fastsiam.train", "fastsiam.plan", "fastsiam.doctor", "fastsiam.__main__"},
 )

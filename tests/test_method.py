@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastsiam.config import UserError, load_config
-from fastsiam.encoder import build_encoder, load_encoder, save_encoder
+from fastsiam.config import load_config
+from fastsiam.encoder import build_encoder
 from fastsiam.methods import build_method
 from fastsiam.methods.simsiam import SimSiam
 from fastsiam.norm import PerViewBatchNorm1d, split_statistics
@@ -182,44 +181,6 @@ def test_num_features_is_the_width_of_the_pooled_features(name, stem, width, fea
         encoder = build_encoder(name, stem, width, True)
         assert encoder(torch.empty(2, 3, 64, 64)).shape[1] == features
     assert encoder.num_features == features
-
-
-def test_a_saved_encoder_loads_with_identical_features(tiny_config, tmp_path):
-    config = tiny_config()
-    method = build_method(config).to(memory_format=torch.channels_last)
-    images = views_of()
-    method(images)
-    save_encoder(method.encoder, config.model, tmp_path / "encoder.safetensors")
-    expected = method.encoder.eval()(images)
-    assert expected.std() > 0.01
-    for where in (tmp_path, tmp_path / "encoder.safetensors"):
-        loaded = load_encoder(where)
-        assert not loaded.training
-        assert loaded.num_features == 32
-        torch.testing.assert_close(loaded(images), expected, atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(loaded.state_dict(), method.encoder.state_dict(), atol=0, rtol=0)
-
-
-def test_loading_what_is_no_encoder_of_ours_says_so(tmp_path):
-    with pytest.raises(UserError, match="there is no"):
-        load_encoder(tmp_path)
-    save_file({"weight": torch.zeros(1)}, tmp_path / "encoder.safetensors")
-    with pytest.raises(UserError, match="was not written by fastsiam"):
-        load_encoder(tmp_path)
-
-
-def test_torchvision_loads_a_saved_resnet50(tmp_path):
-    config = load_config("r50_100ep", ["model.zero_init_residual=false"])
-    encoder = build_encoder("resnet50", "imagenet", None, False)
-    images = views_of(2, 32)
-    encoder(images)
-    save_encoder(encoder, config.model, tmp_path / "encoder.safetensors")
-    theirs = torchvision.models.resnet50()
-    missing, unexpected = theirs.load_state_dict(load_file(tmp_path / "encoder.safetensors"), strict=False)
-    assert sorted(missing) == ["fc.bias", "fc.weight"]
-    assert unexpected == []
-    theirs.fc = nn.Identity()
-    assert (theirs.eval()(images) == encoder.eval()(images)).all()
 
 
 def losses_and_gradients(method, call, steps=3):

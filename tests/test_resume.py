@@ -240,7 +240,7 @@ def of_an_earlier_version(folder):
     """Make the checkpoint of a run what version 0.1.0 wrote."""
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
     saved["threads"] = saved.pop("computation")["threads"]
-    del saved["budget"]
+    del saved["budget"], saved["encoder"]
     torch.save(saved, folder / "checkpoint.pt")
 
 
@@ -323,10 +323,12 @@ def test_a_finished_run_goes_on_with_more_epochs_on_their_schedule(tiny, tmp_pat
 
 
 def test_a_larger_budget_of_the_same_kind_goes_on(tiny, tmp_path, capsys):
-    assert main(["--config", "quickstart", *tiny("budget=40 images", "data.val=null")]) == 0
-    assert main(["--config", "quickstart", *tiny("budget=120 images", "data.val=null")]) == 0
+    assert main(["--config", "quickstart", *tiny("train.epochs=null", "budget=40 images", "data.val=null")]) == 0
+    assert main(["--config", "quickstart", *tiny("train.epochs=null", "budget=120 images", "data.val=null")]) == 0
     assert lines(tmp_path / "runs/run")[-1]["step"] == 15
-    assert "budget (120 images, now 2h)" in refused_after_warnings(capsys, *tiny("budget=2h", "data.val=null"))
+    assert "budget (120 images, now 2h)" in refused_after_warnings(
+        capsys, *tiny("train.epochs=null", "budget=2h", "data.val=null")
+    )
 
 
 def test_a_run_whose_folder_was_renamed_goes_on(tiny, tmp_path, capsys):
