@@ -330,6 +330,6 @@ def _count(config: Config, warn) -> tuple[int, int, list[str]]:
         warn(f"the demo images of seed {data.demo_seed} would be drawn to {folder}")
         num_val = demo.VAL_PER_CLASS * len(demo.CLASSES) if data.val is not None else 0
         return demo.TRAIN_PER_CLASS * len(demo.CLASSES), num_val, []
-    train = open_source(data.train, scanned=data.manifest)
+    train = open_source(data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction)
     val = open_validation(config, train, lambda sentence: warn(f"warning: {sentence}"))
     return len(train), len(val or ()), source_lines(train, val)

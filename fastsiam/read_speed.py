@@ -1,5 +1,6 @@
 """How fast the files of a folder are read, past the page cache. The standard library is enough to import it."""
 
+import contextlib
 import os
 import random
 import re
@@ -75,19 +76,18 @@ def is_network(filesystem: str) -> bool:
 
 
 def _sample(folder):
-    from fastsiam.data.files import EXTENSIONS
+    from fastsiam.data.shards import shards_of_folder
+    from fastsiam.data.walk import Walk
 
     images, shards = [], []
     until = time.perf_counter() + _LISTING_SECONDS
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders.sort()
-        for name in names:
-            if name.lower().endswith(EXTENSIONS):
-                images.append(os.path.join(parent, name))
-            elif name.endswith(".tar"):
-                shards.append(os.path.join(parent, name))
-        if len(images) >= _LISTED or time.perf_counter() > until:
-            break
+    # Whoever trains on a folder that may not be read is told so; here nothing is read in it.
+    with contextlib.suppress(OSError):
+        for name, _ in Walk(folder):
+            images.append(os.path.join(folder, name))
+            if len(images) >= _LISTED or time.perf_counter() > until:
+                break
+        shards = [] if images else list(map(str, shards_of_folder(folder)))
     paths, kind = (images, "images") if images else (shards, "shards")
     random.Random(0).shuffle(paths)
     return paths, kind if paths else "nothing"
@@ -115,12 +115,12 @@ def _read_until(deadline: float, paths: Iterator[str], lock: Lock) -> tuple[int,
 
 def _mean_member(shard: str) -> float:
     """Mean size of the first images in a tar file."""
-    from fastsiam.data.files import EXTENSIONS
+    from fastsiam.data.formats import is_image
 
     sizes = []
     with tarfile.open(shard) as tar:
         for member in tar:
-            if member.name.lower().endswith(EXTENSIONS):
+            if is_image(member.name):
                 sizes.append(member.size)
             if len(sizes) == 200:
                 break

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from fastsiam.config import UserError
-from fastsiam.data import index, sources
+from fastsiam.data import formats, index, sources
 from fastsiam.data.backends import open_backend
 from fastsiam.data.headers import PLAIN, UNKNOWN, UNREADABLE
 from fastsiam.data.index import cache_folder
@@ -27,7 +27,7 @@ LONG_AGO = 1_600_000_000
 def settle(root: Path) -> None:
     """Give everything below `root` an old mtime: what has just changed is not cached."""
     for path in [root, *root.rglob("*")]:
-        os.utime(path, (LONG_AGO, LONG_AGO))
+        os.utime(path, (LONG_AGO, LONG_AGO), follow_symlinks=False)
 
 
 @pytest.fixture
@@ -105,8 +105,8 @@ def test_a_changed_folder_is_listed_anew(folder, change, monkeypatch):
     open_source(str(folder))
     change(folder)
     listed = []
-    walk = index.walk
-    monkeypatch.setattr(index, "walk", lambda *a: listed.append(1) or walk(*a))
+    walk = index.Walk
+    monkeypatch.setattr(index, "Walk", lambda *a: listed.append(1) or walk(*a))
     changed = columns(open_source(str(folder)))
     assert listed == [1]
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "another cache"))
@@ -231,10 +231,21 @@ def test_a_pack_of_an_earlier_version_is_read_as_it_is(folder, tmp_path):
     assert columns(open_source(str(tmp_path / "packed"))) == expected
 
 
-def test_what_was_passed_over_is_kept_with_the_list(folder, tmp_path):
-    files = open_source(str(folder)).left_out
-    left_out = {"dead links": 12, ".heic (pip install pillow-heif)": 3}
-    found = index.unread(index.open_folder(folder, "data.train").files._replace(left_out=left_out))
-    index.write_index(tmp_path / "kept", found, {"listed_ns": 0, "directories": [], "files": []})
-    assert files == {}
-    assert index.read_index(tmp_path / "kept", folder, cached=True).files.left_out == left_out
+def test_what_was_passed_over_is_kept_with_the_list_until_it_can_be_read(folder, monkeypatch):
+    (folder / "class0/gone.png").symlink_to(folder.parent / "disk/gone.png")
+    (folder / "class1/phone.heic").write_bytes(b"")
+    (folder / "class2/notes.txt").write_text("")
+    settle(folder)
+    monkeypatch.setitem(formats.by_extension(), ".heic", ".heic (pip install pillow-heif)")
+    first = open_source(str(folder))
+    assert first.left_out == {"dead links": 1, ".heic (pip install pillow-heif)": 1, ".txt": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "Walk", lambda *a: pytest.fail("the folder was listed again"))
+        assert open_source(str(folder)).left_out == first.left_out
+    # No mtime below the folder changes where a disk is mounted, or a decoder installed.
+    (folder.parent / "disk").mkdir()
+    Image.new("RGB", (4, 4)).save(folder.parent / "disk/gone.png")
+    assert (len(first), len(open_source(str(folder)))) == (40, 41)
+    monkeypatch.setitem(formats.by_extension(), ".heic", formats.IMAGE)
+    monkeypatch.setattr(formats, "decoders", lambda: "another Pillow")
+    assert len(open_source(str(folder))) == 42

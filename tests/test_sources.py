@@ -62,13 +62,22 @@ def test_what_is_missing_is_named(tmp_path):
 
     (tmp_path / "lists/half.txt").write_text("a.jpg\tx\n\nb.jpg\n")
     (tmp_path / "nothing.txt").write_text("\n")
+    picture(tmp_path / "one.jpg")
+    shutil.copy(tmp_path / "one.jpg", tmp_path / "one")
+    (tmp_path / "zipped").mkdir()
+    for name in ("images.zip", "zipped/images.zip"):
+        (tmp_path / name).write_bytes(b"PK")
     for location, expected in {
         "absent": "expected .*absent/CLASS/IMAGE.jpg",
         "empty": "the folder is empty",
-        "texts": r"it holds 1 entry \(readme.md\); looked for .jpg",
+        "texts": r"it holds 1 entry \(readme.md\); left out: 1 .md; set data.train=PATH",
         "lost.txt": "lists nowhere.jpg, but there is no",
         "lists/half.txt": r"line 3 \(b.jpg\) has none",
         "nothing.txt": "is empty",
+        "one.jpg": "is one image; give its folder, data.train=",
+        "one": "is one image",
+        "images.zip": "is an archive; give what it holds, unpacked",
+        "zipped": r"it holds 1 entry \(images.zip\); left out: 1 .zip; unpack images.zip first",
     }.items():
         with pytest.raises(UserError, match=expected) as error:
             open_source(str(tmp_path / location))

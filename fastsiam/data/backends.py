@@ -46,7 +46,8 @@ def build_loader(
     if source is None:
         from fastsiam.data.sources import open_source
 
-        source = open_source(config.data.train, scanned=config.data.manifest)
+        data = config.data
+        source = open_source(data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction)
     check_grows(config, len(source) // config.train.batch_size)
     share, augments = config.train.batch_size // world_size, config.data.augment == "dali"
     if augments:

@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 
 from fastsiam.config import UserError
-from fastsiam.data.files import EXTENSIONS
+from fastsiam.data.formats import is_image
 from fastsiam.data.shards import check_member
+from fastsiam.data.walk import is_system
 
 ARCHIVE, FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 _MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -193,7 +194,12 @@ def _of_tar(source):
 def _place(name):
     """Part and CLASS/IMAGE of a path that ends in {train,test,val}/CLASS/IMAGE.jpg; None for others."""
     path = PurePosixPath(name)
-    if len(path.parts) < 3 or path.suffix.lower() not in EXTENSIONS or path.parts[-3] not in _PARTS:
+    if (
+        len(path.parts) < 3
+        or path.parts[-3] not in _PARTS
+        or not is_image(path.name)
+        or any(map(is_system, path.parts))
+    ):
         return None
     return _PARTS[path.parts[-3]], "/".join(path.parts[-2:])
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,8 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from fastsiam.config import UserError
+from fastsiam.data.left_out import in_words
+from fastsiam.data.tables import shown
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# Whose images a run does not see.
+ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tbz", ".tgz", ".txz", ".xz", ".zip", ".zst")
 
 
 @dataclass(frozen=True)
@@ -24,15 +27,6 @@ class Packed:
     """[N] int32: which of them."""
     offset: np.ndarray
     """[N] int64: of the image's first byte."""
-
-
-class Directory(NamedTuple):
-    """What changes where a file is added to a folder, taken away or renamed."""
-
-    name: str
-    """Relative to the root, "" for the root itself."""
-    mtime_ns: int
-    inode: int
 
 
 class Files(NamedTuple):
@@ -61,8 +55,12 @@ def fingerprint(names: np.ndarray, file_sizes: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def no_images(root: Path, key: str) -> UserError:
-    return UserError(f"{key}: no images under {root}: {_what_is_there(root)}; looked for {' '.join(EXTENSIONS)}")
+def no_images(root: Path, key: str, left_out: Mapping[str, int]) -> UserError:
+    """The sentence for a folder without an image; `left_out`: what was passed over there."""
+    text = f"{key}: no images under {shown(root)}: {_what_is_there(root)}"
+    if left_out:
+        text += f"; left out: {in_words(left_out, 3)}"
+    return UserError(f"{text}; {_advice(root, key)}")
 
 
 def files_of_folder(root: Path, found: list[tuple[str, int]]) -> Files:
@@ -84,31 +82,6 @@ def is_outside(name: str) -> bool:
     return name.startswith("/") or os.path.normpath(name).split("/")[0] == ".."
 
 
-def walk(root: Path, directories: list[Directory]) -> Iterator[tuple[str, int]]:
-    """Relative names and sizes of the image files below `root`, following links but no loop; hidden ones not.
-
-    Every folder is added to `directories`, as it was before it was read.
-    """
-    seen = set()
-    stack = [""]
-    while stack:
-        folder = stack.pop()
-        status = os.stat(os.path.join(root, folder))
-        if (status.st_dev, status.st_ino) in seen:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        directories.append(Directory(folder, status.st_mtime_ns, status.st_ino))
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                name = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.is_dir():
-                    stack.append(name)
-                elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
-                    yield name, entry.stat().st_size
-
-
 def make_files(root: Path, found: list[tuple[str, int]], labels: list[int], classes: tuple[str, ...], **more) -> Files:
     """`found`: name and size in bytes of each; `more`: other fields of `Files`."""
     names, file_sizes = zip(*found, strict=True)
@@ -122,9 +95,16 @@ def make_files(root: Path, found: list[tuple[str, int]], labels: list[int], clas
     )
 
 
-def _what_is_there(root: Path) -> str:
+def _what_is_there(root):
     names = sorted(os.listdir(root))
     if not names:
         return "the folder is empty"
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"it holds {len(names)} {'entry' if len(names) == 1 else 'entries'} ({shown})"
+    some = ", ".join(shown(name, 20) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+    return f"it holds {len(names)} {'entry' if len(names) == 1 else 'entries'} ({some})"
+
+
+def _advice(root, key):
+    packed = [name for name in sorted(os.listdir(root)) if name.lower().endswith(ARCHIVES)]
+    if packed:
+        return f"unpack {shown(packed[0], 40)} first"
+    return f"set {key}=PATH to the folder that holds your images" if "." in key else "name a folder that holds images"

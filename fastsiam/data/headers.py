@@ -9,6 +9,7 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from fastsiam.config import UserError
+from fastsiam.data import formats
 
 # Kinds of a file, as an index keeps them: from UNREADABLE on it is not used. UNWANTED is a scan's verdict on files that
 # can be decoded.
@@ -25,6 +26,9 @@ _TURNING = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _PNG_SIGNATURE_BYTES = 8
 # What Pillow's reader of EXIF raises where a count, an offset or a type in it is wrong.
 _DAMAGED_EXIF = (SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError, struct.error)
+
+# Whoever decodes imports this module, in the workers too.
+formats.register_plugins()
 
 
 class BadImageError(UserError):

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,9 +20,11 @@ import numpy as np
 
 from fastsiam.cache_dirs import cache_root
 from fastsiam.config import UserError
-from fastsiam.data.files import Directory, Files, Packed, files_of_folder, fingerprint, is_outside, no_images, walk
+from fastsiam.data import formats
+from fastsiam.data.files import Files, Packed, files_of_folder, fingerprint, is_outside, no_images
 from fastsiam.data.headers import UNKNOWN, UNREADABLE
 from fastsiam.data.shards import files_of_shards, shards_of_folder
+from fastsiam.data.walk import Directory, Walk, is_still_closed
 
 # In a folder that `fastsiam.prepare pack` has written, or has begun to write.
 PACK_INDEX, PACK_INCOMPLETE = "fastsiam-index", "fastsiam-pack.incomplete"
@@ -58,11 +61,11 @@ def open_folder(root: Path, key: str) -> Index:
 
     Listed anew where the cache holds nothing or the folder has changed. A cache that cannot be written is done without.
     """
-    if (root / PACK_INCOMPLETE).exists():
+    if os.path.exists(root / PACK_INCOMPLETE):
         raise UserError(
             f"{key}: {root} was not packed to the end; run python -m fastsiam.prepare pack SRC {root} again"
         )
-    if (root / PACK_INDEX).is_dir():
+    if os.path.isdir(root / PACK_INDEX):
         found = read_index(root / PACK_INDEX, root)
         if found is None:
             raise UserError(f"{key}: {root / PACK_INDEX} is damaged; pack the images again")
@@ -164,9 +167,10 @@ def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
 
 def _list(root, key):
     """The files, and the state of the folder that tells whether they are still the same."""
-    directories: list[Directory] = []
     listed_ns = time.time_ns()
-    found = list(walk(root, directories))
+    walk = Walk(root)
+    found = list(walk)
+    passed_over = +walk.left_out
     if found:
         files = files_of_folder(root, found)
         count = len(found)
@@ -175,14 +179,27 @@ def _list(root, key):
     else:
         shards = shards_of_folder(root)
         if not shards:
-            raise no_images(root, key)
+            raise no_images(root, key, passed_over)
         files = files_of_shards(root, shards, key)
+        passed_over[".tar"] -= len(shards)
         names = list(files.packed.shards)
-    state = {"listed_ns": listed_ns, "directories": directories, "files": [_file_state(root, name) for name in names]}
-    return files, state
+    state = {
+        "listed_ns": listed_ns,
+        "directories": walk.directories,
+        "files": [],
+        "closed": walk.closed,
+        "decoders": formats.decoders(),
+    }
+    for name in names:
+        # A file may have gone since; whoever reads it says so.
+        with contextlib.suppress(FileNotFoundError):
+            state["files"].append(_file_state(root, name))
+    return files._replace(left_out=dict(+(passed_over + Counter(files.left_out)))), state
 
 
 def _is_unchanged(root, state):
+    if state["decoders"] != formats.decoders() or not all(is_still_closed(root, name) for name in state["closed"]):
+        return False
     directories = (Directory(*directory) for directory in state["directories"])
     for directory in directories:
         status = os.stat(os.path.join(root, directory.name))

@@ -7,9 +7,11 @@ from itertools import islice
 from pathlib import Path
 
 from fastsiam.config import UserError
-from fastsiam.data.files import EXTENSIONS, Files, is_outside, make_files
+from fastsiam.data.files import Files, is_outside, make_files
 from fastsiam.data.tables import Entries, label_values, read_entries, read_text, shown
 
+# What a name without an extension may end in.
+_USUAL = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
 # Folders beside a list that are looked into for the names in it.
 _FOLDERS = 50
 
@@ -141,7 +143,7 @@ class _Places:
         if exact is not None:
             return exact
         for variant in self._variants(name):
-            for after in ("", *EXTENSIONS, *(extension.upper() for extension in EXTENSIONS)):
+            for after in ("", *_USUAL, *(extension.upper() for extension in _USUAL)):
                 found = self._size(variant + after)
                 if found is not None:
                     if after:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from fastsiam.config import UserError
-from fastsiam.data.files import EXTENSIONS, Files, Packed, is_outside, make_files, no_images
+from fastsiam.data import formats
+from fastsiam.data.files import Files, Packed, is_outside, make_files, no_images
 
 
 def shards_of_folder(root: Path) -> list[Path]:
@@ -27,7 +28,7 @@ def files_of_shards(root: Path, shards: list[Path], key: str) -> Files:
             numbers.append(number)
             offsets.append(offset)
     if not found:
-        raise no_images(root, key)
+        raise no_images(root, key, {})
     if -1 in labels and max(labels) >= 0:
         index = labels.index(-1)
         raise UserError(
@@ -69,7 +70,7 @@ def _read_shard(shard, key):
                     continue
                 if extension == "cls":
                     labels[stem] = _label(tar.extractfile(member).read(), member, shard, key)
-                elif f".{extension.lower()}" in EXTENSIONS:
+                elif formats.by_extension().get(f".{extension.lower()}") is formats.IMAGE:
                     images.append((stem, member))
             # tarfile takes a header that is cut off for the end of the archive.
             tar.fileobj.seek(tar.offset)

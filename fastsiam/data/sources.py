@@ -1,6 +1,7 @@
 """What images there are, and where the bytes of each lie: a folder, a text list, or tar shards."""
 
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -9,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from fastsiam.config import Config, UserError
-from fastsiam.data import beton, demo, manifest
-from fastsiam.data.files import Files, Packed, fingerprint
+from fastsiam.data import beton, demo, formats, left_out, manifest
+from fastsiam.data.files import ARCHIVES, Files, Packed, fingerprint
 from fastsiam.data.headers import ODD, UNKNOWN, UNREADABLE, BadImageError, read_header
 from fastsiam.data.index import Index, cache_folder, open_folder, unread
-from fastsiam.data.left_out import in_words
 from fastsiam.data.lists import files_of_list
 from fastsiam.data.tables import is_numbered, shown
 
@@ -130,7 +130,7 @@ class ImageSource:
 
     def left_out_texts(self) -> list[str]:
         """What is passed over, and what a scan leaves out, in a sentence each; empty for nothing."""
-        passed_over = f"{in_words(self.left_out)} under {self.root}" if self.left_out else ""
+        passed_over = f"{left_out.in_words(self.left_out)} under {self.root}" if self.left_out else ""
         return [text for text in (passed_over, self.left_out_by_scan) if text]
 
     def fingerprint(self) -> str:
@@ -144,18 +144,22 @@ class ImageSource:
             return str(error)
 
 
-def open_source(location: str, key: str = "data.train", scanned: str | None = None) -> ImageSource:
+def open_source(
+    location: str, key: str = "data.train", scanned: str | None = None, max_bad_fraction: float = 1.0
+) -> ImageSource:
     """The images at `location`: a folder of files or of tar shards, a text list, or a .beton; `key` is for errors.
 
     `scanned`: the manifest of a scan; without one, that in the index cache, if there is one. Images that it leaves out
-    are UNREADABLE or UNWANTED.
+    are UNREADABLE or UNWANTED. Raises `UserError` where more than `max_bad_fraction` of what was meant to be an image
+    cannot be one here (dead links, files that no installed decoder reads), and where there is no image.
     """
     source = open_unscanned(location, key)
+    left_out.check(source.left_out, len(source), source.root, key, max_bad_fraction)
     path = Path(scanned) if scanned is not None else manifest.default_path(cache_folder(Path(location)))
     if scanned is None and not path.exists():
         return source
-    left_out = manifest.apply(path, source, "data.manifest" if scanned is not None else key)
-    return replace(source, left_out_by_scan=left_out)
+    by_scan = manifest.apply(path, source, "data.manifest" if scanned is not None else key)
+    return replace(source, left_out_by_scan=by_scan)
 
 
 def open_unscanned(location: str, key: str) -> ImageSource:
@@ -163,16 +167,48 @@ def open_unscanned(location: str, key: str) -> ImageSource:
     path = Path(location)
     if beton.is_beton(path):
         return beton.open_beton(path, key)
-    if path.is_dir():
-        return _of_index(open_folder(path, key))
-    if path.is_file():
-        return of_files(files_of_list(path, key))
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            return _of_index(open_folder(path, key))
+        if stat.S_ISREG(mode):
+            _check_is_a_list(path, key)
+            return of_files(files_of_list(path, key))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(
+            f"{key}: {shown(path)} cannot be read ({error.strerror}); give a place that you may read"
+        ) from None
     advice = f"set {key}=PATH to" if "." in key else "give the path of"
     raise UserError(
         f"{key}: there is no {location}; expected {location}/CLASS/IMAGE.jpg (one folder a class, as ImageNet is "
         f"usually unpacked); {advice} your images: any folder of them, nested or flat, with labels or "
         "without, a folder of tar shards, or a text file with a path a line"
     )
+
+
+def is_there(location: str) -> bool:
+    """Whether there is something, be it closed to us."""
+    try:
+        os.stat(location)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _check_is_a_list(path, key):
+    """Raise `UserError` for one image, and for an archive."""
+    with open(path, "rb") as file:
+        is_image = formats.by_beginning(file.read(formats.BEGINNING), "") or formats.is_image(path.name)
+    option = f"{key}=" if "." in key else ""
+    if is_image:
+        raise UserError(f"{key}: {shown(path)} is one image; give its folder, {option}{shown(path.parent)}")
+    if path.name.lower().endswith(ARCHIVES):
+        what = "the folder that holds it" if path.suffix == ".tar" else "what it holds, unpacked"
+        raise UserError(f"{key}: {shown(path)} is an archive; give {what}: {option}FOLDER")
 
 
 def of_files(files: Files) -> ImageSource:
@@ -201,7 +237,7 @@ def open_sources(config: Config, warn, say) -> "tuple[ImageSource | None, ImageS
     if data.backend == "synthetic":
         return None, None
     draw_missing_demo(config, say)
-    train = open_source(data.train, scanned=data.manifest)
+    train = open_source(data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction)
     return train, open_validation(config, train, warn)
 
 
@@ -211,10 +247,10 @@ def open_validation(config: Config, train: ImageSource, warn) -> ImageSource | N
     if data.val is None:
         return None
     advice = "set data.val to labelled images of your classes, or data.val=null"
-    if not Path(data.val).exists():
+    if not is_there(data.val):
         warn(f"no kNN: there is no {data.val}; {advice}")
         return None
-    val = open_source(data.val, "data.val")
+    val = open_source(data.val, "data.val", max_bad_fraction=data.max_bad_fraction)
     try:
         check_labels(train, val)
     except UserError:
