@@ -95,6 +95,11 @@ class LoaderWatch:
         self._cpu_times = cpu_times()
         self._told: str | None = None
 
+    def begin(self) -> None:
+        """A loader has started; what the cores have done until the first one had is no part of a minute."""
+        if not self._waited + self._stepped:
+            self._cpu_times = cpu_times()
+
     def add(self, waited: float, stepped: float) -> str | None:
         """Seconds of waiting and of stepping; a sentence, once a minute at most, if it says something new to do."""
         self._waited, self._stepped = self._waited + waited, self._stepped + stepped

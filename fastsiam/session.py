@@ -16,6 +16,7 @@ from fastsiam.config import Config, UserError
 from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
 from fastsiam.data.sources import open_sources
 from fastsiam.data.views import specs_of_run, view_specs
+from fastsiam.data_wait import data_wait_on
 from fastsiam.device import autocast, choose_compute
 from fastsiam.distributed import World, is_lost_peer
 from fastsiam.energy import EnergyMeter
@@ -62,7 +63,7 @@ class Session:
         with world.together():
             self._choose()
         self.state = State(**self._saved["state"]) if self._saved else State()
-        self.clock = Stopwatch(self.state)
+        self.clock = Stopwatch(self.state, data_wait_on(self.device))
         every = heartbeat_seconds(config.to_spend)
         self.spent = Spent(self.folder.path if world.is_first else None, self._early.append, began=began, every=every)
         self.journal = Journal(self.folder, world, self.state, self.clock)
@@ -187,7 +188,7 @@ class Session:
         self.saver = Saver(self.folder.path, config.checkpoint, contents, journal, self.pace, world)
         self._laps = Laps(self.state, self.clock, self.spent)
         self.soundness = Soundness(self._step, self.source, self.folder, world)
-        self._watch = LoaderWatch(lambda: describe(self._loading, self.source, self.backend_name, self.device))
+        self.loader_watch = LoaderWatch(lambda: describe(self._loading, self.source, self.backend_name, self.device))
 
     def set_learning_rate(self) -> float:
         state = self.state
@@ -224,7 +225,7 @@ class Session:
         self.pace.read_energy()
         reading, lap = self.soundness.reading, self._laps.next()
         self.journal.write("train", lr=rate, **train_fields(self, reading, lap))
-        if advice := self._watch.add(lap.waited, lap.stepped):
+        if advice := self.loader_watch.add(lap.waited, lap.stepped):
             self.journal.warn(advice)
         if self.spent.error:
             self.journal.warn_once(f"what was spent cannot be written down ({self.spent.error}); a kill would hide it")
@@ -249,7 +250,7 @@ class Session:
         """Between two epochs."""
         if self.checkup.follows(self.state.epoch):
             # Decoders and their buffers would otherwise lie beside those of the evaluation.
-            self.loader.backend.close()
+            self.loader.close()
             self._evaluate()
 
     def evaluate_early(self) -> None:

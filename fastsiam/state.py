@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass
 
+from fastsiam.data_wait import DataWait, OnHost
+
 
 @dataclass
 class State:
@@ -37,21 +39,36 @@ class State:
 
 
 class Stopwatch:
-    """Seconds since the last `split`, added up by name; tells a state how long its run has taken so far."""
+    """Seconds since the last `split`, added up by name; tells a state how long its run has taken so far.
 
-    def __init__(self, state: State):
+    `wait` is the time that the device stood still for want of a batch; what else of the host's waiting there is on a
+    GPU passes while it does a step, and is part of `step`.
+    """
+
+    def __init__(self, state: State, data_wait: DataWait | None = None):
+        """`data_wait`: that of the device; None: a CPU's."""
         self.totals = {"wait": 0.0, "step": 0.0, "other": 0.0}
         self._last = self._began = time.perf_counter()
         self._lap = (0.0, 0.0)
+        self._data_wait = data_wait or OnHost()
         self._state, self._wall_before, self._train_before = state, state.wall_seconds, state.train_seconds
 
     def split(self, name: str) -> None:
+        """What has passed since the last split was `wait`, at whose end a batch is here, `step` or `other`."""
         now = time.perf_counter()
-        self.totals[name] += now - self._last
-        self._last = now
+        seconds, self._last = now - self._last, now
+        if name == "wait":
+            self._data_wait.arrived(seconds)
+            self.totals["step"] += seconds
+            self._settle()
+        else:
+            self.totals[name] += seconds
+        if name == "step":
+            self._data_wait.launched()
 
     def lap(self) -> tuple[float, float]:
         """Seconds of waiting and of stepping since the last lap."""
+        self._settle()
         before, self._lap = self._lap, (self.totals["wait"], self.totals["step"])
         return self._lap[0] - before[0], self._lap[1] - before[1]
 
@@ -59,3 +76,8 @@ class Stopwatch:
         """Bring the seconds of the state up to now, earlier starts included."""
         self._state.wall_seconds = self._wall_before + time.perf_counter() - self._began
         self._state.train_seconds = self._train_before + self.totals["wait"] + self.totals["step"]
+
+    def _settle(self):
+        waited = self._data_wait.seconds()
+        self.totals["wait"] += waited
+        self.totals["step"] -= waited

@@ -22,6 +22,7 @@ LAYERS = (
         "fastsiam.data",
         "fastsiam.encoder",
         "fastsiam.norm",
+        "fastsiam.data_wait",
         "fastsiam.device",
         "fastsiam.distributed",
         "fastsiam.compiling",

@@ -50,6 +50,8 @@ class Batch:
     """[N] int64 on the host; -1 without labels."""
     indices: np.ndarray
     """[N] int64 into the source."""
+    cold: bool = False
+    """The backend was started for it: graphs built, kernels compiled, processes spawned."""
 
 
 class Backend(Protocol):
@@ -108,6 +110,7 @@ class Loader:
         self.steps_per_epoch = len(source) // batch_size
         self.size = specs[0].size
         """Side in pixels of the views of the epoch begun last."""
+        self._cold = True
 
     def epoch(self, epoch: int, cursor: int = 0, size: int | None = None) -> Iterator[Batch]:
         """The batches of an epoch from `cursor` on, the number of its images that finished steps have consumed.
@@ -120,20 +123,30 @@ class Loader:
         expected = (self.steps_per_epoch - cursor // self.batch_size) * self.batch_size // self.world_size
         self._resize(size or self.specs[0].size)
         delivered = 0
-        for indices, crops in self._crops(epoch, cursor):
-            delivered += len(indices)
-            views = crops if self.backend_augments else self.augmented(crops, epoch, indices)
-            yield Batch(views, _labels(self.source, indices), indices)
+        try:
+            for indices, crops in self._crops(epoch, cursor):
+                delivered += len(indices)
+                views = crops if self.backend_augments else self.augmented(crops, epoch, indices)
+                cold, self._cold = self._cold, False
+                yield Batch(views, _labels(self.source, indices), indices, cold)
+        finally:
+            # A backend that is left in mid-epoch may have to start again.
+            self._cold |= delivered < expected
         if delivered != expected:
             raise LoaderError(
                 f"epoch {epoch} on rank {self.rank}: expected {expected} images, {self.backend.description} "
                 f"delivered {delivered}"
             )
 
+    def close(self) -> None:
+        """Free what the backend holds; the next epoch starts it again."""
+        self.backend.close()
+        self._cold = True
+
     def _resize(self, size):
         if size != self.size:
             self.backend.resize(size)
-            self.size = size
+            self.size, self._cold = size, True
 
     def _crops(self, epoch, cursor):
         """A batch with files that cannot be decoded is asked for again without them."""
@@ -149,6 +162,7 @@ class Loader:
             except UndecodableError as error:
                 self.source.forget(error.reasons)
                 self.skip.add(error.reasons)
+                self._cold = True
 
     def _requests(self, epoch, cursor, pending):
         order = draws.epoch_order(self.seed, epoch, len(self.source))

@@ -13,6 +13,7 @@ from fastsiam.config import Config
 from fastsiam.cores import usable_cores
 from fastsiam.data.loader import EvaluationLoader
 from fastsiam.data.synthetic import SyntheticLoader
+from fastsiam.data_wait import data_wait_on
 from fastsiam.device import DTYPES, autocast
 from fastsiam.distributed import World
 from fastsiam.energy import EnergyMeter
@@ -152,25 +153,27 @@ class _Plan:
             self.start_seconds += decoding
             if decoding > 1:
                 bench.notes.append(f"the first start decodes all images once, in about {decoding:,.0f} s")
-        batches, waited, steps = epochs(loader), 0.0, 0
+        batches, data_wait, steps = epochs(loader), data_wait_on(bench.device), 0
         first = next(batches)
         self.start_seconds += time.perf_counter() - began
         stepper(first.views)
 
         def train():
-            nonlocal waited, steps
+            nonlocal steps
             before = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - before
+            data_wait.arrived(time.perf_counter() - before)
             stepper(batch.views)
+            data_wait.launched()
             steps += 1
 
         seconds = bench.share("end to end")
         bench.warm_up(train, seconds)
-        waited, steps = 0.0, 0
-        cpus, joules, began = cpu_times(), self.energy.joules(), bench.now()
+        cpus, joules, began, steps = cpu_times(), self.energy.joules(), bench.now(), 0
+        data_wait.seconds()
         rate = bench.windows(train, self.batch_size, (1 - WARM_UP) * seconds)
-        window = window_of(waited / (bench.now() - began), cpus, cpu_times())
+        ended = bench.now()
+        window = window_of(data_wait.seconds() / (ended - began), cpus, cpu_times())
         after, images = self.energy.joules(), steps * self.batch_size
         used = bench.world.collect(None if joules is None or after is None else after - joules)
         batches.close()

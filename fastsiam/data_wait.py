@@ -1,0 +1,86 @@
+"""How long the device stands still because a batch is late, which is not how long the host waits for it.
+
+On a GPU the host runs ahead: it may wait for the next batch during the whole of a step that needs no batch yet.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+
+
+class Event(Protocol):
+    """A place in a device's work, as `torch.cuda.Event` with its timing is one."""
+
+    def record(self) -> None:
+        """The place is behind what has been enqueued so far."""
+
+    def query(self) -> bool:
+        """Whether the device has passed it; does not wait."""
+
+    def elapsed_time(self, later: "Event") -> float:
+        """Milliseconds on the device between two places that it has passed."""
+
+
+class DataWait(Protocol):
+    def launched(self) -> None:
+        """A step has been enqueued."""
+
+    def arrived(self, seconds: float) -> None:
+        """A batch is here, for which the host has waited."""
+
+    def seconds(self) -> float:
+        """Seconds of standing still that have become known since the last call."""
+
+
+def data_wait_on(device: torch.device) -> DataWait:
+    return OnDevice(partial(torch.cuda.Event, enable_timing=True)) if device.type == "cuda" else OnHost()
+
+
+class OnHost:
+    """For a device that has done a step when the call of it returns: it waits as long as the host."""
+
+    def __init__(self):
+        self._seconds = 0.0
+
+    def launched(self) -> None:
+        pass
+
+    def arrived(self, seconds: float) -> None:
+        self._seconds += seconds
+
+    def seconds(self) -> float:
+        found, self._seconds = self._seconds, 0.0
+        return found
+
+
+class OnDevice:
+    """A batch is late only if the device has finished the step before when it arrives. Nothing waits for the device.
+
+    How much of the host's wait it then stood still lies between two events: behind that step, and behind what the
+    arrival itself has enqueued, the crops and the augmentation of the batch, some hundredths of a step.
+    """
+
+    def __init__(self, new_event: Callable[[], Event]):
+        self._new_event = new_event
+        self._finished: Event | None = None
+        self._late: deque[tuple[float, Event, Event]] = deque()
+
+    def launched(self) -> None:
+        self._finished = self._new_event()
+        self._finished.record()
+
+    def arrived(self, seconds: float) -> None:
+        if self._finished is not None and self._finished.query():
+            arrival = self._new_event()
+            arrival.record()
+            self._late.append((seconds, self._finished, arrival))
+
+    def seconds(self) -> float:
+        found = 0.0
+        while self._late and self._late[0][2].query():
+            waited, finished, arrival = self._late.popleft()
+            found += min(waited, finished.elapsed_time(arrival) / 1000)
+        return found
