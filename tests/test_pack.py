@@ -192,62 +192,6 @@ def test_the_same_images_give_the_same_shards(photos, packed, tmp_path):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-LINK = {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}
-HARD_LINK = {"type": tarfile.LNKTYPE, "linkname": "a.jpg"}
-DEVICE = {"type": tarfile.CHRTYPE}
-
-
-@pytest.mark.parametrize(
-    ("member", "reason"),
-    [
-        (("b.jpg", b"", LINK), "b.jpg, neither a plain file nor a folder"),
-        (("b.jpg", b"", HARD_LINK), "b.jpg, neither a plain file nor a folder"),
-        (("b.jpg", b"", DEVICE), "b.jpg, neither a plain file nor a folder"),
-        (("/b.jpg", b"x"), "/b.jpg, a path that leads out"),
-        (("../b.jpg", b"x"), "../b.jpg, a path that leads out"),
-        (("x/../b.jpg", b"x"), "x/../b.jpg, a path that leads out"),
-    ],
-)
-def test_members_that_are_no_files_inside_are_refused(tmp_path, picture, member, reason):
-    shard(tmp_path / "shards/0.tar", ("a.jpg", picture), member)
-    with pytest.raises(UserError, match=rf"data.train: .*0.tar holds {reason}"):
-        open_source(str(tmp_path / "shards"))
-
-
-@pytest.mark.parametrize(
-    ("members", "reason"),
-    [
-        ([("a.jpg", b"x"), ("a.png", b"x")], "holds two images of the key a"),
-        ([("a.jpg", b"x"), ("a.cls", b"3"), ("b.jpg", b"x")], "has no .cls member for b.jpg"),
-        ([("a.jpg", b"x"), ("a.cls", b"dog")], "holds a.cls with b'dog'; a label is a whole number"),
-        ([("a.txt", b"x")], "no images under .*it holds 1 entry"),
-    ],
-)
-def test_foreign_shards_that_make_no_sense_are_refused(tmp_path, members, reason):
-    shard(tmp_path / "shards/0.tar", *members)
-    with pytest.raises(UserError, match=f"data.train: .*{reason}"):
-        open_source(str(tmp_path / "shards"))
-
-
-@pytest.mark.parametrize("keep", [200, 700, 1536, 2048])
-def test_a_foreign_shard_that_was_cut_off_is_refused(tmp_path, keep):
-    path = shard(tmp_path / "shards/0.tar", ("a.jpg", b"x" * 512), ("b.jpg", b"y" * 512))
-    os.truncate(path, keep)
-    with pytest.raises(UserError, match="0.tar is not a whole uncompressed tar file"):
-        open_source(str(tmp_path / "shards"))
-
-
-def test_foreign_shards_are_read_in_order_with_their_labels(tmp_path, picture):
-    shard(tmp_path / "s/1.tar", ("./", b"", {"type": tarfile.DIRTYPE}), ("./c.jpg", picture), ("./c.cls", b"0\n"))
-    members = [("b.cls", b"2"), ("b.JPEG", picture), ("b.json", b"{}"), ("a.seg.png", b"mask"), ("a.png", picture)]
-    shard(tmp_path / "s/0.tar", *members, ("a.cls", b"1"))
-    source = open_source(str(tmp_path / "s"))
-    assert [os.fsdecode(name) for name in source.names] == ["b.JPEG", "a.png", "./c.jpg"]
-    assert (source.labels.tolist(), source.classes) == ([2, 1, 0], ("0", "1", "2"))
-    assert [source.read(row) for row in range(3)] == [picture] * 3
-    assert source.name(0) == f"{tmp_path}/s/0.tar/b.JPEG"
-
-
 def test_tar_files_beside_the_images_unpacked_from_them_are_ignored(tmp_path, picture):
     (tmp_path / "n01").mkdir()
     (tmp_path / "n01/a.jpg").write_bytes(picture)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastsiam.config import UserError
+from fastsiam.data.annotations import label_folder
 from fastsiam.data.left_out import in_words
 from fastsiam.data.tables import shown
 
@@ -64,17 +65,10 @@ def no_images(root: Path, key: str, left_out: Mapping[str, int]) -> UserError:
 
 
 def files_of_folder(root: Path, found: list[tuple[str, int]]) -> Files:
-    """What `walk` has found, sorted by relative names.
-
-    The first level of folders gives the classes, where there are two and no image in it.
-    """
+    """What `walk` has found, sorted by relative names, with the labels of `fastsiam.data.annotations`."""
     found = sorted(found)
-    firsts = [name.partition("/")[0] if "/" in name else None for name, _ in found]
-    classes = tuple(sorted(set(firsts))) if None not in firsts else ()
-    if len(classes) < 2:
-        classes = ()
-    number = {name: label for label, name in enumerate(classes)}
-    return make_files(root, found, [number.get(first, -1) for first in firsts], classes)
+    labelling = label_folder(root, [name for name, _ in found])
+    return make_files(root, found, labelling.labels, labelling.classes, labelling=labelling.how)
 
 
 def is_outside(name: str) -> bool:

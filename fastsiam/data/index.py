@@ -20,10 +20,11 @@ import numpy as np
 
 from fastsiam.cache_dirs import cache_root
 from fastsiam.config import UserError
-from fastsiam.data import formats
+from fastsiam.data import formats, left_out
+from fastsiam.data.annotations import places
 from fastsiam.data.files import Files, Packed, files_of_folder, fingerprint, is_outside, no_images
 from fastsiam.data.headers import UNKNOWN, UNREADABLE
-from fastsiam.data.shards import files_of_shards, shards_of_folder
+from fastsiam.data.shards import compressed_shards, files_of_shards, no_plain_shards, shards_of_folder
 from fastsiam.data.walk import Directory, Walk, is_still_closed
 
 # In a folder that `fastsiam.prepare pack` has written, or has begun to write.
@@ -75,7 +76,9 @@ def open_folder(root: Path, key: str) -> Index:
     if found is None:
         files, state = _list(root, key)
         found = unread(files)
-        changes = [directory.mtime_ns for directory in state["directories"]] + [mtime for *_, mtime in state["files"]]
+        changes = [directory.mtime_ns for directory in state["directories"]] + [
+            mtime for *_, mtime in state["files"] + state["watched"]
+        ]
         if max(changes) < state["listed_ns"] - _SETTLED_NS:
             with contextlib.suppress(OSError):
                 # Another start may have written it meanwhile, and has it mapped.
@@ -171,22 +174,25 @@ def _list(root, key):
     walk = Walk(root)
     found = list(walk)
     passed_over = +walk.left_out
+    watched = []
     if found:
-        files = files_of_folder(root, found)
+        files, watched = files_of_folder(root, found), places(root)
         count = len(found)
         sample = np.random.default_rng(0).choice(count, min(count, _SAMPLE), replace=False)
         names = [os.fsdecode(bytes(name)) for name in files.names[np.sort(sample)]]
     else:
-        shards = shards_of_folder(root)
-        if not shards:
-            raise no_images(root, key, passed_over)
-        files = files_of_shards(root, shards, key)
-        passed_over[".tar"] -= len(shards)
-        names = list(files.packed.shards)
+        names = shards_of_folder(root, [directory.name for directory in walk.directories])
+        compressed = compressed_shards(root)
+        if not names:
+            raise no_plain_shards(root, compressed, key) if compressed else no_images(root, key, passed_over)
+        files = files_of_shards(root, names, key)
+        passed_over[".tar"] -= len(names)
+        passed_over[left_out.COMPRESSED] += len(compressed)
     state = {
         "listed_ns": listed_ns,
         "directories": walk.directories,
         "files": [],
+        "watched": [[name, *_size_and_mtime(root, name)] for name in watched],
         "closed": walk.closed,
         "decoders": formats.decoders(),
     }
@@ -205,7 +211,18 @@ def _is_unchanged(root, state):
         status = os.stat(os.path.join(root, directory.name))
         if (status.st_mtime_ns, status.st_ino) != (directory.mtime_ns, directory.inode):
             return False
+    if any(_size_and_mtime(root, name) != [size, mtime] for name, size, mtime in state["watched"]):
+        return False
     return all(_file_state(root, name) == [name, size, mtime] for name, size, mtime in state["files"])
+
+
+def _size_and_mtime(root, name):
+    """[0, 0] where there is no such file."""
+    try:
+        status = os.stat(os.path.join(root, name))
+    except OSError:
+        return [0, 0]
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _file_state(root, name):

@@ -19,11 +19,17 @@ UNFINISHED, COPIES = "unfinished downloads", "backup copies"
 SEEN, LOOPS = "links to a folder already seen", "links onto themselves"
 DEAD_LINKS, GONE = "dead links", "that have gone meanwhile"
 DEVICES = "pipes, sockets or devices"
+# In and beside tar shards.
+FIELDS, REPLACED = "fields of another image (a.seg.png beside a.png)", "members replaced by a later one of their name"
+GZIPPED, NOT_PLAIN = "gzipped images (gunzip them and pack again)", "links or sparse files in shards (pack the files)"
+COMPRESSED = "compressed shards (python -m fastsiam.prepare pack reads them where there are no others)"
 FILES, FOLDERS = "files", "folders"
 """Of what reads `files that may not be read`."""
 
 # By none of these an image is lost.
-HARMLESS = frozenset({SYSTEM, HIDDEN_FILES, HIDDEN_FOLDERS, UNFINISHED, COPIES, SEEN, LOOPS, GONE, DEVICES, NAMELESS})
+HARMLESS = frozenset(
+    (SYSTEM, HIDDEN_FILES, HIDDEN_FOLDERS, UNFINISHED, COPIES, SEEN, LOOPS, GONE, DEVICES, NAMELESS, FIELDS, REPLACED)
+) | {COMPRESSED}
 
 # Reasons that a sentence names.
 _SHOWN = 5
@@ -40,7 +46,9 @@ def in_words(left_out: Mapping[str, int], most: int = _SHOWN) -> str:
 def _singular(reason):
     for many, one in (("onto themselves", "onto itself"), ("that have", "that has"), ("files", "file")):
         reason = reason.replace(many, one)
-    return re.sub(r"^(dead |hidden )?(link|folder|name)s\b", r"\1\2", reason)
+    return re.sub(
+        r"^(dead |hidden |gzipped |compressed )?(link|folder|name|image|field|member|shard)s\b", r"\1\2", reason
+    )
 
 
 def is_missed(reason: str) -> bool:

@@ -1,43 +1,113 @@
-"""The images of a folder of tar shards in WebDataset's layout: members of one key belong together, KEY.jpg and KEY.cls.
+"""The images of a folder of tar shards in WebDataset's layout and in others.
 
-The key is the member's name up to the first dot of its last part (webdataset's `base_plus_ext`).
+Members of one key belong together, KEY.jpg and KEY.cls. WebDataset's key is a member's name up to the first dot of its
+last part (webdataset's `base_plus_ext`). Names of people have dots as well (`2019.07.jpg`): every member that is an
+image counts, but fields of one that is there (`a.seg.png` beside `a.png`), and its label is that of the longest
+beginning of its name that has one.
 """
 
+import bz2
+import gzip
+import json
+import lzma
+import re
 import tarfile
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from fastsiam.config import UserError
-from fastsiam.data import formats
+from fastsiam.data import formats, labels, left_out
 from fastsiam.data.files import Files, Packed, is_outside, make_files, no_images
+from fastsiam.data.tables import LABEL_COLUMNS, json_text, shown, whole_number
+from fastsiam.data.walk import is_system
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+# Label files are short; of a .json a label is asked in so many before they are taken for something else.
+_LABEL_BYTES, _JSON_BYTES, _JSONS = 4096, 1 << 20, 1000
+_FIELD = re.compile(r"[a-z]", re.IGNORECASE)
 
 
-def shards_of_folder(root: Path) -> list[Path]:
-    """The tar files in `root` itself, sorted by name."""
-    return sorted(path for path in root.iterdir() if path.suffix == ".tar" and not path.name.startswith("."))
+class _Image(NamedTuple):
+    name: str
+    size: int
+    offset: int
 
 
-def files_of_shards(root: Path, shards: list[Path], key: str) -> Files:
-    """In the order of the shards' names and of the members in them; `key` is the config key that errors name."""
-    found, labels, numbers, offsets = [], [], [], []
-    for number, shard in enumerate(shards):
-        for name, size, offset, label in _read_shard(shard, key):
-            found.append((name, size))
-            labels.append(label)
-            numbers.append(number)
-            offsets.append(offset)
-    if not found:
-        raise no_images(root, key, {})
-    if -1 in labels and max(labels) >= 0:
-        index = labels.index(-1)
-        raise UserError(
-            f"{key}: {shards[numbers[index]]} has no .cls member for {found[index][0]}, but others have one; "
-            "give all images a label or none"
-        )
-    classes = tuple(str(label) for label in range(max(labels) + 1))
-    packed = Packed(tuple(shard.name for shard in shards), np.array(numbers, np.int32), np.array(offsets, np.int64))
-    return make_files(root, found, labels, classes, packed=packed)
+@dataclass
+class _Found:
+    """What the shards hold, in their order."""
+
+    images: list[_Image] = field(default_factory=list)
+    shard: list[int] = field(default_factory=list)
+    cls: list[str] = field(default_factory=list)
+    json: list[dict[str, str]] = field(default_factory=list)
+    text: list[str | None] = field(default_factory=list)
+    left_out: Counter = field(default_factory=Counter)
+    jsons: int = 0
+    """Read without finding a label in one."""
+    unread: str = ""
+    """A .cls that is not a word."""
+
+
+def shards_of_folder(root: Path, folders: list[str]) -> list[str]:
+    """The tar files in `root`, sorted by name; those below it where it has none itself.
+
+    `folders`: names of the folders below `root` that may hold some.
+    """
+    here = _tars(root, "")
+    return here or sorted(name for folder in folders if folder for name in _tars(root, folder))
+
+
+def compressed_shards(root: Path) -> list[str]:
+    """Compressed tar files in `root` that are not there unpacked, too."""
+    names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    found = [(name, end) for name in names for end in COMPRESSED if name.lower().endswith(end)]
+    return [name for name, end in found if name[: -len(end)] + ".tar" not in names]
+
+
+def no_plain_shards(root: Path, compressed: list[str], key: str) -> UserError:
+    """The sentence for a folder that has compressed shards only."""
+    name, ends = compressed[0], {".gz": "gunzip -k", ".tgz": "gunzip -k", ".xz": "unxz -k", ".txz": "unxz -k"}
+    tool = next((tool for end, tool in (ends | {"zst": "unzstd", "": "bunzip2 -k"}).items() if name.endswith(end)), "")
+    return UserError(
+        f"{key}: {shown(root)} holds {len(compressed)} compressed tar shards ({shown(name, 30)}), and images are read "
+        f"from plain ones; python -m fastsiam.prepare pack {shown(root)} OUT makes those, or {tool} unpacks them"
+    )
+
+
+def files_of_shards(root: Path, shards: list[str], key: str) -> Files:
+    """In the order of `shards` and of the members in them; `key` is the config key that errors name."""
+    found = _Found()
+    for number, name in enumerate(shards):
+        _Reader(root / name, number, found, key).read()
+    if not found.images:
+        raise no_images(root, key, found.left_out)
+    names = [image.name for image in found.images]
+    labelling = (
+        labels.by_cls(found.cls)
+        or labels.by_json(found.json)
+        or labels.by_folder([name.removeprefix("./") for name in names])
+        or labels.by_text(found.text)
+        or labels.by_shard(shards, found.shard)
+        or labels.Labelling([-1] * len(names), (), found.unread or _why_none(found))
+    )
+    offsets = np.array([image.offset for image in found.images], np.int64)
+    return make_files(
+        root,
+        [(image.name, image.size) for image in found.images],
+        labelling.labels,
+        labelling.classes,
+        packed=Packed(tuple(shards), np.array(found.shard, np.int32), offsets),
+        left_out=dict(found.left_out),
+        labelling=labelling.how,
+    )
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -49,46 +119,195 @@ def split_key(name: str) -> tuple[str, str]:
 
 def check_member(member: tarfile.TarInfo, shard: Path, key: str) -> None:
     """Raise `UserError` for what is no plain file inside the archive: links, devices, paths that lead out of it."""
-    if is_outside(member.name) or ".." in member.name.split("/"):
-        reason = "a path that leads out of the archive"
-    elif member.issparse() or not (member.isreg() or member.isdir()):
-        reason = "neither a plain file nor a folder"
-    else:
-        return
-    raise UserError(f"{key}: {shard} holds {member.name}, {reason}; pack the files themselves under relative names")
+    if not member.issparse() and (member.isreg() or member.isdir()):
+        return _check_name(member.name, shard, key)
+    raise UserError(
+        f"{key}: {shown(shard)} holds {shown(member.name)}, neither a plain file nor a folder; pack the files "
+        "themselves under relative names"
+    )
 
 
-def _read_shard(shard, key):
-    """(name, size, offset, label) of each image."""
-    images, labels = [], {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                check_member(member, shard, key)
-                stem, extension = split_key(member.name)
-                if not member.isreg():
-                    continue
-                if extension == "cls":
-                    labels[stem] = _label(tar.extractfile(member).read(), member, shard, key)
-                elif formats.by_extension().get(f".{extension.lower()}") is formats.IMAGE:
-                    images.append((stem, member))
-            # tarfile takes a header that is cut off for the end of the archive.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("it has no end")
-    except (tarfile.TarError, OSError) as error:
+def open_shard(path: Path):
+    """A shard's tar file, decompressed on the way where it is compressed; raises `OSError`."""
+    with open(path, "rb") as file:
+        beginning = file.read(8)
+    opener = next((opener for mark, opener in _OPENERS.items() if beginning.startswith(mark)), open)
+    return opener(path, "rb")
+
+
+def _tars(root, folder):
+    below = f"{folder}/" if folder else ""
+    paths = sorted((root / folder).iterdir())
+    return [below + path.name for path in paths if path.suffix == ".tar" and not is_hidden(path.name)]
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or is_system(name)
+
+
+def _check_name(name, shard, key):
+    if is_outside(name) or ".." in name.split("/"):
         raise UserError(
-            f"{key}: {shard} is not a whole uncompressed tar file ({error}); copy or unpack it again"
-        ) from error
-    known = set()
-    for stem, member in images:
-        if stem in known:
-            raise UserError(f"{key}: {shard} holds two images of the key {stem}, for example {member.name}")
-        known.add(stem)
-    return [(member.name, member.size, member.offset_data, labels.get(stem, -1)) for stem, member in images]
+            f"{key}: {shown(shard)} holds {shown(name)}, a path that leads out of the archive; pack the files "
+            "themselves under relative names"
+        )
 
 
-def _label(text, member, shard, key):
-    if not text.strip().isdigit():
-        raise UserError(f"{key}: {shard} holds {member.name} with {text[:20]!r}; a label is a whole number from 0 on")
-    return int(text)
+class _Reader:
+    """Reads one shard to its end."""
+
+    def __init__(self, path: Path, number: int, found: _Found, key: str):
+        self._path, self._number, self._found, self._key = path, number, found, key
+        self._images: dict[str, _Image] = {}
+        self._texts: dict[str, dict] = {"cls": {}, "json": {}, "txt": {}}
+        self._others: list[tuple[str, str]] = []
+
+    def read(self) -> None:
+        """Add what it holds; raises `UserError` where it is not a whole tar file."""
+        try:
+            with open_shard(self._path) as file:
+                place = 0
+                while place is not None:
+                    file.seek(place)
+                    with tarfile.TarFile(fileobj=file, mode="r") as tar:
+                        for member in tar:
+                            self._member(member, file)
+                        place = _after_the_end(file, tar.offset)
+        except _DAMAGED as error:
+            raise UserError(
+                f"{self._key}: {shown(self._path)} is not a whole uncompressed tar file ({error}); copy or unpack it "
+                "again"
+            ) from error
+        self._join()
+
+    def _member(self, member, file):
+        name = member.name
+        _check_name(name, self._path, self._key)
+        parts = name.removeprefix("./").split("/")
+        stem, dot, extension = name.rpartition(".")
+        if member.isdir():
+            return
+        if any(map(is_system, parts)):
+            self._found.left_out[left_out.SYSTEM] += 1
+        elif not member.isreg() or member.issparse():
+            if formats.is_image(name):
+                self._found.left_out[left_out.NOT_PLAIN] += 1
+        elif dot and extension in self._texts and "/" not in extension:
+            self._label(stem, extension, member, file)
+        else:
+            reason = self._kind(name, member, file)
+            if reason is formats.IMAGE:
+                if self._images.pop(name, None):
+                    self._found.left_out[left_out.REPLACED] += 1
+                self._images[name] = _Image(name, member.size, member.offset_data)
+            else:
+                self._others.append((split_key(name)[0], reason))
+
+    def _kind(self, name, member, file):
+        """IMAGE, or the reason to leave a member out."""
+        extension = formats.extension_of(name)
+        if extension == ".gz" and formats.is_image(name[:-3]):
+            return left_out.GZIPPED
+        known = formats.by_extension().get(extension)
+        if known is None:
+            file.seek(member.offset_data)
+            known = formats.by_beginning(file.read(min(member.size, formats.BEGINNING)), extension)
+        return known
+
+    def _label(self, stem, extension, member, file):
+        found = self._found
+        most = _JSON_BYTES if extension == "json" else _LABEL_BYTES
+        if member.size > most or (extension == "json" and found.jsons >= _JSONS):
+            return
+        file.seek(member.offset_data)
+        data = file.read(member.size)
+        if extension == "json":
+            known = _json_labels(data)
+            found.jsons = 0 if known else found.jsons + 1
+            self._texts["json"][stem] = known
+            return
+        try:
+            value = whole_number(data.decode().strip())
+        except UnicodeDecodeError:
+            value = "\0"
+        if extension == "cls" and ("\0" in value or "\n" in value):
+            found.unread = found.unread or f"{self._path.name} holds {shown(member.name)} with {data[:20]!r}"
+            value = ""
+        self._texts[extension][stem] = value
+
+    def _join(self):
+        """Labels to images, and no image that is a field of another."""
+        found = self._found
+        plain = {_stems(name)[0] for name in self._images}
+        keys = set()
+        for name, image in self._images.items():
+            stems = _stems(name)
+            stem, key = stems[0], stems[-1]
+            keys.add(key)
+            if key != stem and key in plain and _FIELD.match(stem[len(key) + 1 :]):
+                found.left_out[left_out.FIELDS] += 1
+                continue
+            found.images.append(image)
+            found.shard.append(self._number)
+            found.cls.append(_first(self._texts["cls"], stems, ""))
+            found.json.append(_first(self._texts["json"], stems, {}))
+            found.text.append(_first(self._texts["txt"], stems, None))
+        found.left_out.update(reason for key, reason in self._others if key not in keys or left_out.is_missed(reason))
+
+
+def _stems(name):
+    """A name without its extension, and what is left of that with fewer and fewer dots in its last part."""
+    folder, slash, last = name.rpartition("/")
+    stem = last.rpartition(".")[0] or last
+    parts = stem.split(".")
+    # A leading dot is not the end of a key.
+    shorter = [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1) if any(parts[:count])]
+    return [folder + slash + part for part in (stem, *shorter)]
+
+
+def _first(texts, stems, otherwise):
+    return next((texts[stem] for stem in stems if stem in texts), otherwise) if texts else otherwise
+
+
+def _after_the_end(file, place):
+    """Where a further archive begins behind the end of one, as in joined tar files; None where there is none.
+
+    tarfile takes a header that is cut off for the end of the archive.
+    """
+    file.seek(place)
+    block = file.read(tarfile.BLOCKSIZE)
+    if block != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it has no end")
+    while block:
+        if block.count(0) < len(block):
+            begins = next(number for number, byte in enumerate(block) if byte) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            return place + begins if _is_header(block[begins : begins + tarfile.BLOCKSIZE]) else None
+        place += len(block)
+        block = file.read(1 << 16)
+    return None
+
+
+def _is_header(block):
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def _json_labels(data):
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return {}
+    if not isinstance(fields, dict):
+        # A bare number or word.
+        return {"label": text} if (text := json_text(fields)) else {}
+    fields = {str(name).lower(): value for name, value in fields.items()}
+    return {name: text for name in LABEL_COLUMNS if name in fields and (text := json_text(fields[name]))}
+
+
+def _why_none(found):
+    if found.jsons:
+        return "its .json members have no label, class, class_name, target or category that is a word or a number"
+    return ""

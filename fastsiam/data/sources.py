@@ -284,11 +284,22 @@ def draw_missing_demo(config: Config, say) -> None:
         raise UserError(f"data.demo_seed: {error}; set data.train to a folder of images to use yours") from error
 
 
+def _table_in(root: Path, key: str) -> str:
+    """What to type where a folder without labels holds a table that may have them; "" for none."""
+    names = sorted(os.listdir(root)) if os.path.isdir(root) else []
+    name = next((name for name in names if name.lower().endswith((".csv", ".tsv", ".jsonl", ".txt"))), None)
+    return name and f"{key}={shown(root / name)} reads it as a list"
+
+
 def check_labels(train: ImageSource, val: ImageSource) -> None:
     """Raise `UserError` where kNN is impossible: no labels, or classes of `val` that `train` does not have."""
     for key, source in (("data.train", train), ("data.val", val)):
         if not source.classes:
-            reason = source.labelling or "a folder a class, or a list with labels after a tab, would give them"
+            reason = (
+                source.labelling
+                or _table_in(source.root, key)
+                or ("a folder a class, or a list with labels after a tab, would give them")
+            )
             raise UserError(
                 f"{key}: kNN needs labels, and {shown(source.root)} has none ({reason}); set data.val=null to train "
                 "without kNN"
