@@ -1,14 +1,19 @@
 """torch.compile that counts what it does, and that all ranks leave together where one of them cannot compile."""
 
 import contextlib
+import functools
+import hashlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed, SkipFrame, TorchDynamoException
 from torch._dynamo.utils import counters
 
+import fastsiam
+from fastsiam import kernels
 from fastsiam.distributed import World
 
 
@@ -121,7 +126,8 @@ class Compiled:
 
     def _inductor(self, graph: torch.fx.GraphModule, inputs: list):
         """The backend that torch.compile calls once for each graph."""
-        with self._paused(), torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+        backward_too = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
+        with self._paused(), backward_too, torch.compiler.config.patch(cache_key_tag=cache_tag()):
             try:
                 # Looked up here: it imports Inductor, which is a failure of the compiler where that fails.
                 compiled = torch._dynamo.lookup_backend("inductor")(graph, inputs)
@@ -149,6 +155,20 @@ class Compiled:
             self._agree(None)
             if self.fallback:
                 raise _OnAnotherRankError
+
+
+@functools.cache
+def cache_tag() -> str:
+    """The part of the key of torch's compile caches that changes with the version of fastsiam and with its kernels.
+
+    The key is made from the forward graph, where an operator of ours is a name (torch 2.14, pytorch issue 144344): with
+    another backward the gradient compiled before would be found, as long as the cache's folder lives. A tag that the
+    user has set (TORCH_COMPILE_CACHE_KEY_TAG) stays in front.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(Path(kernels.__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return f"{torch.compiler.config.cache_key_tag}fastsiam-{fastsiam.__version__}-{digest.hexdigest()[:16]}"
 
 
 class _OnAnotherRankError(Exception):
