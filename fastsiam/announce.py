@@ -145,6 +145,7 @@ def described(session) -> dict:
         "loader": session.loader_text,
         "energy": session.energy.description,
         "ranks": session.world.size,
+        "data": session.identity["data"],
         **session.compute.names,
         **{key: len(source) for key, source in sources.items() if source is not None},
         **{f"{key}_left_out": source.left_out for key, source in sources.items() if source and source.left_out},

@@ -30,7 +30,7 @@ from fastsiam.pace import Pace
 from fastsiam.pictures import Pictures
 from fastsiam.record import EXIT_CODES, Result, RunFolder, run_path
 from fastsiam.reports.own import write_own_report
-from fastsiam.run_state import checkpoint_contents, restore
+from fastsiam.run_state import checkpoint_contents, restore, same_run_elsewhere
 from fastsiam.saved_encoder import describe_encoder, save_encoder
 from fastsiam.saver import Saver
 from fastsiam.soundness import Soundness
@@ -307,7 +307,8 @@ class Session:
             journal.warn(sentence)
         for line in session_lines(self):
             journal.say(line)
-        if warning := optim.large_batch_warning(config):
+        elsewhere = same_run_elsewhere(self) if self._saved is None and self.world.is_first else None
+        for warning in filter(None, (elsewhere, optim.large_batch_warning(config))):
             journal.warn(warning)
 
     def _failed(self, reason, **details):

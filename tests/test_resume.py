@@ -10,10 +10,8 @@ import torch
 import yaml
 
 import fastsiam
-from fastsiam import device
 from fastsiam.checkpoint import load_newest
 from fastsiam.config import load_config
-from fastsiam.resuming import changed_computation
 from fastsiam.signals import StopSignals
 from fastsiam.train import main
 from tests.conftest import run_python
@@ -216,126 +214,6 @@ def test_a_run_of_the_sampled_blur_goes_on_with_it_when_the_recipe_means_pillows
     assert main(["--config", "quickstart", *recipe, "views.blur_kind=gaussian"]) == 0
     assert "resume    at step 2" in capsys.readouterr().out
     assert yaml.safe_load(path.read_text())["views"]["blur_kind"] == "gaussian"
-
-
-def test_data_that_moved_is_the_same_data(tiny, tmp_path, demo_folder, capsys):
-    assert main(["--config", "quickstart", *tiny("train.max_steps=2")]) == 0
-    (tmp_path / "moved").symlink_to(demo_folder)
-    moved = tiny(f"data.train={tmp_path}/moved/train", f"data.val={tmp_path}/moved/val")
-    assert main(["--config", "quickstart", *moved]) == 0
-    assert "resume    at step 2" in capsys.readouterr().out
-
-
-def test_another_thread_count_warns_that_bits_may_differ(tiny, tmp_path, capsys, monkeypatch):
-    assert main(["--config", "quickstart", *tiny("train.max_steps=2")]) == 0
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
-    assert main(["--config", "quickstart", *tiny("train.max_steps=4")]) == 0
-    said = capsys.readouterr().out
-    expected = "with 1 CPU threads, and this start has 7 CPU threads: the last bits may differ"
-    assert expected in " ".join(said.split())
-    assert any("last bits" in line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning")
-
-
-def of_an_earlier_version(folder):
-    """Make the checkpoint of a run what version 0.1.0 wrote."""
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    saved["threads"] = saved.pop("computation")["threads"]
-    del saved["budget"], saved["encoder"]
-    torch.save(saved, folder / "checkpoint.pt")
-
-
-@pytest.mark.parametrize(("then", "earlier"), [("fp32", False), ("fp32", True), ("bf16", False)])
-def test_a_resumed_run_keeps_its_precision_where_the_config_says_auto(
-    tiny, tmp_path, capsys, monkeypatch, then, earlier
-):
-    """Whatever this machine would choose, the run ends as one in its first precision does."""
-    assert main(["--config", "quickstart", *tiny(f"train.precision={then}", "run.name=whole", "data.val=null")]) == 0
-    auto = tiny("train.precision=auto", "data.val=null")
-    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: then == "bf16")
-    assert main(["--config", "quickstart", *auto, "train.max_steps=4"]) == 0
-    if earlier:
-        of_an_earlier_version(tmp_path / "runs/run")
-    # fp32 is kept where bf16 would be chosen; bf16 is kept as long as the machine multiplies it.
-    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: True)
-    capsys.readouterr()
-    assert main(["--config", "quickstart", *auto]) == 0
-    said = capsys.readouterr().out
-    assert f"cpu, {then}," in said
-    assert "may differ" not in said
-    a, b = weights(tmp_path / "runs/whole"), weights(tmp_path / "runs/run")
-    assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def test_another_precision_is_told_where_the_checkpoints_is_not_to_be_had(tiny, tmp_path, capsys, monkeypatch):
-    auto = tiny("train.precision=auto", "data.val=null")
-    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: True)
-    assert main(["--config", "quickstart", *auto, "train.max_steps=4"]) == 0
-    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: False)
-    assert main(["--config", "quickstart", *auto, "train.max_steps=6"]) == 0
-    warned = [line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning"]
-    assert ["written with bf16, and this start has fp32" in message for message in warned] == [True]
-    # A precision that is asked for is taken, with its scaler.
-    capsys.readouterr()
-    assert main(["--config", "quickstart", *tiny("train.precision=fp16", "data.val=null", "train.max_steps=8")]) == 0
-    assert "written with fp32, and this start has fp16: results may differ" in " ".join(capsys.readouterr().out.split())
-
-
-def test_device_compiler_and_ranks_that_changed_are_told():
-    before = {"device": "cuda", "dtype": "bf16", "compile": True, "threads": 8, "ranks": 1}
-    assert changed_computation(before, dict(before)) is None
-    assert changed_computation({"threads": 8}, before) is None
-    now = before | {"device": "cpu", "compile": False, "ranks": 2}
-    assert changed_computation(before, now) == (
-        "the checkpoint was written with cuda, compile on, 1 process, and this start has cpu, compile off, 2 "
-        "processes: the last bits may differ"
-    )
-
-
-def test_auto_keeps_the_compiler_setting_of_a_checkpoint_on_the_same_device(tiny_config):
-    train = tiny_config("train.compile=auto").train
-    for compiles in (True, False):
-        assert device.choose_compute(train, before={"device": "cpu", "compile": compiles}).compiles == compiles
-    assert not device.choose_compute(train, before={"device": "cuda", "compile": True}).compiles
-    assert not device.choose_compute(train).compiles
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "cosine_per_epoch"])
-def test_a_finished_run_goes_on_with_more_epochs_on_their_schedule(tiny, tmp_path, capsys, schedule):
-    more = (f"optimizer.schedule={schedule}", "data.val=null", "checkpoint.keep=1", "optimizer.warmup=0.1")
-    assert main(["--config", "quickstart", *tiny("train.epochs=1", *more)]) == 0
-    folder = tmp_path / "runs/run"
-    (folder / "encoder.safetensors").unlink()
-    capsys.readouterr()
-    assert main(["--config", "quickstart", *tiny("train.epochs=1", *more)]) == 0
-    assert "a larger train.epochs goes on" in capsys.readouterr().out
-    assert main(["--config", "quickstart", *tiny("train.epochs=3", *more)]) == 0
-    assert (folder / "encoder.safetensors").exists()
-    assert main(["--config", "quickstart", *tiny("train.epochs=3", "run.name=whole", *more)]) == 0
-    rates = [
-        {line["step"]: line["lr"] for line in lines(run) if line["kind"] == "train"}
-        for run in (folder, folder.with_name("whole"))
-    ]
-    assert list(rates[0]) == list(range(1, 31))
-    assert [rates[0][step] for step in range(11, 31)] == [rates[1][step] for step in range(11, 31)]
-    assert any("33%" in line["message"] for line in lines(folder) if line["kind"] == "warning")
-    # Fewer are refused with what to type.
-    assert "train.max_steps=N" in refused_after_warnings(capsys, *tiny("train.epochs=2", *more))
-
-
-def test_a_larger_budget_of_the_same_kind_goes_on(tiny, tmp_path, capsys):
-    assert main(["--config", "quickstart", *tiny("train.epochs=null", "budget=40 images", "data.val=null")]) == 0
-    assert main(["--config", "quickstart", *tiny("train.epochs=null", "budget=120 images", "data.val=null")]) == 0
-    assert lines(tmp_path / "runs/run")[-1]["step"] == 15
-    assert "budget (120 images, now 2h)" in refused_after_warnings(
-        capsys, *tiny("train.epochs=null", "budget=2h", "data.val=null")
-    )
-
-
-def test_a_run_whose_folder_was_renamed_goes_on(tiny, tmp_path, capsys):
-    assert main(["--config", "quickstart", *tiny("train.max_steps=4", "data.val=null")]) == 0
-    (tmp_path / "runs/run").rename(tmp_path / "runs/thesis")
-    assert main(["--config", "quickstart", *tiny("data.val=null", "run.name=thesis")]) == 0
-    assert "resume    at step 4" in capsys.readouterr().out
 
 
 def test_two_processes_cannot_train_in_one_folder(tiny, tmp_path, capsys):

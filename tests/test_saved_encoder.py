@@ -22,7 +22,8 @@ from fastsiam.encoder import build_encoder
 from fastsiam.methods import build_method
 from fastsiam.saved_encoder import describe_encoder, load_encoder, save_encoder
 from fastsiam.train import main
-from tests.test_resume import of_an_earlier_version, start, wait_for_step
+from tests.test_resume import start, wait_for_step
+from tests.test_resume_otherwise import of_an_earlier_version
 
 
 def images(count=8, size=16):
