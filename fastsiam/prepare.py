@@ -16,6 +16,7 @@ from fastsiam.config import UserError
 from fastsiam.config_file import expand_home
 from fastsiam.cores import usable_cores
 from fastsiam.data import beton, cifar10, demo, manifest, pack
+from fastsiam.data.compressed import open_compressed
 from fastsiam.data.index import cache_folder
 from fastsiam.data.sources import open_source, open_unscanned
 
@@ -62,7 +63,7 @@ def _add_pack(commands):
         description="Pack images into tar shards in WebDataset's layout, their bytes as they are; data.train=OUT reads "
         "them. Names, labels and order stay; what a scan of SRC leaves out is left out.",
     )
-    text = "a folder of images or a text list, as for data.train"
+    text = "a folder of images or of tar shards, compressed ones too, or a text list"
     command.add_argument("source", metavar="SRC", type=os.path.expanduser, help=text)
     command.add_argument("out", metavar="OUT", type=expand_home, help="a new folder")
     command.add_argument("--shard-size", metavar="SIZE", default="1GB", help="of a tar file (%(default)s)")
@@ -71,9 +72,11 @@ def _add_pack(commands):
 
 def _pack(arguments):
     shard_bytes = pack.parse_size(arguments.shard_size)
-    source = open_source(arguments.source, "SRC")
+    source = open_compressed(arguments.source, "SRC") or open_source(arguments.source, "SRC")
     for text in source.left_out_texts():
         _say(f"left out  {text}")
+    if text := source.label_text():
+        _say(f"labels    {text}")
     with _progress("packing") as progress:
         shards = pack.pack(source, arguments.out, shard_bytes, progress)
     _say(f"{arguments.out} holds {shards} shards; data.train={arguments.out} reads them")

@@ -1,7 +1,10 @@
 """Tar shards hold the same images as the folder: bytes, names, labels, order, views."""
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import os
 import shutil
 import tarfile
@@ -18,6 +21,7 @@ from fastsiam.data.headers import UNKNOWN, UNWANTED
 from fastsiam.data.index import PACK_INCOMPLETE, PACK_INDEX
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources import ImageSource, open_source
+from fastsiam.data.tables import shown
 from fastsiam.data.views import RECIPES
 from fastsiam.prepare import main
 
@@ -198,6 +202,37 @@ def test_tar_files_beside_the_images_unpacked_from_them_are_ignored(tmp_path, pi
     shard(tmp_path / "n01.tar", ("a.jpg", picture))
     source = open_source(str(tmp_path))
     assert (source.names.tolist(), source.packed) == ([b"n01/a.jpg"], None)
+
+
+@pytest.mark.parametrize(("end", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_compressed_shards_are_packed_in_their_order_with_their_labels(photos, tmp_path, end, compress, capsys):
+    folder = open_source(str(photos))
+    (tmp_path / "small").mkdir()
+    for number in range(2):
+        members = []
+        for row in range(number, 16, 2):
+            name = os.fsdecode(folder.names[row]).replace("/", "-")
+            members += [(f"{name}.v1.jpg", folder.read(row)), (f"{name}.v1.cls", b"word%d" % folder.labels[row])]
+        data = shard(tmp_path / "plain.tar", *members).read_bytes()
+        (tmp_path / f"small/{number}.tar.{end}").write_bytes(compress(data))
+    assert main(["pack", str(tmp_path / "small"), str(tmp_path / "out")]) == 0
+    assert "4 classes (word0, word1, word2, ...) by .cls" in capsys.readouterr().out
+    source = open_source(str(tmp_path / "out"))
+    order = [*range(0, 16, 2), *range(1, 16, 2)]
+    assert [source.read(row) for row in range(16)] == [folder.read(row) for row in order]
+    assert source.labels.tolist() == folder.labels[order].tolist()
+    assert source.labelling == "by .cls"
+    path = tmp_path / f"small/1.tar.{end}"
+    os.truncate(path, path.stat().st_size // 2)
+    assert main(["pack", str(tmp_path / "small"), str(tmp_path / "again")]) == 2
+    assert f"SRC: {shown(path)} is not a whole tar file" in capsys.readouterr().err
+
+
+def test_a_compressed_shard_under_the_name_of_a_plain_one_is_told(tmp_path, picture):
+    plain = shard(tmp_path / "s/0.tar", ("a.jpg", picture))
+    plain.write_bytes(gzip.compress(plain.read_bytes()))
+    with pytest.raises(UserError, match="0.tar is not a whole uncompressed tar file: it is compressed; add .gz"):
+        open_source(str(tmp_path / "s"))
 
 
 def test_sizes_are_written_in_thousands():

@@ -59,7 +59,8 @@ def pack(
     finally:
         shards.close()
     packed = Packed(tuple(shards.names), shard, offset)
-    files = Files(out, source.names[kept], file_sizes, source.labels[kept], source.classes, packed)
+    columns = source.names[kept], file_sizes, source.labels[kept]
+    files = Files(out, *columns, source.classes, packed, labelling=source.labelling)
     write_index(out / PACK_INDEX, Index(files, image_sizes, kinds, None, None), {})
     (out / PACK_INCOMPLETE).unlink()
     return len(shards.names)

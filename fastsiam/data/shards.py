@@ -14,6 +14,7 @@ import re
 import tarfile
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,9 +27,11 @@ from fastsiam.data.files import Files, Packed, is_outside, make_files, no_images
 from fastsiam.data.tables import LABEL_COLUMNS, json_text, shown, whole_number
 from fastsiam.data.walk import is_system
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_TOOLS = {"gz": "gunzip -k", "bz2": "bunzip2 -k", "bz": "bunzip2 -k", "xz": "unxz -k", "zst": "unzstd"}
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-_DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+# What reading raises where a shard is damaged, or not a tar file.
+DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 # Label files are short; of a .json a label is asked in so many before they are taken for something else.
 _LABEL_BYTES, _JSON_BYTES, _JSONS = 4096, 1 << 20, 1000
 _FIELD = re.compile(r"[a-z]", re.IGNORECASE)
@@ -74,19 +77,22 @@ def compressed_shards(root: Path) -> list[str]:
 
 def no_plain_shards(root: Path, compressed: list[str], key: str) -> UserError:
     """The sentence for a folder that has compressed shards only."""
-    name, ends = compressed[0], {".gz": "gunzip -k", ".tgz": "gunzip -k", ".xz": "unxz -k", ".txz": "unxz -k"}
-    tool = next((tool for end, tool in (ends | {"zst": "unzstd", "": "bunzip2 -k"}).items() if name.endswith(end)), "")
+    name = compressed[0]
+    tool = next(tool for end, tool in _TOOLS.items() if name.lower().endswith(end))
     return UserError(
         f"{key}: {shown(root)} holds {len(compressed)} compressed tar shards ({shown(name, 30)}), and images are read "
         f"from plain ones; python -m fastsiam.prepare pack {shown(root)} OUT makes those, or {tool} unpacks them"
     )
 
 
-def files_of_shards(root: Path, shards: list[str], key: str) -> Files:
-    """In the order of `shards` and of the members in them; `key` is the config key that errors name."""
+def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = open) -> Files:
+    """In the order of `shards` and of the members in them; `key` is the config key that errors name.
+
+    `opener`: `open`, or `open_shard` for compressed ones, whose offsets are those of the decompressed bytes.
+    """
     found = _Found()
     for number, name in enumerate(shards):
-        _Reader(root / name, number, found, key).read()
+        _Reader(root / name, number, found, key, opener).read()
     if not found.images:
         raise no_images(root, key, found.left_out)
     names = [image.name for image in found.images]
@@ -127,12 +133,19 @@ def check_member(member: tarfile.TarInfo, shard: Path, key: str) -> None:
     )
 
 
-def open_shard(path: Path):
+def is_compressed(path: Path) -> bool:
+    return _opener_of(path) is not open
+
+
+def open_shard(path: Path, mode: str = "rb"):
     """A shard's tar file, decompressed on the way where it is compressed; raises `OSError`."""
+    return _opener_of(path)(path, mode)
+
+
+def _opener_of(path):
     with open(path, "rb") as file:
         beginning = file.read(8)
-    opener = next((opener for mark, opener in _OPENERS.items() if beginning.startswith(mark)), open)
-    return opener(path, "rb")
+    return next((opener for mark, opener in _OPENERS.items() if beginning.startswith(mark)), open)
 
 
 def _tars(root, folder):
@@ -156,8 +169,8 @@ def _check_name(name, shard, key):
 class _Reader:
     """Reads one shard to its end."""
 
-    def __init__(self, path: Path, number: int, found: _Found, key: str):
-        self._path, self._number, self._found, self._key = path, number, found, key
+    def __init__(self, path: Path, number: int, found: _Found, key: str, opener: Callable):
+        self._path, self._number, self._found, self._key, self._open = path, number, found, key, opener
         self._images: dict[str, _Image] = {}
         self._texts: dict[str, dict] = {"cls": {}, "json": {}, "txt": {}}
         self._others: list[tuple[str, str]] = []
@@ -165,7 +178,7 @@ class _Reader:
     def read(self) -> None:
         """Add what it holds; raises `UserError` where it is not a whole tar file."""
         try:
-            with open_shard(self._path) as file:
+            with self._open(self._path, "rb") as file:
                 place = 0
                 while place is not None:
                     file.seek(place)
@@ -173,11 +186,13 @@ class _Reader:
                         for member in tar:
                             self._member(member, file)
                         place = _after_the_end(file, tar.offset)
-        except _DAMAGED as error:
-            raise UserError(
-                f"{self._key}: {shown(self._path)} is not a whole uncompressed tar file ({error}); copy or unpack it "
-                "again"
-            ) from error
+        except DAMAGED as error:
+            if self._open is open and is_compressed(self._path):
+                cure = "it is compressed; add .gz to its name, and python -m fastsiam.prepare pack reads it"
+            else:
+                cure = f"{error}; copy or unpack it again"
+            whole = "whole uncompressed" if self._open is open else "whole"
+            raise UserError(f"{self._key}: {shown(self._path)} is not a {whole} tar file: {cure}") from error
         self._join()
 
     def _member(self, member, file):
