@@ -158,13 +158,17 @@ class World:
         if self.size == 1:
             return rows
         shapes = self.collect(tuple(rows.shape))
-        most, *rest = max(shapes, key=lambda shape: shape[0])
-        padded = rows.new_zeros(most, *rest)
-        if len(rows):
-            padded[: len(rows)] = rows
-        everybodys = [torch.empty_like(padded) for _ in shapes]
-        dist.all_gather(everybodys, padded)
-        return torch.cat([part[: shape[0]] for part, shape in zip(everybodys, shapes, strict=True)])
+        _, *rest = max(shapes, key=lambda shape: shape[0])
+        ends = list(itertools.accumulate(shape[0] for shape in shapes))
+        everybodys = rows.new_empty(ends[-1], *rest)
+        # Each into its place: padded to one length for an all_gather, they would be in memory three times.
+        for rank, (end, shape) in enumerate(zip(ends, shapes, strict=True)):
+            part = everybodys[end - shape[0] : end]
+            if rank == self.rank and len(rows):
+                part.copy_(rows)
+            if len(part):
+                dist.broadcast(part, rank)
+        return everybodys
 
     def share_of(self, count: int) -> slice:
         """This rank's part of `count` things, in the order of ranks; sizes differ by one at most."""

@@ -4,9 +4,13 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastsiam.evaluation import knn
-from fastsiam.evaluation.knn import knn_accuracy
+import fastsiam
+from fastsiam.config import UserError, load_config
+from fastsiam.data.loader import Batch
+from fastsiam.evaluation import knn, monitor
+from fastsiam.evaluation.knn import count_correct, extract, knn_accuracy
 
 
 def features(count, seed, dim=12, classes=5):
@@ -86,3 +90,51 @@ def test_nothing_to_compare_is_an_error():
         knn_accuracy(bank[:0], labels[:0], bank, labels)
     with pytest.raises(ValueError, match="0 queries"):
         knn_accuracy(bank, labels, bank[:0], labels[:0])
+
+
+class Allocated(TorchDispatchMode):
+    """Sizes in bytes of the storages that operations make, each once."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        found = function(*arguments, **(keywords or {}))
+        for tensor in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(tensor, torch.Tensor):
+                self.kept.append(tensor.untyped_storage())
+        return found
+
+    def above(self, size):
+        return len({storage.data_ptr() for storage in self.kept if storage.nbytes() >= size})
+
+
+def test_the_bank_is_in_memory_once_and_the_callers_stays_as_it_is():
+    """Features of 400 images in batches of 50: one allocation of their size, and none more for the search."""
+    rows, labels = features(400, 8, dim=96)
+    parts = zip(rows.split(50), labels.split(50), strict=True)
+    batches = [Batch(views, part, torch.arange(50).numpy()) for views, part in parts]
+    with Allocated() as extracting:
+        bank, found = extract(lambda views: 2 * views.bfloat16(), batches, torch.no_grad, 410)
+    assert extracting.above(bank.nbytes) == 1
+    assert bank.dtype == torch.float32
+    assert torch.equal(bank, (2 * rows.bfloat16()).float())
+    assert torch.equal(found, labels)
+    queries, truth = features(20, 9, dim=96)
+    expected, before = knn_accuracy(bank, labels, queries, truth, k=30), bank.clone()
+    assert torch.equal(bank, before)
+    with Allocated() as searching:
+        correct = count_correct(bank, labels, queries, truth, k=30, temperature=0.2)
+    assert searching.above(bank.nbytes) == 1
+    assert 100 * correct / 20 == expected
+
+
+def test_a_bank_that_does_not_fit_is_one_sentence(tiny, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(monitor, "extract", full)
+    with pytest.raises(UserError, match="out of memory in kNN.*80 images.*data.val=null") as error:
+        fastsiam.pretrain(load_config("quickstart", tiny()))
+    assert len(str(error.value)) <= 300

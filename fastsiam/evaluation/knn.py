@@ -19,13 +19,22 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, *, k=200, temperature
     """
     if len(bank) == 0 or len(queries) == 0:
         raise ValueError(f"knn_accuracy: {len(bank)} images in the bank and {len(queries)} queries; needs both")
-    correct = count_correct(bank, bank_labels, queries, query_labels, k=k, temperature=temperature)
+    correct = _count(F.normalize(bank.float(), dim=1), bank_labels, queries, query_labels, k, temperature)
     return 100 * correct / len(queries)
 
 
+@torch.no_grad()
 def count_correct(bank, bank_labels, queries, query_labels, *, k, temperature) -> int:
-    """How many queries kNN gives their own label; arguments as `knn_accuracy` takes them."""
-    bank = F.normalize(bank.float(), dim=1)
+    """How many queries kNN gives their own label; arguments as `knn_accuracy` takes them.
+
+    A bank in fp32 is normalised in place: that of ImageNet takes 10.5 GB, and a copy as much again.
+    """
+    bank = bank.float()
+    return _count(F.normalize(bank, dim=1, out=bank), bank_labels, queries, query_labels, k, temperature)
+
+
+def _count(bank, bank_labels, queries, query_labels, k, temperature):
+    """`bank`: unit rows in fp32."""
     bank_labels, query_labels = bank_labels.to(bank.device), query_labels.to(bank.device)
     num_classes = int(bank_labels.max()) + 1
     correct = torch.zeros((), dtype=torch.int64, device=bank.device)
@@ -38,14 +47,18 @@ def count_correct(bank, bank_labels, queries, query_labels, *, k, temperature) -
 
 
 @torch.no_grad()
-def extract(encoder, batches, precision) -> tuple[torch.Tensor, torch.Tensor]:
+def extract(encoder, batches, precision, most: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Features [N, D] fp32 on the device of the views, and labels [N], of all batches of an evaluation loader.
 
-    `encoder` is called as it is: put it into evaluation mode first. `precision()` gives the autocast context.
+    `encoder` is called as it is: put it into evaluation mode first. `precision()` gives the autocast context. `most`:
+    N is no larger; memory is allocated once, for so many.
     """
-    features, labels = [], []
+    labels, features, count = torch.empty(most, dtype=torch.int64), None, 0
     for batch in batches:
         with precision():
-            features.append(encoder(batch.views).float())
-        labels.append(batch.labels)
-    return torch.cat(features), torch.cat(labels)
+            found = encoder(batch.views)
+        if features is None:
+            features = torch.empty(most, found.shape[1], device=found.device)
+        rows = slice(count, count := count + len(found))
+        features[rows], labels[rows] = found, batch.labels
+    return (torch.empty(0, 0) if features is None else features[:count]), labels[:count]

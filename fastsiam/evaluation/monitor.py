@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastsiam.collapse import PROBE_IMAGES, Measures, measure
-from fastsiam.config import Config
+from fastsiam.config import Config, UserError
 from fastsiam.data import draws
 from fastsiam.data.backends import build_evaluation_loader
 from fastsiam.data.sources import ImageSource
@@ -102,6 +102,18 @@ class Monitor:
             self._val.backend.close()
 
     def _knn(self, encoder, pictures=None, step=0) -> float:
+        try:
+            return self._votes(encoder, pictures, step)
+        except torch.OutOfMemoryError:
+            pass
+        # Outside the handler: the traceback would hold what did not fit.
+        images = len(self._train.source)
+        raise UserError(
+            f"evaluate: {self._device.type} out of memory in kNN, which keeps the features of {images:,} images beside "
+            "the training; set a smaller train.batch_size, or data.val=null for no kNN"
+        )
+
+    def _votes(self, encoder, pictures, step):
         settings, world = self._config.evaluate, self._world
         bank, bank_labels, bank_indices = self._extract(encoder, self._train)
         queries, query_labels, query_indices = self._extract(encoder, self._val)
@@ -127,7 +139,8 @@ class Monitor:
             none = torch.empty(0, dtype=torch.int64)
             return torch.empty(0, device=self._device), none, none
         indices = []
-        features, labels = extract(encoder, self._watched(loader.batches(part), indices), self._precision)
+        most = int((~loader.skip.mask[part]).sum())
+        features, labels = extract(encoder, self._watched(loader.batches(part), indices), self._precision, most)
         return features, labels, torch.from_numpy(np.concatenate(indices))
 
     def _thumbnails(self, source, indices):
