@@ -16,10 +16,10 @@ from fastsiam.distributed import World, restarts
 from fastsiam.energy import kilowatt_hours
 from fastsiam.kernels import numba_cache
 from fastsiam.kernels.augment_numba import is_compiled
-from fastsiam.laps import Lap
 from fastsiam.methods.simsiam import loss_is_fused
 from fastsiam.optim import large_batch_warning, scale_at
-from fastsiam.record import Result, duration
+from fastsiam.progress import duration
+from fastsiam.record import Result
 
 # Share of a run from which on the cosine is below 2.5 %.
 LATE = 0.9
@@ -151,45 +151,6 @@ def described(session) -> dict:
         **{f"{key}_left_out": source.left_out for key, source in sources.items() if source and source.left_out},
         "images_per_epoch": session.loader.steps_per_epoch * session.config.train.batch_size,
     }
-
-
-def size_fields(session) -> dict[str, int]:
-    """What a `train` line says of views that grow."""
-    return {"view_size": session.loader.size} if len(session.config.views.sizes) > 1 else {}
-
-
-def train_fields(session, reading, lap: Lap) -> dict:
-    """What a `train` line says, but for the learning rate; `reading` is of its step, `lap` from the line before on."""
-    fields = {"loss": reading.loss, "images_per_second": lap.images_per_second}
-    if session.dtype == torch.float16:
-        fields["skipped_steps"] = reading.skipped_steps
-    fields |= {"data_wait_fraction": lap.wait_fraction, "progress": session.state.progress, **size_fields(session)}
-    return fields | session.spent.fields(lap.joules_per_image)
-
-
-def progress_text(session, reading, lap: Lap) -> str:
-    """What the progress line says; arguments as `train_fields` takes them."""
-    state, pace, health, loss = session.state, session.pace, session.checkup.measures, reading.loss
-    measured = ""
-    if health:
-        measured = (
-            f"std_ratio {health.std_ratio:.2f} rank {health.effective_rank:.0f} |cos| {health.mean_abs_cos:.2f}  "
-        )
-    size = "".join(f"{side} px  " for side in size_fields(session).values())
-    return (
-        f"{_where(state, pace)}  {size}loss {loss:+.3f} (cosine {-loss:.3f})  {measured}"
-        f"{lap.images_per_second:,.0f} img/s  wait {100 * lap.wait_fraction:.0f} %"
-        + (f"  {lap.joules_per_image:.3g} J/image" if lap.joules_per_image is not None else "")
-        + (f"  {reading.skipped_steps} steps skipped (fp16)" if reading.skipped_steps else "")
-    )
-
-
-def _where(state, pace):
-    of = f"/{pace.last_step}" if pace.last_step else ""
-    if pace.budget.kind == "epochs":
-        epochs = int(pace.budget.amount)
-        return f"epoch {min(state.epoch + 1, epochs)}/{epochs}  step {state.step}{of}"
-    return f"epoch {state.epoch + 1}  step {state.step}{of}  {100 * state.progress:.1f} % of {pace.budget.text}"
 
 
 def _cost_line(session):

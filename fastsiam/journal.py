@@ -3,7 +3,8 @@
 from rich.console import Console
 
 from fastsiam.distributed import World
-from fastsiam.record import ProgressLine, RunFolder
+from fastsiam.progress import ProgressLine
+from fastsiam.record import RunFolder
 from fastsiam.state import State, Stopwatch
 
 
@@ -57,16 +58,24 @@ class Journal:
         if self._writes:
             self.folder.set_status(status, **details)
 
-    def begin_progress(self, share: float) -> None:
-        """The folder has been entered, with `share` of the run done: from now on warnings are written, too, those of
-        before first.
+    def begin_progress(self, doing: str) -> None:
+        """The folder has been entered: from now on warnings are written, too, those of before first. `doing` is shown
+        until there are numbers.
         """
-        self._progress = ProgressLine(self.console, share)
+        self._progress = ProgressLine(self.console, doing)
         for sentence in self._early:
             self.write("warning", message=sentence)
 
+    def progress_is_due(self) -> bool:
+        """By the clock of this rank."""
+        return self._progress.is_due()
+
     def progress(self, share: float, text: str) -> None:
         self._progress.show(share, text)
+
+    def doing(self, text: str) -> None:
+        """What goes on between the numbers, for who watches a terminal."""
+        self._progress.doing(text)
 
     def close(self) -> None:
         if self._progress:

@@ -1,4 +1,4 @@
-"""From one log line to the next: the images, the seconds and the energy in between."""
+"""From one line to the next, of a log or on a screen: the images, the seconds and the energy in between."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from fastsiam.state import State, Stopwatch
 
 @dataclass(frozen=True)
 class Lap:
-    """What lies between two log lines."""
+    """What lies between two lines."""
 
     images: int
     waited: float
@@ -36,11 +36,15 @@ class Laps:
 
     def __init__(self, state: State, clock: Stopwatch, spent: Spent):
         self._state, self._clock, self._spent = state, clock, spent
-        self._images = state.images_seen
-        self.next()
+        self._before = self._now()
 
     def next(self) -> Lap:
         """What has been since the last call."""
-        before, self._images = self._images, self._state.images_seen
-        images = self._images - before
-        return Lap(images, *self._clock.lap(), self._spent.lap(images))
+        before, self._before = self._before, self._now()
+        images, waited, stepped = (now - then for now, then in zip(self._before[:3], before[:3], strict=True))
+        joules, joules_before = self._before[3], before[3]
+        known = images and None not in (joules, joules_before)
+        return Lap(images, waited, stepped, (joules - joules_before) / images if known else None)
+
+    def _now(self):
+        return self._state.images_seen, *self._clock.so_far(), self._spent.joules

@@ -1,4 +1,4 @@
-"""The run folder: config, environment, metrics.jsonl, status, and the line that a person watches."""
+"""The run folder: config, environment, metrics.jsonl, status."""
 
 import contextlib
 import fcntl
@@ -7,14 +7,9 @@ import json
 import math
 import os
 import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from fastsiam.config import Config, UserError, load_config
 from fastsiam.disk import Appender, replace_file
@@ -209,32 +204,6 @@ class RunFolder:
         return _refusal(self.config, self.path)
 
 
-class ProgressLine:
-    """One live line in a terminal (wrapped where it is narrow), one plain line per log interval elsewhere."""
-
-    def __init__(self, console: Console, share: float):
-        """`share`: of the run, already done."""
-        self.console, self._first = console, share
-        self._started = time.perf_counter()
-        self._live = None
-        if console.is_terminal:
-            self._live = Live(Text("starting"), console=console, transient=True, auto_refresh=False)
-            self._live.start()
-
-    def show(self, share: float, text: str) -> None:
-        done = share - self._first
-        if done > 0:
-            text += f"  ETA {duration((time.perf_counter() - self._started) / done * (1 - share))}"
-        if self._live:
-            self._live.update(Text(text), refresh=True)
-        else:
-            self.console.print(text, highlight=False, soft_wrap=True)
-
-    def close(self) -> None:
-        if self._live:
-            self._live.stop()
-
-
 def parse_metrics(data: bytes) -> list[dict]:
     """The lines of a metrics.jsonl that are JSON objects; the last one of a run that is writing may not be."""
     found = []
@@ -243,12 +212,6 @@ def parse_metrics(data: bytes) -> list[dict]:
             value = json.loads(line)
             found += [value] if isinstance(value, dict) else []
     return found
-
-
-def duration(seconds: float) -> str:
-    seconds = round(seconds)
-    hours, minutes = seconds // 3600, seconds // 60 % 60
-    return f"{hours}:{minutes:02}:{seconds % 60:02}" if hours else f"{minutes}:{seconds % 60:02}"
 
 
 def run_path(config: Config) -> Path:

@@ -10,7 +10,7 @@ import torch
 
 from fastsiam import checkpoint, host_memory, optim
 from fastsiam.alike import check_alike, facts_of_config, facts_of_images
-from fastsiam.announce import closing_lines, described, finished, progress_text, session_lines, train_fields
+from fastsiam.announce import closing_lines, described, finished, session_lines
 from fastsiam.bad_files import BadFiles
 from fastsiam.config import Config, UserError
 from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
@@ -23,8 +23,6 @@ from fastsiam.energy import EnergyMeter
 from fastsiam.evaluation.checkup import Checkup
 from fastsiam.evaluation.monitor import Monitor
 from fastsiam.journal import Journal
-from fastsiam.laps import Laps
-from fastsiam.loader_advice import LoaderWatch, describe
 from fastsiam.methods import build_method
 from fastsiam.pace import Pace
 from fastsiam.pictures import Pictures
@@ -37,6 +35,7 @@ from fastsiam.soundness import Soundness
 from fastsiam.spent import Spent, heartbeat_seconds
 from fastsiam.state import State, Stopwatch
 from fastsiam.step import TrainingStep
+from fastsiam.train_log import TrainLog
 from fastsiam.watchdog import Watchdog
 
 
@@ -183,12 +182,11 @@ class Session:
         if self.state.step == 0 and config.evaluate.controls and self.checkup.has_knn:
             self.checkup.controls(self.loader)
         self.pace.agree()
-        journal.begin_progress(self.pace.share_done)
+        journal.begin_progress("decoding the first batch")
         contents = functools.partial(checkpoint_contents, self, self._step)
         self.saver = Saver(self.folder.path, config.checkpoint, contents, journal, self.pace, world)
-        self._laps = Laps(self.state, self.clock, self.spent)
         self.soundness = Soundness(self._step, self.source, self.folder, world)
-        self.loader_watch = LoaderWatch(lambda: describe(self._loading, self.source, self.backend_name, self.device))
+        self.log = TrainLog(self, self._loading)
 
     def set_learning_rate(self) -> float:
         state = self.state
@@ -200,16 +198,21 @@ class Session:
         if indices is not None:
             self.soundness.remember(number, indices)
             self.pictures.remember(number, views, indices)
+        if self.soundness.reading is None:
+            self.journal.doing("compiling the first step" if self.compiles else "the first step")
         out = self._step(views, number)
         self.watchdog.beat()
         if self._step.compiled is not None and self._step.compiled.changed():
             self._report_compilation()
         return out
 
-    def agree(self, received: int | None) -> tuple[int | None, bool]:
-        """After a step: the signal that some rank has received, and whether the first one's clock asks for a save."""
-        number, saving = self.pace.agree(received or 0, int(self.saver.is_due() and self.world.is_first))
-        return number or None, bool(saving)
+    def agree(self, received: int | None) -> tuple[int | None, bool, bool]:
+        """After a step: the signal that some rank has received; whether the first one's clock asks for a save, and for
+        a line on the screen.
+        """
+        asked = (self.saver.is_due(), self.journal.progress_is_due()) if self.world.is_first else (False, False)
+        number, saving, showing = self.pace.agree(received or 0, *map(int, asked))
+        return number or None, bool(saving), bool(showing)
 
     def numbers_are_sound(self, loss: torch.Tensor) -> bool:
         """Look at the device: False where the loss of a step since the last look was not finite."""
@@ -219,17 +222,6 @@ class Session:
         self.pictures.write_pairs()
         self._files.exchange()
         return sound
-
-    def log(self, rate: float) -> None:
-        """A `train` line in metrics.jsonl and the progress line, of what `numbers_are_sound` has read."""
-        self.pace.read_energy()
-        reading, lap = self.soundness.reading, self._laps.next()
-        self.journal.write("train", lr=rate, **train_fields(self, reading, lap))
-        if advice := self.loader_watch.add(lap.waited, lap.stepped):
-            self.journal.warn(advice)
-        if self.spent.error:
-            self.journal.warn_once(f"what was spent cannot be written down ({self.spent.error}); a kill would hide it")
-        self.journal.progress(self.pace.share_done, progress_text(self, reading, lap))
 
     def evaluation_is_next(self) -> bool:
         """Whether kNN follows this step, mostly the last of its epoch."""
@@ -297,6 +289,7 @@ class Session:
         return self.loader.backend.description if self.source is not None else "synthetic: one fixed batch"
 
     def _evaluate(self):
+        self.journal.doing("measuring kNN")
         self.checkup.knn()
         self.pace.agree()
         self._files.exchange()

@@ -58,7 +58,6 @@ class Spent:
         self._began = clock() if began is None else began
         self.seconds_before, self.joules_before = _read(self._path, warn)
         self._joules: float | None = None
-        self._lap: float | None = None
         self._left = threading.Event()
         self._thread: threading.Thread | None = None
         self.error: OSError | None = None
@@ -88,11 +87,6 @@ class Spent:
     def set_joules(self, joules: float | None) -> None:
         """What the GPUs of all ranks have used since the start of this process; None where that is not known."""
         self._joules = joules
-
-    def lap(self, images: int) -> float | None:
-        """Joules for each of `images` since the last lap."""
-        before, self._lap = self._lap, self.joules
-        return None if None in (before, self.joules) or not images else (self.joules - before) / images
 
     def joules_per_image(self, images: int) -> float | None:
         """Of the whole run, evaluation and lost work included."""

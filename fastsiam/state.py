@@ -49,7 +49,6 @@ class Stopwatch:
         """`data_wait`: that of the device; None: a CPU's."""
         self.totals = {"wait": 0.0, "step": 0.0, "other": 0.0}
         self._last = self._began = time.perf_counter()
-        self._lap = (0.0, 0.0)
         self._data_wait = data_wait or OnHost()
         self._state, self._wall_before, self._train_before = state, state.wall_seconds, state.train_seconds
 
@@ -66,11 +65,10 @@ class Stopwatch:
         if name == "step":
             self._data_wait.launched()
 
-    def lap(self) -> tuple[float, float]:
-        """Seconds of waiting and of stepping since the last lap."""
+    def so_far(self) -> tuple[float, float]:
+        """Seconds of waiting and of stepping."""
         self._settle()
-        before, self._lap = self._lap, (self.totals["wait"], self.totals["step"])
-        return self._lap[0] - before[0], self._lap[1] - before[1]
+        return self.totals["wait"], self.totals["step"]
 
     def update_state(self) -> None:
         """Bring the seconds of the state up to now, earlier starts included."""

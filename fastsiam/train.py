@@ -88,20 +88,23 @@ def train(session: "Session", stop: StopSignals) -> tuple[str, int | None]:
             # Starting the backend is no waiting for data: nothing that reads or decodes faster would shorten it.
             clock.split("other" if batch.cold else "wait")
             if batch.cold:
-                session.loader_watch.begin()
+                session.log.loader_watch.begin()
             rate = session.set_learning_rate()
             out = session.step(batch.views, batch.indices)
             state.advance(batch_size)
             clock.split("step")
-            received, saving = session.agree(stop.received)
+            received, saving, showing = session.agree(stop.received)
             session.method.after_step(state.progress)
             last = session.pace.is_over
             logging = last or state.step % config.train.log_every_steps == 0
-            looking = logging or saving or received or session.checkup.is_due() or session.evaluation_is_next()
+            telling = logging or showing or saving or received
+            looking = telling or session.checkup.is_due() or session.evaluation_is_next()
             if looking and not session.numbers_are_sound(out["loss"]):
                 return "failed", None
             if logging:
-                session.log(rate)
+                session.log.write(rate)
+            if showing or last:
+                session.log.show()
             if session.checkup.has_collapsed():
                 return "collapsed", None
             if received:

@@ -35,7 +35,7 @@ LAYERS = (
         "fastsiam.watchdog",
     },
     {"fastsiam.disk"},
-    {"fastsiam.tensorboard", "fastsiam.arrays"},
+    {"fastsiam.tensorboard", "fastsiam.arrays", "fastsiam.progress"},
     {"fastsiam.record", "fastsiam.state", "fastsiam.spent", "fastsiam.commands"},
     {"fastsiam.journal", "fastsiam.pace", "fastsiam.laps"},
     {
@@ -54,6 +54,7 @@ LAYERS = (
     {"fastsiam.reports.images"},
     {"fastsiam.reports.page", "fastsiam.reports.own"},
     {"fastsiam.report"},
+    {"fastsiam.train_log"},
     {
         "fastsiam.announce",
         "fastsiam.session",
@@ -70,7 +71,8 @@ TORCH_FREE = (
     "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
     "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent", "apex_lookup",
     "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe", "disk", "commands",
-    "resuming", "tensorboard", "arrays", "report", "plan", "published", "reports.runs", "reports.page", "reports.own",
+    "resuming", "tensorboard", "arrays", "progress", "report", "plan", "published", "reports.runs", "reports.page",
+    "reports.own",
 )  # fmt: skip
 
 

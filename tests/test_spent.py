@@ -9,7 +9,9 @@ import time
 import pytest
 
 from fastsiam.budget import parse_budget
+from fastsiam.laps import Laps
 from fastsiam.spent import Spent, heartbeat_seconds
+from fastsiam.state import State, Stopwatch
 from tests.test_faults import largest_file
 
 
@@ -42,9 +44,9 @@ def test_energy_that_was_not_measured_for_a_while_is_not_known(tmp_path):
     (tmp_path / "spent.json").write_text('{"seconds": 5, "joules": 40}')
     spent = Spent(tmp_path)
     spent.set_joules(3.0)
-    assert (spent.joules, spent.lap(1)) == (43, None)
+    assert spent.joules == 43
     spent.set_joules(None)
-    assert (spent.joules, spent.lap(1), spent.joules_per_image(8), spent.fields(None)["kwh"]) == (None,) * 4
+    assert (spent.joules, spent.joules_per_image(8), spent.fields(None)["kwh"]) == (None,) * 3
     spent.write()
     again = Spent(tmp_path)
     again.set_joules(3.0)
@@ -69,12 +71,18 @@ def test_of_a_damaged_file_the_last_line_that_was_logged_counts(tmp_path, text):
 
 
 def test_energy_an_image_between_laps_and_of_the_whole():
-    spent = Spent(None)
-    assert (spent.lap(0), spent.joules_per_image(64), spent.fields(None)["kwh"]) == (None, None, None)
+    spent, state = Spent(None), State()
+    laps = Laps(state, Stopwatch(state), spent)
+    assert (laps.next().joules_per_image, spent.joules_per_image(64), spent.fields(None)["kwh"]) == (None, None, None)
     spent.set_joules(100.0)
-    assert spent.lap(10) is None
+    state.advance(10)
+    assert laps.next().joules_per_image is None
     spent.set_joules(160.0)
-    assert spent.lap(20) == pytest.approx(3)
+    state.advance(20)
+    assert laps.next().joules_per_image == pytest.approx(3)
+    other = Laps(state, Stopwatch(state), spent)
+    state.advance(1)
+    assert (other.next().images, laps.next().images, laps.next().images) == (1, 1, 0)
     assert spent.joules_per_image(64) == pytest.approx(2.5)
     spent.set_joules(3.6e6)
     assert spent.fields(1.5) == {

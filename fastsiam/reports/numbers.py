@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from fastsiam.budget import JOULES, parse_budget
-from fastsiam.record import duration
+from fastsiam.progress import duration
 from fastsiam.reports.runs import Run, number
 
 # What status.json says, as a page says it: (text, tone).
