@@ -1,5 +1,17 @@
 """SimSiam pretraining at the speed of the hardware. The public names load on first use (PEP 562)."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastsiam import kernels as kernels
+    from fastsiam.config import load_config as load_config
+    from fastsiam.data.backends import build_loader as build_loader
+    from fastsiam.encoder import load_encoder as load_encoder
+    from fastsiam.evaluation.knn import knn_accuracy as knn_accuracy
+    from fastsiam.methods import build_method as build_method
+    from fastsiam.train import pretrain as pretrain
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -11,12 +23,16 @@ _PUBLIC = {
     "knn_accuracy": "evaluation.knn",
 }
 
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["__version__", "kernels", *_PUBLIC]
 
 
 def __getattr__(name):
+    if name == "kernels":
+        return import_module("fastsiam.kernels")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,18 +1,34 @@
 """fastsiam COMMAND ...: the same as python -m fastsiam.COMMAND ..."""
 
+import argparse
 import sys
 from importlib import import_module
 
-COMMANDS = ("train", "plan", "prepare", "report", "doctor")
+import fastsiam
+
+COMMANDS = {
+    "train": "pretrain an encoder, or resume a run",
+    "plan": "measure for a minute, and predict time, memory and cost of a run",
+    "prepare": "scan, pack or convert images",
+    "report": "write one HTML page of one run or several",
+    "doctor": "check what is installed, and the machine",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] not in COMMANDS:
-        asked = f"there is no command {argv[0]}; " if argv and not argv[0].startswith("-") else ""
-        print(f"{asked}usage: fastsiam {{{','.join(COMMANDS)}}} ...", file=sys.stderr)
-        return 2
-    return import_module(f"fastsiam.{argv[0]}").main(argv[1:])
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="fastsiam",
+        description="Self-supervised pretraining of image encoders at the speed of the hardware.",
+        epilog="commands:\n" + "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
+        + "\n\nfastsiam COMMAND --help says more. Start with: fastsiam train --config quickstart.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"fastsiam {fastsiam.__version__}")
+    parser.add_argument("command", metavar="COMMAND", choices=COMMANDS)
+    parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER)
+    arguments = parser.parse_args(argv)
+    return import_module(f"fastsiam.{arguments.command}").main(arguments.arguments)
 
 
 if __name__ == "__main__":

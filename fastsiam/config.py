@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,98 +17,19 @@ from pydantic import Field, field_validator, model_validator
 
 from fastsiam.budget import EXAMPLES, Budget, parse_budget
 from fastsiam.config_data import DataConfig, PositiveFloat, PositiveInt, Section, ViewsConfig
-from fastsiam.config_file import UserError, apply_override, check, expand_home, flat, read
+from fastsiam.config_file import (
+    UserError,
+    apply_override,
+    check,
+    expand_home,
+    flat,
+    one_sentence,
+    read,
+    shortened,
+)
+from fastsiam.config_model import MethodConfig, ModelConfig, OptimizerConfig
 
 CONFIGS = Path(__file__).parent / "configs"
-
-# eta of SimCLR, BYOL and the paper's own linear evaluation.
-LARS_TRUST = 0.001
-
-
-class ProjectorConfig(Section):
-    layers: Annotated[int, Field(ge=1)]
-    hidden: PositiveInt
-    out: PositiveInt
-
-
-class PredictorConfig(Section):
-    hidden: PositiveInt
-
-
-class ModelConfig(Section):
-    encoder: str
-    """A torchvision ResNet (resnet50, resnext50_32x4d, ...) or cifar_resnetN with N = 6n+2 (He et al., 4.2)."""
-    stem: Literal["imagenet", "cifar"]
-    """imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1."""
-    # Below 8 channels oneDNN's channels-last backward writes out of bounds (seen at 4: torch 2.15, AVX2).
-    width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
-    """Channels of a cifar_resnet's first stage (16 in He et al.), a multiple of 8; null for torchvision's."""
-    zero_init_residual: bool
-    projector: ProjectorConfig
-    predictor: PredictorConfig
-    bn_statistics: Literal["per_view", "joint"] = "per_view"
-    """per_view is the paper's model; joint takes one set of statistics over both views: another model."""
-
-    @field_validator("encoder")
-    @classmethod
-    def known_encoder(cls, name):
-        match = re.fullmatch(r"cifar_resnet(\d+)", name)
-        if match and int(match[1]) >= 8 and (int(match[1]) - 2) % 6 == 0:
-            return name
-        if name in TORCHVISION_RESNETS:
-            return name
-        near = difflib.get_close_matches(name, [*TORCHVISION_RESNETS, "cifar_resnet8", "cifar_resnet20"], 1, 0.3)
-        raise ValueError(
-            f"model.encoder: '{name}' is neither a torchvision ResNet nor cifar_resnetN with N = 8, 14, 20, ..."
-            + (f"; did you mean {near[0]}?" if near else "")
-        )
-
-    @model_validator(mode="after")
-    def width_and_stem(self):
-        if self.encoder.startswith("cifar_resnet"):
-            if self.stem != "cifar" or self.width is None:
-                raise ValueError(f"model.encoder: {self.encoder} needs model.stem=cifar and a model.width")
-        elif self.width is not None:
-            raise ValueError(f"model.width: only cifar_resnetN has a width to choose; set null for {self.encoder}")
-        return self
-
-
-class MethodConfig(Section):
-    name: Literal["simsiam"]
-    stop_gradient: bool = True
-    """false is the paper's Figure 2: the run collapses."""
-
-
-class OptimizerConfig(Section):
-    name: Literal["sgd", "lars"]
-    """lars (arXiv 1708.03888) is for batches above 1024 and wants other rates: r50_100ep_b4096.yaml."""
-    implementation: Literal["torch", "apex"] = "torch"
-    """apex: NVIDIA's FusedSGD, the same mathematics; as with train.compile the last bits differ, so a run keeps it."""
-    base_lr: PositiveFloat
-    """Learning rate for a batch of 256; the rate used is base_lr * batch_size / 256."""
-    momentum: Annotated[float, Field(ge=0, lt=1)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    """sgd: on every parameter, batch norm and biases included, as in the paper; lars: not on those of one dimension."""
-    lars_trust: PositiveFloat = LARS_TRUST
-    """LARS moves a tensor w by at most lr * lars_trust * |w|, before momentum; sgd has no use for it."""
-    schedule: Literal["cosine_per_epoch", "cosine", "constant"]
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the run in which the rate rises linearly from zero."""
-    predictor_lr: Literal["fixed", "scheduled"]
-    """fixed: after the warm-up the predictor keeps its rate (paper, Table 1, which has no warm-up)."""
-
-    @model_validator(mode="after")
-    def options_of_the_optimizer(self):
-        if self.name == "lars" and self.implementation == "apex":
-            raise ValueError(
-                "optimizer.implementation: apex has no LARS; set optimizer.implementation=torch, or optimizer.name=sgd"
-            )
-        if self.name == "sgd" and self.lars_trust != LARS_TRUST:
-            raise ValueError(
-                f"optimizer.lars_trust: {self.lars_trust:g} has no effect with optimizer.name=sgd; set "
-                f"optimizer.name=lars, or optimizer.lars_trust={LARS_TRUST:g}"
-            )
-        return self
 
 
 class TrainConfig(Section):
@@ -155,7 +75,7 @@ class CheckpointConfig(Section):
 
 class RunConfig(Section):
     dir: str = "runs"
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$")] | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$", max_length=200)] | None = None
     """Folder under run.dir; null: the config's name plus a hash of what the overrides change."""
     fresh: bool = False
     """Start over in a new folder."""
@@ -226,19 +146,6 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
 
 
-TORCHVISION_RESNETS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext50_32x4d",
-    "resnext101_32x8d",
-    "resnext101_64x4d",
-    "wide_resnet50_2",
-    "wide_resnet101_2",
-)
-
 # What may differ between two starts of one run: where things lie and how they are watched, not what is computed.
 OPERATIONAL = (
     "data.train",
@@ -268,9 +175,15 @@ def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Conf
     `section.key=value`, the value in YAML; a budget there takes the place of the file's epochs, and epochs that of its
     budget; with another data.train no demo images are drawn. Raises `UserError` (a `ValueError`) of one sentence.
     """
+    try:
+        return _load(name_or_path, list(overrides))
+    except UserError as error:
+        raise one_sentence(error) from error.__cause__
+
+
+def _load(name_or_path, overrides):
     path = find_config(name_or_path)
     values = read(path)
-    overrides = list(overrides)
     demo_folder = _folder_of_demo(values)
     for override in overrides:
         apply_override(Config, values, override)
@@ -291,12 +204,13 @@ def find_config(name_or_path: str | Path) -> Path:
     """The file that a `--config` argument means; raises `UserError` with the names that exist."""
     path = expand_home(name_or_path)
     for candidate in (path, CONFIGS / path.name, CONFIGS / f"{path.name}.yaml"):
-        if candidate.is_file() and (candidate == path or path.name == str(name_or_path)):
+        if os.path.isfile(candidate) and (candidate == path or path.name == str(name_or_path)):
             return candidate
     known = sorted(file.name for file in CONFIGS.glob("*.yaml"))
     near = difflib.get_close_matches(path.name, known, 1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UserError(f"--config {name_or_path}: no such file, and configs/ holds only {', '.join(known)}{hint}")
+    asked = shortened(str(name_or_path), 60)
+    raise UserError(f"--config {asked}: no such file, and configs/ holds only {', '.join(known)}{hint}")
 
 
 def differing_keys(one: Config, other: Config) -> list[str]:

@@ -1,11 +1,11 @@
 """The sections data and views of a config: what images there are, who reads them, and what a view of one is."""
 
-import json
 import os
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fastsiam.config_file import shown
 from fastsiam.data.views import ADDED, RECIPES, parse_range, sizes_between
 
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -113,8 +113,9 @@ class ViewsConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def fill_from_recipe(cls, given):
-        if isinstance(given, dict) and given.get("recipe") in RECIPES:
-            recipe = RECIPES[given["recipe"]].numbers()
+        name = given.get("recipe") if isinstance(given, dict) else None
+        if isinstance(name, str) and name in RECIPES:
+            recipe = RECIPES[name].numbers()
             missing = recipe.keys() - given.keys()
             # Every number but those added since: a run's own config, which says what it did.
             return {**recipe, **(ADDED if missing <= ADDED.keys() else {}), **given}
@@ -127,8 +128,9 @@ class ViewsConfig(Section):
             return given
         ends = parse_range(given) if isinstance(given, str) else None
         if ends is None or min(ends) < 1:
-            shown = f"'{given}'" if isinstance(given, str) else json.dumps(given, default=str)
-            raise ValueError(f"views.size: {shown} is neither a positive number of pixels nor a range such as 128..224")
+            raise ValueError(
+                f"views.size: {shown(given)} is neither a positive number of pixels nor a range such as 128..224"
+            )
         low, high = ends
         if low >= high:
             raise ValueError(f"views.size: {given} does not grow; write LOW..HIGH with LOW below HIGH, or one number")

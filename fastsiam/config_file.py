@@ -20,6 +20,37 @@ def expand_home(path: Path | str) -> Path:
     return Path(os.path.expanduser(path))
 
 
+# Of a sentence, and of a value in it.
+_LONGEST, _LONGEST_VALUE = 300, 60
+
+
+def shown(value: object) -> str:
+    """A value as a sentence quotes it: in one line, without control characters, shortened in the middle."""
+    if value is None:
+        return "null"
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, default=str)
+    except ValueError:
+        # A list or mapping that holds itself, by YAML's anchors.
+        text = str(value)
+    text = shortened(text, _LONGEST_VALUE)
+    return f"'{text}'" if isinstance(value, str) else text
+
+
+def shortened(text: str, longest: int) -> str:
+    """`text` in at most `longest` printable characters; what is cut out of its middle becomes three dots."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    if len(text) <= longest:
+        return text
+    end = longest // 3
+    return f"{text[: longest - end - 5]} ... {text[-end:]}"
+
+
+def one_sentence(error: UserError) -> UserError:
+    """The same error, short enough to read on a screen whatever the user has typed."""
+    return UserError(shortened(str(error), _LONGEST))
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 scalars: `1e-4` is a number, `off` is a word, and a key written twice is an error."""
 
@@ -48,7 +79,9 @@ _Loader.add_implicit_resolver(
 def read(path: Path) -> dict:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no sections; start from one of the files in configs/")
@@ -58,11 +91,11 @@ def read(path: Path) -> dict:
 def apply_override(model: type[BaseModel], values: dict, override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"'{override}' is no override; write section.key=value, for example train.epochs=10")
+        raise UserError(f"{shown(override)} is not an override; write section.key=value, for example train.epochs=10")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{key}: '{text}' is not readable as YAML") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{key}: {shown(text)} is not readable as YAML") from error
     *sections, last = key.split(".")
     node = values
     for section in sections:
@@ -93,9 +126,10 @@ def _sentence(model, problem: dict) -> str:
         return f"{'.'.join(map(str, problem['loc']))} is missing"
     if problem["type"] == "value_error":
         return str(problem["ctx"]["error"])
-    shown = "null" if value is None else f"'{value}'" if isinstance(value, str) else json.dumps(value, default=str)
+    if problem["type"] == "model_type":
+        return f"{key}: {shown(value)} is a value, and {key} is a section; write {key}.KEY=VALUE"
     message = problem["msg"].replace("Input should be", "should be")
-    return f"{key}: {shown} {message}"
+    return f"{key}: {shown(value)} {message}"
 
 
 def _did_you_mean(model, key: str) -> str:

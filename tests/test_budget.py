@@ -40,14 +40,16 @@ def test_money_is_time_at_a_price():
 REFUSED = {
     "budget=2": "budget: 2 has no unit; write 2h, 45min, 10M images, 0.8kWh or 15USD",
     "budget=2.5": "budget: 2.5 has no unit; write 2h",
-    "budget=two hours": "budget: 'two hours' is no amount with its unit; write 2h",
-    "budget=-2h": "budget: '-2h' is no amount with its unit",
+    "budget=two hours": "budget: 'two hours' is not an amount with its unit; write 2h",
+    "budget=-2h": "budget: '-2h' is not an amount with its unit",
     "budget=2hours": "budget: '2hours' has a unit that is not known (hours); write 2h",
     "budget=10m": "budget: '10m' has a unit that is not known (m)",
     # Three capital letters, but no currency: at 3 an hour 45MIN would be 15 hours.
     "budget=45MIN": "budget: '45MIN' has a unit that is not known (MIN); did you mean min?",
     "budget=0.8KWH": "budget: '0.8KWH' has a unit that is not known (KWH); did you mean kWh?",
     "budget=0h": "budget: '0h' must be more than nothing",
+    "budget=0.1 images": "budget: '0.1 images' must be more than nothing",
+    f"budget={'9' * 400}M images": f"budget: '{'9' * 35} ... ",
     "budget=0 images": "budget: '0 images' must be more than nothing",
     "budget=15USD": "budget_price_per_hour: null, but budget is 15USD; set what an hour costs in USD",
     "budget_price_per_hour=0": "budget_price_per_hour: 0 should be greater than 0",

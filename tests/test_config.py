@@ -1,10 +1,13 @@
 """Every mistake in a config is one sentence, exit code 2, before torch is imported."""
 
+import copy
+import functools
+
 import pytest
 import yaml
 
 from fastsiam.config import CONFIGS, OPERATIONAL, Config, UserError, differing_keys, load_config
-from fastsiam.config_file import flat, read, schema_keys
+from fastsiam.config_file import apply_override, check, flat, one_sentence, read, schema_keys
 from tests.conftest import run_python
 
 SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
@@ -37,8 +40,8 @@ MISTAKES = {
     "unknown encoder": (["model.encoder=resnet51"], "did you mean resnet50?"),
     "impossible depth": (["model.encoder=cifar_resnet10"], "cifar_resnetN with N = 8, 14, 20"),
     "empty range": (["views.crop_scale=[0.9, 0.2]"], "views.crop_scale: [0.9, 0.2] is not a range inside (0, 1]"),
-    "section as value": (["train=3"], "train: 3 should be a valid dictionary"),
-    "no override": (["train.epochs"], "'train.epochs' is no override"),
+    "section as value": (["train=3"], "train: 3 is a value, and train is a section; write train.KEY=VALUE"),
+    "no override": (["train.epochs"], "'train.epochs' is not an override"),
     "unreadable value": (["train.epochs=[1"], "train.epochs: '[1' is not readable as YAML"),
     "dali's recipe elsewhere": (
         ["data.augment=dali", "data.backend=pil"],
@@ -55,6 +58,8 @@ MISTAKES = {
     ),
     "unknown optimizer": (["optimizer.name=adam"], "optimizer.name: 'adam' should be 'sgd' or 'lars'"),
     "no size": (["data.backend=resident"], "data.store_size: null, but data.backend=resident stores images at a size"),
+    "mapping for a name": (["views.recipe={a: b}"], 'views.recipe: {"a": "b"} should be'),
+    "list for a name": (["train.device=[cpu]"], 'train.device: ["cpu"] should be'),
     "no data": (["data.train=null"], "data.train: null is for data.backend=synthetic"),
 }
 
@@ -66,6 +71,69 @@ def test_a_mistake_is_one_sentence_that_names_key_and_value(name):
         load_config("r50_100ep.yaml", overrides)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+# What people paste, and what YAML makes of it; a list that holds itself cannot be printed.
+ODD_VALUES = (
+    "{a: b}", "[a, b]", "[[1]]", "null", "''", ".nan", "1e400", "&a [*a]", "!!set {a}", "x" * 5000, "9" * 4000,
+    f"[{'abc, ' * 500}]", '"\\0\\n\\e[31m"',
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return read(CONFIGS / "quickstart.yaml") | {"run": {}, "evaluate": {}, "collapse": {}, "checkpoint": {}}
+
+
+@pytest.fixture(scope="module")
+def odd_values():
+    """ODD_VALUES as YAML reads them."""
+    read_as = {}
+    for number, odd in enumerate(ODD_VALUES):
+        apply_override(Config, read_as, f"{number}={odd}")
+    return list(read_as.values())
+
+
+@pytest.mark.parametrize("key", schema_keys(Config))
+def test_every_key_answers_odd_values_with_a_short_sentence(key, quickstart, odd_values):
+    for odd in odd_values:
+        given = copy.deepcopy(quickstart)
+        *sections, last = key.split(".")
+        functools.reduce(dict.__getitem__, sections, given)[last] = odd
+        try:
+            check(Config, given)
+        except UserError as error:
+            sentence = str(one_sentence(error))
+            assert len(sentence) <= 300
+            assert sentence.isprintable()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "x" * 3000,
+        "a." * 2000 + "b=1",
+        "train.seed=" + "9" * 5000,
+        "run=!!python/object:os.system {}",
+        f"run={'[' * 3000}",
+        f"{'x' * 3000}=3",
+        "=3",
+        "a\0b=1",
+    ],
+)
+def test_odd_overrides_are_answered_with_a_short_sentence(override):
+    with pytest.raises(UserError) as error:
+        load_config("quickstart", [override])
+    assert len(str(error.value)) <= 300
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["x" * 3000, "a\0b", "", "/", "configs", "\udcff.yaml"])
+def test_odd_config_names_are_answered_with_a_short_sentence(name):
+    with pytest.raises(UserError, match="no such file, and configs/ holds only") as error:
+        load_config(name)
+    assert len(str(error.value)) <= 300
+    assert str(error.value).isprintable()
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Imports point one way, and some rooms stay free of torch."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
 
+from fastsiam.__main__ import COMMANDS
 from tests.conftest import REPOSITORY, run_python
 
 # Each room may import from the rows above it and from its own row.
@@ -14,6 +16,7 @@ LAYERS = (
     {"fastsiam.doctor_facts"},
     {"fastsiam.config_file", "fastsiam.data.views", "fastsiam.budget", "fastsiam.energy"},
     {"fastsiam.config_data"},
+    {"fastsiam.config_model"},
     {"fastsiam.config", "fastsiam.data.draws"},
     {"fastsiam.slurm"},
     {"fastsiam.published", "fastsiam.resuming"},
@@ -68,8 +71,8 @@ LAYERS = (
     {"fastsiam.train", "fastsiam.plan", "fastsiam.doctor", "fastsiam.__main__"},
 )
 TORCH_FREE = (
-    "config", "config_data", "config_file", "data.views", "data.draws", "data.demo", "data.sources", "data.pack",
-    "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent", "apex_lookup",
+    "config", "config_data", "config_model", "config_file", "data.views", "data.draws", "data.demo", "data.sources",
+    "data.pack", "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent", "apex_lookup",
     "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe", "disk", "commands",
     "resuming", "tensorboard", "arrays", "progress", "report", "plan", "published", "reports.runs", "reports.page",
     "reports.own",
@@ -141,6 +144,21 @@ def test_torch_is_not_imported(name):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(("argument", "said"), [("--help", "commands:"), ("--version", "fastsiam 0.1.0\n")])
+def test_the_command_says_what_it_is(argument, said):
+    done = run_python("-m", "fastsiam", argument)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert said in done.stdout
+    for command in COMMANDS:
+        assert argument == "--version" or f"\n  {command} " in done.stdout
+
+
+def test_an_unknown_command_is_refused():
+    done = run_python("-m", "fastsiam", "trian")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "invalid choice: 'trian' (choose from" in done.stderr
+
+
 def test_public_names_load():
     import fastsiam
 
@@ -149,5 +167,7 @@ def test_public_names_load():
     )
     for name in fastsiam.__all__:
         assert getattr(fastsiam, name)
+    assert dir(fastsiam) == sorted(fastsiam.__all__)
+    assert fastsiam.kernels is importlib.import_module("fastsiam.kernels")
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = fastsiam.trian

@@ -67,7 +67,7 @@ def test_images_in_memory_and_no_images_are_planned_too(tiny, tmp_path, resident
     ("arguments", "expected"),
     [
         (["--config", "quickstart", "data.trian=x"], "did you mean data.train?"),
-        (["--config", "quickstart", "--budget", "8"], "--budget: '8' is no amount with its unit; write 2h"),
+        (["--config", "quickstart", "--budget", "8"], "--budget: '8' is not an amount with its unit; write 2h"),
         (["--config", "quickstart", "--budget", "5USD"], "budget_price_per_hour: null"),
         (["--config", "quickstart", "--minutes", "0"], "--minutes: 0 must be more than 0"),
     ],
