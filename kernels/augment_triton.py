@@ -15,9 +15,12 @@ FLIP, SOLARIZE, EDGE = tl.constexpr(table.FLIP), tl.constexpr(table.SOLARIZE), t
 BLUR, REACH = tl.constexpr(table.BLUR), tl.constexpr(table.REACH)
 COLOR, WIDTH = tl.constexpr(table.COLOR), tl.constexpr(table.WIDTH)
 R_WEIGHT, G_WEIGHT, B_WEIGHT = (tl.constexpr(weight) for weight in reference.LUMA)
-# Rows and row elements of a tile: 8 elements a thread, 16 bytes of bf16 to store. Five programs of 128 threads with at
-# most 102 registers are on a multiprocessor at once; their scratch is 14 MB at 224 px, a quarter of an H200's L2.
-ROWS, BLOCK, NUM_WARPS, PROGRAMS = 4, 256, 4, 5
+# Rows and row elements of a tile: 8 elements a thread, 16 bytes of bf16 to store.
+ROWS, BLOCK, NUM_WARPS = 4, 256, 4
+# Programs a multiprocessor: all that its registers hold at once, for one too many would run after all the others. Their
+# number of registers is known once the kernel is compiled (exact, sm_90: 80 with Triton 3.8, 125 with 3.6); before that
+# four, which fit in either case. Of more than five the scratch (14 MB at 224 px, a quarter of an H200's L2) would grow.
+FIRST_PROGRAMS, MOST_PROGRAMS = 4, 5
 # 16 elements a thread, 16 bytes of uint8 to load, where the launch for contrast reads each crop once.
 CONTRAST_ROWS = 8
 
@@ -29,17 +32,31 @@ def augment_on_cuda(crops, draws, scale, bias, exact, dtype):
     out = crops.new_empty(crops.shape, dtype=dtype)
     shift = crops.new_empty(num_views, dtype=torch.float32)
     strips = num_views * triton.cdiv(size, ROWS)
-    programs = min(strips, PROGRAMS * _multiprocessors(crops.device))
+    variant = crops.device, size, exact, dtype
+    programs = min(strips, _fitting.get(variant, FIRST_PROGRAMS) * _multiprocessors(crops.device))
     scratch = crops.new_empty((max(programs, num_views if exact else 0), 2, ROWS, 3 * size), dtype=torch.float32)
     _contrast_kernel[(num_views,)](
         crops, draws, shift, scratch, size,
         EXACT=exact, ROWS=ROWS if exact else CONTRAST_ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
-    _views_kernel[(programs,)](
+    compiled = _views_kernel[(programs,)](
         crops, draws, shift, scratch, out, strips, size, *scale, *bias,
         EXACT=exact, ROWS=ROWS, BLOCK=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
+    if crops.is_cuda and variant not in _fitting:
+        registers = torch.cuda.get_device_properties(crops.device).regs_per_multiprocessor
+        _fitting[variant] = programs_that_fit(compiled.n_regs, registers)
     return out.permute(0, 3, 1, 2)
+
+
+# By device, size, colour mode and dtype, which are what the kernel is compiled for.
+_fitting = {}
+
+
+def programs_that_fit(registers: int, of_multiprocessor: int) -> int:
+    """How many programs of so many registers a thread a multiprocessor is given; a warp's come in units of 256."""
+    of_program = NUM_WARPS * triton.cdiv(32 * registers, 256) * 256
+    return max(1, min(MOST_PROGRAMS, of_multiprocessor // of_program))
 
 
 def _multiprocessors(device):
