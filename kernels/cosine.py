@@ -1,5 +1,8 @@
 """The negative cosine loss in one launch forward and one backward.
 
+The forward's programs count how many of them are done, so that the last one adds up. The count begins at zero: that
+takes a launch more where it is filled at each call, and none where the caller keeps a counter, which ends at zero.
+
 Eager torch needs about fifty launches for it. A row is read once each way: the forward keeps two norms and the
 cosine of a row, from which the backward recomputes everything else.
 """
@@ -27,13 +30,14 @@ NUM_WARPS = 8
 PARTIALS_BLOCK = 1024
 
 
-def negative_cosine(p1, p2, z1, z2, *, stop_gradient=True):
+def negative_cosine(p1, p2, z1, z2, *, stop_gradient=True, counter=None):
     """Symmetric negative cosine similarity, SimSiam's Eq. 2: D(p1, z2) / 2 + D(p2, z1) / 2.
 
     `p1`, `p2`, `z1`, `z2`: [N, d], floating point, the predictions and projections of the two views; rows may be
     strided, and p and z may differ in dtype. Returns a scalar in [-1, 1], fp32 or wider, with fp32 arithmetic
     inside. A row of zeros counts as orthogonal to all, as in `F.cosine_similarity`. Gradients reach p1 and p2 only,
-    and z1 and z2 too where `stop_gradient` is False. CUDA tensors take the kernel, others plain torch. Raises
+    and z1 and z2 too where `stop_gradient` is False. CUDA tensors take the kernel, others plain torch. `counter`, if
+    given, spares it a launch: int32 [1] on the same device, zero, and in use by one stream at a time. Raises
     `ValueError` where the shapes are not four times the same [N, d], or where p1 and p2, or z1 and z2, differ in
     dtype.
     """
@@ -45,7 +49,7 @@ def negative_cosine(p1, p2, z1, z2, *, stop_gradient=True):
         raise ValueError(f"negative_cosine: p1 and p2 must share a dtype, and z1 and z2, got {dtypes}")
     if not p1.is_cuda:
         return negative_cosine_ref(p1, p2, z1, z2, stop_gradient=stop_gradient)
-    return fused([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)], stop_gradient)
+    return fused([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)], stop_gradient, counter)
 
 
 def negative_cosine_asymmetric(p, z, *, stop_gradient=True):
@@ -89,23 +93,29 @@ def negative_cosine_all_pairs(p, z, *, stop_gradient=True):
     return negative_cosine_all_pairs_ref(p, z, stop_gradient=stop_gradient)
 
 
-def fused(p, z, stop_gradient=True):
+def fused(p, z, stop_gradient=True, counter=None):
     """Minus the mean cosine over one or two pairs: p[i] [N, d] against the mean over K of z[i] [K, N, d]."""
     if stop_gradient:
         z = [target.detach() for target in z]
-    return negative_cosine_op(p, z)[0]
+    return negative_cosine_op(p, z, counter)[0]
 
 
 @torch.library.custom_op("fastsiam::negative_cosine", mutates_args=())
-def negative_cosine_op(p: list[torch.Tensor], z: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and what its gradient needs: [len(p), 3, N], the norms of p and of the target, and their cosine."""
+def negative_cosine_op(
+    p: list[torch.Tensor], z: list[torch.Tensor], counter: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss, and what its gradient needs: [len(p), 3, N], the norms of p and of the target, and their cosine.
+
+    `counter` is as it was afterwards, and is therefore not among what this op mutates.
+    """
     num_rows, dim = p[0].shape
     acc = _accumulator(p, z)
     block, rows = _tiling(dim)
     row_blocks = triton.cdiv(num_rows, rows)
     statistics = p[0].new_empty((len(p), 3, num_rows), dtype=acc)
     partial = p[0].new_empty(len(p) * row_blocks, dtype=acc)
-    counter = p[0].new_zeros(1, dtype=torch.int32)
+    # Not kept here from call to call: CUDA graphs' pools of memory refuse what outlives them unannounced.
+    counter = p[0].new_zeros(1, dtype=torch.int32) if counter is None else counter
     loss = p[0].new_empty((), dtype=acc)
     _forward_kernel[(row_blocks, len(p))](
         *_operands(p, z), statistics, partial, counter, loss, num_rows, *_strides(p, z),
@@ -115,7 +125,7 @@ def negative_cosine_op(p: list[torch.Tensor], z: list[torch.Tensor]) -> tuple[to
 
 
 @negative_cosine_op.register_fake
-def _(p, z):
+def _(p, z, counter=None):
     acc = _accumulator(p, z)
     return p[0].new_empty((), dtype=acc), p[0].new_empty((len(p), 3, p[0].shape[0]), dtype=acc)
 
@@ -146,7 +156,7 @@ def _(grad, p, z, statistics, to_z):
 
 
 def _setup_context(ctx, inputs, output):
-    p, z = inputs
+    p, z, _ = inputs
     ctx.num_pairs = len(p)
     ctx.save_for_backward(*p, *z, output[1])
 
@@ -157,7 +167,7 @@ def _backward(ctx, grad, _):
     to_z = any(ctx.needs_input_grad[1])
     grads = negative_cosine_backward_op(grad, p, z, statistics, to_z)
     z_grads = [grad.expand_as(x) for grad, x in zip(grads[len(p) :], z, strict=True)] if to_z else [None] * len(z)
-    return grads[: len(p)], z_grads
+    return grads[: len(p)], z_grads, None
 
 
 negative_cosine_op.register_autograd(_backward, setup_context=_setup_context)
@@ -275,6 +285,7 @@ def _forward_kernel(
             # .cg reads from L2: the other programs' sums are not in this processor's L1.
             total += tl.load(partial + places, mask=places < num_partials, other=0.0, cache_modifier=".cg")
         tl.store(loss, -tl.sum(total, 0) / (num_rows * tl.num_programs(1)))
+        tl.store(counter, 0)
 
 
 @triton.jit

@@ -24,8 +24,11 @@ CROP_EDGE = 2.0**-10
 YIQ_TO_RGB = tuple(map(tuple, torch.linalg.inv(torch.tensor(RGB_TO_YIQ, dtype=torch.float64)).tolist()))
 
 
-def negative_cosine_ref(p1, p2, z1, z2, *, stop_gradient=True):
-    """SimSiam's Eq. 2 over [N, d] predictions and projections; a scalar in max(fp32, input dtype)."""
+def negative_cosine_ref(p1, p2, z1, z2, *, stop_gradient=True, counter=None):
+    """SimSiam's Eq. 2 over [N, d] predictions and projections; a scalar in max(fp32, input dtype).
+
+    `counter` is the kernel's; nothing is counted here.
+    """
     if stop_gradient:
         z1, z2 = z1.detach(), z2.detach()
     return -(mean_cosine(p1, z2) + mean_cosine(p2, z1)) / 2

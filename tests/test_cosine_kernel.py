@@ -191,9 +191,25 @@ def test_one_launch_each_way(monkeypatch):
     assert launches == ["_forward_kernel", "_backward_kernel"]
 
 
+def test_a_counter_that_is_kept_is_left_at_zero_and_changes_nothing():
+    """40 rows are 20 programs a pair, of which the last one adds up."""
+    inputs, counter = draw(40, 2048), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    p1, p2, z1, z2 = inputs
+    expected = fused(*inputs)
+    for _ in range(3):
+        loss = cosine.fused([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)], False, counter)
+        assert torch.equal(loss, expected)
+        assert counter.item() == 0
+    for ours, theirs in zip(gradients(loss, inputs), gradients(expected, inputs), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_opcheck():
     p1, p2, z1, z2 = draw(5, 12)
     checks = torch.library.opcheck(cosine.negative_cosine_op, ([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)]))
+    assert set(checks.values()) == {"SUCCESS"}
+    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    checks = torch.library.opcheck(cosine.negative_cosine_op, ([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)], counter))
     assert set(checks.values()) == {"SUCCESS"}
     loss, statistics = cosine.negative_cosine_op([p1], [z2.detach().unsqueeze(0)])
     arguments = (torch.ones_like(loss), [p1.detach()], [z2.detach().unsqueeze(0)], statistics.detach())

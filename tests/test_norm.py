@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastsiam.methods import build_method
-from fastsiam.norm import PerViewBatchNorm1d, PerViewBatchNorm2d, split_statistics
+from fastsiam.methods import build_method, simsiam
+from fastsiam.norm import PerViewBatchNorm1d, PerViewBatchNorm2d, gains_by_view, split_statistics, view_by_view
 
 PER_VIEW = (PerViewBatchNorm1d, PerViewBatchNorm2d)
 IMAGES = 6
@@ -52,16 +52,26 @@ def build(name, num_views, images=IMAGES):
     return plain, torch.cat(views).contiguous(memory_format=memory_format)
 
 
+WAYS = {
+    "at once": lambda network, num_views: network,
+    "compiled": lambda network, num_views: torch.compile(network, fullgraph=True, backend="aot_eager"),
+    "view by view": lambda network, num_views: lambda images: view_by_view(network, images, num_views),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("num_views", [2, 4])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_one_forward_over_all_views_is_one_plain_call_per_view(name, num_views):
+def test_all_views_are_one_plain_call_per_view(name, num_views, way):
+    torch._dynamo.reset()
     plain, images = build(name, num_views)
     split = split_statistics(deepcopy(plain), num_views)
+    call = WAYS[way](split, num_views)
     # The second step reads the running statistics that the first one wrote.
     for step in range(2):
         x_plain, x_split = ((images + step).clone().requires_grad_() for _ in range(2))
         expected = torch.cat([plain(view) for view in x_plain.chunk(num_views)])
-        got = split(x_split)
+        got = call(x_split)
         torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-12)
         weights = torch.randn(expected.shape, dtype=torch.float64)
         (expected * weights).sum().backward()
@@ -72,6 +82,50 @@ def test_one_forward_over_all_views_is_one_plain_call_per_view(name, num_views):
         torch.testing.assert_close(parameter.grad, reference.grad, atol=1e-11, rtol=1e-11)
     torch.testing.assert_close(dict(split.named_buffers()), dict(plain.named_buffers()), atol=1e-13, rtol=1e-13)
     assert split[1].num_batches_tracked == 2 * num_views
+    assert {layer.num_views for layer in split.modules() if isinstance(layer, PER_VIEW)} == {num_views}
+
+
+def test_compiled_by_inductor_a_step_in_fp32_is_the_plain_one():
+    """Weights and statistics after a step of SGD; the eager form of a CPU is the plain call per view."""
+    torch._dynamo.reset()
+    plain, images = build("2d_channels_last", 2)
+    networks = [split_statistics(deepcopy(plain).float(), 2) for _ in range(2)]
+    calls = networks[0], torch.compile(networks[1], fullgraph=True)
+    for network, call in zip(networks, calls, strict=True):
+        (call(images.float()) ** 3).sum().backward()
+        torch.optim.SGD(network.parameters(), lr=1e-4).step()
+    eager, compiled = (network.state_dict() for network in networks)
+    assert (eager["0.weight"] - plain.state_dict()["0.weight"]).abs().max() > 1e-4
+    torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+
+
+def test_views_go_one_by_one_on_cuda_in_eager_mode_where_statistics_are_of_one_rank_and_view():
+    plain, _ = build("2d", 2)
+    split = split_statistics(deepcopy(plain), 2)
+    assert gains_by_view(split, "cuda")
+    assert not gains_by_view(split, "cpu")
+    assert not gains_by_view(plain, "cuda")
+    assert not gains_by_view(split_statistics(deepcopy(plain), 2, world_size=2), "cuda")
+    assert not gains_by_view(split.eval(), "cuda")
+
+
+def test_a_method_that_sends_views_one_by_one_trains_the_same(tiny_config, monkeypatch):
+    views = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    found = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        method = build_method(tiny_config()).double()
+        calls = []
+        method.encoder.register_forward_hook(lambda module, arguments, out, calls=calls: calls.append(len(out)))
+        # The choice of a CUDA device, made on this one.
+        monkeypatch.setattr(simsiam, "gains_by_view", lambda module, _, device=device: gains_by_view(module, device))
+        loss = method(views)["loss"]
+        loss.backward()
+        gradients = {name: parameter.grad for name, parameter in method.named_parameters()}
+        found.append((calls, {"loss": loss.detach(), **gradients, **dict(method.named_buffers())}))
+    (together, at_once), (apart, by_view) = found
+    assert (together, apart) == ([16], [8, 8])
+    torch.testing.assert_close(by_view, at_once, atol=1e-11, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from fastsiam.kernels import negative_cosine, negative_cosine_all_pairs
+from fastsiam.norm import gains_by_view, view_by_view
 
 
 class SimSiam(nn.Module):
@@ -24,22 +25,29 @@ class SimSiam(nn.Module):
         super().__init__()
         self.encoder, self.projector, self.predictor = encoder, projector, predictor
         self.stop_gradient, self.num_views = stop_gradient, num_views
+        self.register_buffer("_loss_counter", torch.zeros(1, dtype=torch.int32), persistent=False)
 
     def forward(self, views):
         """`views`: [V*N, 3, S, S], the first views of N images, then the second ones, and so on.
 
         Returns `loss`, a scalar in [-1, 1], and `z` [V*N, d], detached.
         """
-        z = self.embed(views)
+        z = self.projector(self._encode(views))
         p = self.predictor(z)
         if self.num_views == 2:
             z1, z2 = z.chunk(2)
             p1, p2 = p.chunk(2)
-            loss = negative_cosine(p1, p2, z1, z2, stop_gradient=self.stop_gradient)
+            counter = self._loss_counter
+            loss = negative_cosine(p1, p2, z1, z2, stop_gradient=self.stop_gradient, counter=counter)
         else:
             p_of_views, z_of_views = (x.unflatten(0, (self.num_views, -1)) for x in (p, z))
             loss = negative_cosine_all_pairs(p_of_views, z_of_views, stop_gradient=self.stop_gradient)
         return {"loss": loss, "z": z.detach()}
+
+    def _encode(self, views):
+        if gains_by_view(self.encoder, views.device.type):
+            return view_by_view(self.encoder, views, self.num_views)
+        return self.encoder(views)
 
     def embed(self, images):
         """z [B, d] of images [B, 3, S, S]; what the collapse guard looks at, in evaluation mode."""
