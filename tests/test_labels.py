@@ -46,7 +46,7 @@ def test_class_folders(tmp_path, case):
     pictures(tmp_path / "d", *names.split())
     source = open_source(str(tmp_path / "d"))
     assert words(source) == dict(zip(names.split(), expected.split(","), strict=True))
-    assert source.labelling == ("by folder" if source.classes else "")
+    assert source.classes == () or source.labelling == "by folder"
     if "" in words(source).values() and source.classes:
         assert "1 image has none and cannot serve kNN, for example" in source.label_text()
 
@@ -94,6 +94,12 @@ def test_an_image_that_annotations_do_not_name_is_without_a_label(tmp_path):
     assert "1 image has none and cannot serve kNN, for example 1.png" in source.label_text()
 
 
+def test_a_file_counts_more_than_folders_of_splits(tmp_path):
+    pictures(tmp_path / "d", "train/0.png", "train/1.png", "test/2.png")
+    (tmp_path / "d/train.csv").write_text("id,label\n0,a\n1,b\n")
+    assert words(open_source(str(tmp_path / "d"))) == {"test/2.png": "", "train/0.png": "a", "train/1.png": "b"}
+
+
 def test_class_folders_count_more_than_a_file(tmp_path):
     pictures(tmp_path / "d", "cat/0.png", "dog/1.png")
     (tmp_path / "d/metadata.csv").write_text("file_name,label\ncat/0.png,x\ndog/1.png,y\n")
@@ -121,6 +127,13 @@ def test_what_gives_no_labels_is_named_where_knn_needs_them(tmp_path, file, text
     with pytest.raises(UserError, match=f"data.val: kNN needs labels, .*{reason}") as error:
         check_labels(train, val)
     assert len(str(error.value)) <= 300
+
+
+def test_folders_with_as_many_images_beside_them_are_not_classes_and_it_is_said(tmp_path):
+    pictures(tmp_path / "d", "1.png", "2.png", "cat/1.png", "dog/1.png")
+    source = open_source(str(tmp_path / "d"))
+    assert source.classes == ()
+    assert "2 of 4 images lie beside the folders" in source.label_text()
 
 
 def test_numbers_do_not_meet_words(tmp_path):

@@ -57,6 +57,7 @@ WAYS = {
     "a box": (lines("{p}\t{c}\t0\t0\t62\t4{n}\n"), "the column after the first tab"),
     "comments": ("# my list\n\n" + lines("{p}\t{c}\n"), "by list"),
     "json lines": (lines('{{"file_name": "{p}", "label": "{c}"}}\n'), "column label, JSON"),
+    "a json array": ("[\n" + lines('{{"image": "{p}", "class": "{c}"}},\n')[:-2] + "]", "column class, JSON"),
     "relative to the folder above": (lines("d/{p}\t{c}\n"), "names below .."),
 }  # fmt: skip
 
@@ -144,6 +145,7 @@ def test_names_that_are_not_utf_8_are_those_of_the_files(tmp_path):
         ("filename,label\ncat/0.jpg,cat\ncat/9.jpg,cat\n", "line 3 of .* lists cat/9.jpg, but there is no .*/d/cat/9"),
         ("cat/0.jpg\n\ncat\n", "line 3 of .* lists cat, a folder"),
         ("cat/0.jpg\nC:\\photos\\1.jpg\n", r"line 2 of .* lists C:\\photos\\1.jpg, but there is no"),
+        ('{"images": [{"id": 3}], "annotations": []}\n', "line 1 is not a JSON object with a file_name"),
         ('{"file_name": "cat/0.jpg"}\n{"file_name"\n', "line 2 is not a JSON object"),
         ("cat/0.jpg\t1\ncat/1.jpg\t\n", r"line 2 \(cat/1.jpg\) has none"),
         (b"\xff\xd8\xff\xe0\0\x10JFIF\0", "is one image; give its folder"),

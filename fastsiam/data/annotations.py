@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from fastsiam.config import UserError
-from fastsiam.data.labels import Labelling, by_folder, by_values
+from fastsiam.data.labels import SPLITS, Labelling, by_folder, by_values
 from fastsiam.data.tables import label_values, read_entries, read_text, shown
 
 _NAMES = (
@@ -38,19 +38,24 @@ def label_folder(root: Path, names: list[str]) -> Labelling:
     """
     labelling = by_folder(names)
     found = [place for place in places(root) if os.path.isfile(root / place)]
-    if labelling is not None:
+    if labelling is not None and not (found and SPLITS.issuperset(labelling.classes)):
         unused = [place for place in found if place.startswith("metadata.")]
         how = f"{labelling.how}, not by {unused[0]}" if unused else labelling.how
         return labelling._replace(how=how)
     reasons = []
     images = _Images(root, names) if found else None
     for place in found:
-        labelling = _by_file(root, place, images)
-        if labelling.classes:
-            return labelling
-        reasons.append(labelling.how)
+        by_file = _by_file(root, place, images)
+        if by_file.classes:
+            return by_file
+        reasons.append(by_file.how)
+    if labelling is not None:
+        return labelling
     if os.path.isfile(root / _GROUND_TRUTH) or os.path.isfile(root / ".." / _GROUND_TRUTH):
         reasons.insert(0, f"{_GROUND_TRUTH} has numbers whose synsets only the devkit knows; make a folder a class")
+    beside = sum("/" not in name for name in names)
+    if len({name.partition("/")[0] for name in names if "/" in name}) > 1 and beside:
+        reasons.append(f"{beside:,} of {len(names):,} images lie beside the folders, too many to be strays")
     reasons = [reason for reason in reasons if reason]
     return Labelling([-1] * len(names), (), reasons[0] if reasons else "")
 

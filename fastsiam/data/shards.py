@@ -80,8 +80,8 @@ def no_plain_shards(root: Path, compressed: list[str], key: str) -> UserError:
     name = compressed[0]
     tool = next(tool for end, tool in _TOOLS.items() if name.lower().endswith(end))
     return UserError(
-        f"{key}: {shown(root)} holds {len(compressed)} compressed tar shards ({shown(name, 30)}), and images are read "
-        f"from plain ones; python -m fastsiam.prepare pack {shown(root)} OUT makes those, or {tool} unpacks them"
+        f"{key}: the tar shards in {shown(root)} are compressed ({shown(name, 30)}), and images are read from plain "
+        f"ones; python -m fastsiam.prepare pack SRC OUT makes those, or {tool} *.{name.rpartition('.')[2]} unpacks them"
     )
 
 

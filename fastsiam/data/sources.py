@@ -15,6 +15,7 @@ from fastsiam.data.files import ARCHIVES, Files, Packed, fingerprint
 from fastsiam.data.headers import ODD, UNKNOWN, UNREADABLE, BadImageError, read_header
 from fastsiam.data.index import Index, cache_folder, open_folder, unread
 from fastsiam.data.lists import files_of_list
+from fastsiam.data.shards import COMPRESSED, files_of_shards, no_plain_shards
 from fastsiam.data.tables import is_numbered, shown
 
 _READERS = 8
@@ -171,6 +172,8 @@ def open_unscanned(location: str, key: str) -> ImageSource:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
             return _of_index(open_folder(path, key))
+        if stat.S_ISREG(mode) and path.suffix.lower() == ".tar":
+            return of_files(files_of_shards(path.parent, [path.name], key))
         if stat.S_ISREG(mode):
             _check_is_a_list(path, key)
             return of_files(files_of_list(path, key))
@@ -206,6 +209,8 @@ def _check_is_a_list(path, key):
     option = f"{key}=" if "." in key else ""
     if is_image:
         raise UserError(f"{key}: {shown(path)} is one image; give its folder, {option}{shown(path.parent)}")
+    if path.name.lower().endswith(COMPRESSED):
+        raise no_plain_shards(path.parent, [path.name], key)
     if path.name.lower().endswith(ARCHIVES):
         what = "the folder that holds it" if path.suffix == ".tar" else "what it holds, unpacked"
         raise UserError(f"{key}: {shown(path)} is an archive; give {what}: {option}FOLDER")

@@ -81,7 +81,7 @@ def read_entries(text: str, encoding: str, find: Find) -> Entries:
     not JSON or CSV.
     """
     how = "" if encoding == "utf-8-sig" else encoding.upper()
-    if text.lstrip().startswith("{"):
+    if text.lstrip().startswith(("{", "[")) and find(text.partition("\n")[0]) is None:
         return _of_json(text, find, how)
     head = "\n".join(text.split("\n", _SAMPLE)[:_SAMPLE])
     best = max(_SEPARATORS, key=lambda separator: _known(head, separator, find))
@@ -162,25 +162,36 @@ def _without_mark(data):
     return None
 
 
-def _of_json(text, find, how):
-    found, names, lines, labels = [], [], [], []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
+def _objects(text) -> Iterator[tuple[int, dict]]:
+    """Line number and fields of each JSON object: one a line, or those of an array, whose numbers are counted."""
+    if text.lstrip().startswith("["):
         try:
-            fields = json.loads(line)
-        except ValueError:
-            fields = None
-        fields = {str(name).lower(): value for name, value in fields.items()} if isinstance(fields, dict) else {}
+            values = enumerate(json.loads(text), 1)
+        except ValueError as error:
+            raise ValueError(f"line {getattr(error, 'lineno', 1)} is not JSON") from None
+    else:
+        values = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    for number, value in values:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError:
+                value = None
+        yield number, {str(name).lower(): known for name, known in value.items()} if isinstance(value, dict) else {}
+
+
+def _of_json(text, find, how):
+    found, names, lines, objects = [], [], [], []
+    for number, fields in _objects(text):
         name = next((fields[name] for name in FILE_COLUMNS if isinstance(fields.get(name), str)), None)
         if name is None:
             raise ValueError(f"line {number} is not a JSON object with a file_name")
         found.append(find(name))
         names.append(name)
         lines.append(number)
-        labels.append(fields)
-    header = tuple(dict.fromkeys(name for fields in labels[:_SAMPLE] for name in fields))
-    columns = {name: [json_text(fields.get(name)) for fields in labels] for name in LABEL_COLUMNS if name in header}
+        objects.append(fields)
+    header = tuple(dict.fromkeys(name for fields in objects[:_SAMPLE] for name in fields))
+    columns = {name: [json_text(fields.get(name)) for fields in objects] for name in LABEL_COLUMNS if name in header}
     return Entries(found, names, lines, columns, header, ", ".join(filter(None, ("JSON", how))))
 
 
