@@ -19,7 +19,7 @@ from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.methods.simsiam import loss_is_fused
 from fastsiam.optim import large_batch_warning, scale_at
 from fastsiam.progress import duration
-from fastsiam.record import Result
+from fastsiam.record import Result, RunFolder, run_path
 
 # Share of a run from which on the cosine is below 2.5 %.
 LATE = 0.9
@@ -260,7 +260,8 @@ def dry_run(config: Config) -> None:
     world = World.of_environment()
     check_divides(config.train.batch_size, world.size)
     name, reason = choose_backend(config.data.backend, config.data.train)
-    compute = choose_compute(config.train, world.device_rank, world.device_ranks)
+    folder = RunFolder(config, run_path(config), warn=lambda _: None)
+    compute = choose_compute(config.train, world.device_rank, world.device_ranks, folder.environment())
     num_train, num_val, data_lines = _count(config, lambda sentence: print(sentence, file=sys.stderr))
     if num_train:
         check_batch_size(config.train.batch_size, num_train, config.data.train)
@@ -271,7 +272,7 @@ def dry_run(config: Config) -> None:
     else:
         steps_per_epoch = num_train // config.train.batch_size
     check_grows(config, steps_per_epoch)
-    where = f"would run in {config.run.dir}/{config.run.name}"
+    where = f"would run in {folder.path}"
     chosen = {"compute": compute, "reason": reason, "world_size": world.size}
     lines = opening_lines(config, num_train, num_val, name, where, data_lines, **chosen)
     lines.append(schedule_line(config, steps_per_epoch))

@@ -2,18 +2,20 @@
 
 from fastsiam.config import Config, differences
 
-_MAY_BE_AUTO = ("data.backend", "train.device", "train.precision", "train.compile")
+_MAY_BE_AUTO = ("data.backend", "train.precision", "train.compile")
 _OF_THE_BUDGET = ("train.epochs", "budget", "budget_price_per_hour")
 
 
 def differences_against_resuming(before: Config, now: Config) -> dict[str, tuple]:
     """Those of `differences` with which a run of the config `before` cannot resume.
 
-    More epochs are allowed, and a larger budget of the same kind. Where one of the two configs says auto, what that
-    came to is in the checkpoint, and is compared there.
+    More epochs are allowed, a larger budget of the same kind, and another device. Where one of the two configs says
+    auto, what that came to is in the checkpoint, and is compared there.
     """
     same_kind = before.to_spend.kind == now.to_spend.kind
-    allowed = set(_OF_THE_BUDGET) if same_kind and not asks_for_less(before, now) else set()
+    allowed = {"train.device"}
+    if same_kind and not asks_for_less(before, now):
+        allowed.update(_OF_THE_BUDGET)
     for key in _MAY_BE_AUTO:
         section, name = key.split(".")
         if "auto" in (getattr(getattr(config, section), name) for config in (before, now)):

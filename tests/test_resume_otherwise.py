@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastsiam import device
-from fastsiam.resuming import changed_computation
+from fastsiam.resuming import changed_computation, differences_against_resuming
 from fastsiam.train import main
 from tests.test_resume import refused_after_warnings, weights
 from tests.test_train import lines
@@ -76,6 +76,8 @@ def test_a_resumed_run_keeps_its_precision_where_the_config_says_auto(
     said = capsys.readouterr().out
     assert f"cpu, {then}," in said
     assert "may differ" not in said
+    assert main(["--config", "quickstart", *auto, "--dry-run"]) == 0
+    assert f"cpu, {then}," in capsys.readouterr().err
     a, b = weights(tmp_path / "runs/whole"), weights(tmp_path / "runs/run")
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -103,6 +105,23 @@ def test_device_compiler_and_ranks_that_changed_are_told():
         "the checkpoint was written with cuda, compile on, 1 process, and this start has cpu, compile off, 2 "
         "processes: the last bits may differ"
     )
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "refused"),
+    [
+        ("train.device=cuda", "train.device=cpu", []),
+        ("train.precision=auto", "train.precision=bf16", []),
+        ("train.precision=fp32", "train.precision=bf16", ["train.precision"]),
+        ("train.compile=on", "train.compile=auto", []),
+        ("train.compile=on", "train.compile=off", ["train.compile"]),
+        ("data.backend=dali", "data.backend=auto", []),
+        ("budget_price_per_hour=1", "budget_price_per_hour=2", []),
+        ("optimizer.momentum=0.9", "optimizer.momentum=0.5", ["optimizer.momentum"]),
+    ],
+)
+def test_what_a_config_may_change_between_two_starts(tiny_config, then, now, refused):
+    assert list(differences_against_resuming(tiny_config(then), tiny_config(now))) == refused
 
 
 def test_auto_keeps_the_compiler_setting_of_a_checkpoint_on_the_same_device(tiny_config):
