@@ -7,9 +7,9 @@ if TYPE_CHECKING:
     from fastsiam import kernels as kernels
     from fastsiam.config import load_config as load_config
     from fastsiam.data.backends import build_loader as build_loader
-    from fastsiam.encoder import load_encoder as load_encoder
     from fastsiam.evaluation.knn import knn_accuracy as knn_accuracy
     from fastsiam.methods import build_method as build_method
+    from fastsiam.saved_encoder import load_encoder as load_encoder
     from fastsiam.train import pretrain as pretrain
 
 __version__ = "0.1.0"

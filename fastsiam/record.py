@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsiam.config import Config, UserError, load_config
+from fastsiam.config_file import shortened
 from fastsiam.disk import Appender, replace_file
 from fastsiam.resuming import asks_for_less, differences_against_resuming
 from fastsiam.tensorboard import EventFiles
@@ -87,8 +88,8 @@ class RunFolder:
             return load_config(self.path / "config.yaml")
         except UserError as error:
             raise UserError(
-                f"{self.path} cannot go on: its config.yaml is damaged or of another version of fastsiam ({error}); "
-                "run.fresh=true starts over in a new folder"
+                f"{self.path} cannot go on: its config.yaml is damaged or of another version of fastsiam "
+                f"({shortened(str(error), 100)}); run.fresh=true starts over in a new folder"
             ) from error
 
     def status(self) -> dict:

@@ -16,6 +16,7 @@ from torch import nn
 import fastsiam
 from fastsiam import checkpoint
 from fastsiam.config import Config, UserError, load_config
+from fastsiam.config_file import shortened
 from fastsiam.data.views import view_specs
 from fastsiam.disk import DAMAGED_ZIP, replace_file
 from fastsiam.encoder import build_encoder
@@ -78,8 +79,8 @@ def load_encoder(path: str | Path) -> nn.Module:
         encoder = build_encoder(*(description[key] for key in _BUILDS), zero_init_residual=False)
         encoder.load_state_dict(state)
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path} does not hold the encoder that it describes ({reason})"[:300]) from error
+        reason = shortened(str(error), 150)
+        raise UserError(f"{path} does not hold the encoder that it describes ({reason})") from error
     encoder.mean, encoder.std = (_triple(description.get(key)) for key in ("mean", "std"))
     encoder.description = description
     return encoder.eval()
@@ -166,7 +167,7 @@ def _load_zip(path):
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()
     except DAMAGED_ZIP as error:
-        raise UserError(f"{path} is damaged ({error}); {READS}"[:300]) from error
+        raise UserError(f"{path} is damaged ({shortened(str(error), 100)}); {READS}") from error
     if record:
         raise UserError(f"{path} is damaged (the CRC-32 of {record!r} is another); {READS}")
     try:
