@@ -39,6 +39,8 @@ setup(
         # Built from source: needs Debian's libopencv-dev, libturbojpeg0-dev and pkg-config. It imports distutils, which
         # from Python 3.12 on comes from setuptools.
         "ffcv": ["ffcv>=1.0.2", "setuptools"],
+        # TIFFs that Pillow does not decode, or not as they were written: floating RGB, 64 bits, planes, BigTIFF.
+        "tiff": ["tifffile", "imagecodecs"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
         "peers": ["lightly"],
         "dev": ["pytest", "ruff", "build", "setuptools", "wheel", "playwright"],

@@ -103,10 +103,12 @@ def _augmenter_text(config, device):
 
 
 def source_lines(*sources: ImageSource | None) -> list[str]:
-    """How the labels were read, and what is left out, of the images for training and of those for kNN."""
+    """How labels were read, what deep pixels become and what is left out, of images for training and for kNN."""
     sources = [source for source in sources if source is not None]
     labels = [source.label_text() for source in sources]
     lines = [f"labels    {text}" for text in dict.fromkeys(labels) if text]
+    deep = dict.fromkeys(source.levels.text() for source in sources)
+    lines += [f"deep      {text}" for text in deep if text]
     return lines + [f"left out  {text}" for source in sources for text in source.left_out_texts()]
 
 
@@ -149,6 +151,7 @@ def described(session) -> dict:
         **session.compute.names,
         **{key: len(source) for key, source in sources.items() if source is not None},
         **{f"{key}_left_out": source.left_out for key, source in sources.items() if source and source.left_out},
+        "deep_pixels": {key: source.levels.ranges for key, source in sources.items() if source is not None},
         "images_per_epoch": session.loader.steps_per_epoch * session.config.train.batch_size,
     }
 
@@ -293,6 +296,8 @@ def _count(config: Config, warn) -> tuple[int, int, list[str]]:
         warn(f"the demo images of seed {data.demo_seed} would be drawn to {folder}")
         num_val = demo.VAL_PER_CLASS * len(demo.CLASSES) if data.val is not None else 0
         return demo.TRAIN_PER_CLASS * len(demo.CLASSES), num_val, []
-    train = open_source(data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction)
+    train = open_source(
+        data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction, levels=data.deep_pixels
+    )
     val = open_validation(config, train, lambda sentence: warn(f"warning: {sentence}"))
     return len(train), len(val or ()), source_lines(train, val)

@@ -1,6 +1,7 @@
 """The sections data and views of a config: what images there are, who reads them, and what a view of one is."""
 
 import os
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -12,6 +13,15 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
+
+
+_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+
+
+def parse_span(text: str) -> tuple[float, float] | None:
+    """Both ends of LOW..HIGH, which may be negative and have a fraction; None for another text."""
+    match = re.fullmatch(rf"\s*({_NUMBER})\.\.({_NUMBER})\s*", text)
+    return (float(match[1]), float(match[2])) if match else None
 
 
 class Section(BaseModel):
@@ -35,6 +45,10 @@ class DataConfig(Section):
     or one (dali, ffcv)."""
     max_bad_fraction: Probability = 0.001
     """A run stops when more than this share of the images could not be decoded; what a scan found does not count."""
+    deep_pixels: str = "scale"
+    """Of pixels with more than 8 bits the values that become 0..255. scale: the 0.1 to 99.9 % percentiles of the
+    training images, by kind of file (what fills half of its type: its type); type: the range of the type, 0..1 of
+    floats; or LOW..HIGH, as -1000..2000."""
     manifest: str | None = None
     """What a scan has found in data.train, if it was written elsewhere than the index cache, where it is looked for."""
     demo_seed: Annotated[int, Field(ge=0)] | None = None
@@ -45,6 +59,15 @@ class DataConfig(Section):
     @classmethod
     def home_expanded(cls, path):
         return path if path is None else os.path.expanduser(path)
+
+    @field_validator("deep_pixels")
+    @classmethod
+    def scale_type_or_a_range(cls, given):
+        ends = parse_span(given)
+        if given not in ("scale", "type") and (ends is None or not ends[0] < ends[1]):
+            shown = f"'{given[:40]}'"
+            raise ValueError(f"data.deep_pixels: {shown} is not scale, type or a range LOW..HIGH such as -1000..2000")
+        return given
 
     @model_validator(mode="after")
     def what_there_is_to_read(self):

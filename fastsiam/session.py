@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fastsiam import checkpoint, host_memory, optim
-from fastsiam.alike import check_alike, facts_of_config, facts_of_images
+from fastsiam.alike import check_alike, facts_of_config, facts_of_images, with_levels
 from fastsiam.announce import closing_lines, described, finished, session_lines
 from fastsiam.bad_files import BadFiles
 from fastsiam.config import Config, UserError
@@ -68,6 +68,7 @@ class Session:
         self.journal = Journal(self.folder, world, self.state, self.clock)
         with world.together(), world.leader_first():
             self.source, self.val = open_sources(config, self.journal.warn, self.journal.say)
+        self.source, self.val = with_levels(world, self.folder.path if self._saved else None, self.source, self.val)
         chosen = {**self.compute.names, "data.backend": self.backend_name}
         check_alike(world, {**chosen, **facts_of_images(self.source, self.val)})
         self._files = BadFiles(config, self.folder.path, self.journal, world)

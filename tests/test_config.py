@@ -57,6 +57,11 @@ MISTAKES = {
         "optimizer.lars_trust: 0.01 has no effect with optimizer.name=sgd; set optimizer.name=lars, or",
     ),
     "unknown optimizer": (["optimizer.name=adam"], "optimizer.name: 'adam' should be 'sgd' or 'lars'"),
+    "deep pixels by another word": (
+        ["data.deep_pixels=auto"],
+        "data.deep_pixels: 'auto' is not scale, type or a range",
+    ),
+    "deep pixels that end first": (["data.deep_pixels=5..-5"], "data.deep_pixels: '5..-5' is not scale, type or a"),
     "no size": (["data.backend=resident"], "data.store_size: null, but data.backend=resident stores images at a size"),
     "mapping for a name": (["views.recipe={a: b}"], 'views.recipe: {"a": "b"} should be'),
     "list for a name": (["train.device=[cpu]"], 'train.device: ["cpu"] should be'),

@@ -72,7 +72,8 @@ LAYERS = (
 )
 TORCH_FREE = (
     "config", "config_data", "config_model", "config_file", "data.views", "data.draws", "data.demo", "data.sources",
-    "data.pack", "data.cifar10", "train", "prepare", "record", "signals", "budget", "energy", "spent", "apex_lookup",
+    "data.pack", "data.levels", "data.deep", "data.cifar10", "train", "prepare", "record", "signals", "budget",
+    "energy", "spent", "apex_lookup",
     "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe", "disk", "commands",
     "resuming", "tensorboard", "arrays", "progress", "report", "plan", "published", "reports.runs", "reports.page",
     "reports.own",

@@ -47,7 +47,9 @@ def build_loader(
         from fastsiam.data.sources import open_source
 
         data = config.data
-        source = open_source(data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction)
+        source = open_source(
+            data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction, levels=data.deep_pixels
+        )
     check_grows(config, len(source) // config.train.batch_size)
     share, augments = config.train.batch_size // world_size, config.data.augment == "dali"
     if augments:

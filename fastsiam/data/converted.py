@@ -1,4 +1,4 @@
-"""Files that only PIL decodes as everybody sees them (CMYK, palettes, transparency, 16 bits), as bitmaps for DALI."""
+"""What only PIL decodes as everybody sees it (CMYK, palettes, transparency, deep pixels), as bitmaps for DALI."""
 
 import io
 import shutil

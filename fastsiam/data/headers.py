@@ -1,6 +1,5 @@
 """What an image file's header says: its displayed size, and whether every decoder makes the same picture of it."""
 
-import io
 import os
 import struct
 from pathlib import Path
@@ -10,6 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fastsiam.config import UserError
 from fastsiam.data import formats
+from fastsiam.data.deep import kind_of, open_picture
 
 # Kinds of a file, as an index keeps them: from UNREADABLE on it is not used. UNWANTED is a scan's verdict on files that
 # can be decoded.
@@ -47,7 +47,9 @@ def read_header(file: Path | str | bytes, name: object = None) -> Header:
     """The header of an image file, given as a path or as its bytes; raises `BadImageError` naming it."""
     name = file if name is None else name
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else os.fspath(file)) as image:
+        with open_picture(file) as (_, image, tags):
+            if tags is not None:
+                return Header(tags.height, tags.width, ODD)
             width, height = image.size
             turned = orientation(image)
             plain = _is_plain(image, turned)
@@ -80,6 +82,9 @@ def _is_plain(image, turned):
     if image.format in ("JPEG", "MPO"):
         return not _is_stored_as_rgb(image) and (turned == 1 or _turned_by_all(image.info.get("exif", b""), turned))
     if image.format == "BMP" and image.tile[0].args[0] not in _PLAIN_BITMAPS:
+        return False
+    if image.format == "PNG" and ";16" in str(image.tile[0].args):
+        # The mode of 16 bits a colour is RGB, too.
         return False
     return turned == 1 and not getattr(image, "is_animated", False)
 

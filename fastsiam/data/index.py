@@ -23,7 +23,7 @@ from fastsiam.config import UserError
 from fastsiam.data import formats, left_out
 from fastsiam.data.annotations import places
 from fastsiam.data.files import Files, Packed, files_of_folder, fingerprint, is_outside, no_images
-from fastsiam.data.headers import UNKNOWN, UNREADABLE
+from fastsiam.data.headers import PLAIN, UNKNOWN, UNREADABLE
 from fastsiam.data.shards import compressed_shards, files_of_shards, no_plain_shards, shards_of_folder
 from fastsiam.data.walk import Directory, Walk, is_still_closed
 
@@ -165,6 +165,9 @@ def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
         return None
     # A crash may have kept the one and lost the other.
     kinds = np.where((image_sizes > 0).all(1), cached_kinds, UNKNOWN).astype(np.uint8)
+    if note["version"] == 1:
+        # Called plain where they had 16 bits a colour, too.
+        kinds[(kinds == PLAIN) & np.char.endswith(np.char.lower(files.names), b".png")] = UNKNOWN
     return Index(files, image_sizes, kinds, cached_kinds if mode == "r+" else None, note["fingerprint"])
 
 

@@ -21,6 +21,9 @@ class Verdict(NamedTuple):
 OK, UNREAD, EMPTY, NOT_AN_IMAGE, TRUNCATED = "ok", "unreadable", "empty", "not an image", "truncated"
 TOO_LARGE, DUPLICATE, CONSTANT = "too large", "duplicate", "constant"
 ANIMATED, CMYK, DEEP, GREYSCALE = "animated", "CMYK", "16-bit", "greyscale"
+WIDE, FLOAT = "32-bit", "float"
+# More than eight bits a channel.
+DEEPER = (DEEP, WIDE, FLOAT)
 
 VERDICTS = {
     OK: Verdict(None, "decodes"),
@@ -33,7 +36,9 @@ VERDICTS = {
     CONSTANT: Verdict(UNWANTED, "one colour everywhere: its two views are the same"),
     ANIMATED: Verdict(None, "several frames: the first is used"),
     CMYK: Verdict(None, "converted to RGB"),
-    DEEP: Verdict(None, "16 bits a channel: scaled to 8"),
+    DEEP: Verdict(None, "16 bits a channel: data.deep_pixels says which values become black and white"),
+    WIDE: Verdict(None, "32 bits a channel: the same"),
+    FLOAT: Verdict(None, "floating-point numbers: the same"),
     GREYSCALE: Verdict(None, "one channel: repeated to three"),
 }
 
@@ -110,6 +115,8 @@ def apply(path: Path, source, key: str) -> str:
     """
     names, file_sizes, heights, widths, verdicts, kinds, _ = _columns(path, key)
     verdicts, kinds = np.array(verdicts), np.array(kinds)
+    # Earlier manifests call a PNG of 16 bits a colour plain.
+    kinds[np.isin(verdicts, [name.encode() for name in DEEPER])] = _KINDS[ODD]
     rows = _rows_of(source.names, np.array(names))
     indices = np.flatnonzero(rows >= 0)
     indices = indices[np.array(file_sizes).astype(np.int64)[rows[indices]] == source.file_sizes[indices]]

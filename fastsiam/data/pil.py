@@ -1,7 +1,6 @@
 """PIL decodes, torchvision crops, a DataLoader spreads the work: slow, right, and the truth for tests."""
 
 import contextlib
-import io
 import signal
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -9,15 +8,35 @@ from pathlib import Path
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageOps, features
+from PIL import Image, features
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
 from fastsiam.cores import usable_cores
+from fastsiam.data import deep
+from fastsiam.data.deep import open_picture
 from fastsiam.data.headers import BadImageError, orientation, other_size
+from fastsiam.data.levels import Levels
 from fastsiam.data.skip import UndecodableError
 from fastsiam.data.sources import ImageSource
+
+# What shows a picture of each EXIF orientation as it was taken.
+_TURNS = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        strict=True,
+    )
+)
 
 
 def open_backend(source, size, num_views, batch_size, workers, device) -> "PilBackend":
@@ -25,26 +44,29 @@ def open_backend(source, size, num_views, batch_size, workers, device) -> "PilBa
     return PilBackend(source, size, workers, device)
 
 
-def decode(file: Path | bytes, name: object = None) -> Image.Image:
+def decode(file: Path | bytes, name: object = None, levels: Levels = Levels()) -> Image.Image:  # noqa: B008
     """The RGB image as displayed (EXIF orientation applied); raises `BadImageError` naming the file.
 
-    `file` is a path, or a file's bytes.
+    `file` is a path, or a file's bytes. `levels`: of pixels with more than eight bits.
     """
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            if orientation(image) != 1:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):
-                # PIL clips 16-bit grey at 255 where every other decoder scales it.
-                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+        with open_picture(file) as picture:
+            image = picture.image
+            turned = orientation(image) if picture.tags is None else 1
+            pixels = deep.read(picture, turned)
+            if pixels is not None:
+                image, turned = Image.fromarray(levels.shown(pixels)), pixels.orientation
+            if turned in _TURNS:
+                image = image.transpose(_TURNS[turned])
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadImageError(f"{name or file} cannot be decoded: {error}") from error
+        name = name or ("the image" if isinstance(file, bytes) else file)
+        raise BadImageError(f"{name} cannot be decoded: {error}") from error
 
 
 def decode_image(source: ImageSource, index: int) -> Image.Image:
     """Image `index` of a source; raises `BadImageError`."""
-    return decode(source.read(index) if source.packed else source.path(index), source.name(index))
+    return decode(source.read(index) if source.packed else source.path(index), source.name(index), source.levels)
 
 
 class PilBackend:

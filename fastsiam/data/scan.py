@@ -1,7 +1,7 @@
 """Decode every image of a source once and say what is wrong with it."""
 
 import hashlib
-import io
+import json
 import multiprocessing
 import signal
 import warnings
@@ -14,7 +14,9 @@ from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import manifest
-from fastsiam.data.headers import UNKNOWN, UNREADABLE, BadImageError, read_header
+from fastsiam.data.deep import kind_of, open_picture
+from fastsiam.data.headers import ODD, UNKNOWN, UNREADABLE, BadImageError, read_header
+from fastsiam.data.levels import measured, range_file
 from fastsiam.data.manifest import VERDICTS, Row
 from fastsiam.data.pil import decode
 from fastsiam.data.sources import ImageSource
@@ -23,6 +25,8 @@ from fastsiam.data.sources import ImageSource
 PIXEL_LIMIT = 2 * Image.MAX_IMAGE_PIXELS
 # Images that a worker takes at a time, and the most that are decoded again after a kill.
 _CHUNK = 32
+# Images of each kind whose values are measured again at the end.
+_MEASURED = 256
 _BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\0", b"MM\0*")
 
 
@@ -56,7 +60,18 @@ def scan(
             progress(done, len(source))
     rows = _with_duplicates([known[key] for key in keys])
     manifest.write_rows(path, rows)
+    _write_ranges(source, rows, path)
     return rows
+
+
+def _write_ranges(source, rows, path):
+    """The values of pixels with more than eight bits, beside the manifest."""
+    found = [index for index, row in enumerate(rows) if row.verdict in manifest.DEEPER]
+    if found:
+        ranges = measured(source, found, most=_MEASURED)
+        range_file(path).write_text(json.dumps(ranges, indent=1), encoding="utf-8")
+    else:
+        range_file(path).unlink(missing_ok=True)
 
 
 def examine(source: ImageSource, index: int, max_pixels: int) -> Row:
@@ -94,22 +109,29 @@ def _judge(data, max_pixels):
 def _judge_picture(data, picture):
     if all(low == high for low, high in picture.getextrema()):
         return manifest.CONSTANT
-    with Image.open(io.BytesIO(data)) as image:
-        # The second picture of an MPO file is the other eye's, not a frame.
-        if getattr(image, "is_animated", False) and image.format != "MPO":
-            return manifest.ANIMATED
-        if image.mode == "CMYK":
+    with open_picture(data) as opened:
+        mode = ""
+        if (image := opened.image) is not None:
+            mode = image.mode
+            # The second picture of an MPO file is the other eye's, not a frame.
+            if getattr(image, "is_animated", False) and image.format != "MPO":
+                return manifest.ANIMATED
+        if mode == "CMYK":
             return manifest.CMYK
-        # The mode of a 16-bit RGB file is RGB: only its tile names the layout.
-        if any(";16" in str(tile[3]) for tile in image.tile):
-            return manifest.DEEP
-        return manifest.GREYSCALE if image.mode in ("L", "LA", "1") else manifest.OK
+        if kind := kind_of(opened):
+            return manifest.FLOAT if "float" in kind else manifest.WIDE if "32-bit" in kind else manifest.DEEP
+        return manifest.GREYSCALE if mode in ("L", "LA", "1") else manifest.OK
 
 
 def _still_holds(row, max_pixels):
-    """Not for a bad file, which may have been repaired, a duplicate, whose first may be gone, and another limit."""
+    """Not for a bad file, which may have been repaired, a duplicate, whose first may be gone, and another limit.
+
+    Nor for a deep one of one colour.
+    """
     too_large = row.height * row.width > max_pixels
     bad = VERDICTS[row.verdict].kind == UNREADABLE
+    # Pixels of more than eight bits had been judged by the range of their type.
+    bad |= row.verdict == manifest.CONSTANT and row.kind == ODD
     return not bad and row.verdict != manifest.DUPLICATE and too_large == (row.verdict == manifest.TOO_LARGE)
 
 

@@ -14,6 +14,7 @@ from fastsiam.data import beton, demo, formats, left_out, manifest
 from fastsiam.data.files import ARCHIVES, Files, Packed, fingerprint
 from fastsiam.data.headers import ODD, UNKNOWN, UNREADABLE, BadImageError, read_header
 from fastsiam.data.index import Index, cache_folder, open_folder, unread
+from fastsiam.data.levels import Levels, levels_of
 from fastsiam.data.lists import files_of_list
 from fastsiam.data.shards import COMPRESSED, files_of_shards, no_plain_shards
 from fastsiam.data.tables import is_numbered, shown
@@ -53,6 +54,8 @@ class ImageSource:
     """How the labels were read, or why there are none where some could be expected."""
     left_out_by_scan: str = ""
     """How many of the N a scan leaves out, why, and by which manifest; empty for none."""
+    levels: Levels = Levels()  # noqa: RUF009
+    """How pixels of more than eight bits become eight."""
     converted: set[int] = field(default_factory=set)
     """Images that this process has found to be decoded by PIL only."""
 
@@ -146,21 +149,28 @@ class ImageSource:
 
 
 def open_source(
-    location: str, key: str = "data.train", scanned: str | None = None, max_bad_fraction: float = 1.0
+    location: str,
+    key: str = "data.train",
+    scanned: str | None = None,
+    max_bad_fraction: float = 1.0,
+    levels: str | Levels = "scale",
 ) -> ImageSource:
     """The images at `location`: a folder of files or of tar shards, a text list, or a .beton; `key` is for errors.
 
     `scanned`: the manifest of a scan; without one, that in the index cache, if there is one. Images that it leaves out
-    are UNREADABLE or UNWANTED. Raises `UserError` where more than `max_bad_fraction` of what was meant to be an image
-    cannot be one here (dead links, files that no installed decoder reads), and where there is no image.
+    are UNREADABLE or UNWANTED. `levels`: of `data.deep_pixels`, or those of other images. Raises `UserError` where more
+    than `max_bad_fraction` of what was meant to be an image cannot be one here (dead links, files that no installed
+    decoder reads), and where there is no image.
     """
     source = open_unscanned(location, key)
     left_out.check(source.left_out, len(source), source.root, key, max_bad_fraction)
     path = Path(scanned) if scanned is not None else manifest.default_path(cache_folder(Path(location)))
-    if scanned is None and not path.exists():
-        return source
-    by_scan = manifest.apply(path, source, "data.manifest" if scanned is not None else key)
-    return replace(source, left_out_by_scan=by_scan)
+    by_scan = ""
+    if scanned is not None or path.exists():
+        by_scan = manifest.apply(path, source, "data.manifest" if scanned is not None else key)
+    if isinstance(levels, str):
+        levels = levels_of(source, levels, path)
+    return replace(source, left_out_by_scan=by_scan, levels=levels)
 
 
 def open_unscanned(location: str, key: str) -> ImageSource:
@@ -242,7 +252,9 @@ def open_sources(config: Config, warn, say) -> "tuple[ImageSource | None, ImageS
     if data.backend == "synthetic":
         return None, None
     draw_missing_demo(config, say)
-    train = open_source(data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction)
+    train = open_source(
+        data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction, levels=data.deep_pixels
+    )
     return train, open_validation(config, train, warn)
 
 
@@ -255,7 +267,8 @@ def open_validation(config: Config, train: ImageSource, warn) -> ImageSource | N
     if not is_there(data.val):
         warn(f"no kNN: there is no {data.val}; {advice}")
         return None
-    val = open_source(data.val, "data.val", max_bad_fraction=data.max_bad_fraction)
+    levels = train.levels if train.levels.ranges else data.deep_pixels
+    val = open_source(data.val, "data.val", max_bad_fraction=data.max_bad_fraction, levels=levels)
     try:
         check_labels(train, val)
     except UserError:

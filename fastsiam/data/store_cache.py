@@ -47,7 +47,7 @@ class StoreCache:
         backend = open_backend(choose_backend("auto")[0], source, size, 1, _BATCH, workers, device)
         # Without the number of workers, which changes nothing.
         decoder = f"{backend.description.partition(' (')[0]} on {device.type}"
-        name = f"{source.fingerprint()}-{size}px-{decoder.replace(' ', '-')}"
+        name = "-".join((source.fingerprint(), f"{size}px", *decoder.split(" "), *filter(None, [source.levels.tag()])))
         return cls(len(source), size, decoder, cache_root() / "resident" / name, backend)
 
     @property
