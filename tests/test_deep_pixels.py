@@ -25,14 +25,15 @@ from fastsiam.distributed import World
 from fastsiam.session import Session
 from tests.betons import beton_of
 from tests.test_loader import CPU
+from tests.test_parity import exif_block
 from tests.tiffs import tiff_of
 
 SIZE = 32
 HEIGHT, WIDTH = 48, 64
 
 
-def png(values):
-    """A PNG of 16 bits, of values [H, W, 1 to 4]."""
+def png(values, exif=b"", late=False):
+    """A PNG of 16 bits, of values [H, W, 1 to 4]; `late`: its EXIF block is behind the pixels."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -40,7 +41,9 @@ def png(values):
     height, width, bands = values.shape
     head = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    pixels, block = chunk(b"IDAT", zlib.compress(rows)), chunk(b"eXIf", exif) if exif else b""
+    middle = pixels + block if late else block + pixels
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + middle + chunk(b"IEND", b"")
 
 
 def ramps(bands):
@@ -126,7 +129,7 @@ def test_the_values_are_those_that_were_written(name):
     data, values, kind = FILES[name]
     with deep.open_picture(data) as picture:
         assert deep.kind_of(picture) == kind
-        assert np.array_equal(deep.read(picture, 1).values, values, equal_nan=values.dtype.kind == "f")
+        assert np.array_equal(deep.read(picture).values, values, equal_nan=values.dtype.kind == "f")
     assert read_header(data) == (HEIGHT, WIDTH, ODD)
 
 
@@ -152,6 +155,16 @@ def test_every_backend_shows_them_alike_and_with_their_contrast(folder, backend)
         assert np.abs(crop - resized).max() <= 1, name
         # Three of 4.3 billion and 200 of 255 fill their types; ten thousand of 65,535 are spread.
         assert np.ptp(crop) > (170 if name in ("counts.tif", "small.tif") else 225), name
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("bands", [1, 2, 3, 4])
+def test_exif_turns_them(bands, late):
+    values = scaled(bands, 0, 4095, np.uint16)
+    data = png(values, exif_block("<", 3, 6)[6:], late)
+    assert read_header(data) == (WIDTH, HEIGHT, ODD)
+    shown = expected(values[..., 0] if bands < 3 else values[..., :3], 0, 4095)
+    assert np.array_equal(np.asarray(decode(data, levels=Levels("0..4095"))), np.rot90(shown, -1))
 
 
 def test_a_range_of_ones_own_and_that_of_the_type():

@@ -40,8 +40,8 @@ class Deep(NamedTuple):
     """Of the type: what `data.deep_pixels=type` maps to black and white; 0 to 1 for floats."""
     inverted: bool
     """Whether the lowest value is white."""
-    orientation: int
-    """How the values are turned still, 1 to 8."""
+    orientation: int = 1
+    """How the values of a TIFF are turned still, 1 to 8."""
 
 
 @contextmanager
@@ -96,15 +96,15 @@ def kind_of(picture: Picture) -> str | None:
     return _named("u", 16, "PNG") if image.format == "PNG" and ";16" in _raw_mode(image) else None
 
 
-def read(picture: Picture, orientation: int) -> Deep | None:
-    """The values of a picture that has just been opened, by its EXIF orientation; None where Pillow's are right."""
+def read(picture: Picture) -> Deep | None:
+    """The values of a picture that has just been opened; None where Pillow's are right."""
     kind, (stream, image, tags) = kind_of(picture), picture
     if kind is None and image is not None:
         return None
     if tags is None:
         values = _of_png(stream, image) if image.format == "PNG" else np.asarray(image)
         number = "f" if image.mode == "F" else "i" if kind.startswith("signed") else "u"
-        return Deep(values, kind, _span(number, 32 if number == "i" else 16), False, orientation)
+        return Deep(values, kind, _span(number, 32 if number == "i" else 16), False)
     if image is None:
         values, orientation = tiff.read_values(stream), tags.orientation
     else:

@@ -47,12 +47,15 @@ def read_header(file: Path | str | bytes, name: object = None) -> Header:
     """The header of an image file, given as a path or as its bytes; raises `BadImageError` naming it."""
     name = file if name is None else name
     try:
-        with open_picture(file) as (_, image, tags):
+        with open_picture(file) as picture:
+            image, tags = picture.image, picture.tags
             if tags is not None:
                 return Header(tags.height, tags.width, ODD)
             width, height = image.size
+            # The mode of 16 bits a colour is RGB, too.
+            deep = kind_of(picture)
             turned = orientation(image)
-            plain = _is_plain(image, turned)
+            plain = not deep and _is_plain(image, turned)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadImageError(f"{name} cannot be decoded: {error}") from error
     if turned in _TRANSPOSED:
@@ -61,12 +64,14 @@ def read_header(file: Path | str | bytes, name: object = None) -> Header:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's orientation of an image that has just been opened, or XMP's where EXIF has none; 1 to 8, 1 for none.
+    """EXIF's orientation of an image, or XMP's where EXIF has none; 1 to 8, 1 for none.
 
-    XMP behind the pixels of a PNG is not looked at: nobody else does. A damaged block turns nothing.
+    May decode the pixels. XMP behind those of a PNG is not looked at: nobody else does. A damaged block turns nothing.
     """
     # Only these can turn the image, and parsing them costs more than the rest of the header.
-    if any(key in image.info for key in _TURNING) or (image.format == "PNG" and _has_chunk(image.fp, b"eXIf")):
+    if any(key in image.info for key in _TURNING) or (
+        image.format == "PNG" and image.fp and _has_chunk(image.fp, b"eXIf")
+    ):
         try:
             found = image.getexif().get(_ORIENTATION, 1)
         except _DAMAGED_EXIF:
@@ -82,9 +87,6 @@ def _is_plain(image, turned):
     if image.format in ("JPEG", "MPO"):
         return not _is_stored_as_rgb(image) and (turned == 1 or _turned_by_all(image.info.get("exif", b""), turned))
     if image.format == "BMP" and image.tile[0].args[0] not in _PLAIN_BITMAPS:
-        return False
-    if image.format == "PNG" and ";16" in str(image.tile[0].args):
-        # The mode of 16 bits a colour is RGB, too.
         return False
     return turned == 1 and not getattr(image, "is_animated", False)
 

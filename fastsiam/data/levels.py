@@ -151,7 +151,7 @@ def _sample(source, index):
     """The type's span and some of the values of an image that are numbers; None where it cannot be decoded."""
     try:
         with deep.open_picture(_file(source, index)) as picture:
-            pixels = deep.read(picture, 1)
+            pixels = deep.read(picture)
     except _UNREADABLE:
         return None
     return pixels.span, _numbers(pixels.values, _VALUES)

@@ -52,10 +52,10 @@ def decode(file: Path | bytes, name: object = None, levels: Levels = Levels()) -
     try:
         with open_picture(file) as picture:
             image = picture.image
-            turned = orientation(image) if picture.tags is None else 1
-            pixels = deep.read(picture, turned)
+            pixels = deep.read(picture)
+            turned = orientation(image) if picture.tags is None else pixels.orientation if pixels else 1
             if pixels is not None:
-                image, turned = Image.fromarray(levels.shown(pixels)), pixels.orientation
+                image = Image.fromarray(levels.shown(pixels))
             if turned in _TURNS:
                 image = image.transpose(_TURNS[turned])
             return image.convert("RGB")
