@@ -147,7 +147,7 @@ class RecipeBackend(DaliBackend):
         return view_graph(self._next_inputs, self._specs, self._decoder, self._packed, memory, **options)
 
     def _inputs(self, request):
-        drawn, batch_size = arguments(request.drawn), len(request.indices)
+        drawn, batch_size = arguments(AugmentDraws.concatenate(request.drawn)), len(request.indices)
         return *corners(request.boxes), *(
             drawn[name][view * batch_size : (view + 1) * batch_size]
             for view, spec in enumerate(self._specs)

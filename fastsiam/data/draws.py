@@ -4,6 +4,7 @@ Counter-based: a draw is a hash of its address, so it does not depend on the ord
 or of processes, and resuming needs no random state. Vectorised numpy; imports no torch.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,7 +62,7 @@ class AugmentDraws:
     """[N] bool."""
 
     @staticmethod
-    def concatenate(parts: "list[AugmentDraws]") -> "AugmentDraws":
+    def concatenate(parts: "Sequence[AugmentDraws]") -> "AugmentDraws":
         names = AugmentDraws.__dataclass_fields__
         return AugmentDraws(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in names})
 

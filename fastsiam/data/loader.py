@@ -4,9 +4,12 @@ A backend turns `CropRequest`s into uint8 crops and nothing else. Order, boxes, 
 count of what was delivered are here, the same for all of them.
 """
 
+import contextlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -36,8 +39,8 @@ class CropRequest:
     """[V, N, 4] int32: top, left, height, width in pixels of the displayed image."""
     sizes: np.ndarray
     """[N, 2] int32: height and width of the displayed image, as the boxes were drawn for."""
-    drawn: draws.AugmentDraws | None = None
-    """V*N rows for a backend that augments too, else None."""
+    drawn: tuple[draws.AugmentDraws, ...] = ()
+    """V times N rows; none for evaluation."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +127,10 @@ class Loader:
         self._resize(size or self.specs[0].size)
         delivered = 0
         try:
-            for indices, crops in self._crops(epoch, cursor):
+            for crops, request in self._crops(epoch, cursor):
+                indices = request.indices
                 delivered += len(indices)
-                views = crops if self.backend_augments else self.augmented(crops, epoch, indices)
+                views = crops if self.backend_augments else self.augmented(crops, request.drawn)
                 cold, self._cold = self._cold, False
                 yield Batch(views, _labels(self.source, indices), indices, cold)
         finally:
@@ -153,29 +157,44 @@ class Loader:
         finished = False
         while not finished:
             pending: deque[CropRequest] = deque()
-            try:
-                for indices, crops in self.backend.crops(self._requests(epoch, cursor, pending)):
-                    check_delivery(pending, indices, crops, len(self.specs))
-                    cursor += self.batch_size
-                    yield indices, crops
-                finished = True
-            except UndecodableError as error:
-                self.source.forget(error.reasons)
-                self.skip.add(error.reasons)
-                self._cold = True
+            with _thread() as pool:
+                try:
+                    for indices, crops in self.backend.crops(self._requests(epoch, cursor, pending, pool)):
+                        request = check_delivery(pending, indices, crops, len(self.specs))
+                        cursor += self.batch_size
+                        yield crops, request
+                    finished = True
+                except UndecodableError as error:
+                    self.source.forget(error.reasons)
+                    self.skip.add(error.reasons)
+                    self._cold = True
 
-    def _requests(self, epoch, cursor, pending):
+    def _requests(self, epoch, cursor, pending, pool: ThreadPoolExecutor | None = None):
+        """`pool` draws the next batch's boxes and augmentations while this one's request is worked on."""
         order = draws.epoch_order(self.seed, epoch, len(self.source))
         share = self.batch_size // self.world_size
+        asked: deque[Callable[[], CropRequest]] = deque()
         for start in range(cursor, self.steps_per_epoch * self.batch_size, self.batch_size):
             first = start + self.rank * share
+            # Not in the thread: it writes down what cannot be read, and can end the run.
             indices = self._readable(epoch, order[first : first + share])
-            sizes = self.source.sizes(indices)
-            boxes = [draws.crop_boxes(s, self.seed, epoch, indices, v, sizes) for v, s in enumerate(self.specs)]
-            drawn = draws.AugmentDraws.concatenate(self._draws(epoch, indices)) if self.backend_augments else None
-            request = CropRequest(indices, np.stack(boxes), sizes, drawn)
-            pending.append(request)
-            yield request
+            drawing = partial(self._request, epoch, indices, self.source.sizes(indices))
+            asked.append(pool.submit(drawing).result if pool else drawing)
+            if len(asked) > (pool is not None):
+                yield self._noted(pending, asked)
+        while asked:
+            yield self._noted(pending, asked)
+
+    def _request(self, epoch, indices, sizes):
+        """A function of its arguments and the seed."""
+        views = list(enumerate(self.specs))
+        boxes = np.stack([draws.crop_boxes(spec, self.seed, epoch, indices, view, sizes) for view, spec in views])
+        return CropRequest(indices, boxes, sizes, self.drawn(epoch, indices))
+
+    @staticmethod
+    def _noted(pending, asked):
+        pending.append(asked.popleft()())
+        return pending[-1]
 
     def _readable(self, epoch, asked):
         """Replacements for those that are left out, and for those whose header cannot be read."""
@@ -186,15 +205,15 @@ class Loader:
                 return indices
             self.skip.add(reasons)
 
-    def _draws(self, epoch, indices):
-        return [draws.augment_draws(s, self.seed, epoch, indices, v) for v, s in enumerate(self.specs)]
+    def drawn(self, epoch: int, indices: np.ndarray) -> tuple[draws.AugmentDraws, ...]:
+        """The augmentations of each view of these images in an epoch."""
+        return tuple(draws.augment_draws(s, self.seed, epoch, indices, v) for v, s in enumerate(self.specs))
 
-    def augmented(self, crops: torch.Tensor, epoch: int, indices: np.ndarray) -> torch.Tensor:
-        """Views [V*N, 3, S, S] of uint8 crops [V*N, S, S, 3], with the draws of these images in this epoch."""
-        parts = self._draws(epoch, indices)
+    def augmented(self, crops: torch.Tensor, drawn: tuple[draws.AugmentDraws, ...]) -> torch.Tensor:
+        """Views [V*N, 3, S, S] of uint8 crops [V*N, S, S, 3], with the draws of each view."""
         if len(set(self.specs)) == 1:
-            return augment(crops, draws.AugmentDraws.concatenate(parts), self.specs[0], self.dtype)
-        views = zip(crops.chunk(len(self.specs)), parts, self.specs, strict=True)
+            return augment(crops, draws.AugmentDraws.concatenate(drawn), self.specs[0], self.dtype)
+        views = zip(crops.chunk(len(self.specs)), drawn, self.specs, strict=True)
         return torch.cat([augment(crop, part, spec, self.dtype) for crop, part, spec in views])
 
 
@@ -249,14 +268,28 @@ class EvaluationLoader:
             yield request
 
 
-def check_delivery(pending: deque[CropRequest], indices: np.ndarray, crops: torch.Tensor, num_views: int) -> None:
-    """Raise `LoaderError` unless `indices` and the number of `crops` are those of the oldest pending request."""
-    asked = pending.popleft().indices if pending else np.empty(0, np.int64)
+@contextlib.contextmanager
+def _thread():
+    """One thread that draws, gone with the block; what it has not begun is dropped."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="draws")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def check_delivery(
+    pending: deque[CropRequest], indices: np.ndarray, crops: torch.Tensor, num_views: int
+) -> CropRequest | None:
+    """The oldest pending request; `LoaderError` unless `indices` and the number of `crops` are its own."""
+    request = pending.popleft() if pending else None
+    asked = request.indices if request else np.empty(0, np.int64)
     if not np.array_equal(asked, indices) or len(crops) != num_views * len(asked):
         raise LoaderError(
             f"asked for {num_views} views of the images {asked[:8].tolist()}... ({len(asked)}), "
             f"got {len(crops)} crops of {np.asarray(indices)[:8].tolist()}... ({len(indices)})"
         )
+    return request
 
 
 def check_divides(batch_size: int, world_size: int) -> None:

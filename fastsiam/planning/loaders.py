@@ -238,7 +238,7 @@ def decoding_and_augmentation(bench: Bench, loaders: Loaders, seconds: float) ->
     decoding = loader_rate(bench, loader, 0.7 * seconds)
 
     def augment():
-        loader.augmented(crops, 0, indices)
+        loader.augmented(crops, loader.drawn(0, indices))
 
     bench.warm_up(augment, 0.3 * seconds)
     augmenting = bench.windows(augment, loaders.batch_size, 0.3 * (1 - WARM_UP) * seconds)
