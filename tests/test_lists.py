@@ -47,6 +47,7 @@ WAYS = {
     "csv with an index": (",file_name,caption,label\n" + lines('{n},{p},"two, in\nthe sun",{c}\n'), "column label"),
     "csv without header": (lines("{p}, {c}\n"), "column 2, separated by commas"),
     "semicolons": ("Filename;Class\n" + lines("{p};{c}\n"), "column class, separated by semicolons"),
+    "a spreadsheet's": ("sep=;\nfilename;label\n" + lines("{p};{c}\n"), "column label, separated by semicolons"),
     "numbers with words": ("path,label,class_name\n" + lines("{p},{i},{c}\n"), "column class_name"),
     "one other column": ("id,kind\n" + lines("{p},{c}\n"), "column kind"),
     "quotes": (lines('"{p}"\t"{c}"\n'), "by list"),

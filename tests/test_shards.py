@@ -145,6 +145,9 @@ def test_foreign_shards_are_read_in_order_with_their_labels(tmp_path, picture):
     [
         ([("a.jpg", b"x"), ("a.cls", b"\0\1\2")], r"0.tar holds a.cls with b'\x00\x01\x02'"),
         ([("a.jpg", b"x"), ("a.json", b'{"caption": "a cat"}')], "no label, class, class_name, target or category"),
+        ([("a.jpg", b"x"), ("a.CLS", b" ")], "0.tar holds a.CLS with b' '"),
+        ([("a.jpg", b"x"), ("a.cls", b"x" * 5000)], "0.tar holds a.cls of 5,000 bytes"),
+        ([("a.jpg", b"x"), ("a.label", b"3")], "its .label members are not read for labels"),
         ([("a.jpg", b"x"), ("a.txt", b"a cat"), ("b.jpg", b"x"), ("b.txt", b"a dog")], ""),
     ],
 )
@@ -181,6 +184,11 @@ def test_one_shard_can_be_named_by_itself(tmp_path, picture):
     (tmp_path / "s/2.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
     with pytest.raises(UserError, match="data.train: .*2.tar.gz.*prepare pack"):
         open_source(str(tmp_path / "s/2.tar.gz"))
+
+
+def test_shards_without_images_say_what_they_hold(tmp_path):
+    with pytest.raises(UserError, match="no images in the 1 tar shards .*; they hold 1 .md"):
+        opened(tmp_path, ("a.md", b"x"))
 
 
 @pytest.mark.parametrize("name", ["/b.jpg", "../b.jpg", "x/../b.jpg"])

@@ -23,7 +23,7 @@ import numpy as np
 
 from fastsiam.config import UserError
 from fastsiam.data import formats, labels, left_out
-from fastsiam.data.files import Files, Packed, is_outside, make_files, no_images
+from fastsiam.data.files import Files, Packed, is_outside, make_files
 from fastsiam.data.tables import LABEL_COLUMNS, json_text, shown, whole_number
 from fastsiam.data.walk import is_system
 
@@ -33,6 +33,7 @@ _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 # What reading raises where a shard is damaged, or not a tar file.
 DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 # Label files are short; of a .json a label is asked in so many before they are taken for something else.
+_KINDS = 3
 _LABEL_BYTES, _JSON_BYTES, _JSONS = 4096, 1 << 20, 1000
 _FIELD = re.compile(r"[a-z]", re.IGNORECASE)
 
@@ -53,6 +54,8 @@ class _Found:
     json: list[dict[str, str]] = field(default_factory=list)
     text: list[str | None] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)
+    beside: set[str] = field(default_factory=set)
+    """Kinds of members beside images that nobody reads."""
     jsons: int = 0
     """Read without finding a label in one."""
     unread: str = ""
@@ -94,7 +97,8 @@ def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = 
     for number, name in enumerate(shards):
         _Reader(root / name, number, found, key, opener).read()
     if not found.images:
-        raise no_images(root, key, found.left_out)
+        what = left_out.in_words(found.left_out, 3) or "nothing"
+        raise UserError(f"{key}: no images in the {len(shards):,} tar shards in {shown(root)}; they hold {what}")
     names = [image.name for image in found.images]
     labelling = (
         labels.by_cls(found.cls)
@@ -200,6 +204,7 @@ class _Reader:
         _check_name(name, self._path, self._key)
         parts = name.removeprefix("./").split("/")
         stem, dot, extension = name.rpartition(".")
+        extension = extension.lower()
         if member.isdir():
             return
         if any(map(is_system, parts)):
@@ -232,7 +237,11 @@ class _Reader:
     def _label(self, stem, extension, member, file):
         found = self._found
         most = _JSON_BYTES if extension == "json" else _LABEL_BYTES
-        if member.size > most or (extension == "json" and found.jsons >= _JSONS):
+        if extension == "json" and found.jsons >= _JSONS:
+            return
+        if member.size > most:
+            if extension == "cls":
+                found.unread = found.unread or f"{self._path.name} holds {shown(member.name)} of {member.size:,} bytes"
             return
         file.seek(member.offset_data)
         data = file.read(member.size)
@@ -245,7 +254,7 @@ class _Reader:
             value = whole_number(data.decode().strip())
         except UnicodeDecodeError:
             value = "\0"
-        if extension == "cls" and ("\0" in value or "\n" in value):
+        if extension == "cls" and (not value or "\0" in value or "\n" in value):
             found.unread = found.unread or f"{self._path.name} holds {shown(member.name)} with {data[:20]!r}"
             value = ""
         self._texts[extension][stem] = value
@@ -267,7 +276,11 @@ class _Reader:
             found.cls.append(_first(self._texts["cls"], stems, ""))
             found.json.append(_first(self._texts["json"], stems, {}))
             found.text.append(_first(self._texts["txt"], stems, None))
-        found.left_out.update(reason for key, reason in self._others if key not in keys or left_out.is_missed(reason))
+        for key, reason in self._others:
+            if key not in keys or left_out.is_missed(reason):
+                found.left_out[reason] += 1
+            elif len(found.beside) < _KINDS:
+                found.beside.add(reason)
 
 
 def _stems(name):
@@ -325,4 +338,4 @@ def _json_labels(data):
 def _why_none(found):
     if found.jsons:
         return "its .json members have no label, class, class_name, target or category that is a word or a number"
-    return ""
+    return f"its {', '.join(sorted(found.beside))} members are not read for labels" if found.beside else ""

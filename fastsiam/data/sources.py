@@ -20,6 +20,11 @@ from fastsiam.data.shards import COMPRESSED, files_of_shards, no_plain_shards
 from fastsiam.data.tables import is_numbered, shown
 
 _READERS = 8
+# What would give labels to shards, and to files.
+_LABELS_OF = (
+    "KEY.cls or KEY.json beside KEY.jpg would give them",
+    "a folder a class, or a list with labels after a tab, would give them",
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,8 @@ class ImageSource:
         if not self.classes:
             return f"none under {self.root}: {self.labelling}" if self.labelling else ""
         some = ", ".join(shown(name, 20) for name in self.classes[:3]) + (", ..." if len(self.classes) > 3 else "")
-        text = f"{len(self.classes):,} classes ({some}) {self.labelling}".rstrip()
+        what = "class" if len(self.classes) == 1 else "classes"
+        text = f"{len(self.classes):,} {what} ({some}) {self.labelling}".rstrip()
         unlabelled = np.flatnonzero(self.labels < 0)
         if len(unlabelled):
             has = "1 image has" if len(unlabelled) == 1 else f"{len(unlabelled):,} images have"

@@ -81,6 +81,8 @@ def read_entries(text: str, encoding: str, find: Find) -> Entries:
     not JSON or CSV.
     """
     how = "" if encoding == "utf-8-sig" else encoding.upper()
+    # Written for spreadsheets.
+    text = re.sub(r"\A\s*sep=.[ \t]*\n", "\n", text)
     if text.lstrip().startswith(("{", "[")) and find(text.partition("\n")[0]) is None:
         return _of_json(text, find, how)
     head = "\n".join(text.split("\n", _SAMPLE)[:_SAMPLE])
