@@ -77,6 +77,11 @@ class Journal:
         """What goes on between the numbers, for who watches a terminal."""
         self._progress.doing(text)
 
+    def give_back_cursor(self) -> None:
+        """Before the process ends without unwinding."""
+        if self._progress:
+            self._progress.give_back_cursor()
+
     def close(self) -> None:
         if self._progress:
             self._progress.close()

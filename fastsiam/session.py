@@ -36,7 +36,7 @@ from fastsiam.spent import Spent, heartbeat_seconds
 from fastsiam.state import State, Stopwatch
 from fastsiam.step import TrainingStep
 from fastsiam.train_log import TrainLog
-from fastsiam.watchdog import Watchdog
+from fastsiam.watchdog import Watchdog, remove_stacks_of_absent_ranks
 
 
 class Session:
@@ -50,6 +50,7 @@ class Session:
         self.config, self.world = config, world
         self._stack = contextlib.ExitStack()
         self._started = False
+        self.watchdog: Watchdog | None = None
         check_alike(world, facts_of_config(config))
         self._loading = with_its_cores(config, world)
         with world.together():
@@ -277,6 +278,10 @@ class Session:
         if status in EXIT_CODES:
             details["exit_code"] = EXIT_CODES[status]
         journal.set_status(status, **details)
+        if status == "done":
+            self.watchdog.forget_earlier()
+            if self.world.is_first:
+                remove_stacks_of_absent_ranks(path, self.world.size)
         journal.close()
         for line, style in closing_lines(status, self, knn):
             journal.say(line, style)
@@ -304,6 +309,15 @@ class Session:
         elsewhere = same_run_elsewhere(self) if self._saved is None and self.world.is_first else None
         for warning in filter(None, (elsewhere, optim.large_batch_warning(config))):
             journal.warn(warning)
+
+    def abandon(self) -> None:
+        """A second Ctrl-C: what can be left in order while the main thread is anywhere, even stuck."""
+        if self.watchdog is not None:
+            self.watchdog.leave_nothing()
+        # One that has ended is writing its report.
+        if self._started and self.folder.status().get("status") == "running":
+            self._failed("ended at once by a second Ctrl-C; the same command goes on from the last checkpoint")
+        self.journal.give_back_cursor()
 
     def _failed(self, reason, **details):
         """Any rank may have to say so, for the first may be the one that has gone."""

@@ -70,7 +70,7 @@ def pretrain(config: Config, *, began: float | None = None) -> "Result":
         finished = session.finished_result()
         if finished is not None:
             return finished
-        with StopSignals(speaks=world.is_first) as stop:
+        with StopSignals(world.is_first, session.abandon) as stop:
             session.start()
             status, received = train(session, stop)
             return session.end(status, received)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 EXIT_CODE = 5
 STDERR = 2
+# In the stacks that faulthandler writes.
+STACK = b"most recent call first"
 # The longest time between two looks at the clock, in seconds.
 LOOK = 5.0
 # What the ending itself (status.json on a file system that may be the one that hangs) gets, in seconds.
@@ -139,23 +141,43 @@ class Watchdog:
         """Open the file now, since nothing can be opened while Python's lock is held, and say whose stacks it holds."""
         now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         first = (
-            f"{now}: rank {self._rank}, process {os.getpid()} on {socket.gethostname()}, is watched: the stacks below "
-            f"were written when it had come to no step for {self._seconds:g} s\n"
+            f"{now}: rank {self._rank}, process {os.getpid()} on {socket.gethostname()}, is watched: stacks below, if "
+            f"there are any, were written when it had come to no step for {self._seconds:g} s\n"
         )
         try:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+            if STACK not in self.path.read_bytes():
+                # Of a process that was killed: it did not hang.
+                os.ftruncate(self._file, 0)
             self._size_before = os.fstat(self._file).st_size
             os.write(self._file, first.encode())
         except OSError as error:
             self._file = STDERR
             print(f"fastsiam: stacks of a hang would go to stderr: {error}", file=sys.stderr)
 
-    def _close(self):
-        """A run that did not hang leaves no line behind."""
+    def leave_nothing(self) -> None:
+        """A run that did not hang leaves no line behind; may be called from any thread before the process ends."""
         if self._file == STDERR:
             return
         with contextlib.suppress(OSError):
             os.ftruncate(self._file, self._size_before)
             if not self._size_before:
                 self.path.unlink()
-        os.close(self._file)
+
+    def forget_earlier(self) -> None:
+        """The run has come to its end: stacks of hangs on the way there go, too, once the context is left."""
+        self._size_before = 0
+
+    def _close(self):
+        self.leave_nothing()
+        if self._file != STDERR:
+            os.close(self._file)
+
+
+def remove_stacks_of_absent_ranks(folder: Path, world_size: int) -> None:
+    """Those of ranks that an earlier start of the run had and this one does not."""
+    here = {f"stacks-rank{rank}.txt" for rank in range(world_size)}
+    for path in folder.glob("stacks-rank*.txt"):
+        if path.name not in here:
+            with contextlib.suppress(OSError):
+                path.unlink()

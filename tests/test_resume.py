@@ -1,8 +1,12 @@
 """A run that is stopped, killed or damaged goes on exactly where it was."""
 
+import contextlib
 import json
 import os
+import pty
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -14,7 +18,7 @@ from fastsiam.checkpoint import load_newest
 from fastsiam.config import load_config
 from fastsiam.signals import StopSignals
 from fastsiam.train import main
-from tests.conftest import run_python
+from tests.conftest import REPOSITORY, run_python
 from tests.test_train import lines, refused
 
 COMPARED = (
@@ -111,21 +115,87 @@ def handlers(*numbers):
     return [signal.getsignal(number) for number in numbers]
 
 
-def test_a_ctrl_c_after_another_signal_ends_at_once():
+SIGNALLED = """
+import os, signal, sys, time
+from fastsiam.signals import StopSignals
+with StopSignals(abandon=lambda: print("in order", flush=True)) as stop:
+    for name in sys.argv[1:]:
+        os.kill(os.getpid(), signal.Signals["SIG" + name])
+        time.sleep(0.3)
+    print("goes on", stop.received)
+"""
+
+
+@pytest.mark.parametrize(
+    ("names", "code"),
+    [("INT INT", 130), ("TERM INT", 130), ("USR1 USR1 INT", 130), ("INT TERM", 130), ("TERM TERM USR1", 0)],
+)
+def test_a_ctrl_c_after_another_signal_ends_at_once(names, code):
     """A scheduler and torchrun may both send SIGTERM; of a second Ctrl-C torchrun makes a SIGTERM."""
+    done = run_python("-c", SIGNALLED, *names.split())
+    assert (done.returncode, done.stdout) == (code, "in order\n" if code else "goes on 15\n")
+    assert done.stderr.count("Ctrl-C now ends at once") == 1
+
+
+def test_handlers_are_as_before_afterwards():
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = handlers(*numbers)
     for first in numbers:
-        with StopSignals() as stop:
+        with StopSignals(speaks=False) as stop:
             os.kill(os.getpid(), first)
             assert stop.received == first
-            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-            assert (signal.getsignal(signal.SIGTERM) == signal.SIG_DFL) == (first == signal.SIGINT)
-            if first != signal.SIGINT:
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGUSR1)
-                assert stop.received == first
         assert handlers(*numbers) == before
+        assert signal.set_wakeup_fd(-1) == -1
+
+
+STUCK = """
+import sys, time
+from fastsiam.session import Session
+from fastsiam.train import main
+step = Session.step
+def stuck(self, *arguments):
+    if self.state.step == 3:
+        print("stuck", flush=True)
+        time.sleep(300)
+    return step(self, *arguments)
+Session.step = stuck
+main(sys.argv[1:])
+"""
+
+
+def test_a_second_ctrl_c_leaves_things_in_order_where_the_run_is_stuck(tiny, tmp_path):
+    """In a terminal: its cursor is shown again, the status is not running, and nothing claims a hang."""
+    folder, (terminal, inner) = tmp_path / "runs/run", pty.openpty()
+    stale = folder / "stacks-rank0.txt"
+    overrides = tiny("data.val=null")
+    command = [sys.executable, "-c", STUCK, "--config", "quickstart", *overrides]
+    environment = os.environ | {"TERM": "xterm", "PYTHONPATH": str(REPOSITORY)}
+    process = subprocess.Popen(command, stdout=inner, stderr=inner, stdin=inner, env=environment)
+    os.close(inner)
+    shown = b""
+    while b"stuck" not in shown:
+        shown += os.read(terminal, 4096)
+    assert stale.exists()
+    process.send_signal(signal.SIGINT)
+    while b"Ctrl-C now" not in shown:
+        shown += os.read(terminal, 4096)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    with contextlib.suppress(OSError):
+        while more := os.read(terminal, 4096):
+            shown += more
+    os.close(terminal)
+    assert b"decoding the first batch" in shown
+    assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") > 0
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("failed", 3)
+    assert "second Ctrl-C" in status["reason"]
+    assert not stale.exists()
+    # Of an earlier hang, of a rank that is no more, and of a process that was killed.
+    stale.write_text("no step for 600 s\nThread 0x1 (most recent call first):\n")
+    (folder / "stacks-rank7.txt").write_text("Thread 0x1 (most recent call first):\n")
+    assert main(["--config", "quickstart", *overrides]) == 0
+    assert list(folder.glob("stacks*")) == []
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once_without_a_half_written_file(long, tmp_path):
@@ -136,7 +206,8 @@ def test_a_second_ctrl_c_ends_a_run_at_once_without_a_half_written_file(long, tm
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
-    assert process.returncode in (-signal.SIGINT, 130)
+    assert process.returncode == 130
+    assert json.loads((folder / "status.json").read_text())["status"] in ("failed", "preempted")
     assert 3 <= load_newest(folder, warn=pytest.fail)["state"]["step"] < 30
     assert lines(folder)
     assert main(["--config", "quickstart", *long("stopped", "evaluate.controls=false")]) == 0

@@ -147,3 +147,12 @@ def test_outside_nothing_is_armed(tmp_path, monkeypatch):
         assert "watchdog" in {thread.name for thread in threading.enumerate()}
     assert armed == [1, 0, 1, 0]
     assert "watchdog" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_process_that_was_killed_leaves_nothing_that_stays(tmp_path):
+    """Only stacks do: the line before them is of every process that is watched."""
+    path = tmp_path / "stacks-rank0.txt"
+    path.write_text("rank 0, process 1 on host, is watched\n")
+    with Watchdog(tmp_path, 100, 0, refuse):
+        assert path.read_text().count("is watched") == 1
+    assert not path.exists()
