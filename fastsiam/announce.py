@@ -11,6 +11,7 @@ from fastsiam.data import demo
 from fastsiam.data.backends import check_grows, choose_backend
 from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.sources import ImageSource, demo_folder, open_source, open_validation
+from fastsiam.data.store_size import with_its_store
 from fastsiam.device import Compute, choose_compute, environment
 from fastsiam.distributed import World, restarts
 from fastsiam.energy import kilowatt_hours
@@ -23,6 +24,11 @@ from fastsiam.record import Result, RunFolder, run_path
 
 # Share of a run from which on the cosine is below 2.5 %.
 LATE = 0.9
+# What to do with the file that a run is for.
+ENCODER_USE = (
+    "encoder = fastsiam.load_encoder(RUN) in evaluation mode; it takes RGB in [0, 1], from which encoder.mean is "
+    "subtracted, divided by encoder.std (torchvision's Normalize)"
+)
 
 
 def opening_lines(
@@ -152,8 +158,13 @@ def described(session) -> dict:
         **{key: len(source) for key, source in sources.items() if source is not None},
         **{f"{key}_left_out": source.left_out for key, source in sources.items() if source and source.left_out},
         "deep_pixels": {key: source.levels.ranges for key, source in sources.items() if source is not None},
+        **({"left_out": texts} if (texts := _left_out_texts(session)) else {}),
         "images_per_epoch": session.loader.steps_per_epoch * session.config.train.batch_size,
     }
+
+
+def _left_out_texts(session):
+    return [text for source in (session.source, session.val) if source is not None for text in source.left_out_texts()]
 
 
 def _cost_line(session):
@@ -206,7 +217,10 @@ def closing_lines(status: str, session, knn: float | None) -> list[tuple[str, st
     measures = session.checkup.measures
     if measures and status not in ("collapsed", "failed"):
         lines.append((f"collapse  {_verdict(session)}: {measures}", None))
-    return [*lines, (_cost_line(session), None), (f"run       {path}", None)]
+    lines.append((_cost_line(session), None))
+    if status == "done":
+        lines.append((f"encoder   {path / 'encoder.safetensors'}: {ENCODER_USE}", None))
+    return [*lines, (f"run       {path}", None)]
 
 
 def _held_rate_lines(session):
@@ -299,5 +313,6 @@ def _count(config: Config, warn) -> tuple[int, int, list[str]]:
     train = open_source(
         data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction, levels=data.deep_pixels
     )
+    with_its_store(config, train, warn)
     val = open_validation(config, train, lambda sentence: warn(f"warning: {sentence}"))
     return len(train), len(val or ()), source_lines(train, val)

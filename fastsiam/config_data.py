@@ -39,7 +39,8 @@ class DataConfig(Section):
     augment: Literal["fastsiam", "dali"] = "fastsiam"
     """dali: DALI's own operators in its own order make the views, with our draws; needs data.backend=dali."""
     store_size: PositiveInt | None = None
-    """Side in pixels of the squares that resident stores the images as: 3 * store_size^2 bytes an image."""
+    """Side in pixels of the squares that resident stores the images as: 3 * store_size^2 bytes an image; null: chosen
+    by the sizes of images and views."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Decoding threads (dali, ffcv) or processes (pil) a rank; null: its share of the cores, 0: none (pil)
     or one (dali, ffcv)."""
@@ -73,11 +74,6 @@ class DataConfig(Section):
     def what_there_is_to_read(self):
         if self.train is None and self.backend != "synthetic":
             raise ValueError("data.train: null is for data.backend=synthetic; give a folder or a list of files")
-        if self.backend == "resident" and self.store_size is None:
-            raise ValueError(
-                "data.store_size: null, but data.backend=resident stores images at a size in pixels; set it to "
-                "views.size or more"
-            )
         if self.augment == "dali" and self.backend != "dali":
             raise ValueError(
                 f"data.augment: dali needs data.backend=dali, but it is {self.backend}; set that, or "

@@ -15,6 +15,7 @@ from fastsiam import doctor_checks as checks
 from fastsiam import doctor_facts as facts
 from fastsiam import doctor_machine as machines
 from fastsiam.apex_lookup import find_apex
+from fastsiam.cache_dirs import cache_root, home_folder
 from fastsiam.doctor_checks import Line
 
 STYLES = {"ok": None, "warning": "yellow", "error": "red"}
@@ -84,7 +85,7 @@ def _software(probes: dict[str, facts.Probe]) -> list[Line]:
         checks.check_c_compiler(facts.c_compiler(), facts.has_python_headers(), gpu),
         checks.check_cxx_compiler(probes["torch"]),
         checks.check_dali(facts.distributions("nvidia-dali"), probes.get("dali"), torch.get("cuda"), driver_cuda),
-        checks.check_ffcv(probes.get("ffcv")),
+        checks.check_ffcv(probes.get("ffcv"), () if "ffcv" in probes else facts.missing_for_ffcv()),
         checks.check_backend(probes["backend"]),
         checks.check_apex(find_apex()),
         checks.check_nvml_bindings(facts.distributions("pynvml", "nvidia-ml-py")),
@@ -99,6 +100,7 @@ def _machine(machine: facts.Machine, probes: dict[str, facts.Probe]) -> list[Lin
         machines.check_memory(machine),
         machines.check_shared_memory(machine, backend["name"] if backend else None),
         machines.check_open_files(machine),
+        machines.check_caches(cache_root(), home_folder(), os.environ.get("XDG_CACHE_HOME")),
         machines.check_run_folder(**facts.look_at_run_folder(RUNS)),
     ]
 

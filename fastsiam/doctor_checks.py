@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from fastsiam.apex_lookup import APEX_SOURCE, Apex
@@ -193,10 +194,11 @@ def check_dali(installed: dict[str, str], probe: Probe | None, torch_cuda: str |
     return Line("ok", "dali", text)
 
 
-def check_ffcv(probe: Probe | None) -> Line:
-    """None: not installed."""
+def check_ffcv(probe: Probe | None, missing: Sequence[str] = ()) -> Line:
+    """None: not installed; `missing`: packages of the system that it is built from."""
     if probe is None:
-        return Line("ok", "ffcv", "not installed; pip install ffcv setuptools reads .beton files")
+        first = f"apt-get install {' '.join(missing)} (Debian's names), then " if missing else ""
+        return Line("ok", "ffcv", f"not installed; it reads .beton files: {first}pip install ffcv setuptools")
     if probe.found is None:
         reason = probe.reason.removeprefix("ImportError: data.backend: ffcv ").partition("; it is built")[0]
         cure = (

@@ -142,6 +142,17 @@ def c_compiler() -> str | None:
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
+def missing_for_ffcv() -> list[str]:
+    """Debian's names of what ffcv is built from and is not here; what pkg-config alone could tell, without it, is not.
+
+    ffcv 1.0.2 reads the shell's "pkg-config: not found" as an answer, and names opencv.
+    """
+    if shutil.which("pkg-config") is None:
+        return ["pkg-config"]
+    needed = {"opencv4": "libopencv-dev", "libturbojpeg": "libturbojpeg0-dev"}
+    return [package for name, package in needed.items() if subprocess.run(["pkg-config", "--exists", name]).returncode]
+
+
 def has_python_headers() -> bool:
     scheme = sysconfig.get_default_scheme()
     # Where Debian's local scheme has them is the prefix's place; Triton looks there, too.

@@ -1,7 +1,9 @@
 """The doctor's judgements on the machine: cores, memory, limits, disks; each a function of facts."""
 
 import math
+from pathlib import Path
 
+from fastsiam.cache_dirs import can_hold
 from fastsiam.doctor_checks import Line, size
 from fastsiam.doctor_facts import Machine, Probe
 from fastsiam.read_speed import ReadSpeed, is_network
@@ -64,6 +66,21 @@ def check_open_files(machine: Machine) -> Line:
             cure = f"ulimit -n {min(4096, machine.open_files_hard) if machine.open_files_hard > 0 else 4096}"
         return Line("warning", "open files", f"{text} at once", cure)
     return Line("ok", "open files", text)
+
+
+def check_caches(place: Path, home: Path | None, chosen: str | None) -> Line:
+    """`place`: where caches lie; `home`: None where there is none; `chosen`: XDG_CACHE_HOME."""
+    text = f"lists of images and decoded stores in {place}"
+    if chosen or (home is not None and place.is_relative_to(home)):
+        if can_hold(place):
+            return Line("ok", "caches", text)
+        cause = f"{place} cannot be written"
+    elif home is None:
+        cause = "there is no home folder (neither HOME nor the account names one)"
+    else:
+        cause = f"{home} (HOME) cannot be written"
+    cure = "set XDG_CACHE_HOME, NUMBA_CACHE_DIR and TRITON_CACHE_DIR to folders that stay"
+    return Line("warning", "caches", f"{cause}; {text}, compiled kernels below TMPDIR", cure)
 
 
 def check_run_folder(folder: str, free: int, error: str | None) -> Line:

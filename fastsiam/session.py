@@ -15,6 +15,7 @@ from fastsiam.bad_files import BadFiles
 from fastsiam.config import Config, UserError
 from fastsiam.data.backends import build_loader, choose_backend, with_its_cores
 from fastsiam.data.sources import open_sources
+from fastsiam.data.store_size import with_its_store
 from fastsiam.data.views import specs_of_run, view_specs
 from fastsiam.data_wait import data_wait_on
 from fastsiam.device import autocast, choose_compute
@@ -69,6 +70,7 @@ class Session:
         self.journal = Journal(self.folder, world, self.state, self.clock)
         with world.together(), world.leader_first():
             self.source, self.val = open_sources(config, self.journal.warn, self.journal.say)
+            self._loading = with_its_store(self._loading, self.source, self.journal.say)
         self.source, self.val = with_levels(world, self.folder.path if self._saved else None, self.source, self.val)
         chosen = {**self.compute.names, "data.backend": self.backend_name}
         check_alike(world, {**chosen, **facts_of_images(self.source, self.val)})

@@ -62,7 +62,6 @@ MISTAKES = {
         "data.deep_pixels: 'auto' is not scale, type or a range",
     ),
     "deep pixels that end first": (["data.deep_pixels=5..-5"], "data.deep_pixels: '5..-5' is not scale, type or a"),
-    "no size": (["data.backend=resident"], "data.store_size: null, but data.backend=resident stores images at a size"),
     "mapping for a name": (["views.recipe={a: b}"], 'views.recipe: {"a": "b"} should be'),
     "list for a name": (["train.device=[cpu]"], 'train.device: ["cpu"] should be'),
     "no data": (["data.train=null"], "data.train: null is for data.backend=synthetic"),

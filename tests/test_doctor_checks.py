@@ -6,6 +6,7 @@ import math
 import pytest
 
 from fastsiam import doctor_checks as checks
+from fastsiam import doctor_facts as facts
 from fastsiam import doctor_machine as machines
 from fastsiam.apex_lookup import Apex
 from fastsiam.config import RunConfig, load_config
@@ -303,3 +304,25 @@ def test_the_numbers_are_those_of_the_configs():
     config = load_config("r50_100ep")
     assert config.train.batch_size * 2 * 3 * config.views.size**2 == machines.PIL_BATCH
     assert str(RUNS) == RunConfig().dir
+
+
+def test_what_ffcv_is_built_from_is_named(monkeypatch, tmp_path):
+    assert "apt-get install pkg-config" in checks.check_ffcv(None, ["pkg-config"]).text
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert facts.missing_for_ffcv() == ["pkg-config"]
+    fake = tmp_path / "pkg-config"
+    fake.write_text('#!/bin/sh\n[ "$2" = opencv4 ]\n')
+    fake.chmod(0o755)
+    assert facts.missing_for_ffcv() == ["libturbojpeg0-dev"]
+
+
+def test_caches_that_cannot_be_kept_have_their_cause(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    kept = machines.check_caches(home / ".cache/fastsiam", home, None)
+    assert (kept.status, kept.cure) == ("ok", "")
+    lost = machines.check_caches(tmp_path / "tmp", None, None)
+    assert (lost.status, "no home folder" in lost.text, "NUMBA_CACHE_DIR" in lost.cure) == ("warning", True, True)
+    assert f"{home} (HOME) cannot be written" in machines.check_caches(tmp_path / "tmp", home, None).text
+    (tmp_path / "file").write_text("")
+    assert "file/fastsiam cannot be written" in machines.check_caches(tmp_path / "file/fastsiam", home, "x").text

@@ -76,7 +76,7 @@ TORCH_FREE = (
     "energy", "spent", "apex_lookup",
     "read_speed", "doctor", "doctor_checks", "doctor_facts", "doctor_machine", "doctor_probe", "disk", "commands",
     "resuming", "tensorboard", "arrays", "progress", "report", "plan", "published", "reports.runs", "reports.page",
-    "reports.own",
+    "reports.own", "data.store_size",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from fastsiam.config import load_config
 from fastsiam.report import main
 from fastsiam.reports import figures, numbers, own
 from fastsiam.reports.page import differing, page
-from fastsiam.reports.runs import Series, open_runs
+from fastsiam.reports.runs import Series, open_run, open_runs
 from tests.report_runs import PER_EPOCH, STEPS, at, metrics, train_line, write_run
 
 EVIL = "<script>alert('x')</script>\"&\u202e-\u05d0" + "n" * 300
@@ -229,3 +229,22 @@ def test_a_report_that_cannot_be_written_changes_nothing(tiny, tmp_path, reporti
     assert (result.status, result.exit_code) == ("done", 0)
     assert "warning: the report could not be written (--out: " in capsys.readouterr().out
     assert json.loads((tmp_path / "runs/run/status.json").read_text())["status"] == "done"
+
+
+def test_what_is_left_out_stands_among_the_warnings(tmp_path):
+    """By the listing and by a scan, and what a resumed run knows from its skip list alone."""
+    write_run(tmp_path / "run", pictures=False)
+    assert open_run(tmp_path / "run", "run").warnings == []
+    environment = json.loads((tmp_path / "run/environment.json").read_text())
+    texts = ["12 dead links under photos", "3 of the 80 images under photos, by x.tsv: 3 truncated"]
+    (tmp_path / "run/environment.json").write_text(json.dumps(environment | {"left_out": texts}))
+    (tmp_path / "run/skip.tsv").write_text("a.jpg\ta.jpg: it is empty\nb.jpg\tb.jpg: cut off\n")
+    line = {"kind": "bad_file", "step": 7, "message": "b.jpg: cut off", "bad_files": 1}
+    with open(tmp_path / "run/metrics.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    told = open_run(tmp_path / "run", "run").warnings
+    assert told == [
+        *((None, f"left out: {text}") for text in texts),
+        (7, "message b.jpg: cut off bad_files 1"),
+        (None, "left out: a.jpg: it is empty"),
+    ]

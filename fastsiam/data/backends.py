@@ -11,6 +11,7 @@ from fastsiam.data.beton import is_beton
 from fastsiam.data.loader import Backend, EvaluationLoader, Loader, check_divides
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import ImageSource
+from fastsiam.data.store_size import with_its_store
 from fastsiam.data.views import view_specs
 from fastsiam.distributed import World
 
@@ -50,6 +51,7 @@ def build_loader(
         source = open_source(
             data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction, levels=data.deep_pixels
         )
+    config = with_its_store(config, source)
     check_grows(config, len(source) // config.train.batch_size)
     share, augments = config.train.batch_size // world_size, config.data.augment == "dali"
     if augments:
@@ -88,6 +90,7 @@ def build_evaluation_loader(
     """
     name, _ = choose_backend(config.data.backend, source.root)
     batch_size = min(config.train.batch_size // world_size, len(source))
+    config = with_its_store(config, source)
     data, device = config.data, torch.device(device)
     backend = open_backend(name, source, config.views.full_size, 1, batch_size, data.workers, device, data.store_size)
     return EvaluationLoader(

@@ -18,6 +18,7 @@ from fastsiam.data.headers import UNREADABLE
 from fastsiam.data.loader import Batch, check_batch_size, check_divides
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import ImageSource, open_sources
+from fastsiam.data.store_size import with_its_store
 from fastsiam.data.synthetic import IMAGENET_TRAIN_IMAGES
 from fastsiam.data.views import view_specs
 from fastsiam.device import choose_compile, choose_device, choose_precision
@@ -52,6 +53,7 @@ class Bench:
             self.backend, _ = choose_backend(config.data.backend, config.data.train)
         with world.together(), world.leader_first():
             self.source, self.val = open_sources(config, self.notes.append, self._drawing)
+            self.config = with_its_store(self.config, self.source, self.notes.append)
             if self._drew_from is not None:
                 self.drawing_seconds = time.monotonic() - self._drew_from
             if self.source is not None:

@@ -38,6 +38,8 @@ class Run:
     lines: tuple[dict, ...]
     """Of metrics.jsonl, whole ones only."""
     pictures: dict[str, np.ndarray]
+    skipped: tuple[str, ...] = ()
+    """Why files could not be decoded, from skip.tsv and skip_val.tsv."""
 
     def of_kind(self, kind: str) -> list[dict]:
         return [line for line in self.lines if line.get("kind") == kind]
@@ -89,12 +91,16 @@ class Run:
 
     @property
     def warnings(self) -> list[tuple[object, str]]:
-        """(step, sentence) of every warning and every file that could not be decoded."""
-        told = [(line.get("step"), str(line.get("message", ""))) for line in self.of_kind("warning")]
-        return told + [
-            (line.get("step"), " ".join(f"{key} {line[key]}" for key in line if key not in _WHERE))
-            for line in self.of_kind("bad_file")
+        """(step, sentence) of every warning, of what is left out, and of every file that could not be decoded."""
+        told = [(None, f"left out: {text}") for text in self.environment.get("left_out") or []]
+        told += [(line.get("step"), str(line.get("message", ""))) for line in self.of_kind("warning")]
+        bad = self.of_kind("bad_file")
+        told += [
+            (line.get("step"), " ".join(f"{key} {line[key]}" for key in line if key not in _WHERE)) for line in bad
         ]
+        # A resumed run knows them from its skip lists and does not write them again, where metrics.jsonl was cut.
+        known = " ".join(str(line.get("message", "")) for line in bad)
+        return told + [(None, f"left out: {reason}") for reason in self.skipped if reason not in known]
 
 
 _WHERE = ("kind", "step", "epoch", "images_seen", "train_seconds", "wall_seconds")
@@ -136,12 +142,21 @@ def open_run(path: Path, name: str) -> Run:
         environment=_read_json(path / "environment.json"),
         lines=tuple(parse_metrics(metrics)),
         pictures=read_arrays(path / "pictures.npz"),
+        skipped=(*_read_skipped(path / "skip.tsv"), *_read_skipped(path / "skip_val.tsv")),
     )
 
 
 def readable(text: str) -> str:
     """Bytes of a name that are no UTF-8 as \\xNN, which a page can hold."""
     return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _read_skipped(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode(errors="backslashreplace")
+    except OSError:
+        return []
+    return [reason for _, tab, reason in (line.partition("\t") for line in text.splitlines()) if tab]
 
 
 def _read_json(path: Path) -> dict:
