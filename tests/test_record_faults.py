@@ -30,7 +30,7 @@ def below_a_file(tmp_path):
     [
         below_a_file,
         lambda tmp_path: ({"run.dir": "/proc/runs"}, "No such file or directory"),
-        lambda tmp_path: ({"run.name": "n" * 300}, "File name too long"),
+        lambda tmp_path: ({"run.dir": "/tmp/" + 300 * "n"}, "File name too long"),
     ],
 )
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, place, fresh):
