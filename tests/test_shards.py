@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import left_out
-from fastsiam.data.sources import open_source
+from fastsiam.data.sources import check_labels, open_source
 
 WORDS = ("cat", "dog", "fox")
 
@@ -155,6 +155,12 @@ def test_labels_that_cannot_be_read_leave_none_and_a_reason(tmp_path, members, t
     source, _ = opened(tmp_path, *members)
     assert (source.classes, set(source.labels.tolist())) == ((), {-1})
     assert text in source.labelling
+
+
+def test_shards_without_labels_are_told_what_would_give_some(tmp_path, picture):
+    source, _ = opened(tmp_path, ("a.jpg", picture))
+    with pytest.raises(UserError, match=r"kNN needs labels, .* has none \(KEY.cls or KEY.json beside KEY.jpg"):
+        check_labels(source, source)
 
 
 def test_an_image_without_a_label_among_others_is_told(tmp_path, picture):

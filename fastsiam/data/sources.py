@@ -319,11 +319,7 @@ def check_labels(train: ImageSource, val: ImageSource) -> None:
     """Raise `UserError` where kNN is impossible: no labels, or classes of `val` that `train` does not have."""
     for key, source in (("data.train", train), ("data.val", val)):
         if not source.classes:
-            reason = (
-                source.labelling
-                or _table_in(source.root, key)
-                or ("a folder a class, or a list with labels after a tab, would give them")
-            )
+            reason = source.labelling or _table_in(source.root, key) or _LABELS_OF[source.packed is None]
             raise UserError(
                 f"{key}: kNN needs labels, and {shown(source.root)} has none ({reason}); set data.val=null to train "
                 "without kNN"
