@@ -14,8 +14,6 @@ from fastsiam.device import autocast, out_of_memory_advice
 from fastsiam.distributed import World
 
 _NEVER = 2**62
-# Compiled graphs of one module, where each batch that is tried is another shape.
-_MANY = 64
 
 
 @dataclass(frozen=True)
@@ -93,11 +91,14 @@ class TrainingStep:
         for name, buffer in self.method.named_buffers():
             buffer.copy_(before[name])
 
-    def attempt(self, views: torch.Tensor, number: int) -> dict:
-        """The step, where torch's own error may say that memory does not suffice."""
+    def attempt(self, views: torch.Tensor, number: int, forward: Callable | None = None) -> dict:
+        """The step, where torch's own error may say that memory does not suffice.
+
+        `forward`: in place of the compiled method, or of the one that averages gradients.
+        """
         self.optimizer.zero_grad()
         with self._precision():
-            out = self._forward(views)
+            out = (forward or self._forward)(views)
         loss = out["loss"]
         if self._scaler:
             self._scaler.scale(loss).backward()
@@ -161,11 +162,11 @@ class TrainingStep:
         return views.contiguous(memory_format=torch.channels_last)
 
     def _fits(self, like, batch_size):
+        """Tried as it is: to compile for each batch takes minutes, and what fits uncompiled fits compiled as well."""
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()
         try:
-            with torch._dynamo.config.patch(recompile_limit=_MANY):
-                self.attempt(self._blank_views(like, batch_size), _NEVER)
+            self.attempt(self._blank_views(like, batch_size), _NEVER, self.method)
         except torch.OutOfMemoryError:
             return False
         return True

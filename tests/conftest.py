@@ -151,10 +151,9 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not gpu:
             item.add_marker(pytest.mark.skip(reason="gpu: no CUDA device here"))
-        for mark in item.iter_markers("needs"):
-            for library in mark.args:
-                if not optional.installed(library):
-                    item.add_marker(pytest.mark.skip(reason=optional.reason(item, library)))
+        for library in optional.needed(item):
+            if not optional.installed(library):
+                item.add_marker(pytest.mark.skip(reason=optional.reason(item, library)))
 
 
 @pytest.hookimpl(wrapper=True)

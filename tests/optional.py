@@ -23,6 +23,13 @@ def installed(library: str) -> bool:
         return False
 
 
+def needed(item: pytest.Item) -> list[str]:
+    """The libraries of a test's marks `needs`, and of the backend that it is parametrised with."""
+    backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+    found = [library for mark in item.iter_markers("needs") for library in mark.args]
+    return [*found, *(library for library in LIBRARIES if str(backend).startswith(library))]
+
+
 def reason(item: pytest.Item, library: str) -> str:
     """Why a test is skipped: which one, what it misses, and the command that installs that."""
     return f"{item.name.partition('[')[0]} needs {library}: {LIBRARIES[library][1]}"

@@ -282,7 +282,9 @@ def test_counts_on_a_gpu():
     x.zero_()
     assert protocol.peak_memory(lambda: torch.empty(3 << 20, dtype=torch.uint8, device=device), device) == 3 << 20
     found = {**environment(device), **protocol.clocks(device)}
-    assert all(found[key] for key in ("gpu", "driver", "power_limit_watts", "sm_clock_mhz", "memory_clock_mhz"))
+    assert found["gpu"] == torch.cuda.get_device_name(device)
+    if environment_module._nvml(device)[1] is not None:
+        assert all(found[key] for key in ("driver", "power_limit_watts", "sm_clock_mhz", "memory_clock_mhz"))
     taken = interleave({"add": lambda i: x.add_(1)}, device=device, repeats=5, calls=3)
     assert x[0].item() == 3 + 5 * 3
     assert min(taken["add"].seconds) > 0

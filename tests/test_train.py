@@ -196,10 +196,10 @@ def test_out_of_memory_names_the_largest_batch_that_fits_and_its_price(tiny, tmp
     """A step of more than 2 images runs out of memory; no GPU is needed to read what is said then."""
     real = TrainingStep.attempt
 
-    def small_gpu(self, views, number):
+    def small_gpu(self, views, number, *forward):
         if len(views) > 2 * 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, views, number)
+        return real(self, views, number, *forward)
 
     monkeypatch.setattr(TrainingStep, "attempt", small_gpu)
     assert main(["--config", "quickstart", *tiny()]) == 2
