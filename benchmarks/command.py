@@ -30,6 +30,8 @@ OPTIONS = {
     "target": (float, "kNN in percent whose first evaluation is told (%(default)s)"),
     "rates": (words, "rates of the peers: base_lr, or with an x multiples of the config's (%(default)s)"),
     "own_rates": (words, "likewise ours (%(default)s)"),
+    "batch": (int, "images of a step; without it those of the benchmark for this config, or the config's own"),
+    "rows": (words, "variants, which are then measured whatever the time; without it all that fit into it"),
     "contestants": (words, "who takes part (%(default)s)"),
 }
 
@@ -51,6 +53,7 @@ def command(
         kind, text = OPTIONS[option]
         default = parameters[option].default
         default = ",".join(default) if isinstance(default, tuple) else default
+        text = text if default else text.replace(" (%(default)s)", "")
         parser.add_argument(f"--{option.replace('_', '-')}", type=kind, default=default, help=text)
     arguments = parser.parse_args(argv)
     try:

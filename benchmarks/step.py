@@ -21,7 +21,6 @@ from benchmarks.ablation import (
     ablation,
     build_ablated,
     build_product,
-    check_authors,
     initial_weights,
     product,
 )
@@ -31,7 +30,7 @@ from benchmarks.flops import flops_per_image
 from benchmarks.peers import AbsentError, lightly, solo_learn
 from benchmarks.protocol import MIN_ROUNDS, Results, Samples, count_launches, interleave, peak_memory
 from fastsiam import host_memory
-from fastsiam.config import Config, load_config
+from fastsiam.config import Config, UserError, load_config
 from fastsiam.device import autocast, choose_precision
 
 # Config and batch: ImageNet's ResNet-50 at 224 px, CIFAR-10's ResNet-18 at 32 px.
@@ -158,20 +157,35 @@ def _serve_kept(name: str, config: Config, checkout: Path | None, stack: context
     return next(row for row in rows if row.name == name).build()
 
 
-def measure(results: Results, setting: Setting, seconds: float) -> None:
-    """Build what fits into the time, run its rows in turns, write their lines."""
+def measure(results: Results, setting: Setting, seconds: float, wanted: tuple[str, ...] = ()) -> None:
+    """Build what fits into the time, run its rows in turns, write their lines.
+
+    `wanted`: these rows alone, each of them built whatever the time.
+    """
     deadline = time.perf_counter() + seconds
     with contextlib.ExitStack() as stack:
-        rows = setting.rows(stack)
-        absent = prepare(setting, [row for row in rows if row.switches.compile != GRAPHS], deadline)
-        taken = run_in_turns(setting, rows, deadline)
-        for row in rows:
-            if row.switches.compile != GRAPHS:
+        rows = chosen(setting.rows(stack), wanted)
+        together = [row for row in rows if row.switches.compile != GRAPHS]
+        if together:
+            absent = prepare(setting, together, deadline)
+            taken = run_in_turns(setting, together, deadline)
+            for row in together:
                 write(results, setting, row, taken.get(row.name), absent)
     free(rows)
     graphs = [row for row in rows if row.switches.compile == GRAPHS]
     if graphs:
         measure_graphs(results, setting, graphs, deadline)
+
+
+def chosen(rows: list[Row], wanted: tuple[str, ...]) -> list[Row]:
+    """Those of these names, or all where none is named; `UserError` lists the names where one is not there."""
+    unknown = [name for name in wanted if name not in {row.name for row in rows}]
+    if unknown:
+        raise UserError(f"--rows: there is no {', '.join(unknown)}; there are {', '.join(row.name for row in rows)}")
+    rows = [row for row in rows if not wanted or row.name in wanted]
+    for row in rows:
+        row.needed |= bool(wanted)
+    return rows
 
 
 def measure_graphs(results: Results, setting: Setting, graphs: list[Row], deadline: float) -> None:
@@ -251,20 +265,30 @@ def free(rows: list[Row]) -> None:
     torch.cuda.empty_cache()
 
 
-def run(results: Results, *, device: torch.device, minutes: float, solo_learn: Path | None = None) -> None:
-    """Every setting of the device within about `minutes`; rows that do not fit are written as absent.
+def run(
+    results: Results,
+    *,
+    device: torch.device,
+    minutes: float,
+    config: str | None = None,
+    batch: int | None = None,
+    rows: tuple[str, ...] = (),
+    solo_learn: Path | None = None,
+) -> None:
+    """Every setting of the device, or one, within about `minutes`; rows that do not fit are written as absent.
 
-    Raises `RuntimeError` where the authors' step is not ours in eager fp32.
+    `config` and `batch` choose another setting than SETTINGS, `rows` some of its rows, which are all built.
+    That the authors' step is ours in eager fp32 is a test, for it takes minutes on a CPU.
     """
     torch.backends.cudnn.benchmark = device.type == "cuda"
     deadline = time.perf_counter() + 60 * minutes
-    settings = SETTINGS[device.type]
+    settings = [(name, size) for name, size in SETTINGS[device.type] if config in (None, name)] or [(config, None)]
     for number, (name, batch_size) in enumerate(settings):
-        overrides = [f"train.batch_size={batch_size}", f"train.device={device.type}", "data.backend=synthetic"]
-        config = load_config(name, overrides)
-        check_authors(config)
+        overrides = [f"train.device={device.type}", "data.backend=synthetic"]
+        if batch or batch_size:
+            overrides.append(f"train.batch_size={batch or batch_size}")
         share = (deadline - time.perf_counter()) / (len(settings) - number)
-        measure(results, Setting(config, device, solo_learn), share)
+        measure(results, Setting(load_config(name, overrides), device, solo_learn), share, rows)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
 Each runs in a process of its own, so that none inherits another's memory, thread pools or compiled code, and one that
 crashes takes no other with it. A benchmark that fails fails the suite after the others have run, and its lines are put
-aside: a table never shows what is left of it.
+aside: a table never shows what is left of it. Whatever happens, the suite ends within 1.15 times its minutes (8 fit
+into a command that is stopped after ten) and prints the tables of what has been measured, on SIGTERM as well.
 """
 
 import argparse
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,9 +24,11 @@ from fastsiam.config import UserError
 
 DRAWN_COUNT = 256
 
-# A benchmark may overrun its share, for compilation most of all; one that takes this much more is stopped.
-_OVERRUN, _GRACE_SECONDS = 3, 300
-
+# All together may take so many times their minutes, for compilation most of all. What one may overrun its share by
+# leaves the later ones at least this part of theirs.
+_OVERRUN, _LEAST = 1.15, 0.5
+# Less is not worth starting Python for.
+_SHORTEST_SECONDS = 5.0
 
 SHORT_RACE = ("--contestants", "fastsiam,authors", "--seeds", "1", "--rates", "1x", "--target", "60")
 
@@ -55,70 +61,113 @@ BENCHMARKS = (
 )
 
 
-def run(out: Path, minutes: float, device: str, options: dict[str, Path | int | None]) -> list[str]:
+@dataclass(frozen=True)
+class Clock:
+    """When the suite is to end, and when it ends whatever happens."""
+
+    began: float
+    minutes: float
+
+    def share(self, now: float, rest: tuple[Benchmark, ...]) -> float:
+        """Minutes of the first of these that are left to run: the next ones pay for one that took longer."""
+        left = max(self.began + 60 * self.minutes - now, 0) / 60
+        return left * rest[0].share / sum(other.share for other in rest)
+
+    def limit(self, now: float, rest: tuple[Benchmark, ...]) -> float:
+        """Seconds after which it is stopped."""
+        later = 60 * self.minutes * sum(other.share for other in rest[1:])
+        return self.began + 60 * self.minutes * _OVERRUN - now - _LEAST * later
+
+
+def run(out: Path, clock: Clock, device: str, options: dict[str, Path | int | None]) -> list[str]:
     """Run all of BENCHMARKS into `out` and print their tables; returns what failed, as "NAME (why)"."""
     taken = [benchmark.name for benchmark in BENCHMARKS if (out / f"{benchmark.name}.jsonl").exists()]
     if taken:
         raise UserError(f"--out: {out} already holds results of {', '.join(taken)}; name another folder")
     out.mkdir(parents=True, exist_ok=True)
     failed = []
-    deadline = time.perf_counter() + 60 * minutes
-    for number, benchmark in enumerate(BENCHMARKS):
-        begun = time.perf_counter()
-        # Of what is left: the next ones pay for one that took longer than its share.
-        share = benchmark.share / sum(other.share for other in BENCHMARKS[number:])
-        own = max(deadline - begun, 0) / 60 * share
-        print(f"== {benchmark.name}, {own:.1f} of {minutes:g} minutes", flush=True)
-        reason = run_one(benchmark, out, own, device, options)
-        print(f"== {benchmark.name}: {reason or 'done'}, {time.perf_counter() - begun:.0f} s\n", flush=True)
-        if reason:
-            failed.append(f"{benchmark.name} ({reason})")
-    for name, table in TABLES.items():
-        path = out / f"{table.benchmark}.jsonl"
-        if path.exists():
-            print(f"{name}: {render(table, read(path))}")
+    try:
+        for number, benchmark in enumerate(BENCHMARKS):
+            now = time.perf_counter()
+            own, limit = (ask(now, BENCHMARKS[number:]) for ask in (clock.share, clock.limit))
+            print(f"== {benchmark.name}, {own:.1f} of {clock.minutes:g} minutes", flush=True)
+            reason = run_one(benchmark, out, own, device, options, limit)
+            print(f"== {benchmark.name}: {reason or 'done'}, {time.perf_counter() - now:.0f} s\n", flush=True)
+            if reason:
+                failed.append(f"{benchmark.name} ({reason})")
+    finally:
+        print_tables(out)
     return failed
 
 
+def end_on_sigterm() -> None:
+    """As an error ends it: its process goes with it, and tables are printed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
+def print_tables(out: Path) -> None:
+    for name, table in TABLES.items():
+        path = out / f"{table.benchmark}.jsonl"
+        if path.exists():
+            print(f"{name}: {render(table, read(path))}", flush=True)
+
+
 def run_one(
-    benchmark: Benchmark, out: Path, minutes: float, device: str, options: dict[str, Path | int | None]
+    benchmark: Benchmark, out: Path, minutes: float, device: str, options: dict[str, Path | int | None], limit: float
 ) -> str | None:
-    """One benchmark in its own process; returns why it failed, or None."""
+    """One benchmark in its own process, stopped after `limit` seconds; returns why it failed, or None."""
     command = [sys.executable, "-m", benchmark.module, "--out", str(out), "--device", device, "--minutes", f"{minutes}"]
     command += benchmark.arguments
     for name in benchmark.options:
         if options[name] is not None:
             command += [f"--{name.replace('_', '-')}", str(options[name])]
-    limit = _OVERRUN * minutes * 60 + _GRACE_SECONDS
+    if limit < _SHORTEST_SECONDS:
+        return "not begun: the time was over"
+    lines, reason = out / f"{benchmark.name}.jsonl", "interrupted"
     try:
-        code = subprocess.run(command, cwd=CHECKOUT, timeout=limit).returncode
+        code = stopped_after(limit, command)
         reason = f"exit code {code}" if code else None
+        if reason is None and not lines.exists():
+            reason = "no result lines"
     except subprocess.TimeoutExpired:
         reason = f"stopped after {limit:.0f} s"
-    lines = out / f"{benchmark.name}.jsonl"
-    if reason is None and not lines.exists():
-        reason = "no result lines"
-    if reason and lines.exists():
-        lines.rename(lines.with_suffix(".failed"))
+    finally:
+        if reason and lines.exists():
+            lines.rename(lines.with_suffix(".failed"))
     return reason
+
+
+def stopped_after(seconds: float, command: list[str]) -> int:
+    """The exit code of a command, which ends with all the processes that it has started; `subprocess.TimeoutExpired`
+    where it takes longer."""
+    process = subprocess.Popen(command, cwd=CHECKOUT, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suite", description="Run every benchmark.")
     parser.add_argument("--out", type=Path, required=True, help="new folder for the result lines, one file a benchmark")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for all together, compilation included")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="for all together, compilation included (%(default)s)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--images", type=Path, help="folder of real JPEGs; without it JPEGs are drawn into DIR/images")
     parser.add_argument("--solo-learn", type=Path, help="checkout of solo-learn, to measure it too")
     parser.add_argument("--ranks", type=int, help="processes of the distributed step; without it 2")
     arguments = parser.parse_args(argv)
+    clock = Clock(time.perf_counter(), arguments.minutes)
     out = arguments.out.resolve()
     try:
         images, label = photographs(arguments.images, out / "images", DRAWN_COUNT)
         print(f"images: {label}")
         solo_learn = arguments.solo_learn and arguments.solo_learn.resolve()
         options = {"images": images.resolve(), "solo_learn": solo_learn, "ranks": arguments.ranks}
-        failed = run(out, arguments.minutes, arguments.device, options)
+        failed = run(out, clock, arguments.device, options)
     except UserError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
@@ -130,4 +179,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     # As `fastsiam.train` does it, for every benchmark.
     let_threads_sleep()
+    end_on_sigterm()
     sys.exit(main())

@@ -24,7 +24,7 @@ from benchmarks.ablation import (
 from benchmarks.aside import Aside
 from benchmarks.flops import flops_per_image
 from benchmarks.protocol import Results
-from fastsiam.config import load_config
+from fastsiam.config import UserError, load_config
 from fastsiam.session import Session
 from tests.test_peers import CPU, batches, small_config
 
@@ -122,7 +122,17 @@ def test_rows_that_keep_memory_run_aside(lines):
     assert all(found[name]["median_seconds"] > 0 for name in kept)
 
 
-def test_a_wrong_step_is_not_timed(monkeypatch):
+@pytest.mark.parametrize(("name", "steps"), [("r18_cifar10_800ep", 10), ("r50_100ep", 1)])
+def test_the_authors_step_is_ours_in_the_settings_that_are_timed(name, steps):
+    """ResNet-50 takes 10 s a step in float64 on one core."""
+    assert {config for settings in step_benchmark.SETTINGS.values() for config, _ in settings} == {
+        "r18_cifar10_800ep",
+        "r50_100ep",
+    }
+    check_authors(load_config(name), steps)
+
+
+def test_a_wrong_step_is_found(monkeypatch):
     config = small_config()
     check_authors(config)
     monkeypatch.setattr(ablation_module, "negative_cosine_ref", lambda p1, p2, z1, z2: -(p1 * z2).sum(1).mean() * 1e-3)
@@ -130,7 +140,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch):
         check_authors(config)
 
 
-def test_a_wrong_update_is_not_timed(monkeypatch):
+def test_a_wrong_update_is_found(monkeypatch):
     config = small_config()
     monkeypatch.setattr(ablation_module.authors, "SimSiam", _FrozenPredictor)
     with pytest.raises(RuntimeError, match="after the authors' steps predictor"):
@@ -180,8 +190,8 @@ def lines(tmp_path, monkeypatch):
     monkeypatch.setattr(step_benchmark, "REPEATS", 3)
     monkeypatch.setattr(step_benchmark, "COMPILE_SECONDS", {None: 0, "default": 1e9})
 
-    def run(minutes):
-        step_benchmark.run(Results(tmp_path / "out", CPU), device=CPU, minutes=minutes)
+    def run(minutes, **options):
+        step_benchmark.run(Results(tmp_path / "out", CPU), device=CPU, minutes=minutes, **options)
         text = (tmp_path / "out" / "step.jsonl").read_text()
         return {line["variant"]: line for line in map(json.loads, text.splitlines())}
 
@@ -210,3 +220,20 @@ def test_little_time_still_compares_the_ends(lines):
     found = lines(minutes=0)
     assert {"authors", "fastsiam"} <= {name for name, line in found.items() if line["samples_seconds"]}
     assert "the time was too short" in found["+ one call"]["absent"]
+
+
+def test_rows_that_are_asked_for_are_measured_whatever_the_time(lines, monkeypatch):
+    """A compiled one too, of which Inductor needs no part here; --config and --batch choose another setting."""
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    found = lines(minutes=0, config="quickstart", batch=6, rows=("+ compile", "+ one call"))
+    assert list(found) == ["+ one call", "+ compile"]
+    for line in found.values():
+        assert line["params"] == {"encoder": "cifar_resnet8", "size": 32, "batch": 6}
+        assert line["median_seconds"] > 0
+    assert found["+ compile"]["switches"]["compile"] == "default"
+
+
+def test_a_row_that_is_not_there_is_a_sentence(lines, tmp_path):
+    with pytest.raises(UserError, match=r"--rows: there is no compiled; there are authors, \+ channels-last, "):
+        lines(minutes=0, rows=("fastsiam", "compiled"))
+    assert not (tmp_path / "out/step.jsonl").exists()

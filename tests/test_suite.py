@@ -3,11 +3,16 @@
 import importlib
 import inspect
 import json
+import signal
+import time
+from pathlib import Path
 
 import pytest
 
 from benchmarks import images, suite
-from benchmarks.suite import Benchmark, main
+from benchmarks.checkout import CHECKOUT
+from benchmarks.suite import Benchmark, Clock, main
+from tests.conftest import run_python
 
 GOOD = """
 import argparse, json, pathlib
@@ -55,13 +60,25 @@ def test_each_gets_its_share_and_its_options(scripts, tmp_path, photos, capfd):
     assert "| eager | 500 [400, 600] | 1.00x |" in printed
 
 
-def test_the_next_ones_pay_for_one_that_takes_too_long(scripts, tmp_path, monkeypatch):
-    clock = iter((0.0, 0.0, 90.0, 90.0, 90.0))
-    monkeypatch.setattr(suite.time, "perf_counter", lambda: next(clock))
-    assert scripts(Benchmark("loss", 0.25), Benchmark("other", 0.75), loss=GOOD, other=GOOD) == 0
-    arguments = json.loads((tmp_path / "out/other.jsonl").read_text())["arguments"]
+TWO = (Benchmark("loss", 0.25), Benchmark("other", 0.75))
+
+
+def test_the_next_ones_pay_for_one_that_takes_too_long():
+    clock = Clock(began=0.0, minutes=2.0)
+    assert clock.share(0.0, TWO) == 0.5
     # Two minutes less the minute and a half that the first one took.
-    assert float(arguments["minutes"]) == 0.5
+    assert clock.share(90.0, TWO[1:]) == 0.5
+    assert clock.share(200.0, TWO[1:]) == 0
+
+
+def test_eight_minutes_fit_into_a_command_of_ten():
+    """Each may overrun its share, and the last one is stopped in time whatever the others took."""
+    clock, now = Clock(began=0.0, minutes=8.0), 0.0
+    for number in range(len(suite.BENCHMARKS)):
+        rest = suite.BENCHMARKS[number:]
+        assert clock.limit(now, rest) > 60 * clock.share(now, rest)
+        now += max(clock.limit(now, rest), 0)
+    assert now < 9.5 * 60
 
 
 def test_one_that_fails_fails_the_suite_and_the_others_run(scripts, tmp_path, capfd):
@@ -77,11 +94,51 @@ def test_one_that_fails_fails_the_suite_and_the_others_run(scripts, tmp_path, ca
     assert left == ["last.jsonl", "loss.failed"]
 
 
-def test_one_that_hangs_is_stopped(scripts, monkeypatch, capfd):
-    monkeypatch.setattr(suite, "_GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(suite, "_OVERRUN", 0)
-    assert scripts(Benchmark("hangs", 1.0), hangs="import time; time.sleep(600)") == 1
-    assert "hangs (stopped after 0 s)" in capfd.readouterr().err
+def test_one_that_hangs_is_stopped_with_its_processes_and_tables_are_written(scripts, monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(suite, "_LEAST", 1.0)
+    monkeypatch.setattr(suite, "_OVERRUN", 1.0)
+    monkeypatch.setattr(suite, "_SHORTEST_SECONDS", 1.0)
+    hangs = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
+time.sleep(600)
+"""
+    # Three seconds of two minutes.
+    assert scripts(Benchmark("hangs", 0.025), Benchmark("loss", 0.975), hangs=hangs, loss=GOOD) == 1
+    printed = capfd.readouterr()
+    assert "failed: hangs (stopped after 3 s)" in printed.err
+    assert "loss: a CPU, 1 cores" in printed.out
+    process = Path("/proc", (tmp_path / "child").read_text(), "stat")
+    while process.exists() and process.read_text().rpartition(")")[2].split()[0] != "Z":
+        time.sleep(0.05)
+
+
+def test_one_for_which_there_is_no_time_is_not_begun(tmp_path):
+    assert suite.run_one(TWO[0], tmp_path, 0.0, "cpu", {}, limit=2.0) == "not begun: the time was over"
+
+
+def test_a_suite_that_is_ended_prints_what_it_has(tmp_path, photos):
+    """As `timeout` ends it; what was under way is put aside."""
+    started = tmp_path / "started"
+    (tmp_path / "loss.py").write_text(GOOD)
+    (tmp_path / "slow.py").write_text(GOOD + f"open({str(started)!r}, 'w'); import time; time.sleep(600)")
+    code = (
+        "import signal, sys; from benchmarks import suite; from benchmarks.suite import *\n"
+        "suite.BENCHMARKS = (Benchmark('loss', 0.5), Benchmark('slow', 0.5)); suite.end_on_sigterm()\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ("--out", tmp_path / "out", "--minutes", "2", "--images", photos)
+    path = f"{tmp_path}:{CHECKOUT}"
+    process = run_python("-c", code, *arguments, wait=False, PYTHONPATH=path)
+    while not started.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "loss: a CPU, 1 cores" in printed
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["loss.jsonl", "slow.failed"]
 
 
 def test_results_are_not_mixed(scripts, tmp_path, capsys):
