@@ -16,6 +16,11 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+def row_names(text: str) -> tuple[str, ...]:
+    """What stands between semicolons: a row's name may have commas in it."""
+    return tuple(name.strip() for name in text.split(";") if name.strip())
+
+
 # What some of them take besides, by the name of the parameter.
 OPTIONS = {
     "images": (Path, "folder of JPEGs; without it they are drawn"),
@@ -31,7 +36,10 @@ OPTIONS = {
     "rates": (words, "rates of the peers: base_lr, or with an x multiples of the config's (%(default)s)"),
     "own_rates": (words, "likewise ours (%(default)s)"),
     "batch": (int, "images of a step; without it those of the benchmark for this config, or the config's own"),
-    "rows": (words, "variants, which are then measured whatever the time; without it all that fit into it"),
+    "rows": (
+        row_names,
+        "variants between semicolons, measured whatever the time; without it all that fit",
+    ),
     "contestants": (words, "who takes part (%(default)s)"),
 }
 
