@@ -22,6 +22,7 @@ setup(
         # torch brings it with its CUDA builds only; the kernels' interpreter and compiler need no GPU.
         "triton>=3.6",
         "numba>=0.61",
+        # The tests on Triton 3.6, which torch 2.11 brings, need numpy<2.4: its interpreter fails with later ones.
         "numpy>=1.26",
         "pillow",
         "pydantic>=2.7",
