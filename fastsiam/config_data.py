@@ -45,7 +45,8 @@ class DataConfig(Section):
     """Decoding threads (dali, ffcv) or processes (pil) a rank; null: its share of the cores, 0: none (pil)
     or one (dali, ffcv)."""
     max_bad_fraction: Probability = 0.001
-    """A run stops when more than this share of the images could not be decoded; what a scan found does not count."""
+    """A run stops when more than this share of the images could not be decoded; what a scan found does not count. Nor
+    does it begin where more is left out of a folder: dead links, empty files, formats without an installed decoder."""
     deep_pixels: str = "scale"
     """Of pixels with more than 8 bits the values that become 0..255. scale: the 0.1 to 99.9 % percentiles of the
     training images, by kind of file (what fills half of its type: its type); type: the range of the type, 0..1 of

@@ -83,11 +83,13 @@ def _sample(folder):
     until = time.perf_counter() + _LISTING_SECONDS
     # Whoever trains on a folder that may not be read is told so; here nothing is read in it.
     with contextlib.suppress(OSError):
-        for name, _ in Walk(folder):
+        walk = Walk(folder)
+        for name, _ in walk:
             images.append(os.path.join(folder, name))
             if len(images) >= _LISTED or time.perf_counter() > until:
                 break
-        shards = [] if images else list(map(str, shards_of_folder(folder)))
+        names = [] if images else shards_of_folder(folder, [directory.name for directory in walk.directories])
+        shards = [os.path.join(folder, name) for name in names]
     paths, kind = (images, "images") if images else (shards, "shards")
     random.Random(0).shuffle(paths)
     return paths, kind if paths else "nothing"

@@ -74,7 +74,7 @@ def test_what_is_missing_is_named(tmp_path):
         "lost.txt": "lists nowhere.jpg, but there is no",
         "lists/half.txt": r"line 3 \(b.jpg\) has none",
         "nothing.txt": "is empty",
-        "one.jpg": "is one image; give its folder, data.train=",
+        "one.jpg": "is one image; give its folder: data.train=",
         "one": "is one image",
         "images.zip": "is an archive; give what it holds, unpacked",
         "zipped": r"it holds 1 entry \(images.zip\); left out: 1 .zip; unpack images.zip first",

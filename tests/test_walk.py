@@ -11,8 +11,10 @@ from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import formats, walk
+from fastsiam.data.headers import BadImageError, read_header
 from fastsiam.data.left_out import COPIES, HIDDEN_FILES, SYSTEM, UNFINISHED, check, in_words
 from fastsiam.data.pil import decode_image
+from fastsiam.data.scan import scan
 from fastsiam.data.sources import open_source
 from fastsiam.data.walk import Walk
 
@@ -94,6 +96,9 @@ def test_a_decoder_that_is_not_there_is_named_with_its_cure(tmp_path, monkeypatc
             ".avif (pip install --upgrade pillow)": 1, ".nef (convert them to .jpg)": 1,
             ".dng (convert them to .jpg)": 1, ".svs (cut them into tiles)": 1,
         }  # fmt: skip
+        put(tmp_path, "phone.jpg", data=HEIC)
+        with pytest.raises(BadImageError, match=r"phone.jpg cannot be decoded: it is .heic \(pip install pi"):
+            read_header(tmp_path / "phone.jpg")
     finally:
         monkeypatch.undo()
         for cached in (formats.by_extension, formats._readable):
@@ -196,6 +201,22 @@ def test_too_much_left_out_is_refused_in_one_sentence(tmp_path):
     assert source.left_out_texts() == [f"1 .svg (convert them to .png), 1 .txt under {root}"]
     for number in range(99):
         check({"dead links": number}, 99 - number, tmp_path, "data.train", number / 99)
+
+
+def test_empty_files_are_counted_before_they_are_met_and_keep_their_places(tmp_path):
+    root = tmp_path / "images"
+    put(root, "1.jpg", data=b"")
+    for name in ("0", "2", "3"):
+        pixels = np.random.default_rng(int(name)).integers(0, 255, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(root / f"{name}.jpg")
+    source = open_source(str(root))
+    assert source.left_out == {"empty files": 1}
+    with pytest.raises(UserError, match=r"1 empty file would be left out.*data.max_bad_fraction=0.3$"):
+        open_source(str(root), max_bad_fraction=0.2)
+    # A scan that has found it has told of it: it counts no more.
+    scan(source, tmp_path / "found.tsv", workers=0)
+    source = open_source(str(root), scanned=str(tmp_path / "found.tsv"), max_bad_fraction=0)
+    assert (source.left_out, "1 empty" in source.left_out_by_scan) == ({}, True)
 
 
 def test_the_sentence_names_what_may_be_missed_first_and_stays_short():

@@ -140,6 +140,17 @@ def by_beginning(data: bytes, otherwise: str) -> str:
     return IMAGE if kind in _readable() else reason
 
 
+def begins_as_image(data: bytes) -> bool:
+    """Whether a file's bytes begin as those of a format that can be decoded."""
+    return format_of(data[:BEGINNING])[0] in _readable()
+
+
+def cure_of(data: bytes) -> str:
+    """`.heic (pip install pillow-heif)` where a file begins as what only a decoder that is not here reads, else ""."""
+    kind, extension = format_of(data)
+    return "" if kind is None or kind in _readable() else by_extension().get(extension, "")
+
+
 def format_of(data: bytes) -> tuple[str | None, str]:
     """Pillow's name of the format that a file begins as, and its usual extension; (None, "") for no image."""
     if data[4:8] == b"ftyp":

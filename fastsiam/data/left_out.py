@@ -17,7 +17,7 @@ SYSTEM = "that systems leave behind (@eaDir, ._*, Thumbs.db, ...)"
 HIDDEN_FILES, HIDDEN_FOLDERS = "hidden files", "hidden folders"
 UNFINISHED, COPIES = "unfinished downloads", "backup copies"
 SEEN, LOOPS = "links to a folder already seen", "links onto themselves"
-DEAD_LINKS, GONE = "dead links", "that have gone meanwhile"
+DEAD_LINKS, GONE, EMPTY = "dead links", "that have gone meanwhile", "empty files"
 DEVICES = "pipes, sockets or devices"
 # In and beside tar shards.
 FIELDS, REPLACED = "fields of another image (a.seg.png beside a.png)", "members replaced by a later one of their name"
@@ -59,7 +59,7 @@ def is_missed(reason: str) -> bool:
 def check(left_out: Mapping[str, int], num_images: int, root: Path, key: str, most: float) -> None:
     """Raise `UserError` where a larger share than `most` of what was meant to be an image below `root` is left out.
 
-    `num_images`: those that are read. `key`: the config key of `root`.
+    `num_images`: those that can be used. `key`: the config key of `root`.
     """
     missed = {reason: count for reason, count in left_out.items() if is_missed(reason)}
     total = sum(missed.values()) + num_images

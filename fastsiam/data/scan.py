@@ -15,6 +15,7 @@ from PIL import Image
 from fastsiam.config import UserError
 from fastsiam.data import manifest
 from fastsiam.data.deep import kind_of, open_picture
+from fastsiam.data.formats import begins_as_image
 from fastsiam.data.headers import ODD, UNKNOWN, UNREADABLE, BadImageError, read_header
 from fastsiam.data.levels import measured, range_file
 from fastsiam.data.manifest import VERDICTS, Row
@@ -27,7 +28,6 @@ PIXEL_LIMIT = 2 * Image.MAX_IMAGE_PIXELS
 _CHUNK = 32
 # Images of each kind whose values are measured again at the end.
 _MEASURED = 256
-_BEGINNINGS = (b"\xff\xd8\xff", b"\x89PNG", b"BM", b"RIFF", b"II*\0", b"MM\0*")
 
 
 def scan(
@@ -96,7 +96,7 @@ def _judge(data, max_pixels):
     except BadImageError as error:
         if isinstance(error.__cause__, Image.DecompressionBombError):
             return 0, 0, manifest.TOO_LARGE, UNKNOWN
-        return 0, 0, manifest.TRUNCATED if data.startswith(_BEGINNINGS) else manifest.NOT_AN_IMAGE, UNKNOWN
+        return 0, 0, manifest.TRUNCATED if begins_as_image(data) else manifest.NOT_AN_IMAGE, UNKNOWN
     verdict = manifest.TOO_LARGE
     if header.height * header.width <= max_pixels:
         try:

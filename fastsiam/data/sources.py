@@ -54,7 +54,8 @@ class ImageSource:
     known_fingerprint: str | None = None
     """From the index; None: `fingerprint` computes it."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """How many files and folders below the root are passed over and are not among the N, by reason."""
+    """How many files and folders below the root are passed over, by reason; of the N only empty files, which a run
+    finds bad."""
     labelling: str = ""
     """How the labels were read, or why there are none where some could be expected."""
     left_out_by_scan: str = ""
@@ -165,18 +166,20 @@ def open_source(
 
     `scanned`: the manifest of a scan; without one, that in the index cache, if there is one. Images that it leaves out
     are UNREADABLE or UNWANTED. `levels`: of `data.deep_pixels`, or those of other images. Raises `UserError` where more
-    than `max_bad_fraction` of what was meant to be an image cannot be one here (dead links, files that no installed
-    decoder reads), and where there is no image.
+    than `max_bad_fraction` of what was meant to be an image cannot be one here (dead links, empty files, files that no
+    installed decoder reads), and where there is no image.
     """
     source = open_unscanned(location, key)
-    left_out.check(source.left_out, len(source), source.root, key, max_bad_fraction)
     path = Path(scanned) if scanned is not None else manifest.default_path(cache_folder(Path(location)))
     by_scan = ""
     if scanned is not None or path.exists():
         by_scan = manifest.apply(path, source, "data.manifest" if scanned is not None else key)
+    empty = int(((source.file_sizes == 0) & (source.kinds < UNREADABLE)).sum())
+    passed_over = {**source.left_out, left_out.EMPTY: empty} if empty else source.left_out
+    left_out.check(passed_over, len(source) - empty, source.root, key, max_bad_fraction)
     if isinstance(levels, str):
         levels = levels_of(source, levels, path)
-    return replace(source, left_out_by_scan=by_scan, levels=levels)
+    return replace(source, left_out=passed_over, left_out_by_scan=by_scan, levels=levels)
 
 
 def open_unscanned(location: str, key: str) -> ImageSource:
@@ -224,7 +227,7 @@ def _check_is_a_list(path, key):
         is_image = formats.by_beginning(file.read(formats.BEGINNING), "") or formats.is_image(path.name)
     option = f"{key}=" if "." in key else ""
     if is_image:
-        raise UserError(f"{key}: {shown(path)} is one image; give its folder, {option}{shown(path.parent)}")
+        raise UserError(f"{key}: {shown(path)} is one image; give its folder: {option}{shown(path.parent)}")
     if path.name.lower().endswith(COMPRESSED):
         raise no_plain_shards(path.parent, [path.name], key)
     if path.name.lower().endswith(ARCHIVES):
