@@ -1,26 +1,20 @@
 """What a run says of itself: its first lines, its last ones, and the dry run."""
 
-import sys
-
 import torch
 
 import fastsiam
 from fastsiam import collapse
 from fastsiam.config import Config
-from fastsiam.data import demo
-from fastsiam.data.backends import check_grows, choose_backend
-from fastsiam.data.loader import check_batch_size, check_divides
-from fastsiam.data.sources import ImageSource, demo_folder, open_source, open_validation
-from fastsiam.data.store_size import with_its_store
-from fastsiam.device import Compute, choose_compute, environment
-from fastsiam.distributed import World, restarts
+from fastsiam.data.sources import ImageSource
+from fastsiam.device import Compute, environment
+from fastsiam.distributed import restarts
 from fastsiam.energy import kilowatt_hours
 from fastsiam.kernels import numba_cache
 from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.methods.simsiam import loss_is_fused
-from fastsiam.optim import large_batch_warning, scale_at
+from fastsiam.optim import scale_at
 from fastsiam.progress import duration
-from fastsiam.record import Result, RunFolder, run_path
+from fastsiam.record import Result
 
 # Share of a run from which on the cosine is below 2.5 %.
 LATE = 0.9
@@ -267,52 +261,3 @@ def finished(session) -> Result | None:
 
 def knn_text(knn: float | None) -> str:
     return "" if knn is None else f", kNN {knn:.2f} %"
-
-
-def dry_run(config: Config) -> None:
-    """Print the resolved config on stdout, what would run on stderr; draws and writes nothing.
-
-    Raises what the run would raise, with nothing on stdout.
-    """
-    world = World.of_environment()
-    check_divides(config.train.batch_size, world.size)
-    name, reason = choose_backend(config.data.backend, config.data.train)
-    folder = RunFolder(config, run_path(config), warn=lambda _: None)
-    compute = choose_compute(config.train, world.device_rank, world.device_ranks, folder.environment())
-    num_train, num_val, data_lines = _count(config, lambda sentence: print(sentence, file=sys.stderr))
-    if num_train:
-        check_batch_size(config.train.batch_size, num_train, config.data.train)
-    if name == "synthetic":
-        from fastsiam.data.synthetic import IMAGENET_TRAIN_IMAGES
-
-        steps_per_epoch = IMAGENET_TRAIN_IMAGES // config.train.batch_size
-    else:
-        steps_per_epoch = num_train // config.train.batch_size
-    check_grows(config, steps_per_epoch)
-    where = f"would run in {folder.path}"
-    chosen = {"compute": compute, "reason": reason, "world_size": world.size}
-    lines = opening_lines(config, num_train, num_val, name, where, data_lines, **chosen)
-    lines.append(schedule_line(config, steps_per_epoch))
-    if warning := large_batch_warning(config):
-        lines.append(f"warning: {warning}")
-    # A file made of stdout is a config that can be run.
-    print(config.to_yaml(), end="", flush=True)
-    print("\n".join(lines), file=sys.stderr)
-
-
-def _count(config: Config, warn) -> tuple[int, int, list[str]]:
-    """Images for training and for kNN, and the lines about them."""
-    data = config.data
-    if data.backend == "synthetic":
-        return 0, 0, []
-    folder = demo_folder(config)
-    if folder is not None and not folder.exists():
-        warn(f"the demo images of seed {data.demo_seed} would be drawn to {folder}")
-        num_val = demo.VAL_PER_CLASS * len(demo.CLASSES) if data.val is not None else 0
-        return demo.TRAIN_PER_CLASS * len(demo.CLASSES), num_val, []
-    train = open_source(
-        data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction, levels=data.deep_pixels
-    )
-    with_its_store(config, train, warn)
-    val = open_validation(config, train, lambda sentence: warn(f"warning: {sentence}"))
-    return len(train), len(val or ()), source_lines(train, val)

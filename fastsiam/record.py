@@ -1,6 +1,7 @@
 """The run folder: config, environment, metrics.jsonl, status."""
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import json
@@ -107,14 +108,26 @@ class RunFolder:
         with self._refusal():
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.path / "lock", "w")  # noqa: SIM115
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process is training in {self.path}") from None
+            _take(self._lock, self.path)
             replace_file(self.path / "config.yaml", self.config.to_yaml().encode())
             self.commit = _commit()
             described = json.dumps(environment | {"commit": self.commit}, indent=1)
             replace_file(self.path / "environment.json", described.encode())
+
+    def check_start(self) -> None:
+        """Raise the `UserError` that `open` would raise; makes nothing."""
+        with self._refusal():
+            there = self.path
+            while not there.exists():
+                there = there.parent
+            if not there.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            lock = self.path / "lock"
+            if lock.exists():
+                with open(lock) as file:
+                    _take(file, self.path)
 
     def write_header(self) -> None:
         """Begin metrics.jsonl anew."""
@@ -242,6 +255,13 @@ def _refusal(config, path):
         raise UserError(
             f"run.dir={config.run.dir}: the run folder {path} cannot be made or written ({error.strerror or error})"
         ) from error
+
+
+def _take(lock, path):
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {path}") from None
 
 
 def read_status(folder: Path) -> dict:

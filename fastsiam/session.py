@@ -138,6 +138,13 @@ class Session:
         """What an earlier start of this run came to, if there is nothing left to do."""
         return self.world.share(finished(self) if self.world.is_first else None)
 
+    def check_start(self) -> None:
+        """Raise the `UserError` that `start` would raise; writes nothing."""
+        with self.world.together():
+            optim.build_optimizer(build_method(self.config, self.world.size).to(self.device), self.config)
+            if self.world.is_first:
+                self.folder.check_start()
+
     def start(self) -> None:
         """Build model and optimizer, enter the run folder, restore or measure the controls."""
         config, world, journal = self.config, self.world, self.journal

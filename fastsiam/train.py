@@ -41,10 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dry_run(config):
-    if commands.speaks():
-        from fastsiam.announce import dry_run
+    from fastsiam.dry_run import dry_run
 
-        dry_run(config)
+    dry_run(config)
     return 0
 
 

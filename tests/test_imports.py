@@ -68,6 +68,7 @@ LAYERS = (
         "fastsiam.run_state",
     },
     {"fastsiam.planning"},
+    {"fastsiam.dry_run"},
     {"fastsiam.train", "fastsiam.plan", "fastsiam.doctor", "fastsiam.__main__"},
 )
 TORCH_FREE = (

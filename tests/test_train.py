@@ -1,5 +1,6 @@
 """The command: what it writes, what it says, and how it answers bad input."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -27,12 +28,17 @@ def lines(folder):
 
 
 def refused(capsys, tmp_path, *arguments):
-    """The sentence of a command that must exit with 2 and write nothing."""
+    """The sentence of a command that must exit with 2 and write nothing; its dry run says the same one."""
     before = sorted(path for path in tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert main([*arguments, "--dry-run"]) == 2
+    rehearsed = capsys.readouterr()
     assert main(list(arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("fastsiam: ")
     assert error.count("\n") == 1
+    assert rehearsed.out == ""
+    assert rehearsed.err.splitlines()[-1:] == error.splitlines()
     assert sorted(path for path in tmp_path.rglob("*")) == before
     return error
 
@@ -137,6 +143,26 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tmp_path, capsys, mo
     assert "nvidia-dali-cuda120" in said("data.backend=dali")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE is 2" in said()
+
+
+def test_a_dry_run_refuses_what_only_the_start_of_a_run_refuses(tiny, tmp_path, capsys, demo_folder):
+    assert main(["--config", "quickstart", *tiny("train.epochs=1")]) == 0
+    capsys.readouterr()
+    overrides = tiny("train.epochs=1")
+
+    def said(*more):
+        return refused(capsys, tmp_path, "--config", "quickstart", *overrides, *more)
+
+    with open(tmp_path / "runs/run/lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is training in" in said("train.epochs=2")
+    assert "cannot be made" in said(f"run.dir={demo_folder}/train/rings/00003.jpg/runs")
+    unlabelled = tmp_path / "flat"
+    shutil.copytree(demo_folder / "val/rings", unlabelled)
+    assert "kNN needs labels" in said(f"data.val={unlabelled}", "run.name=other")
+    # What is finished is not refused, and would do nothing.
+    assert main(["--config", "quickstart", "--dry-run", *overrides]) == 0
+    assert "is finished" in capsys.readouterr().err
 
 
 def test_a_run_folder_of_another_config_is_refused(tiny, tmp_path, capsys):

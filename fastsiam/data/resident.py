@@ -45,7 +45,7 @@ class Store:
         """Raises `UserError` where it would not fit beside the stores that are there or coming."""
         self.cache, self.device = cache, device
         self._images = None
-        self._check_memory()
+        check_memory(cache, device)
         cache.decode_once(source)
         self.bad = cache.bad()
         """Why some images are not in it, by index."""
@@ -64,21 +64,23 @@ class Store:
             images[first : first + rows].copy_(torch.from_numpy(array[first : first + rows]))
         return images
 
-    def _check_memory(self):
-        # The store of a run that has ended: its objects refer to each other, and torch keeps what they free.
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        others = [store for store in _stores.values() if store.device == self.device and store._images is None]
-        room = int((free_bytes(self.device) - sum(store.cache.bytes for store in others)) * (1 - HEAD_ROOM))
-        if self.cache.bytes > room:
-            largest = int((max(room, 0) / (3 * self.cache.number)) ** 0.5)
-            advice = f"set data.store_size={largest} or less, or" if largest else "set"
-            raise UserError(
-                f"data.store_size: {self.cache.number:,} images of {self.cache.size} px take "
-                f"{gigabytes(self.cache.bytes)} of {self.device.type} memory, and {gigabytes(max(room, 0))} are to be "
-                f"had ({HEAD_ROOM:.0%} of what is free is left to model and activations); {advice} data.backend=auto"
-            )
+
+def check_memory(cache: StoreCache, device: torch.device) -> None:
+    """Raise `UserError` where a store would not fit beside the stores that are there or coming."""
+    # The store of a run that has ended: its objects refer to each other, and torch keeps what they free.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    others = [store for store in _stores.values() if store.device == device and store._images is None]
+    room = int((free_bytes(device) - sum(store.cache.bytes for store in others)) * (1 - HEAD_ROOM))
+    if cache.bytes > room:
+        largest = int((max(room, 0) / (3 * cache.number)) ** 0.5)
+        advice = f"set data.store_size={largest} or less, or" if largest else "set"
+        raise UserError(
+            f"data.store_size: {cache.number:,} images of {cache.size} px take {gigabytes(cache.bytes)} of "
+            f"{device.type} memory, and {gigabytes(max(room, 0))} are to be had ({HEAD_ROOM:.0%} of what is free is "
+            f"left to model and activations); {advice} data.backend=auto"
+        )
 
 
 class ResidentBackend:
