@@ -165,6 +165,17 @@ def test_a_dry_run_refuses_what_only_the_start_of_a_run_refuses(tiny, tmp_path, 
     assert "is finished" in capsys.readouterr().err
 
 
+def test_a_dry_run_of_resident_decodes_nothing_and_refuses_what_does_not_fit(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    overrides = tiny("data.backend=resident", "data.store_size=32")
+    assert main(["--config", "quickstart", "--dry-run", *overrides]) == 0
+    assert "resident (80 images of 32 px" in capsys.readouterr().err
+    assert not (tmp_path / "cache/fastsiam/resident").exists()
+    for more in ([], ["--dry-run"]):
+        assert main(["--config", "quickstart", *overrides, "data.store_size=200000", *more]) == 2
+        assert "data.store_size: 80 images of 200000 px take 9.6e+03 GB" in capsys.readouterr().err
+
+
 def test_a_run_folder_of_another_config_is_refused(tiny, tmp_path, capsys):
     assert main(["--config", "quickstart", *tiny("train.epochs=1")]) == 0
     capsys.readouterr()
