@@ -14,7 +14,7 @@ SOFTWARE = [
     "python", "packages", "torch", "torchvision", "driver", "gpu", "triton", "C compiler", "C++ compiler", "dali",
     "ffcv", "backend", "apex", "pynvml", "pillow",
 ]  # fmt: skip
-MACHINE = ["cores", "memory", "shared memory", "open files", "run folder"]
+MACHINE = ["cores", "memory", "shared memory", "open files", "caches", "run folder"]
 LINES = [
     Line("ok", "dali", "not installed; pip install nvidia-dali-cuda120 for speed"),
     Line("warning", "data", "slow [/photos] of \udcff", "move [it]"),
