@@ -17,6 +17,7 @@ from fastsiam.data.pil import decode_image
 from fastsiam.data.scan import scan
 from fastsiam.data.sources import open_source
 from fastsiam.data.walk import Walk
+from fastsiam.prepare import main
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(20)
 COLOUR = (200, 40, 90)
@@ -224,3 +225,16 @@ def test_the_sentence_names_what_may_be_missed_first_and_stays_short():
     text = in_words(left_out)
     assert text == "2 .heic (pip install x), 1 dead link, 9,000 .txt, 5 .json, 3 .csv and 3 others"
     assert in_words({}) == ""
+
+
+def test_scan_and_pack_say_what_they_pass_over_and_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "images"
+    put(root, "1.jpg", "2.jpg")
+    (root / "self").symlink_to("self")
+    (root / "gone.jpg").symlink_to("nowhere.jpg")
+    for command in (["pack"], ["scan", "--workers", "0"]):
+        out = [] if command[0] == "scan" else [str(tmp_path / "packed")]
+        assert main([*command, str(root), *out]) == 0
+        said = capsys.readouterr().out
+        assert f"left out  1 dead link, 1 link onto itself under {root}\n" in said

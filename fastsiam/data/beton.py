@@ -136,6 +136,8 @@ def run(arguments: argparse.Namespace) -> str:
     if is_beton(arguments.source):
         raise UserError(f"SRC: {arguments.source} is a .beton already; give the images that it was written from")
     source = open_source(arguments.source, "SRC")
+    for text in source.left_out_texts():
+        print(f"left out  {text}", file=sys.stderr)
     bad = write_beton(
         source,
         arguments.out,
