@@ -17,6 +17,7 @@ from fastsiam.signals import StopSignals
 from fastsiam.spent import Spent
 from fastsiam.state import State
 from fastsiam.train import main, train
+from fastsiam.train_log import TrainLog
 from tests.test_resume import EVERY_STEP, assert_same_run, start, wait_for_step
 from tests.test_train import lines
 
@@ -146,7 +147,8 @@ def test_work_that_a_kill_has_lost_is_spent(budgeted, monkeypatch, tmp_path):
     class Killed(Exception):
         pass
 
-    def killed(session, rate):
+    def killed(log, rate):
+        session = log._session
         if session.state.step == 1:
             session.saver.save()
         if clock.now >= 40:
@@ -154,7 +156,7 @@ def test_work_that_a_kill_has_lost_is_spent(budgeted, monkeypatch, tmp_path):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Session, "log", killed)
+        patch.setattr(TrainLog, "write", killed)
         # A killed process has no heartbeat left that would write after it.
         patch.setattr(Spent, "begin", lambda self: None)
         with pytest.raises(Killed):

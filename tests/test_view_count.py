@@ -155,7 +155,7 @@ def test_draws_of_further_views_are_spread_as_those_of_the_first():
 def test_pil_decodes_an_image_once_for_all_its_views(photos, monkeypatch, count):
     calls = []
     real = pil.decode
-    monkeypatch.setattr(pil, "decode", lambda path, name: calls.append(path) or real(path, name))
+    monkeypatch.setattr(pil, "decode", lambda path, *more: calls.append(path) or real(path, *more))
     made = make(photos, "pil", count)
     assert sum(len(batch.views) for batch in made.epoch(0)) == 16 * count
     assert sorted(calls) == sorted(made.source.path(index) for index in range(16))
