@@ -1,5 +1,6 @@
 """Signals that ask a run to stop, as a flag that the loop reads between steps; and the second Ctrl-C."""
 
+import io
 import os
 import signal
 import sys
@@ -90,5 +91,10 @@ class StopSignals:
                     os._exit(AT_ONCE)
 
     def _say(self, sentence):
-        if self._speaks:
+        if not self._speaks:
+            return
+        try:
             os.write(sys.stderr.fileno(), sentence)
+        except io.UnsupportedOperation:
+            # A notebook's stderr is not a file.
+            print(sentence.decode(), end="", file=sys.stderr, flush=True)

@@ -1,12 +1,14 @@
 """A run that is stopped, killed or damaged goes on exactly where it was."""
 
 import contextlib
+import io
 import json
 import os
 import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -146,6 +148,20 @@ def test_handlers_are_as_before_afterwards():
             assert stop.received == first
         assert handlers(*numbers) == before
         assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_notebook_hears_that_it_stops(monkeypatch):
+    """Its stderr has no file descriptor; the thread that listens must live for the second Ctrl-C."""
+    stderr = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stderr)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while "with a checkpoint" not in stderr.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "with a checkpoint" in stderr.getvalue()
+        assert stop.received == signal.SIGTERM
+        assert [thread.name for thread in threading.enumerate()].count("signals") == 1
 
 
 STUCK = """
