@@ -35,7 +35,8 @@ TINY = (
     "train.log_every_steps=1",
     "evaluate.controls=false",
     "evaluate.knn_every_epochs=1",
-    "data.workers=1",
+    # Without DALI PIL decodes, whose workers are processes: slow to start, and not allowed to a rank's process.
+    f"data.workers={int(optional.installed('dali'))}",
     "data.demo_seed=null",
 )
 
