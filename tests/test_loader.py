@@ -1,16 +1,13 @@
 """One contract, every backend: what is delivered, in which order, how often, and which pixels."""
 
 import dataclasses
-import itertools
 import os
 import signal
 from collections import deque
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import backends, draws, pil
@@ -19,9 +16,7 @@ from fastsiam.data.loader import EvaluationLoader, Loader, LoaderError
 from fastsiam.data.sources import open_source
 from fastsiam.data.synthetic import SyntheticLoader
 from fastsiam.data.views import RECIPES
-from fastsiam.kernels import crop_triton
 from tests.betons import beton_of
-from tests.lanes import LateLane
 
 SIZE = 24
 SPEC = dataclasses.replace(RECIPES["simsiam"], size=SIZE)
@@ -85,83 +80,6 @@ def test_dali_crops_as_pil_does(photos):
     difference = (uint8_crops(photos, "dali").float() - uint8_crops(photos, "pil").float()).abs()
     assert difference.mean() < 0.5
     assert difference.mean((1, 2, 3)).max() < 1.0
-
-
-@pytest.fixture
-def scenes(tmp_path):
-    """20 PNGs, which every decoder decodes alike, with contrast up to their edges."""
-    generator = np.random.default_rng(1)
-    for number in range(20):
-        height, width = generator.integers(30, 240, 2)
-        pixels = generator.integers(0, 256, (height, width, 3), np.uint8)
-        # Coarse in some, fine in others; the outermost pixels are none of their neighbours'.
-        coarse = Image.fromarray(pixels).resize((max(width // 8, 1), max(height // 8, 1)), Image.Resampling.BOX)
-        image = coarse.resize((width, height), Image.Resampling.BICUBIC) if number % 2 else Image.fromarray(pixels)
-        image.save(tmp_path / f"{number:02d}.png")
-    return tmp_path
-
-
-def on_a_gpu(monkeypatch, made):
-    """The GPU's way with the CPU's decoder: the same graph, and the kernel in Triton's interpreter."""
-    monkeypatch.setattr(made.backend, "_crop", partial(crop_triton.crop_scattered, device=CPU))
-    return made
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernel is compiled, and cannot read the host's memory")
-def test_the_graph_for_a_gpu_crops_as_pil_does(scenes, monkeypatch):
-    """To one level in every pixel, most of all in the outer ring: there filters meet what is not in the box.
-
-    Boxes are enlarged and shrunk up to tenfold, and some touch the edges of their images.
-    """
-    decoders = count_decoders(monkeypatch)
-    loaders = [make(scenes, backend, batch_size=10) for backend in ("dali", "pil")]
-    on_a_gpu(monkeypatch, loaders[0])
-    found, expected = (
-        torch.cat([crops for _, crops in made.backend.crops(made._requests(0, 0, deque()))]) for made in loaders
-    )
-    assert decoders == [("image", "cpu")]
-    difference = (found.int() - expected.int()).abs()
-    ring = torch.ones(SIZE, SIZE, dtype=torch.bool)
-    ring[1:-1, 1:-1] = False
-    assert len(difference) == 40
-    assert difference[:, ring].max() <= 1
-    assert difference[:, ~ring].max() <= 1
-    assert difference[:, ring].float().mean() < 0.25
-
-
-def test_the_graph_of_a_gpu_can_be_defined(photos, monkeypatch):
-    """Operators, the names and types of their arguments, and what is computed where; no driver is asked yet."""
-    from fastsiam.data import dali
-
-    decoders = count_decoders(monkeypatch)
-    source = open_source(str(photos))
-    source.look(np.arange(16))
-    memory = dali.decoder_memory(source, 5, 4, 1 << 37)
-    assert len(memory) == 4
-    options = {"batch_size": 5, "num_threads": 4, "device_id": 0, "prefetch_queue_depth": dali.PREFETCH}
-    for packed in (False, True):
-        decoders.clear()
-        dali.image_graph(lambda: None, "mixed", packed, memory, **options)
-        assert decoders == [("image", "mixed")]
-
-
-@pytest.mark.parametrize("backend", ["dali", "ffcv"])
-def test_memory_that_a_device_still_reads_is_not_written_to(photos, backend):
-    """Over two epochs, the first of them left early: every batch is copied or cropped as late as its mark allows."""
-    made, plain = (make(photos, backend, batch_size=2) for _ in range(2))
-    made.backend._lane = LateLane()
-
-    def crops(loader, epoch, count):
-        batches = loader.backend.crops(loader._requests(epoch, 0, deque()))
-        found = [crops for _, crops in itertools.islice(batches, count)]
-        batches.close()
-        return found
-
-    found, expected = (crops(loader, 0, 3) + crops(loader, 1, 8) for loader in (made, plain))
-    made.backend.close()
-    assert len(found) == 11
-    for late, right in zip(found, expected, strict=True):
-        assert torch.equal(late, right)
 
 
 def count_decoders(monkeypatch):
@@ -254,7 +172,7 @@ def test_the_number_of_workers_changes_nothing(photos, backend, workers):
 def test_pil_decodes_each_image_once(photos, monkeypatch):
     calls = []
     real = pil.decode
-    monkeypatch.setattr(pil, "decode", lambda path, name: calls.append(path) or real(path, name))
+    monkeypatch.setattr(pil, "decode", lambda *arguments: calls.append(arguments[0]) or real(*arguments))
     made = make(photos, "pil")
     list(made.epoch(0))
     assert sorted(calls) == sorted(made.source.path(i) for i in draws.epoch_order(0, 0, 16)[:15])
