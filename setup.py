@@ -44,7 +44,7 @@ setup(
         "tiff": ["tifffile", "imagecodecs"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
         "peers": ["lightly"],
-        "dev": ["pytest", "ruff", "build", "setuptools", "wheel", "playwright"],
+        "dev": ["pytest", "ruff", "build", "setuptools", "wheel", "playwright", "tifffile", "imagecodecs"],
     },
     entry_points={"console_scripts": ["fastsiam=fastsiam.__main__:main"]},
 )

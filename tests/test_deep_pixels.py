@@ -235,7 +235,7 @@ def test_what_cannot_be_shown_right_is_refused_by_its_reason(monkeypatch, name):
     ],
 )
 def test_with_tifffile_all_types_and_layouts_are_exact(order, dtype, bands, more):
-    pytest.importorskip("tifffile")
+    pytest.importorskip("tifffile", reason="tifffile is missing: pip install tifffile imagecodecs")
     values = scaled(bands, 0, 100, dtype)
     values = values[..., 0] if bands == 1 else values
     data = tiff_of(values, order=order, orientation=6, **more)
