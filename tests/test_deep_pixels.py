@@ -202,6 +202,24 @@ def test_what_gdal_leaves_out_is_black_and_sets_no_range(tmp_path):
     assert (np.asarray(decode(source.path(0), levels=source.levels))[:20] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_lowest_number_of_a_type_means_that_nothing_was_measured(tmp_path, dtype):
+    values = scaled(1, 10, 90, dtype)[..., 0]
+    values[:20], values[-1] = np.finfo(np.float32).min, np.inf
+    (tmp_path / "dem.tif").write_bytes(tiff_of(values))
+    if dtype is np.float64:
+        pytest.importorskip("tifffile")
+    ((low, high),) = open_source(str(tmp_path)).levels.ranges.values()
+    assert low > 10
+    assert high < 91
+
+
+def test_pictures_without_a_number_are_black(tmp_path):
+    (tmp_path / "dem.tif").write_bytes(tiff_of(np.full((9, 9), np.nan, np.float32)))
+    source = open_source(str(tmp_path))
+    assert (np.asarray(decode(source.path(0), levels=source.levels)) == 0).all()
+
+
 REFUSED = {
     "five bands": (tiff_of(scaled(5, 0, 99, np.uint8)), "5 bands"),
     "eight planes": (tiff_of(scaled(8, 0, 99, np.uint16), separate=True), "8 bands"),

@@ -32,6 +32,9 @@ _NAMES, _OPENED, _DECODED, _VALUES = 8192, 256, 32, 1 << 16
 # Formats that have eight bits, or that Pillow decodes to eight in full.
 _SHALLOW = (b".jpg", b".jpeg", b".jpe", b".jfif", b".webp", b".gif", b".bmp", b".avif", b".heic")
 _READERS = 8
+# Floats from here on mean that nothing was measured: the largest ones of the type are written for that (GIS programs
+# without a tag for it, -3.4e38), and infinity.
+_NO_VALUE = np.float32(1e37)
 _UNREADABLE = (BadImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -59,7 +62,7 @@ class Levels:
         if (low, high) == pixels.span and values.dtype.kind == "u" and high >= 255:
             levels = (values >> (int(high).bit_length() - 8)).astype(np.uint8)
         else:
-            with np.errstate(invalid="ignore"):
+            with np.errstate(invalid="ignore", over="ignore"):
                 scaled = (values.astype(np.float64) - low) * (255 / (high - low))
             levels = np.nan_to_num(np.clip(np.rint(scaled), 0, 255), nan=0).astype(np.uint8)
         return 255 - levels if pixels.inverted else levels
@@ -159,8 +162,8 @@ def _sample(source, index):
 
 def _numbers(values, most):
     flat = values.reshape(-1)
-    flat = flat[:: max(1, len(flat) // most)]
-    return flat[np.isfinite(flat)] if flat.dtype.kind == "f" else flat
+    flat = flat[:: max(1, len(flat) // max(1, most))]
+    return flat[np.abs(flat) < _NO_VALUE] if flat.dtype.kind == "f" else flat
 
 
 def _range(asked, span, values, most):
