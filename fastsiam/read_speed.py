@@ -76,20 +76,24 @@ def is_network(filesystem: str) -> bool:
 
 
 def _sample(folder):
+    from fastsiam.data.index import outweigh
     from fastsiam.data.shards import shards_of_folder
     from fastsiam.data.walk import Walk
 
-    images, shards = [], []
+    found, shards = [], []
     until = time.perf_counter() + _LISTING_SECONDS
     # Whoever trains on a folder that may not be read is told so; here nothing is read in it.
     with contextlib.suppress(OSError):
         walk = Walk(folder)
-        for name, _ in walk:
-            images.append(os.path.join(folder, name))
-            if len(images) >= _LISTED or time.perf_counter() > until:
+        for image in walk:
+            found.append(image)
+            if len(found) >= _LISTED or time.perf_counter() > until:
                 break
-        names = [] if images else shards_of_folder(folder, [directory.name for directory in walk.directories])
-        shards = [os.path.join(folder, name) for name in names]
+        looked = [directory.name for directory in walk.directories] if walk.left_out[".tar"] or not found else []
+        names = shards_of_folder(folder, looked)
+        if outweigh(folder, names, found):
+            found, shards = [], [os.path.join(folder, name) for name in names]
+    images = [os.path.join(folder, name) for name, _ in found]
     paths, kind = (images, "images") if images else (shards, "shards")
     random.Random(0).shuffle(paths)
     return paths, kind if paths else "nothing"

@@ -87,6 +87,7 @@ LABELLED = {
     "a word": ("{i}.jpg", "{i}.cls", lambda label: f"{WORDS[label]}\n", WORDS, "by .cls"),
     "words in json": ("{i}.jpg", "{i}.json", text_of, WORDS, "by class_name in .json"),
     "numbers in json": ("{i}.jpg", "{i}.json", lambda label: json.dumps({"Target": label}), ("0", "1", "2"), "target"),
+    "a list of one": ("{i}.jpg", "{i}.json", lambda label: json.dumps({"label": [label]}), ("0", "1", "2"), "label in"),
     "only a number": ("{i}.jpg", "{i}.json", str, ("0", "1", "2"), "label in .json"),
     "a text": ("{i}.jpg", "{i}.txt", lambda label: f"{WORDS[label]}\n", WORDS, "by .txt"),
     "a date": ("2024-05-01 12.30.0{i}.jpg", "2024-05-01 12.30.0{i}.cls", lambda label: WORDS[label], WORDS, "by .cls"),
@@ -231,6 +232,37 @@ def test_long_names_and_bytes_that_are_not_utf_8(tmp_path, picture, form):
     assert source.read(1) == picture
 
 
+@pytest.mark.parametrize("beside", ["cover.jpg", "previews/cover.jpg"])
+@pytest.mark.parametrize("place", ["s/0.tar", "s/shards/0.tar"])
+def test_a_stray_picture_does_not_hide_the_shards_beside_it(tmp_path, picture, place, beside):
+    shard(tmp_path / place, *((f"{number}.jpg", picture) for number in range(5)))
+    (tmp_path / "s" / beside).parent.mkdir(exist_ok=True)
+    (tmp_path / "s" / beside).write_bytes(picture)
+    source = open_source(str(tmp_path / "s"), max_bad_fraction=0)
+    assert (len(source), source.left_out) == (5, {left_out.BESIDE: 1})
+    assert source.read(0) == picture
+
+
+@pytest.mark.parametrize("holds", ["the images beside it", "no image", "nothing: a dead link"])
+def test_a_tar_file_beside_the_images_that_are_meant_is_passed_over(tmp_path, picture, holds):
+    (tmp_path / "s").mkdir()
+    for number in range(5):
+        (tmp_path / f"s/{number}.jpg").write_bytes(picture)
+    members = {
+        "the images beside it": [(f"{number}.jpg", picture) for number in range(5)],
+        "no image": [("a.npy", b"")],
+    }
+    if holds in members:
+        shard(tmp_path / "s/backup.tar", *members[holds])
+        # Heavy enough to be looked into.
+        with open(tmp_path / "s/backup.tar", "ab") as file:
+            file.write(bytes(1 << 16))
+    else:
+        (tmp_path / "s/backup.tar").symlink_to("nowhere")
+    source = open_source(str(tmp_path / "s"))
+    assert (source.packed, len(source), source.left_out) == (None, 5, {".tar": 1})
+
+
 @pytest.mark.parametrize(
     ("end", "pack"), [(".tar.gz", gzip.compress), (".tgz", gzip.compress), (".tar.bz2", bz2.compress)]
 )
@@ -238,7 +270,7 @@ def test_compressed_shards_are_refused_with_what_to_type_and_counted_beside_plai
     plain = shard(tmp_path / "s/1.tar", ("a.jpg", picture))
     (tmp_path / f"s/0{end}").write_bytes(pack(plain.read_bytes()))
     source = open_source(str(tmp_path / "s"))
-    assert (source.names.tolist(), source.left_out[left_out.COMPRESSED]) == ([b"a.jpg"], 1)
+    assert (source.names.tolist(), source.left_out) == ([b"a.jpg"], {left_out.COMPRESSED: 1})
     plain.unlink()
     with pytest.raises(UserError, match=rf"data.train: .*compressed .*0{end}.*prepare pack SRC OUT") as error:
         open_source(str(tmp_path / "s"))

@@ -24,7 +24,13 @@ from fastsiam.data import formats, left_out
 from fastsiam.data.annotations import places
 from fastsiam.data.files import Files, Packed, files_of_folder, fingerprint, is_outside, no_images
 from fastsiam.data.headers import PLAIN, UNKNOWN, UNREADABLE
-from fastsiam.data.shards import compressed_shards, files_of_shards, no_plain_shards, shards_of_folder
+from fastsiam.data.shards import (
+    NoImagesError,
+    compressed_shards,
+    files_of_shards,
+    no_plain_shards,
+    shards_of_folder,
+)
 from fastsiam.data.walk import Directory, Walk, is_still_closed
 
 # In a folder that `fastsiam.prepare pack` has written, or has begun to write.
@@ -32,8 +38,10 @@ PACK_INDEX, PACK_INCOMPLETE = "fastsiam-index", "fastsiam-pack.incomplete"
 
 # Another number where the same files would be listed, labelled or judged otherwise. A pack is not listed: earlier
 # ones are read as they are.
-_VERSION, _PACK_VERSIONS = 2, (1, 2)
+_VERSION, _PACK_VERSIONS = 3, (1, 2, 3)
 _SAMPLE = 1000
+# A tar file that somebody made of the images beside it weighs as much as they do.
+_OUTWEIGHS = 2
 # A change in the same tick of the file system's clock as the listing would go unseen: whole seconds on some.
 _SETTLED_NS = 2_000_000_000
 
@@ -177,20 +185,26 @@ def _list(root, key):
     walk = Walk(root)
     found = list(walk)
     passed_over = +walk.left_out
+    # Where there are none, no folder is listed twice.
+    looked = [directory.name for directory in walk.directories] if passed_over[".tar"] or not found else []
+    shards = shards_of_folder(root, looked)
+    files = _of_shards(root, shards, found, key)
     watched = []
-    if found:
+    if files is not None:
+        names = shards
+        passed_over[".tar"] -= len(names)
+        passed_over[left_out.BESIDE] += len(found)
+        compressed = compressed_shards(root)
+        passed_over[left_out.COMPRESSED] += len(compressed)
+        passed_over.subtract(formats.extension_of(name) for name in compressed)
+    elif found:
         files, watched = files_of_folder(root, found), places(root)
         count = len(found)
         sample = np.random.default_rng(0).choice(count, min(count, _SAMPLE), replace=False)
         names = [os.fsdecode(bytes(name)) for name in files.names[np.sort(sample)]]
     else:
-        names = shards_of_folder(root, [directory.name for directory in walk.directories])
         compressed = compressed_shards(root)
-        if not names:
-            raise no_plain_shards(root, compressed, key) if compressed else no_images(root, key, passed_over)
-        files = files_of_shards(root, names, key)
-        passed_over[".tar"] -= len(names)
-        passed_over[left_out.COMPRESSED] += len(compressed)
+        raise no_plain_shards(root, compressed, key) if compressed else no_images(root, key, passed_over)
     state = {
         "listed_ns": listed_ns,
         "directories": walk.directories,
@@ -204,6 +218,25 @@ def _list(root, key):
         with contextlib.suppress(FileNotFoundError):
             state["files"].append(_file_state(root, name))
     return files._replace(left_out=dict(+(passed_over + Counter(files.left_out)))), state
+
+
+def _of_shards(root, shards, found, key):
+    """The images in tar shards; None without shards, and where images beside them (`found`) are more."""
+    if not shards or (found and not outweigh(root, shards, found)):
+        return None
+    try:
+        files = files_of_shards(root, shards, key)
+    except NoImagesError:
+        if found:
+            return None
+        raise
+    return files if len(files.names) > len(found) else None
+
+
+def outweigh(root: Path, shards: list[str], found: list[tuple[str, int]]) -> bool:
+    """Whether tar files have so many bytes that the images beside them (names and sizes) may be strays."""
+    most = _OUTWEIGHS * sum(size for _, size in found)
+    return sum(_size_and_mtime(root, name)[0] for name in shards) > most
 
 
 def _is_unchanged(root, state):

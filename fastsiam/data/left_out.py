@@ -21,7 +21,8 @@ DEAD_LINKS, GONE, EMPTY = "dead links", "that have gone meanwhile", "empty files
 DEVICES = "pipes, sockets or devices"
 # In and beside tar shards.
 FIELDS, REPLACED = "fields of another image (a.seg.png beside a.png)", "members replaced by a later one of their name"
-GZIPPED, NOT_PLAIN = "gzipped images (gunzip them and pack again)", "links or sparse files in shards (pack the files)"
+GZIPPED, NOT_PLAIN = "gzipped images (gunzip them)", "links or sparse files in shards (pack the files)"
+BESIDE = "images beside the shards (move them to a folder of their own to train on them)"
 COMPRESSED = "compressed shards (python -m fastsiam.prepare pack reads them where there are no others)"
 FILES, FOLDERS = "files", "folders"
 """Of what reads `files that may not be read`."""
@@ -29,7 +30,7 @@ FILES, FOLDERS = "files", "folders"
 # By none of these an image is lost.
 HARMLESS = frozenset(
     (SYSTEM, HIDDEN_FILES, HIDDEN_FOLDERS, UNFINISHED, COPIES, SEEN, LOOPS, GONE, DEVICES, NAMELESS, FIELDS, REPLACED)
-) | {COMPRESSED}
+) | {BESIDE, COMPRESSED}
 
 # Reasons that a sentence names.
 _SHOWN = 5
@@ -44,7 +45,13 @@ def in_words(left_out: Mapping[str, int], most: int = _SHOWN) -> str:
 
 
 def _singular(reason):
-    for many, one in (("onto themselves", "onto itself"), ("that have", "that has"), ("files", "file")):
+    for many, one in (
+        ("onto themselves", "onto itself"),
+        ("that have", "that has"),
+        ("files", "file"),
+        ("move them to", "move it to"),
+        ("on them)", "on it)"),
+    ):
         reason = reason.replace(many, one)
     return re.sub(
         r"^(dead |hidden |gzipped |compressed )?(link|folder|name|image|field|member|shard)s\b", r"\1\2", reason

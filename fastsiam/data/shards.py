@@ -38,6 +38,10 @@ _LABEL_BYTES, _JSON_BYTES, _JSONS = 4096, 1 << 20, 1000
 _FIELD = re.compile(r"[a-z]", re.IGNORECASE)
 
 
+class NoImagesError(UserError):
+    """Whole tar files, none of which holds an image."""
+
+
 class _Image(NamedTuple):
     name: str
     size: int
@@ -98,7 +102,7 @@ def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = 
         _Reader(root / name, number, found, key, opener).read()
     if not found.images:
         what = left_out.in_words(found.left_out, 3) or "nothing"
-        raise UserError(f"{key}: no images in the {len(shards):,} tar shards in {shown(root)}; they hold {what}")
+        raise NoImagesError(f"{key}: no images in the {len(shards):,} tar shards in {shown(root)}; they hold {what}")
     names = [image.name for image in found.images]
     labelling = (
         labels.by_cls(found.cls)

@@ -147,7 +147,9 @@ def shown(text: object, most: int = _SHOWN) -> str:
 
 
 def json_text(value: object) -> str:
-    """A label in JSON as text; "" for what is not a word or a whole number."""
+    """A label in JSON as text, a list of one as what it holds; "" for what is not a word or a whole number."""
+    if isinstance(value, list) and len(value) == 1:
+        return json_text(value[0])
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return ""
     return whole_number(str(value).strip())

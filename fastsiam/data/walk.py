@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastsiam.data import left_out
-from fastsiam.data.formats import BEGINNING, IMAGE, NAMELESS, by_beginning, by_extension, extension_of
+from fastsiam.data.formats import BEGINNING, IMAGE, NAMELESS, by_beginning, by_extension, extension_of, is_image
 
 # Folders and files that systems make for themselves, in lower case: Synology, QNAP and NetApp; Windows; macOS, on disks
 # of others and in archives; Linux and Python.
@@ -138,6 +138,8 @@ class Walk:
             reason = left_out.UNFINISHED
         elif extension.endswith(_COPIES) or last.endswith("~"):
             reason = left_out.COPIES
+        elif extension == ".gz" and is_image(last[:-3]):
+            reason = left_out.GZIPPED
         elif reason in (None, IMAGE):
             # Raises where a link leads nowhere.
             status = os.stat(os.path.join(self._root, name))
