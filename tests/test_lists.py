@@ -118,7 +118,11 @@ def test_absolute_names_become_relative_to_the_list_or_to_their_common_folder(fo
 
 def test_lines_that_name_a_file_again_count_in_a_plain_list_and_not_in_a_table_of_boxes(folder):
     (folder / "plain.txt").write_text("cat/0.jpg\tcat\ncat/../cat/0.jpg\tcat\ncat/0.jpg\tcat\n")
-    assert names(open_source(str(folder / "plain.txt"))) == ["cat/0.jpg", "cat/../cat/0.jpg", "cat/0.jpg"]
+    source = open_source(str(folder / "plain.txt"))
+    assert names(source) == ["cat/0.jpg", "cat/../cat/0.jpg", "cat/0.jpg"]
+    assert "1 line names a file again" in source.label_text()
+    (folder / "plain.txt").write_text("cat/0.jpg\n" * 3)
+    assert "2 lines name a file again" in open_source(str(folder / "plain.txt")).label_text()
     table = "file,xmin,label\ncat/0.jpg,1,cat\ncat/0.jpg,2,cat\ndog/0.jpg,3,dog\n"
     (folder / "boxes.csv").write_text(table)
     source = open_source(str(folder / "boxes.csv"))

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from fastsiam.config import UserError
-from fastsiam.data import formats, walk
+from fastsiam.data import formats, left_out, walk
 from fastsiam.data.headers import BadImageError, read_header
 from fastsiam.data.left_out import COPIES, HIDDEN_FILES, SYSTEM, UNFINISHED, check, in_words
-from fastsiam.data.pil import decode_image
+from fastsiam.data.pil import decode, decode_image
 from fastsiam.data.scan import scan
 from fastsiam.data.sources import open_source
 from fastsiam.data.walk import Walk
@@ -79,6 +79,29 @@ def test_what_is_not_an_image_is_counted_by_extension_and_texts_are_not_taken_fo
         formats.NAMELESS: 3, ".h": 1, ".txt": 2, ".mp4": 1, ".pdf": 1, ".foo": 1, ".ps": 1,
         ".eps (convert them to .png)": 1,
     }  # fmt: skip
+
+
+def test_a_gzipped_image_is_missed_and_named_with_what_to_do(tmp_path):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
+    (tmp_path / "b.PNG.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "weights.gz").write_bytes(b"\x1f\x8b")
+    assert open_source(str(tmp_path)).left_out == {left_out.GZIPPED: 1, ".gz": 1}
+    with pytest.raises(UserError, match="1 gzipped image"):
+        open_source(str(tmp_path), max_bad_fraction=0.1)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [(b"", "it is empty"), (b"<html>", "it is not an image"), (None, "No such file or directory")]
+)
+def test_what_is_not_an_image_is_told_without_words_of_the_program(tmp_path, data, reason):
+    path = tmp_path / "a.jpg"
+    if data is not None:
+        path.write_bytes(data)
+    for reader in (read_header, decode):
+        with pytest.raises(BadImageError) as error:
+            reader(path)
+        assert str(error.value).startswith(f"{path} cannot be decoded: {reason}")
+        assert not {"<", "[", "'"} & set(str(error.value))
 
 
 def test_a_decoder_that_is_not_there_is_named_with_its_cure(tmp_path, monkeypatch):

@@ -56,25 +56,27 @@ def read_header(file: Path | str | bytes, name: object = None) -> Header:
             deep = kind_of(picture)
             turned = orientation(image)
             plain = not deep and _is_plain(image, turned)
-    except UnidentifiedImageError as error:
-        raise BadImageError(f"{name} cannot be decoded: {_what_it_is(file) or error}") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadImageError(f"{name} cannot be decoded: {error}") from error
+        raise BadImageError(f"{name} cannot be decoded: {reason_of(error, file)}") from error
     if turned in _TRANSPOSED:
         width, height = height, width
     return Header(height, width, PLAIN if plain else ODD)
 
 
-def _what_it_is(file):
-    """Under another name, as phones and the web hand them on; "" where nobody knows."""
+def reason_of(error: Exception, file: Path | str | bytes) -> str:
+    """Why an image cannot be decoded, for a sentence that names it: the system's words, or what it is instead."""
+    if not isinstance(error, UnidentifiedImageError):
+        return getattr(error, "strerror", None) or str(error)
     if not isinstance(file, bytes):
         try:
             with open(file, "rb") as opened:
                 file = opened.read(formats.BEGINNING)
-        except OSError:
-            return ""
+        except OSError as gone:
+            return gone.strerror
+    if not file:
+        return "it is empty"
     cure = formats.cure_of(file)
-    return f"it is {cure}" if cure else ""
+    return f"it is {cure}" if cure else "it is not an image, or of a format that is not known here"
 
 
 def orientation(image: Image.Image) -> int:

@@ -34,7 +34,12 @@ def files_of_list(path: Path, key: str) -> Files:
     given = [line.partition("\t")[2].partition("\t")[0].strip() for line in lines]
     how = f"by {path.name}" + (", the column after the first tab" if lines[0].count("\t") > 1 else "")
     numbers = (number for number, line in enumerate(text.split("\n"), 1) if line.strip())
-    return _with_labels(path, path.parent, found, given, numbers, key, how)
+    files = _with_labels(path, path.parent, found, given, numbers, key, how)
+    repeated = len(found) - len(set(found))
+    if not repeated:
+        return files
+    again = f"{repeated:,} {'line names' if repeated == 1 else 'lines name'} a file again, which counts each time"
+    return files._replace(labelling="; ".join(filter(None, (files.labelling, again))))
 
 
 def _as_it_stands(folder, lines):

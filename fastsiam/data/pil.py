@@ -16,7 +16,7 @@ from torchvision.transforms import functional as TF
 from fastsiam.cores import usable_cores
 from fastsiam.data import deep
 from fastsiam.data.deep import open_picture
-from fastsiam.data.headers import BadImageError, orientation, other_size
+from fastsiam.data.headers import BadImageError, orientation, other_size, reason_of
 from fastsiam.data.levels import Levels
 from fastsiam.data.skip import UndecodableError
 from fastsiam.data.sources import ImageSource
@@ -61,7 +61,7 @@ def decode(file: Path | bytes, name: object = None, levels: Levels = Levels()) -
             return image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         name = name or ("the image" if isinstance(file, bytes) else file)
-        raise BadImageError(f"{name} cannot be decoded: {error}") from error
+        raise BadImageError(f"{name} cannot be decoded: {reason_of(error, file)}") from error
 
 
 def decode_image(source: ImageSource, index: int) -> Image.Image:
