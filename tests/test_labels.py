@@ -35,6 +35,7 @@ FOLDERS = {
     "below one folder, and a stray": ("images/cat/1.png images/dog/2.png logo.png", "cat,dog,"),
     "images in each": ("n01/images/1.JPEG n02/images/2.JPEG", "n01,n02"),
     "splits with classes": ("train/cat/1.png train/dog/2.png val/cat/3.png", "cat,dog,cat"),
+    "splits with a year": ("Train2017/cat/1.png Train2017/dog/2.png val2017/cat/3.png", "cat,dog,cat"),
     "splits alone": ("train/1.png val/2.png", "train,val"),
     "one folder": ("only/1.png only/2.png", ","),
 }  # fmt: skip

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from fastsiam.config import UserError
-from fastsiam.data.labels import SPLITS, Labelling, by_folder, by_values
+from fastsiam.data.labels import Labelling, are_splits, by_folder, by_values
 from fastsiam.data.tables import label_values, read_entries, read_text, shown
 
 _NAMES = (
@@ -38,7 +38,7 @@ def label_folder(root: Path, names: list[str]) -> Labelling:
     """
     labelling = by_folder(names)
     found = [place for place in places(root) if os.path.isfile(root / place)]
-    if labelling is not None and not (found and SPLITS.issuperset(labelling.classes)):
+    if labelling is not None and not (found and are_splits(labelling.classes)):
         unused = [place for place in found if place.startswith("metadata.")]
         how = f"{labelling.how}, not by {unused[0]}" if unused else labelling.how
         return labelling._replace(how=how)
@@ -117,5 +117,6 @@ def _by_file(root, place, images):
     used = set(given)
     how = ", ".join(filter(None, (f"by {last}", column if " " in column else f"column {column}", entries.how)))
     if known < len(entries.found):
-        how += f" ({len(entries.found) - known:,} of its lines name no image here)"
+        others = len(entries.found) - known
+        how += f" ({others:,} of its lines {'names' if others == 1 else 'name'} no image here)"
     return by_values(given, how, [name for name in classes if name in used])

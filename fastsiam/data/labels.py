@@ -5,13 +5,14 @@ Every function gives a `Labelling`, or None where its way of labelling is not th
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fastsiam.data.tables import LABEL_COLUMNS, is_numbered, label_values, sorted_classes
 
 # Folders that divide a data set, and are not classes of it.
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+_YEAR = re.compile(r"[-_ ]?(19|20)\d\d$")
 # A larger number in a .cls than this is the name of a class; up to here every number below the largest is a class.
 _COUNTED = 1_000_000
 # What files of shards are called that hold some of every class.
@@ -27,6 +28,11 @@ class Labelling(NamedTuple):
     classes: tuple[str, ...]
     how: str
     """`by .cls`; where there are no classes, why."""
+
+
+def are_splits(folders: Iterable[str]) -> bool:
+    """Whether all of these folders divide a data set (`Train`, `val2017`)."""
+    return SPLITS.issuperset(_YEAR.sub("", folder.lower()) for folder in folders)
 
 
 def by_values(values: Sequence[str], how: str, classes: Sequence[str] | None = None) -> Labelling:
@@ -49,7 +55,7 @@ def by_folder(names: Sequence[str]) -> Labelling | None:
         beside = len(names) - counts.total()
         if not counts or counts.total() <= beside:
             return None
-        if len(counts) > 1 and not SPLITS.issuperset(counts):
+        if len(counts) > 1 and not are_splits(counts):
             return by_values([first or "" for first in firsts], "by folder", sorted(counts))
         rest = [None if first is None else name[len(first) + 1 :] for first, name in zip(firsts, rest, strict=True)]
         if not any(name is not None and "/" in name for name in rest):
@@ -95,7 +101,7 @@ def by_shard(shards: Sequence[str], numbers: Sequence[int]) -> Labelling | None:
     """From folders of shards (`cat/0.tar`), or from shards called as classes are (`cat.tar`, `dog-001.tar`)."""
     labelled = by_folder(shards)
     if labelled is None or -1 in labelled.labels:
-        stems = [name.rpartition("/")[2].removesuffix(".tar") for name in shards]
+        stems = [name.rpartition("/")[2].rpartition(".")[0] for name in shards]
         names = [stem if _WORDNET.fullmatch(stem) else _NUMBERED.sub("", stem) for stem in stems]
         if "" in names or len(set(names)) < 2 or any(name.lower() in _PARTS for name in names):
             return None

@@ -22,7 +22,7 @@ DEVICES = "pipes, sockets or devices"
 # In and beside tar shards.
 FIELDS, REPLACED = "fields of another image (a.seg.png beside a.png)", "members replaced by a later one of their name"
 GZIPPED, NOT_PLAIN = "gzipped images (gunzip them)", "links or sparse files in shards (pack the files)"
-BESIDE = "images beside the shards (move them to a folder of their own to train on them)"
+BESIDE = "images beside the shards"
 COMPRESSED = "compressed shards (python -m fastsiam.prepare pack reads them where there are no others)"
 FILES, FOLDERS = "files", "folders"
 """Of what reads `files that may not be read`."""
@@ -49,8 +49,6 @@ def _singular(reason):
         ("onto themselves", "onto itself"),
         ("that have", "that has"),
         ("files", "file"),
-        ("move them to", "move it to"),
-        ("on them)", "on it)"),
     ):
         reason = reason.replace(many, one)
     return re.sub(

@@ -301,9 +301,10 @@ def check_divides(batch_size: int, world_size: int) -> None:
 def check_batch_size(batch_size: int, num_images: int, where) -> None:
     """Raise `UserError` for a batch that the data cannot fill."""
     if batch_size > num_images:
+        images = "1 image" if num_images == 1 else f"{num_images} images"
         fitting = 1 << max(num_images.bit_length() - 1, 0)
         advice = f"set train.batch_size={fitting} or less, or add images" if fitting > 1 else "add images"
-        raise UserError(f"train.batch_size: {batch_size} is more than the {num_images} images under {where}; {advice}")
+        raise UserError(f"train.batch_size: {batch_size} is more than the {images} under {where}; {advice}")
 
 
 def _labels(source, indices):

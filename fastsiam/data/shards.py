@@ -102,7 +102,8 @@ def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = 
         _Reader(root / name, number, found, key, opener).read()
     if not found.images:
         what = left_out.in_words(found.left_out, 3) or "nothing"
-        raise NoImagesError(f"{key}: no images in the {len(shards):,} tar shards in {shown(root)}; they hold {what}")
+        tars = "tar shard" if len(shards) == 1 else f"{len(shards):,} tar shards"
+        raise NoImagesError(f"{key}: no images in the {tars} in {shown(root)}, but {what}")
     names = [image.name for image in found.images]
     labelling = (
         labels.by_cls(found.cls)
@@ -159,7 +160,7 @@ def _opener_of(path):
 def _tars(root, folder):
     below = f"{folder}/" if folder else ""
     paths = sorted((root / folder).iterdir())
-    return [below + path.name for path in paths if path.suffix == ".tar" and not is_hidden(path.name)]
+    return [below + path.name for path in paths if path.suffix.lower() == ".tar" and not is_hidden(path.name)]
 
 
 def is_hidden(name: str) -> bool:
