@@ -79,7 +79,8 @@ def _pack(arguments):
         _say(f"labels    {text}")
     with _progress("packing") as progress:
         shards = pack.pack(source, arguments.out, shard_bytes, progress)
-    _say(f"{arguments.out} holds {shards} shards; data.train={arguments.out} reads them")
+    made = "1 shard" if shards == 1 else f"{shards:,} shards"
+    _say(f"{arguments.out} holds {made}; data.train={arguments.out} reads them")
 
 
 def _add_scan(commands):

@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -21,6 +22,7 @@ from fastsiam.data.pack import pack
 from fastsiam.data.sources import open_source
 from fastsiam.data.views import RECIPES
 from fastsiam.prepare import main
+from tests.tiffs import tiff_of
 
 
 def noise(seed, size=(24, 30), channels=3):
@@ -86,9 +88,19 @@ def test_each_file_gets_its_verdict(folder):
     rows = scanned(folder)
     found = {row.name.decode(): (row.verdict, row.kind, (row.height, row.width)) for row in rows}
     assert found == {name: tuple(expected) for name, (_, *expected) in files().items()}
-    assert {row.verdict for row in rows} == set(manifest.VERDICTS) - {"unreadable", "32-bit", "float"}
+    assert {row.verdict for row in rows} == set(manifest.VERDICTS) - {"unreadable", "not supported", "32-bit", "float"}
     assert [row.file_size for row in rows] == [len(data) for data, *_ in files().values()]
     assert manifest.read_rows(manifest.default_path(cache_folder(folder))) == rows
+
+
+def test_a_whole_file_that_nobody_decodes_is_not_called_truncated(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    (tmp_path / "bands.tif").write_bytes(tiff_of(np.zeros((8, 8, 5), np.uint8)))
+    (tmp_path / "double.tif").write_bytes(tiff_of(np.zeros((8, 8), np.float64)))
+    (tmp_path / "cut.tif").write_bytes(encoded(noise(5), "TIFF")[:300])
+    source = sources.open_unscanned(str(tmp_path), "scan")
+    verdicts = [row.verdict for row in scan.scan(source, tmp_path / "out.tsv", workers=0)]
+    assert verdicts == ["not supported" if name != b"cut.tif" else "truncated" for name in source.names.tolist()]
 
 
 def test_a_file_of_16_bits_a_colour_is_told_from_one_of_8(tmp_path):

@@ -19,6 +19,10 @@ _COLOURS = (0, 1, 2)
 _OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}
 
 
+class UnsupportedError(ValueError):
+    """Says why a whole file is not a picture to anybody here."""
+
+
 class Picture(NamedTuple):
     """An opened file; nothing is decoded yet."""
 
@@ -46,11 +50,11 @@ class Deep(NamedTuple):
 
 @contextmanager
 def open_picture(file: Path | str | bytes) -> Iterator[Picture]:
-    """Raises Pillow's `UnidentifiedImageError`, and `ValueError` with the reason why a TIFF is no picture."""
+    """Raises Pillow's `UnidentifiedImageError`, and `UnsupportedError` with the reason why a TIFF is no picture."""
     with io.BytesIO(file) if isinstance(file, bytes) else open(os.fspath(file), "rb") as stream:
         tags = _tags(stream)
         if tags is not None and (reason := tiff.refusal(tags)):
-            raise ValueError(reason)
+            raise UnsupportedError(reason)
         try:
             image = Image.open(stream)
         except UnidentifiedImageError:
@@ -60,10 +64,10 @@ def open_picture(file: Path | str | bytes) -> Iterator[Picture]:
         if tags is not None and not tiff.is_right_in_pillow(tags, image):
             image = None
             if reason := tiff.needs_tifffile(tags):
-                raise ValueError(reason)
+                raise UnsupportedError(reason)
         if image is None:
             if tags.photometric not in _COLOURS:
-                raise ValueError("Pillow does not decode it, and it is neither grey nor RGB; write it as that")
+                raise UnsupportedError("Pillow does not decode it, and it is neither grey nor RGB; write it as that")
             if tags.height * tags.width > 2 * Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError(f"it has {tags.height} x {tags.width} pixels")
             yield Picture(stream, None, tags)

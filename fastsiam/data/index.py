@@ -38,7 +38,7 @@ PACK_INDEX, PACK_INCOMPLETE = "fastsiam-index", "fastsiam-pack.incomplete"
 
 # Another number where the same files would be listed, labelled or judged otherwise. A pack is not listed: earlier
 # ones are read as they are.
-_VERSION, _PACK_VERSIONS = 3, (1, 2, 3)
+_VERSION, _PACK_VERSIONS = 4, (1, 2, 4)
 _SAMPLE = 1000
 # A tar file that somebody made of the images beside it weighs as much as they do.
 _OUTWEIGHS = 2

@@ -19,6 +19,7 @@ class Verdict(NamedTuple):
 
 
 OK, UNREAD, EMPTY, NOT_AN_IMAGE, TRUNCATED = "ok", "unreadable", "empty", "not an image", "truncated"
+UNSUPPORTED = "not supported"
 TOO_LARGE, DUPLICATE, CONSTANT = "too large", "duplicate", "constant"
 ANIMATED, CMYK, DEEP, GREYSCALE = "animated", "CMYK", "16-bit", "greyscale"
 WIDE, FLOAT = "32-bit", "float"
@@ -30,6 +31,7 @@ VERDICTS = {
     UNREAD: Verdict(UNREADABLE, "the file system or the shard does not give its bytes"),
     EMPTY: Verdict(UNREADABLE, "no bytes"),
     NOT_AN_IMAGE: Verdict(UNREADABLE, "another kind of file under an image's name"),
+    UNSUPPORTED: Verdict(UNREADABLE, "a TIFF of 2 or 5 and more bands, or one for pip install tifffile imagecodecs"),
     TRUNCATED: Verdict(UNREADABLE, "begins as an image and cannot be decoded to its end"),
     TOO_LARGE: Verdict(UNWANTED, "more pixels than --max-pixels"),
     DUPLICATE: Verdict(UNWANTED, "the same bytes as an earlier file, which stays"),

@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import manifest
-from fastsiam.data.deep import kind_of, open_picture
+from fastsiam.data.deep import UnsupportedError, kind_of, open_picture
 from fastsiam.data.formats import begins_as_image
 from fastsiam.data.headers import ODD, UNKNOWN, UNREADABLE, BadImageError, read_header
 from fastsiam.data.levels import measured, range_file
@@ -96,6 +96,8 @@ def _judge(data, max_pixels):
     except BadImageError as error:
         if isinstance(error.__cause__, Image.DecompressionBombError):
             return 0, 0, manifest.TOO_LARGE, UNKNOWN
+        if isinstance(error.__cause__, UnsupportedError):
+            return 0, 0, manifest.UNSUPPORTED, UNKNOWN
         return 0, 0, manifest.TRUNCATED if begins_as_image(data) else manifest.NOT_AN_IMAGE, UNKNOWN
     verdict = manifest.TOO_LARGE
     if header.height * header.width <= max_pixels:
