@@ -214,6 +214,15 @@ def test_what_a_scan_leaves_out_is_not_used_and_not_counted(folder, backend):
     assert made.skip.found == {}
 
 
+def test_a_scan_that_has_only_begun_says_nothing_to_a_run(folder):
+    path = manifest.default_path(cache_folder(folder))
+    manifest.begin(path)
+    source = open_source(str(folder))
+    assert (source.left_out_by_scan, len(source)) == ("", 17)
+    with pytest.raises(UserError, match="data.manifest: .* names none of the images"):
+        open_source(str(folder), scanned=str(path))
+
+
 def test_a_manifest_elsewhere_is_named_by_the_config(folder, tmp_path, tiny_config):
     path = tmp_path / "found.tsv"
     scan.scan(sources.open_unscanned(str(folder), "scan"), path, workers=0, max_pixels=LIMIT)

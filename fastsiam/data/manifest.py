@@ -116,10 +116,11 @@ def apply(path: Path, source, key: str) -> str:
     no manifest, or nothing would be left.
     """
     names, file_sizes, heights, widths, verdicts, kinds, _ = _columns(path, key)
-    verdicts, kinds = np.array(verdicts), np.array(kinds)
+    # Of bytes, also where a scan has just begun and there is no line yet.
+    verdicts, kinds = np.array(verdicts, "S"), np.array(kinds, "S5")
     # Earlier manifests call a PNG of 16 bits a colour plain.
     kinds[np.isin(verdicts, [name.encode() for name in DEEPER])] = _KINDS[ODD]
-    rows = _rows_of(source.names, np.array(names))
+    rows = _rows_of(source.names, np.array(names, "S"))
     indices = np.flatnonzero(rows >= 0)
     indices = indices[np.array(file_sizes).astype(np.int64)[rows[indices]] == source.file_sizes[indices]]
     if not len(indices):
