@@ -60,9 +60,12 @@ def answered(work: Callable[[], int], *, gone: str, stopped: str) -> int:
             raise
         print(f"fastsiam: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         from fastsiam.distributed import is_lost_peer
 
+        if _is_short_of_host_memory(error):
+            print(f"fastsiam: {_OUT_OF_MEMORY}", file=sys.stderr)
+            return 2
         if not is_lost_peer(error):
             raise
         first = str(error).partition(". ")[0].partition("\n")[0]
@@ -71,3 +74,14 @@ def answered(work: Callable[[], int], *, gone: str, stopped: str) -> int:
     except KeyboardInterrupt:
         print(f"fastsiam: {stopped}", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+_OUT_OF_MEMORY = (
+    "out of memory: this machine does not have what a step needs on the CPU; set a smaller train.batch_size, "
+    "views.size, views.count or model.width"
+)
+
+
+def _is_short_of_host_memory(error):
+    # For a tensor torch raises a RuntimeError that its type does not tell from others.
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

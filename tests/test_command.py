@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.command import command
-from fastsiam import doctor, plan, prepare, report
+from fastsiam import commands, doctor, plan, prepare, report
 from fastsiam.config import UserError
 
 
@@ -51,3 +51,18 @@ def test_a_tilde_is_the_home_folder_on_every_command_line(photos, tmp_path, monk
     ):
         assert main(arguments) == 2
         assert f"{tmp_path}/none" in capsys.readouterr().err
+
+
+def test_tensors_too_large_for_the_host_end_in_a_sentence(capsys):
+    def too_large():
+        torch.empty(10**15)
+
+    assert commands.answered(too_large, gone="", stopped="") == 2
+    told = capsys.readouterr().err
+    assert told.startswith("fastsiam: out of memory")
+    assert "train.batch_size" in told
+
+
+def test_other_runtime_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="shape"):
+        commands.answered(lambda: torch.zeros(2).view(3), gone="", stopped="")
