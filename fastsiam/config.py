@@ -68,7 +68,8 @@ class CollapseConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every_seconds: PositiveFloat = 300.0
+    every_seconds: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 300.0
+    """.inf: only at the end, or when a signal asks for it."""
     keep: Annotated[int, Field(ge=1)] = 2
     """How many of the newest checkpoints stay; with 1 a damaged file leaves none to fall back to."""
 

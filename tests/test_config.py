@@ -64,6 +64,9 @@ MISTAKES = {
     "deep pixels that end first": (["data.deep_pixels=5..-5"], "data.deep_pixels: '5..-5' is not scale, type or a"),
     "mapping for a name": (["views.recipe={a: b}"], 'views.recipe: {"a": "b"} should be'),
     "list for a name": (["train.device=[cpu]"], 'train.device: ["cpu"] should be'),
+    "an infinite rate": (["optimizer.base_lr=1e400"], "optimizer.base_lr: Infinity should be a finite number"),
+    "an infinite price": (["budget_price_per_hour=.inf"], "budget_price_per_hour: Infinity should be a finite number"),
+    "an infinite mean": (["views.mean=[.nan, 0, 0]"], "views.mean: NaN should be a finite number"),
     "no data": (["data.train=null"], "data.train: null is for data.backend=synthetic"),
 }
 
@@ -254,6 +257,10 @@ def test_apex_is_refused_for_scaled_gradients():
 
 def test_operational_keys_exist():
     assert set(OPERATIONAL) <= set(schema_keys(Config))
+
+
+def test_checkpoints_on_the_way_can_be_left_out():
+    assert load_config("quickstart", ["checkpoint.every_seconds=.inf"]).checkpoint.every_seconds == float("inf")
 
 
 def test_the_rate_is_that_of_256_images_scaled():
