@@ -236,7 +236,7 @@ def test_the_state_goes_through_a_file_of_plain_values_and_steps_on_exactly():
 
 @pytest.mark.parametrize(
     ("choice", "said"),
-    [("name=sgd", "sgd"), ("name=lars", "lars (trust 0.001)"), ("implementation=apex", "sgd (apex)")],
+    [("name=sgd", "sgd"), ("name=lars", "lars (trust 0.001)")],
 )
 def test_the_first_lines_name_the_optimizer(tiny, capsys, choice, said):
     assert main(["--config", "quickstart", "--dry-run", *tiny("optimizer.base_lr=0.64", f"optimizer.{choice}")]) == 0

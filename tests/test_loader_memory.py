@@ -53,7 +53,7 @@ for number in range(30):
     epoch(number)
 """
 
-# Another size each epoch: a graph is built for each, and the one before must be gone.
+# Another size each epoch, for which the graph, which only decodes, stays.
 SIZES = """
 for number in range(30):
     epoch(number, (16, 24, 32)[number % 3])
@@ -68,7 +68,7 @@ for number in range(10, 30):
         source.path(int(index)).write_bytes(b"garbage")
     epoch(number)
 """
-# Measured: 1 to 2 MB; the first bad file of all takes 6 MB more, for good.
+# Measured: 1 to 2 MB; the first bad file of all takes 6 MB more, for good, and the next twenty up to 2.
 GROWTH = 4e6
 
 
@@ -101,16 +101,16 @@ def test_thirty_epochs_take_the_memory_of_five(folder, backend):
 @pytest.mark.needs("dali")
 def test_changing_the_size_of_views_takes_no_memory(folder):
     built, found, more = grown(SIZES, folder, "dali", first=8)
-    assert (built, found) == (21, 0)
+    assert (built, found) == (0, 0)
     assert more < GROWTH
 
 
 @pytest.mark.needs("dali")
 def test_bad_files_take_no_memory(folder):
-    """The last 180 of 200. DALI's graph is built again after each, or two where both were in flight."""
-    built, found, more = grown(BAD_FILES, folder, "dali", first=11)
-    assert found == 180
-    assert built > 140
+    """The last 160 of 200. DALI's graph is built again after each, or two where both were in flight."""
+    built, found, more = grown(BAD_FILES, folder, "dali", first=13)
+    assert found == 160
+    assert built > 120
     assert more < GROWTH
 
 
