@@ -97,6 +97,9 @@ def of_run(folder: RunFolder, warn: Callable[[str], None]) -> dict | None:
         # Of an earlier version; its environment.json says what it computed with.
         before = folder.environment()
         kept = {key: before[key] for key in ("device", "dtype", "compile", "ranks") if key in before}
+        if kept.get("compile") and kept.get("ranks") == 1:
+            # How the compiled step of one process had it.
+            kept["norm"] = "batch norm view by view"
         saved["computation"] = kept | {"threads": saved["threads"]}
         saved["budget"] = folder.config_before().to_spend.amount
     return saved

@@ -34,7 +34,8 @@ def dry_run(config: Config) -> None:
         else:
             with Session(config, world) as session:
                 session.check_start()
-                lines = session_lines(session) if session.finished_result() is None else []
+                session.finished_result()
+                lines = session_lines(session)
     if warning := large_batch_warning(config):
         lines.append(f"warning: {warning}")
     if world.is_first:

@@ -79,4 +79,5 @@ def _may_become(folder, config):
 
 
 def _computation(session):
-    return {**session.compute.names, "threads": torch.get_num_threads(), "ranks": session.world.size}
+    norm = {"norm": "batch norm written out"} if session.compiles else {}
+    return {**session.compute.names, "threads": torch.get_num_threads(), "ranks": session.world.size, **norm}

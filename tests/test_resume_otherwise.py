@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 
-from fastsiam import device
+from fastsiam import checkpoint, device
+from fastsiam.record import RunFolder
 from fastsiam.resuming import changed_computation, differences_against_resuming
-from fastsiam.train import main
+from fastsiam.train import main, pretrain
 from tests.test_resume import refused_after_warnings, weights
 from tests.test_train import lines
 
@@ -48,6 +49,25 @@ def test_another_thread_count_warns_that_bits_may_differ(tiny, tmp_path, capsys,
     expected = "with 1 CPU threads, and this start has 7 CPU threads: the last bits may differ"
     assert expected in " ".join(said.split())
     assert any("last bits" in line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning")
+
+
+def test_a_compiled_run_of_an_earlier_version_is_told_that_its_batch_norm_is_another(tiny_config, tmp_path):
+    """0.1.0 compiled the batch norm of one process view by view: the same to rounding."""
+    config = tiny_config("train.max_steps=2")
+    assert pretrain(config).step == 2
+    run = tmp_path / "runs/run"
+    of_an_earlier_version(run)
+    environment = json.loads((run / "environment.json").read_text())
+    for compiles in (False, True):
+        (run / "environment.json").write_text(json.dumps(environment | {"compile": compiles}))
+        then = checkpoint.of_run(RunFolder(config, run, print), print)["computation"]
+        said = changed_computation(then, then | ({"norm": "batch norm written out"} if compiles else {}))
+        assert said == (
+            "the checkpoint was written with batch norm view by view, and this start has batch norm written out: "
+            "the last bits may differ"
+            if compiles
+            else None
+        )
 
 
 def of_an_earlier_version(folder):
