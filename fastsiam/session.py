@@ -325,7 +325,7 @@ class Session:
             self.watchdog.leave_nothing()
         # One that has ended is writing its report.
         if self._started and self.folder.status().get("status") == "running":
-            self._failed("ended at once by a second Ctrl-C; the same command goes on from the last checkpoint")
+            self._failed("ended at once by a second Ctrl-C; the same command goes on from the last checkpoint, if any")
         self.journal.give_back_cursor()
 
     def _failed(self, reason, **details):
