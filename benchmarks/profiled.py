@@ -107,6 +107,7 @@ def build(setting: bench.Setting, rows: list[bench.Row]) -> list[bench.Row]:
         began = time.perf_counter()
         try:
             absent = bench.prepare(setting, [row], deadline=0.0)
+        # Whatever one row meets, the others are measured: the machine is there for minutes.
         except Exception as error:
             absent = {row.name: f"{type(error).__name__}: {error}"}
             row.step = None
