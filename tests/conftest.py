@@ -1,5 +1,6 @@
 """Small data made on the spot, and configs small enough for one core."""
 
+import io
 import os
 import subprocess
 import sys
@@ -100,6 +101,14 @@ def photos(tmp_path_factory):
         else:
             image.save(folder / f"{number:02d}.jpg", quality=95)
     return root
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """The bytes of a JPEG of 8 x 6 pixels."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (200, 30, 90)).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 @pytest.fixture

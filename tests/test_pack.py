@@ -2,7 +2,6 @@
 
 import bz2
 import gzip
-import io
 import json
 import lzma
 import os
@@ -12,7 +11,6 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import pack
@@ -24,29 +22,7 @@ from fastsiam.data.sources import ImageSource, open_source
 from fastsiam.data.tables import shown
 from fastsiam.data.views import RECIPES
 from fastsiam.prepare import main
-
-
-def add(tar, name, data=b"", **fields):
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def shard(path, *members):
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data, *fields in members:
-            add(tar, name, data, **(fields[0] if fields else {}))
-    return path
-
-
-@pytest.fixture(scope="module")
-def picture():
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 6), (200, 30, 90)).save(buffer, "JPEG")
-    return buffer.getvalue()
+from tests.tars import shard
 
 
 @pytest.fixture

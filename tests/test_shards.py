@@ -2,42 +2,18 @@
 
 import bz2
 import gzip
-import io
 import json
 import os
 import tarfile
 
 import pytest
-from PIL import Image
 
 from fastsiam.config import UserError
 from fastsiam.data import left_out
 from fastsiam.data.sources import check_labels, open_source
+from tests.tars import shard
 
 WORDS = ("cat", "dog", "fox")
-
-
-def add(tar, name, data=b"", **fields):
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    for field, value in fields.items():
-        setattr(info, field, value)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def shard(path, *members, **how):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", **how) as tar:
-        for name, data, *fields in members:
-            add(tar, name, data, **(fields[0] if fields else {}))
-    return path
-
-
-@pytest.fixture(scope="module")
-def picture():
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 6), (200, 30, 90)).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 def opened(root, *members):
