@@ -15,7 +15,7 @@ setup(
     # the name of the clone's folder, a finder that comes after the path would lose to it.
     package_dir={"": "."},
     packages=[*find_packages(include=["fastsiam", "fastsiam.*"]), "fastsiam.configs"],
-    package_data={"fastsiam": ["py.typed"], "fastsiam.configs": ["*.yaml"], "fastsiam.reports": ["page.css"]},
+    package_data={"fastsiam": ["py.typed"], "fastsiam.configs": ["*.yaml"], "fastsiam.report": ["page.css"]},
     install_requires=[
         "torch>=2.11",
         "torchvision",

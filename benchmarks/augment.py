@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.command import command
-from benchmarks.kernel import time_kernel
-from benchmarks.protocol import Results, copy_bandwidth
+from benchmarks.harness.cli import command
+from benchmarks.harness.time_kernel import time_kernel
+from benchmarks.harness.timing import Results, copy_bandwidth
+from fastsiam.config.views import ViewSpec
 from fastsiam.data.augment import host_draws
-from fastsiam.data.draws import augment_draws
-from fastsiam.data.views import ViewSpec
+from fastsiam.data.rng import augment_draws
 from fastsiam.kernels import augment_views, reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.checkout import CHECKOUT
-from benchmarks.command import command
-from benchmarks.protocol import Results
-from fastsiam.budget import parse_budget
+from benchmarks.harness.checkout import CHECKOUT
+from benchmarks.harness.cli import command
+from benchmarks.harness.timing import Results
+from fastsiam.config.budget import parse_budget
 
 CONFIG = "quickstart.yaml"
 KILLED_AFTER = 1 / 3

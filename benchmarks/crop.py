@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from benchmarks.command import command
-from benchmarks.kernel import time_kernel
-from benchmarks.protocol import Results, copy_bandwidth
-from fastsiam.data.draws import crop_boxes
-from fastsiam.data.resident import boxes_in_store
-from fastsiam.data.views import ViewSpec
+from benchmarks.harness.cli import command
+from benchmarks.harness.time_kernel import time_kernel
+from benchmarks.harness.timing import Results, copy_bandwidth
+from fastsiam.config.views import ViewSpec
+from fastsiam.data.backends.resident import boxes_in_store
+from fastsiam.data.rng import crop_boxes
 from fastsiam.kernels import crop_resize
 from fastsiam.kernels.reference import crop_resize_ref
 

@@ -16,16 +16,17 @@ from dataclasses import asdict, dataclass
 import torch
 from torch._inductor.utils import fresh_cache
 
-from benchmarks.command import command
+from benchmarks.harness.cli import command
+from benchmarks.harness.ranks import in_ranks, in_turns, threads_of_each
+from benchmarks.harness.timing import MIN_ROUNDS, Results, Samples
 from benchmarks.peers import AbsentError
-from benchmarks.protocol import MIN_ROUNDS, Results, Samples
-from benchmarks.ranks import in_ranks, in_turns, threads_of_each
-from benchmarks.reductions import ONE_GRAPH, PIECES, Step, Way, all_reduce, build_step
-from fastsiam import host_memory
-from fastsiam.config import Config, UserError, load_config
-from fastsiam.data.backends import build_loader
-from fastsiam.device import choose_precision
-from fastsiam.distributed import World
+from benchmarks.variants.gradient_reduction import ONE_GRAPH, PIECES, Step, Way, all_reduce, build_step
+from fastsiam.config import Config, load_config
+from fastsiam.data.build import build_loader
+from fastsiam.errors import UserError
+from fastsiam.runtime import malloc
+from fastsiam.runtime.device import choose_precision
+from fastsiam.runtime.distributed import World
 
 RANKS = 2
 # Config, and images a rank.
@@ -171,7 +172,7 @@ def views_of_rank(config: Config, device: torch.device, dtype: torch.dtype, worl
 def measure(world: World, device: torch.device, config: Config, deadline: float) -> dict | None:
     """On every rank; on the first one (samples or None, numbers) of every row, by name."""
     if device.type == "cpu":
-        host_memory.keep_freed()
+        malloc.keep_freed()
     torch.backends.cudnn.benchmark = device.type == "cuda"
     rows = Rows(world, device, config, deadline)
     rows.prepare()

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks.command import command
-from benchmarks.images import photographs
+from benchmarks.harness.cli import command
+from benchmarks.harness.images import photographs
+from benchmarks.harness.timing import MIN_ROUNDS, Results, Samples
 from benchmarks.loader import DRAWN_IMAGES, files_of
-from benchmarks.protocol import MIN_ROUNDS, Results, Samples
 from fastsiam.config import load_config
-from fastsiam.session import Session
+from fastsiam.run.session import Session
 
 CONFIG = "r50_100ep"
 # Batch and steps a sample.

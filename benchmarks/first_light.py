@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.protocol import copy_bandwidth, interleave
+from benchmarks.harness.timing import copy_bandwidth, interleave
 from fastsiam.config import load_config
-from fastsiam.device import choose_device
+from fastsiam.runtime.device import choose_device
 
 PACKAGES = (
     "torch", "triton", "torchvision", "numba", "numpy", "pydantic", "nvidia-ml-py", "nvidia-cudnn-cu13",
@@ -39,7 +39,7 @@ def versions(arguments, device: torch.device) -> int:
 
     print("numba works:", numba.njit(lambda x: x + 1)(1) == 2)
     import fastsiam.kernels
-    import fastsiam.session  # noqa: F401
+    import fastsiam.run.session  # noqa: F401
 
     print("fastsiam imports")
     try:
@@ -69,9 +69,9 @@ def under_load(arguments, device: torch.device) -> int:
     Exit code 1 where one differs.
     """
     from benchmarks.loader import files_of, source_of
-    from fastsiam.data.backends import open_backend
+    from fastsiam.config.views import view_specs
+    from fastsiam.data.build import open_backend
     from fastsiam.data.loader import Loader
-    from fastsiam.data.views import view_specs
 
     files, images, batch = files_of(arguments.images), *((128, 32) if arguments.tiny else (1024, 128))
     source = source_of(tuple(files[index % len(files)] for index in range(images)))

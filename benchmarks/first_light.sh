@@ -69,7 +69,7 @@ slim() {
     find "$1" -name '*.pyi' -delete
     find "$1" -type f \( -name '*.so' -o -name '*.so.*' \) -print0 | while IFS= read -r -d '' library; do
         strip --strip-unneeded "$library" 2> /dev/null || true
-        "$PYTHON" benchmarks/slim.py "$library"
+        "$PYTHON" benchmarks/harness/slim.py "$library"
     done
 }
 
@@ -152,14 +152,14 @@ tiny=${TINY:+--tiny}
 rows() { # CONFIG BATCH MINUTES ROWS [MORE ...]
     local config=$1 batch=$2 minutes=$3 rows=$4
     shift 4
-    printf '%q ' "$PYTHON" -m benchmarks.profiled --config "$config" --batch "$batch" --minutes "$minutes" --rows "$rows" \
+    printf '%q ' "$PYTHON" -m benchmarks.harness.profiled --config "$config" --batch "$batch" --minutes "$minutes" --rows "$rows" \
         --device "$DEVICE" --out "$WORK/results" --profiles "$WORK/profiles" "${small[@]}" "$@"
 }
 bench() { # NAME MINUTES [MORE ...]
     local name=$1 minutes=$2
     shift 2
     local module=("benchmarks.$name")
-    [[ -n $TINY ]] && module=(benchmarks.tiny "$name") minutes=0.02
+    [[ -n $TINY ]] && module=(benchmarks.harness.tiny "$name") minutes=0.02
     printf '%q ' "$PYTHON" -m "${module[@]}" --out "$WORK/results" --device "$DEVICE" --minutes "$minutes" "$@"
 }
 tests() { # the project's own, and their record; modules that cannot be imported here keep no others from running
@@ -213,7 +213,7 @@ if [[ $what == dali ]]; then
     if compgen -G "$WORK/b/dali.tar.xz.?" > /dev/null; then
         part unpack 60 "cat $WORK/b/dali.tar.xz.? > $WORK/dali.tar.xz && $PYTHON -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2])' $WORK/dali.tar.xz $site && $PYTHON -c 'import nvidia.dali as d, nvidia; print(d.__version__, list(nvidia.__path__))'"
     fi
-    part dali_tests 70 "$(tests tests/test_gpu.py -k 'crops_are_on_the_device or own_augmentation or follows_eager')"
+    part dali_tests 70 "$(tests tests/end_to_end/test_gpu.py -k 'crops_are_on_the_device or own_augmentation or follows_eager')"
     part dali_busy 40 "$PYTHON -m benchmarks.first_light under-load --device $DEVICE --images $photographs $tiny"
     part end_to_end 80 "$(bench end_to_end 0.6 --images "$photographs")"
     part loader 90 "$(bench loader 0.7 --images "$photographs")"

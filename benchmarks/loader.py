@@ -22,18 +22,18 @@ import numpy as np
 import torch
 
 from benchmarks import peers
-from benchmarks.command import command
-from benchmarks.images import SUFFIXES, photographs
+from benchmarks.harness.cli import command
+from benchmarks.harness.images import SUFFIXES, photographs
+from benchmarks.harness.timing import Results, interleave
 from benchmarks.peers import AbsentError, authors, lightly, solo_learn
-from benchmarks.protocol import Results, interleave
-from fastsiam import host_memory
 from fastsiam.config import load_config
-from fastsiam.data import beton
-from fastsiam.data.backends import choose_backend, open_backend
-from fastsiam.data.files import Files
+from fastsiam.config.views import ViewSpec, view_specs
+from fastsiam.data.build import choose_backend, open_backend
 from fastsiam.data.loader import Loader
-from fastsiam.data.sources import ImageSource, of_files, open_source
-from fastsiam.data.views import ViewSpec, view_specs
+from fastsiam.data.sources import beton
+from fastsiam.data.sources.folder import Files
+from fastsiam.data.sources.open import ImageSource, of_files, open_source
+from fastsiam.runtime import malloc
 
 SIZE, SMALL_SIZE = 224, 96
 DRAWN_IMAGES, IMAGES_PER_WORKER = 256, 256
@@ -147,7 +147,7 @@ def ours(
     source = source or source_of(case.paths)
     device = decode_device or case.device
     if backend_augments:
-        from fastsiam.data.dali_recipe import open_recipe
+        from fastsiam.data.backends.dali_augment import open_recipe
 
         opened = open_recipe(source, specs, case.batch_size, case.workers, device, dtype)
     else:
@@ -299,7 +299,7 @@ def run(
     deadline = time.perf_counter() + 60 * minutes
     if device.type == "cpu":
         # As in training. The peers' workers are processes of their own, which this does not reach.
-        host_memory.keep_freed()
+        malloc.keep_freed()
     # Workers begin as forks of a process that has imported what all of them need.
     multiprocessing.set_forkserver_preload(["torch", "torchvision.transforms", peers.__name__])
     every = builders(device, solo_learn)

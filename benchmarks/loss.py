@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch._functorch import config as functorch_config
 
-from benchmarks.command import command
-from benchmarks.environment import last_level_cache_bytes
-from benchmarks.kernel import time_kernel
-from benchmarks.protocol import Results, copy_bandwidth
+from benchmarks.harness.cli import command
+from benchmarks.harness.environment import last_level_cache_bytes
+from benchmarks.harness.time_kernel import time_kernel
+from benchmarks.harness.timing import Results, copy_bandwidth
 from fastsiam.kernels import negative_cosine
 from fastsiam.kernels.reference import negative_cosine_ref
 

@@ -1,6 +1,6 @@
 """Images per second of the whole training step: from the authors' way to ours one switch at a time, then the peers.
 
-Views are the synthetic backend's. The row `fastsiam` is a `fastsiam.session.Session` and therefore what
+Views are the synthetic backend's. The row `fastsiam` is a `fastsiam.run.session.Session` and therefore what
 `fastsiam.train` runs. fp32 rows run as torch comes, so a GPU convolves them in TF32.
 """
 
@@ -15,23 +15,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.ablation import (
-    Inputs,
-    Switches,
-    ablation,
-    build_ablated,
-    build_product,
-    initial_weights,
-    product,
-)
-from benchmarks.aside import Aside
-from benchmarks.command import command
-from benchmarks.flops import flops_per_image
+from benchmarks.harness.cli import command
+from benchmarks.harness.flops import flops_per_image
+from benchmarks.harness.timing import MIN_ROUNDS, Results, Samples, count_launches, interleave, peak_memory
+from benchmarks.harness.worker_process import Aside
 from benchmarks.peers import AbsentError, lightly, solo_learn
-from benchmarks.protocol import MIN_ROUNDS, Results, Samples, count_launches, interleave, peak_memory
-from fastsiam import host_memory
-from fastsiam.config import Config, UserError, load_config
-from fastsiam.device import autocast, choose_precision
+from benchmarks.variants.step import Inputs, Switches, ablation, build_ablated, build_product, initial_weights, product
+from fastsiam.config import Config, load_config
+from fastsiam.errors import UserError
+from fastsiam.runtime import malloc
+from fastsiam.runtime.device import autocast, choose_precision
 
 # Config and batch: ImageNet's ResNet-50 at 224 px, CIFAR-10's ResNet-18 at 32 px.
 SETTINGS = {
@@ -152,7 +145,7 @@ class Setting:
 
 def _serve_kept(name: str, config: Config, checkout: Path | None, stack: contextlib.ExitStack) -> Callable[[int], None]:
     """In the process aside: build the row of this name, on a CPU."""
-    host_memory.keep_freed()
+    malloc.keep_freed()
     rows = Setting(config, torch.device("cpu"), checkout).rows_here(stack)
     return next(row for row in rows if row.name == name).build()
 

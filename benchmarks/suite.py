@@ -16,11 +16,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.checkout import CHECKOUT
-from benchmarks.images import photographs
+from benchmarks.harness.checkout import CHECKOUT
+from benchmarks.harness.images import photographs
 from benchmarks.tables import TABLES, read, render
-from fastsiam.commands import let_threads_sleep
-from fastsiam.config import UserError
+from fastsiam.cli import let_threads_sleep
+from fastsiam.errors import UserError
 
 DRAWN_COUNT = 256
 

@@ -14,12 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import standings, summary
-from benchmarks.captions import ABSENT, NOTHING, VERSIONS, caption, number, param
-from benchmarks.checkout import CHECKOUT
-from benchmarks.protocol import SCHEMA
-from benchmarks.tree import tree
-from fastsiam.config import UserError
+from benchmarks.harness.checkout import CHECKOUT
+from benchmarks.harness.timing import SCHEMA
+from benchmarks.race import standings
+from benchmarks.readme import summary
+from benchmarks.readme.captions import ABSENT, NOTHING, VERSIONS, caption, number, param
+from benchmarks.readme.tree import tree
+from fastsiam.errors import UserError
 
 MARKER = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 OPENING = "<!-- table:"

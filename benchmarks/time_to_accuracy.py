@@ -1,6 +1,6 @@
 """How fast a contestant reaches a kNN accuracy, and how far each comes in equal time.
 
-    python -m benchmarks.time_to_accuracy --config benchmarks/race_cifar10_cpu.yaml --data data/cifar10 --train 10000 \\
+    python -m benchmarks.time_to_accuracy --config benchmarks/race/cifar10_cpu.yaml --data data/cifar10 --train 10000 \\
         --val 2000 --minutes-each 5 --seeds 3 --target 45 --solo-learn PATH --out DIR
 
 Everybody trains the model of the config (which must have a cosine schedule) for the same time, and anneals over it:
@@ -10,7 +10,7 @@ run has a process to itself. With the first seed peers try a grid of learning ra
 contestants take turns, seed by seed. Before its first run a peer tries how it loads fastest.
 
 DIR/time_to_accuracy.jsonl gets a line a run. The same command goes on where it was stopped, and a run that is there is
-not run again. At the end standings.json, time_to_accuracy.png and .svg are written. The rules: benchmarks/RECORDS.md.
+not run again. At the end standings.json, time_to_accuracy.png and .svg are written. Rules: benchmarks/race/RECORDS.md.
 """
 
 import ctypes
@@ -28,17 +28,18 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import curves
-from benchmarks.command import command
-from benchmarks.contestants import CONTESTANTS, FASTSIAM, OURS, PLAIN, Loading, overrides_of
+from benchmarks.harness.cli import command
+from benchmarks.harness.timing import Results
 from benchmarks.peers import AbsentError
-from benchmarks.protocol import Results
-from benchmarks.race import Job, controls, run_job, try_loadings
-from benchmarks.standings import BENCHMARK, Lines, best_rate, plus_minus, read, seconds_to, standings
-from benchmarks.subset import write_list
-from fastsiam.commands import let_threads_sleep
-from fastsiam.config import Config, UserError, load_config
-from fastsiam.data.sources import draw_missing_demo, open_source
+from benchmarks.race import plot
+from benchmarks.race.contestants import CONTESTANTS, FASTSIAM, OURS, PLAIN, Loading, overrides_of
+from benchmarks.race.standings import BENCHMARK, Lines, best_rate, plus_minus, read, seconds_to, standings
+from benchmarks.race.subset import write_list
+from benchmarks.race.timed_run import Job, controls, run_job, try_loadings
+from fastsiam.cli import let_threads_sleep
+from fastsiam.config import Config, load_config
+from fastsiam.data.sources.open import draw_missing_demo, open_source
+from fastsiam.errors import UserError
 
 EVALUATIONS = 10
 # No more often than every so many seconds of training: a short race would mostly evaluate.
@@ -288,7 +289,7 @@ def conclude(folder: Path, params: dict) -> None:
     (folder / "standings.json").write_text(text + "\n", encoding="utf-8")
     controls_of = [line for line in lines if line["kind"] == "control" and params.items() <= line["params"].items()]
     try:
-        paths = curves.draw(found, controls_of, folder, BENCHMARK)
+        paths = plot.draw(found, controls_of, folder, BENCHMARK)
     except ImportError as error:
         raise UserError(f"--out: the plot needs matplotlib ({error}); pip install matplotlib") from error
     print(f"written: {', '.join(map(str, paths))}")

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from fastsiam import kernels as kernels
     from fastsiam.config import load_config as load_config
-    from fastsiam.data.backends import build_loader as build_loader
-    from fastsiam.evaluation.knn import knn_accuracy as knn_accuracy
+    from fastsiam.data.build import build_loader as build_loader
+    from fastsiam.evaluate.knn import knn_accuracy as knn_accuracy
     from fastsiam.methods import build_method as build_method
-    from fastsiam.saved_encoder import load_encoder as load_encoder
+    from fastsiam.run.encoder_file import load_encoder as load_encoder
     from fastsiam.train import pretrain as pretrain
 
 __version__ = "0.1.0"
@@ -17,10 +17,10 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load_config": "config",
     "pretrain": "train",
-    "build_loader": "data.backends",
+    "build_loader": "data.build",
     "build_method": "methods",
-    "load_encoder": "saved_encoder",
-    "knn_accuracy": "evaluation.knn",
+    "load_encoder": "run.encoder_file",
+    "knn_accuracy": "evaluate.knn",
 }
 
 __all__ = ["__version__", "kernels", *_PUBLIC]

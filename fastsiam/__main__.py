@@ -32,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     arguments = parser.parse_args(argv)
-    return import_module(f"fastsiam.{arguments.command}").main(arguments.arguments)
+    module = arguments.command if arguments.command == "train" else f"{arguments.command}.__main__"
+    return import_module(f"fastsiam.{module}").main(arguments.arguments)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,16 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from fastsiam import commands
-from fastsiam.config import Config, UserError, load_config
-from fastsiam.data.views import size_at
-from fastsiam.signals import StopSignals
-from fastsiam.spent import process_began
+from fastsiam import cli
+from fastsiam.config import Config, load_config
+from fastsiam.config.views import size_at
+from fastsiam.errors import UserError
+from fastsiam.run.stop_signals import StopSignals
+from fastsiam.training.cost import process_began
 
 if TYPE_CHECKING:
-    from fastsiam.record import Result
-    from fastsiam.session import Session
+    from fastsiam.run.folder import Result
+    from fastsiam.run.session import Session
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,11 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example train.epochs=10")
     arguments = parser.parse_intermixed_args(argv)
     try:
-        commands.prepare_process()
+        cli.prepare_process()
         config = load_config(arguments.config, arguments.overrides)
     except UserError as error:
-        return commands.refused(error)
-    return commands.answered(
+        return cli.refused(error)
+    return cli.answered(
         lambda: _dry_run(config) if arguments.dry_run else _train(config),
         gone="another process of the run has gone; nothing was saved after it",
         stopped="stopped before the first step",
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dry_run(config):
-    from fastsiam.dry_run import dry_run
+    from fastsiam.run.dry_run import dry_run
 
     dry_run(config)
     return 0
@@ -49,7 +50,7 @@ def _dry_run(config):
 
 def _train(config):
     result = pretrain(config, began=process_began())
-    from fastsiam.distributed import under_torchrun
+    from fastsiam.runtime.distributed import under_torchrun
 
     return 0 if result.status == "preempted" and under_torchrun() else result.exit_code
 
@@ -61,8 +62,8 @@ def pretrain(config: Config, *, began: float | None = None) -> "Result":
     process is one rank of several. Raises `UserError` for what the user can put right; where that shows before
     training, nothing has been written. Stops in good order, with a checkpoint, on SIGTERM, SIGUSR1 and Ctrl-C.
     """
-    from fastsiam.distributed import World
-    from fastsiam.session import Session
+    from fastsiam.run.session import Session
+    from fastsiam.runtime.distributed import World
 
     world = World.of_environment()
     with world.joined(config.train.device), Session(config, world, began) as session:

@@ -4,7 +4,6 @@ Each public function here has its mathematics in plain torch in `reference.py`, 
 suffix `_ref`.
 """
 
-from fastsiam.cache_dirs import place_triton_cache
 from fastsiam.kernels.augment import augment_views
 from fastsiam.kernels.cosine import (
     negative_cosine,
@@ -13,6 +12,7 @@ from fastsiam.kernels.cosine import (
     negative_cosine_mean_target,
 )
 from fastsiam.kernels.crop import crop_resize
+from fastsiam.runtime.cache_dirs import place_triton_cache
 
 __all__ = [
     "augment_views",

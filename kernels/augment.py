@@ -3,9 +3,9 @@
 import torch
 
 from fastsiam.kernels.augment_numba import augment_on_cpu
+from fastsiam.kernels.augment_table import view_table
 from fastsiam.kernels.augment_triton import augment_on_cuda
 from fastsiam.kernels.reference import BLUR_KINDS, BLUR_TAPS, scale_and_bias
-from fastsiam.kernels.table import view_table
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from numba.extending import overload
 
+from fastsiam.kernels.augment_table import BLUR, COLOR, EDGE, FLIP, REACH, SOLARIZE
 from fastsiam.kernels.numba_cache import KEEPS_CODE
-from fastsiam.kernels.numba_threads import as_torch_has
 from fastsiam.kernels.reference import LUMA
-from fastsiam.kernels.table import BLUR, COLOR, EDGE, FLIP, REACH, SOLARIZE
+from fastsiam.kernels.threads import as_torch_has
 
 # Blur weights below 2^-24 of the largest are lost in fp32: at sigma 0.1 one tap remains, at 1 six each side.
 NEGLIGIBLE = 2.0**-24

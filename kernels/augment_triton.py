@@ -9,11 +9,15 @@ import torch
 import triton
 import triton.language as tl
 
-from fastsiam.kernels import reference, table
+from fastsiam.kernels import augment_table, reference
 
-FLIP, SOLARIZE, EDGE = tl.constexpr(table.FLIP), tl.constexpr(table.SOLARIZE), tl.constexpr(table.EDGE)
-BLUR, REACH = tl.constexpr(table.BLUR), tl.constexpr(table.REACH)
-COLOR, WIDTH = tl.constexpr(table.COLOR), tl.constexpr(table.WIDTH)
+FLIP, SOLARIZE, EDGE = (
+    tl.constexpr(augment_table.FLIP),
+    tl.constexpr(augment_table.SOLARIZE),
+    tl.constexpr(augment_table.EDGE),
+)
+BLUR, REACH = tl.constexpr(augment_table.BLUR), tl.constexpr(augment_table.REACH)
+COLOR, WIDTH = tl.constexpr(augment_table.COLOR), tl.constexpr(augment_table.WIDTH)
 R_WEIGHT, G_WEIGHT, B_WEIGHT = (tl.constexpr(weight) for weight in reference.LUMA)
 # Rows and row elements of a tile: 8 elements a thread, 16 bytes of bf16 to store.
 ROWS, BLOCK, NUM_WARPS = 4, 256, 4

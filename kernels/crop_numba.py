@@ -12,8 +12,8 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from fastsiam.kernels.numba_cache import KEEPS_CODE
-from fastsiam.kernels.numba_threads import as_torch_has
 from fastsiam.kernels.reference import CROP_EDGE
+from fastsiam.kernels.threads import as_torch_has
 
 JIT = {"fastmath": True, "cache": KEEPS_CODE}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numba
 
-from fastsiam.cache_dirs import home_folder, temporary_root
+from fastsiam.runtime.cache_dirs import home_folder, temporary_root
 
 
 def _finds_a_place():

@@ -16,10 +16,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fastsiam.config import load_config
-from fastsiam.data.demo import draw_demo
-from tests import optional
-from tests.gpu_record import GpuRecord
-from tests.ranks import Ranks
+from fastsiam.data.demo_images import draw_demo
+from tests.support import optional
+from tests.support.gloo_ranks import Ranks
+from tests.support.gpu_record import GpuRecord
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -59,8 +59,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
-    """A run's report takes 2 to 4 seconds of a process of its own; tests/test_report.py has it written."""
-    monkeypatch.setattr("fastsiam.session.write_own_report", lambda folder: ("report    none in tests", None))
+    """A run's report takes 2 to 4 seconds of a process of its own; tests/report/test_page.py has it written."""
+    monkeypatch.setattr("fastsiam.run.session.write_own_report", lambda folder: ("report    none in tests", None))
 
 
 @pytest.fixture(scope="session")

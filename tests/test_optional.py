@@ -3,8 +3,8 @@
 import json
 import re
 
-from tests import optional
 from tests.conftest import run_python
+from tests.support import optional
 
 # `python -c WITHOUT '["ffcv", ...]' ARGUMENT ...`: pytest with these arguments, where those modules cannot be found.
 WITHOUT = """
@@ -61,7 +61,7 @@ def test_an_error_that_is_no_missing_library_fails(monkeypatch):
     monkeypatch.setattr(optional, "installed", lambda library: library != "ffcv")
     assert optional.missing(ModuleNotFoundError("no", name="ffcv")) == "ffcv"
     assert optional.missing(ModuleNotFoundError("no", name="nvidia.dali")) is None
-    assert optional.missing(ModuleNotFoundError("no", name="fastsiam.data.ffcv")) is None
+    assert optional.missing(ModuleNotFoundError("no", name="fastsiam.data.backends.ffcv")) is None
     assert optional.missing(ImportError("no name")) is None
     assert optional.missing(None) is None
     monkeypatch.setattr(optional, "installed", lambda library: False)
@@ -73,7 +73,7 @@ def test_an_error_that_is_no_missing_library_fails(monkeypatch):
 
 def test_without_chromium_pages_are_skipped(tmp_path):
     """A PATH without any, and no download of playwright's own."""
-    test = "tests/test_report_page.py::test_names_from_outside_stay_text"
+    test = "tests/report/test_browser.py::test_names_from_outside_stay_text"
     code, printed = without((), "-q", test, PATH=str(tmp_path), PLAYWRIGHT_BROWSERS_PATH=str(tmp_path))
     assert code == 0, printed[-2000:]
     assert "playwright install chromium" in printed

@@ -54,7 +54,7 @@ FROM_THE_PARENT = """
 import site
 for folder in {folders!r}:
     site.addsitedir(folder)
-import fastsiam, fastsiam.data.views, fastsiam.kernels
+import fastsiam, fastsiam.config.views, fastsiam.kernels
 print(fastsiam.load_config("quickstart").run.name, fastsiam.__file__)
 """
 

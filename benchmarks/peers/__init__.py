@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import default_loader
 
-from fastsiam.encoder import build_encoder
+from fastsiam.models.encoder import build_encoder
 
 
 class AbsentError(Exception):

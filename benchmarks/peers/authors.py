@@ -13,7 +13,7 @@ from torch import nn
 from torchvision import transforms as T
 
 from benchmarks.peers import data_loader, plain_encoder
-from fastsiam.data.views import ViewSpec
+from fastsiam.config.views import ViewSpec
 
 
 class SimSiam(nn.Module):

@@ -3,7 +3,7 @@
 `config`, `views` and `draws` are read before torch is imported, so the names that need it load on first use.
 """
 
-_LAZY = {"Batch": "loader", "Loader": "loader", "build_loader": "backends", "open_source": "sources"}
+_LAZY = {"Batch": "loader", "Loader": "loader", "build_loader": "build", "open_source": "sources.open"}
 
 __all__ = list(_LAZY)
 

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from fastsiam.data.draws import NO_JITTER, AugmentDraws
-from fastsiam.data.views import ViewSpec
+from fastsiam.config.views import ViewSpec
+from fastsiam.data.rng import NO_JITTER, AugmentDraws
 from fastsiam.kernels import augment_views
 
 

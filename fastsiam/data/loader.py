@@ -15,13 +15,13 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from fastsiam.config import UserError
-from fastsiam.data import draws
+from fastsiam.config.views import ViewSpec
+from fastsiam.data import rng
 from fastsiam.data.augment import augment
-from fastsiam.data.headers import UNREADABLE
-from fastsiam.data.skip import SkipList, UndecodableError
-from fastsiam.data.sources import ImageSource
-from fastsiam.data.views import ViewSpec
+from fastsiam.data.skip_list import SkipList, UndecodableError
+from fastsiam.data.sources.image_header import UNREADABLE
+from fastsiam.data.sources.open import ImageSource
+from fastsiam.errors import UserError
 from fastsiam.kernels.reference import normalize, to_unit
 
 
@@ -39,7 +39,7 @@ class CropRequest:
     """[V, N, 4] int32: top, left, height, width in pixels of the displayed image."""
     sizes: np.ndarray
     """[N, 2] int32: height and width of the displayed image, as the boxes were drawn for."""
-    drawn: tuple[draws.AugmentDraws, ...] = ()
+    drawn: tuple[rng.AugmentDraws, ...] = ()
     """V times N rows; none for evaluation."""
 
 
@@ -171,7 +171,7 @@ class Loader:
 
     def _requests(self, epoch, cursor, pending, pool: ThreadPoolExecutor | None = None):
         """`pool` draws the next batch's boxes and augmentations while this one's request is worked on."""
-        order = draws.epoch_order(self.seed, epoch, len(self.source))
+        order = rng.epoch_order(self.seed, epoch, len(self.source))
         share = self.batch_size // self.world_size
         asked: deque[Callable[[], CropRequest]] = deque()
         for start in range(cursor, self.steps_per_epoch * self.batch_size, self.batch_size):
@@ -188,7 +188,7 @@ class Loader:
     def _request(self, epoch, indices, sizes):
         """A function of its arguments and the seed."""
         views = list(enumerate(self.specs))
-        boxes = np.stack([draws.crop_boxes(spec, self.seed, epoch, indices, view, sizes) for view, spec in views])
+        boxes = np.stack([rng.crop_boxes(spec, self.seed, epoch, indices, view, sizes) for view, spec in views])
         return CropRequest(indices, boxes, sizes, self.drawn(epoch, indices))
 
     @staticmethod
@@ -199,20 +199,20 @@ class Loader:
     def _readable(self, epoch, asked):
         """Replacements for those that are left out, and for those whose header cannot be read."""
         while True:
-            indices = draws.replace_skipped(self.seed, epoch, asked, self.skip.mask)
+            indices = rng.replace_skipped(self.seed, epoch, asked, self.skip.mask)
             reasons = self.source.look(indices)
             if not reasons:
                 return indices
             self.skip.add(reasons)
 
-    def drawn(self, epoch: int, indices: np.ndarray) -> tuple[draws.AugmentDraws, ...]:
+    def drawn(self, epoch: int, indices: np.ndarray) -> tuple[rng.AugmentDraws, ...]:
         """The augmentations of each view of these images in an epoch."""
-        return tuple(draws.augment_draws(s, self.seed, epoch, indices, v) for v, s in enumerate(self.specs))
+        return tuple(rng.augment_draws(s, self.seed, epoch, indices, v) for v, s in enumerate(self.specs))
 
-    def augmented(self, crops: torch.Tensor, drawn: tuple[draws.AugmentDraws, ...]) -> torch.Tensor:
+    def augmented(self, crops: torch.Tensor, drawn: tuple[rng.AugmentDraws, ...]) -> torch.Tensor:
         """Views [V*N, 3, S, S] of uint8 crops [V*N, S, S, 3], with the draws of each view."""
         if len(set(self.specs)) == 1:
-            return augment(crops, draws.AugmentDraws.concatenate(drawn), self.specs[0], self.dtype)
+            return augment(crops, rng.AugmentDraws.concatenate(drawn), self.specs[0], self.dtype)
         views = zip(crops.chunk(len(self.specs)), drawn, self.specs, strict=True)
         return torch.cat([augment(crop, part, spec, self.dtype) for crop, part, spec in views])
 
@@ -263,7 +263,7 @@ class EvaluationLoader:
         for start in range(0, len(indices), self.batch_size):
             part = indices[start : start + self.batch_size]
             sizes = self.source.sizes(part)
-            request = CropRequest(part, draws.center_boxes(sizes, self.crop_ratio)[None], sizes)
+            request = CropRequest(part, rng.center_boxes(sizes, self.crop_ratio)[None], sizes)
             pending.append(request)
             yield request
 

@@ -3,10 +3,10 @@
 from torch import nn
 
 from fastsiam.config import Config
-from fastsiam.encoder import build_encoder
-from fastsiam.methods.heads import build_predictor, build_projector
 from fastsiam.methods.simsiam import SimSiam
-from fastsiam.norm import split_statistics
+from fastsiam.models.batch_norm import split_statistics
+from fastsiam.models.encoder import build_encoder
+from fastsiam.models.heads import build_predictor, build_projector
 
 
 def build_method(config: Config, world_size: int = 1) -> nn.Module:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from fastsiam.kernels import negative_cosine, negative_cosine_all_pairs
-from fastsiam.norm import gains_by_view, view_by_view
+from fastsiam.models.batch_norm import gains_by_view, view_by_view
 
 
 class SimSiam(nn.Module):

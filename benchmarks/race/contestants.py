@@ -1,0 +1,222 @@
+"""Who takes part in a race to a kNN accuracy: the product, and SimSiam as three other projects run it.
+
+All of them train one model (architecture and initial weights of the config and its seed) on the same files with the
+same batch, rate schedule and augmentation numbers. Each brings its own loader, step, precision and memory layout:
+
+- fastsiam: what `fastsiam.train` runs for the config, by the same parts. Beside it, whatever the config has: with two
+  views of one size (plain), with four of one size, and with two that grow from half of it.
+- authors: PIL transforms in a DataLoader, fp32, eager; their predictor keeps its rate where the config's does.
+- lightly: its transform, heads and loss, fp32, eager, one rate for all parameters, as its example has it.
+- lightly + bf16 + channels-last: the same with the two switches that its example leaves off.
+- solo-learn: its method and transforms, channels-last; mixed precision, since its CIFAR configs say `16-mixed`, for
+  which Lightning takes bf16 on a CPU. Where the hardware does not multiply bf16 it is run in fp32. Its CIFAR configs
+  load by PIL, as this one does. The loss it tells has that of its online classifier in it, which moves no encoder.
+- solo-learn DALI: the same with the DALI pipeline that its configs for folders of images ask for.
+"""
+
+import contextlib
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import fastsiam
+from benchmarks.peers import authors, lightly, solo_learn
+from fastsiam.config import Config
+from fastsiam.config.views import size_at, view_specs
+from fastsiam.data.build import build_loader
+from fastsiam.data.sources.open import ImageSource
+from fastsiam.optim.build import build_optimizer
+from fastsiam.runtime import malloc
+from fastsiam.runtime.device import DTYPES, autocast, choose_compile, choose_precision
+from fastsiam.runtime.distributed import World
+from fastsiam.training.step import TrainingStep
+
+FASTSIAM = "fastsiam"
+PLAIN, FOUR_VIEWS, GROWING = "fastsiam plain", "fastsiam + 4 views", "fastsiam + growing views"
+OURS = (FASTSIAM, PLAIN, FOUR_VIEWS, GROWING)
+CHANNELS_LAST = "channels-last"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """Who makes a peer's views: `kind` is PIL in a DataLoader of `workers` processes, or DALI with as many threads."""
+
+    kind: str
+    workers: int
+
+    def __str__(self):
+        return f"{self.kind}, {self.workers} {'threads' if self.kind == 'DALI' else 'workers'}"
+
+
+@dataclass
+class Contestant:
+    """A model with the one step that trains it and the one loader that feeds it."""
+
+    step: Callable[[torch.Tensor], torch.Tensor]
+    """From views [2N, 3, S, S] on the device to the loss of one training step, detached."""
+    epoch: Callable[[int], Iterable[torch.Tensor]]
+    """The views of an epoch's batches."""
+    model: nn.Module
+    encoder: nn.Module
+    """The part of `model` whose pooled features are evaluated."""
+    optimizer: torch.optim.Optimizer
+    """Groups with `scheduled`, for `fastsiam.optim.set_learning_rate`."""
+    facts: dict[str, str | bool] = field(default_factory=dict)
+    """How it runs, for its result line: precision, memory format, compiler, loader."""
+    progress: float = 0.0
+    """The share of its time that is over: what the size of an epoch's views may depend on."""
+    sizes: tuple[int, ...] = ()
+    """Of its views, where there are several; each has a graph of its own to compile."""
+    size: int | None = None
+    """One of them, whatever the progress says: for the warm-up."""
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """Epoch after epoch, without end."""
+        number = 0
+        while True:
+            yield from self.epoch(number)
+            number += 1
+
+    def train(self) -> None:
+        self.model.train()
+
+    def eval(self) -> None:
+        self.model.eval()
+
+
+def initial_weights(config: Config) -> dict[str, torch.Tensor]:
+    """The weights that a run of this config and seed begins with, on the CPU."""
+    torch.manual_seed(config.train.seed)
+    return fastsiam.build_method(config).state_dict()
+
+
+def seed_everything(seed: int) -> None:
+    """The global generators that peers draw from; ours draws none."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def build_fastsiam(config: Config, source: ImageSource, device: torch.device) -> Contestant:
+    """Loader, step, optimizer and precision of a session of this config."""
+    if device.type == "cpu":
+        malloc.keep_freed()
+    dtype = choose_precision(config.train.precision, device)
+    compiles = choose_compile(config.train.compile, device)
+    loader = build_loader(config, source, device=device, dtype=dtype)
+    method = fastsiam.build_method(config)
+    method.load_state_dict(initial_weights(config))
+    method.to(device)
+    if config.train.channels_last:
+        method.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(method, config)
+    paused = contextlib.nullcontext if compiles else None
+    train = TrainingStep(method, optimizer, config, device, dtype, World(), compiling=paused)
+    number = 0
+
+    def step(views):
+        nonlocal number
+        number += 1
+        return train(views, number)["loss"].detach()
+
+    def epoch(epoch):
+        size = contestant.size or size_at(config.views.sizes, epoch, contestant.progress)
+        return (batch.views for batch in loader.epoch(epoch, size=size))
+
+    contestant = Contestant(
+        step,
+        epoch,
+        method,
+        method.encoder,
+        optimizer,
+        {
+            "precision": _name(dtype),
+            "memory_format": CHANNELS_LAST if config.train.channels_last else "contiguous",
+            "compiled": compiles,
+            "loader": loader.backend.description,
+        },
+        sizes=config.views.sizes,
+    )
+    return contestant
+
+
+def overrides_of(variant: str, config: Config) -> list[str]:
+    """What a variation of ours changes in the config of a race; nothing for a peer."""
+    size = config.views.full_size
+    recipes = {PLAIN: (2, f"{size}"), FOUR_VIEWS: (4, f"{size}"), GROWING: (2, f"{size // 2}..{size}")}
+    if variant not in recipes:
+        return []
+    count, sizes = recipes[variant]
+    return [f"views.count={count}", f"views.size={sizes}"]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """How another project's training is put together."""
+
+    build_step: Callable
+    loaders: dict[str, Callable]
+    """`build_loader` by kind of `Loading`."""
+    mixed: bool = False
+    """bf16 where the hardware multiplies it."""
+    channels_last: bool = False
+    checkout: bool = False
+    """It comes from a checkout, whose path its functions take."""
+
+    def candidates(self) -> list[Loading]:
+        """What a trial chooses from: no worker, one, and as many as there are cores; DALI with a thread a core."""
+        cores = len(os.sched_getaffinity(0))
+        counts = {"PIL": sorted({0, 1, max(cores // 2, 1), cores}), "DALI": [cores]}
+        return [Loading(kind, workers) for kind in self.loaders for workers in counts[kind]]
+
+    def build(
+        self, config: Config, source: ImageSource, device: torch.device, checkout: Path | None, loading: Loading
+    ) -> Contestant:
+        """Raises `AbsentError` where it cannot run here."""
+        more = (checkout,) if self.checkout else ()
+        dtype = choose_precision("auto", device) if self.mixed else torch.float32
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        weights = {name: value.to(device) for name, value in initial_weights(config).items()}
+        numbers = {"precision": autocast(device, dtype), "memory_format": memory_format}
+        step = self.build_step(config, weights, device, *more, **numbers)
+        paths = [str(source.path(index)) for index in range(len(source))]
+        numbers = {"batch_size": config.train.batch_size, "workers": loading.workers, "device": device}
+        loader = self.loaders[loading.kind](paths, *more, spec=view_specs(config.views)[0], **numbers)
+
+        def epoch(_number):
+            for batch in loader:
+                yield torch.cat([view.to(device, non_blocking=True) for view in batch[:2]])
+
+        facts = {
+            "precision": _name(dtype),
+            "memory_format": CHANNELS_LAST if self.channels_last else "contiguous",
+            "compiled": False,
+            "loader": str(loading),
+        }
+        return Contestant(step, epoch, step.model, step.encoder, step.optimizer, facts)
+
+
+PEERS = {
+    "authors": Peer(authors.build_step, {"PIL": authors.build_loader}),
+    "lightly": Peer(lightly.build_step, {"PIL": lightly.build_loader}),
+    "lightly + bf16 + channels-last": Peer(
+        lightly.build_step, {"PIL": lightly.build_loader}, mixed=True, channels_last=True
+    ),
+    "solo-learn": Peer(
+        solo_learn.build_step, {"PIL": solo_learn.build_loader}, mixed=True, channels_last=True, checkout=True
+    ),
+    "solo-learn DALI": Peer(
+        solo_learn.build_step, {"DALI": solo_learn.build_dali_loader}, mixed=True, channels_last=True, checkout=True
+    ),
+}
+CONTESTANTS = (*OURS, *PEERS)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return next(name for name, value in DTYPES.items() if value == dtype)

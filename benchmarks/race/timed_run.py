@@ -1,0 +1,287 @@
+"""One run against the clock: warm-up on a state that is thrown away, training by the clock, evaluation beside it.
+
+The schedule's progress is clock / budget, so that each contestant anneals fully whatever its speed.
+"""
+
+import contextlib
+import copy
+import math
+import multiprocessing
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import peers
+from benchmarks.race.contestants import FASTSIAM, OURS, PEERS, Contestant, Loading, build_fastsiam, seed_everything
+from fastsiam.config import Config
+from fastsiam.data.skip_list import SkipList
+from fastsiam.data.sources.image_header import UNREADABLE
+from fastsiam.data.sources.open import open_source, open_sources
+from fastsiam.evaluate.online import Monitor
+from fastsiam.optim.build import set_learning_rate
+from fastsiam.runtime.device import autocast, choose_device, choose_precision
+
+WARMUP_STEPS = 3
+# Of a run's time, and no longer than: what one way to load is tried for, in so many turns.
+_TRIAL_SHARE, _TRIAL_SECONDS, _TRIAL_TURNS = 0.02, 5.0, 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process of its own needs for one run."""
+
+    variant: str
+    config: Config
+    """With the run's seed, rate, batch and data."""
+    seconds: float
+    """Training time, evaluation and warm-up not counted."""
+    evaluations: int
+    """At equal shares of `seconds`, the last one at the end."""
+    loading: Loading | None = None
+    """A peer's, as its trial has chosen; None for ours."""
+    checkout: Path | None = None
+    """Of solo-learn."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluation."""
+
+    seconds: float
+    """Of the clock."""
+    images: int
+    """Consumed by training steps."""
+    knn: float
+    """Top-1 accuracy in percent."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that has used up its time."""
+
+    curve: tuple[Point, ...]
+    final_loss: float | None
+    """Of the last step; None where it was not finite."""
+    setup_seconds: float
+    """To build model and loader, decoding into memory included."""
+    warmup_seconds: float
+    """Of the thrown-away steps: compilation, first calls, the start of workers."""
+    facts: dict
+
+    def numbers(self) -> dict:
+        """For a result line."""
+        last = self.curve[-1]
+        return {
+            "knn": last.knn,
+            "seconds": last.seconds,
+            "images": last.images,
+            "images_per_second": last.images / last.seconds,
+            "final_loss": self.final_loss,
+            "setup_seconds": self.setup_seconds,
+            "warmup_seconds": self.warmup_seconds,
+            "curve": [list(asdict(point).values()) for point in self.curve],
+            **self.facts,
+        }
+
+
+class Clock:
+    """Seconds between `start` and `stop`, added up; both wait until the device has finished."""
+
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.perf_counter):
+        self._device, self._now = device, now
+        self._before, self._since = 0.0, None
+
+    @property
+    def seconds(self) -> float:
+        return self._before + (self._now() - self._since if self._since is not None else 0.0)
+
+    def start(self) -> None:
+        self._wait()
+        self._since = self._now()
+
+    def stop(self) -> None:
+        self._wait()
+        self._before, self._since = self.seconds, None
+
+    def _wait(self):
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+@contextlib.contextmanager
+def thrown_away(contestant: Contestant) -> Iterator[None]:
+    """What is trained inside leaves no trace: weights, buffers, optimizer and the generators of this process are put
+    back bit by bit. What was compiled and who was started stays.
+    """
+    model, optimizer = contestant.model, contestant.optimizer
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        model.load_state_dict(saved[0])
+        optimizer.load_state_dict(saved[1])
+        optimizer.zero_grad(set_to_none=True)
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        torch.set_rng_state(generators[2])
+        if on_devices:
+            torch.cuda.set_rng_state_all(on_devices)
+
+
+def warm_up(contestant: Contestant, config: Config, steps: int = WARMUP_STEPS) -> float:
+    """Run the first steps on a state that is thrown away, in each size of views; returns their seconds."""
+    start = time.perf_counter()
+    with thrown_away(contestant):
+        for size in contestant.sizes or (None,):
+            contestant.size = size
+            # A loader has one epoch open at a time.
+            with contextlib.closing(contestant.batches()) as batches:
+                for _ in range(steps):
+                    set_learning_rate(contestant.optimizer, config, 0.5)
+                    contestant.step(next(batches)).item()
+        contestant.size = None
+    return time.perf_counter() - start
+
+
+def against_the_clock(
+    contestant: Contestant,
+    config: Config,
+    seconds: float,
+    evaluations: int,
+    evaluate: Callable[[], float],
+    clock: Clock,
+    say: Callable[[str], None] = print,
+) -> tuple[tuple[Point, ...], float | None]:
+    """Train until the clock is at `seconds`; returns the evaluations at equal shares of it and the last loss.
+
+    An evaluation comes after the first step that ends at or past its share; the clock stands meanwhile.
+    """
+    curve, images, passed = [], 0, 0
+    contestant.train()
+    batches = contestant.batches()
+    clock.start()
+    while passed < evaluations:
+        contestant.progress = min(clock.seconds / seconds, 1.0)
+        set_learning_rate(contestant.optimizer, config, contestant.progress)
+        loss = contestant.step(next(batches))
+        images += config.train.batch_size
+        share = min(int(clock.seconds / seconds * evaluations), evaluations)
+        if share > passed:
+            clock.stop()
+            # A step longer than a share stands for all that it has passed: curves of one race are of one length.
+            curve += [Point(clock.seconds, images, evaluate())] * (share - passed)
+            passed = share
+            say(f"  {clock.seconds:6.1f} s {images:9,} images   kNN {curve[-1].knn:5.2f} %   loss {loss.item():.3f}")
+            if passed < evaluations:
+                clock.start()
+    final = loss.item()
+    return tuple(curve), final if math.isfinite(final) else None
+
+
+def run_job(job: Job) -> Outcome:
+    """Build, warm up, race; for a process of its own. Raises `AbsentError` for a peer that cannot run here."""
+    began = time.perf_counter()
+    contestant, monitor = prepare(job)
+    setup = time.perf_counter() - began
+    warmup = warm_up(contestant, job.config)
+    clock = Clock(_device(job))
+    knn = lambda: monitor.knn(contestant)  # noqa: E731
+    seed_everything(job.config.train.seed)
+    curve, loss = against_the_clock(contestant, job.config, job.seconds, job.evaluations, knn, clock, _say)
+    return Outcome(curve, loss, setup, warmup, contestant.facts)
+
+
+def prepare(job: Job) -> tuple[Contestant, Monitor]:
+    """The contestant of a job, and what evaluates it: one precision and one code for all."""
+    device = _device(job)
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    seed_everything(job.config.train.seed)
+    contestant = build(job)
+    return contestant, build_monitor(job.config, device)
+
+
+def build(job: Job) -> Contestant:
+    # Workers begin as forks of a process that has imported what all of them need.
+    multiprocessing.set_forkserver_preload(["torch", "torchvision.transforms", peers.__name__])
+    source = open_source(job.config.data.train)
+    if job.variant in OURS:
+        return build_fastsiam(job.config, source, _device(job))
+    return PEERS[job.variant].build(job.config, source, _device(job), job.checkout, job.loading)
+
+
+def build_monitor(config: Config, device: torch.device) -> Monitor:
+    """kNN of val images against training images, for every contestant the same."""
+    train, val = open_sources(config, _say, _say)
+    skips = [SkipList(len(source), 0.0, source.kinds >= UNREADABLE) for source in (train, val)]
+    dtype = choose_precision("auto", device)
+    return Monitor(config, train, val, device, dtype, autocast(device, dtype), skips)
+
+
+def controls(config: Config) -> dict[str, float]:
+    """kNN without training: of the seed's initial weights with filled batch-norm statistics, and of raw pixels."""
+    job = Job(FASTSIAM, config, 0.0, 0)
+    contestant, monitor = prepare(job)
+    contestant.size = config.views.full_size
+    untrained = monitor.untrained(contestant.model, _Views(contestant))
+    return {"untrained_knn": untrained, "raw_pixels_knn": monitor.raw_pixels()}
+
+
+def try_loadings(job: Job) -> dict[Loading, float]:
+    """Images a second of short training with each way to load that a peer has, the better of two turns.
+
+    Raises `AbsentError` for a peer that cannot run here.
+    """
+    streams, rates = {}, {}
+    for loading in PEERS[job.variant].candidates():
+        contestant = build(replace(job, loading=loading))
+        streams[loading] = contestant, contestant.batches()
+    # In turns: a machine that is slow for a moment is not so for one of them alone.
+    for _ in range(_TRIAL_TURNS):
+        for loading, (contestant, batches) in streams.items():
+            rate = _rate(contestant, batches, min(_TRIAL_SHARE * job.seconds, _TRIAL_SECONDS))
+            rates[loading] = max(rate, rates.get(loading, 0.0))
+    for loading, rate in rates.items():
+        _say(f"  {loading}: {rate:.1f} images/s")
+    return rates
+
+
+def _rate(contestant, batches, seconds):
+    """Workers come up and use up what they have prepared before the clock starts."""
+    for _ in range(2 * WARMUP_STEPS):
+        contestant.step(next(batches)).item()
+    images, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds or not images:
+        views = next(batches)
+        contestant.step(views).item()
+        images += len(views) // 2
+    return images / passed
+
+
+@dataclass(frozen=True)
+class _Batch:
+    views: torch.Tensor
+
+
+class _Views:
+    """A contestant's epochs as a monitor reads them."""
+
+    def __init__(self, contestant: Contestant):
+        self._contestant = contestant
+
+    def epoch(self, number: int) -> Iterator[_Batch]:
+        return (_Batch(views) for views in self._contestant.epoch(number))
+
+
+def _device(job):
+    return choose_device(job.config.train.device)
+
+
+def _say(text):
+    print(text, flush=True)

@@ -1,0 +1,231 @@
+"""The training steps that `benchmarks.step` times: the authors', ours with one switch more a row, the product's."""
+
+import contextlib
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import fastsiam
+from benchmarks.peers import AbsentError, authors
+from fastsiam.config import Config
+from fastsiam.data.build import build_loader
+from fastsiam.kernels import negative_cosine
+from fastsiam.kernels.reference import negative_cosine_ref
+from fastsiam.optim.build import build_optimizer
+from fastsiam.run.session import Session
+from fastsiam.runtime.device import autocast, choose_compile
+
+INPUT_SETS = 2
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What a row of the ablation turns on."""
+
+    precision: str = "fp32"
+    channels_last: bool = False
+    forward: str = "authors"
+    """authors, lightly, solo-learn: their modules. two_calls, one_call: ours, the encoder called once a view, or once
+    for both with batch-norm statistics per view."""
+    loss: str = "plain"
+    """plain: a few torch operations; fused: the kernel."""
+    compile: str | None = None
+    """The mode of torch.compile(fullgraph=True)."""
+    optimizer: str = "default"
+    """default: torch.optim.SGD as it comes; fused: torch's fused kernel; apex: NVIDIA's FusedSGD."""
+    memory: str = "default"
+    """kept: memory that a step frees stays with the process, which is a matter of the whole process."""
+
+
+def product(device: torch.device, dtype: torch.dtype) -> Switches:
+    """What `fastsiam.train` turns on by itself on this device."""
+    return Switches(
+        precision="bf16" if dtype == torch.bfloat16 else "fp32",
+        channels_last=True,
+        forward="one_call",
+        loss="fused" if device.type == "cuda" else "plain",
+        compile="default" if choose_compile("auto", device) else None,
+        optimizer="fused",
+        memory="kept" if device.type == "cpu" else "default",
+    )
+
+
+def ablation(device: torch.device, dtype: torch.dtype) -> dict[str, Switches]:
+    """Each row has the switches of the row above and one more; the compiler's other ways stand beside `+ compile`.
+
+    The optimizers stand on what the product compiles on this device: the last rung has the product's switches.
+    """
+    cuda = device.type == "cuda"
+    rows = {"authors": Switches()}
+
+    def add(name, base, **changes):
+        rows[name] = dataclasses.replace(base, **changes)
+        return rows[name]
+
+    last = rows["authors"]
+    if dtype == torch.bfloat16:
+        last = add("+ bf16", last, precision="bf16")
+    last = add("+ channels-last", last, channels_last=True)
+    last = add("+ two calls in one callable", last, forward="two_calls")
+    last = add("+ one call", last, forward="one_call")
+    if cuda:
+        last = add("+ fused loss", last, loss="fused")
+    compiled = add("+ compile", last, compile="default")
+    add("compile, two calls", compiled, forward="two_calls")
+    if cuda:
+        add("compile max-autotune", compiled, compile="max-autotune-no-cudagraphs")
+        add("compile with CUDA graphs", compiled, compile="reduce-overhead")
+    last = add("+ fused SGD", product(device, dtype), memory="default")
+    if cuda:
+        add("apex FusedSGD", last, optimizer="apex")
+    else:
+        add("+ freed memory kept", last, memory="kept")
+    return rows
+
+
+class Forward(nn.Module):
+    """The method's forward with the encoder called for all views at once or view by view, and either loss."""
+
+    def __init__(self, method: nn.Module, switches: Switches):
+        super().__init__()
+        self.method, self.two_calls = method, switches.forward == "two_calls"
+        self.loss = negative_cosine if switches.loss == "fused" else negative_cosine_ref
+
+    def forward(self, views):
+        """`views`: [2N, 3, S, S], the first views and then the second ones; returns the loss."""
+        if self.two_calls:
+            z1, z2 = (self.method.embed(x) for x in views.chunk(2))
+            p1, p2 = self.method.predictor(z1), self.method.predictor(z2)
+        else:
+            z = self.method.embed(views)
+            p1, p2 = self.method.predictor(z).chunk(2)
+            z1, z2 = z.chunk(2)
+        return self.loss(p1, p2, z1, z2)
+
+
+def build_ablated(switches: Switches, config: Config, weights: dict, device: torch.device) -> Callable:
+    """The step with these switches, on a new copy of the model."""
+    precision = autocast(device, torch.bfloat16 if switches.precision == "bf16" else torch.float32)
+    memory_format = torch.channels_last if switches.channels_last else torch.contiguous_format
+    if switches.forward == "authors":
+        return authors.build_step(config, weights, device, precision=precision, memory_format=memory_format)
+    # The plain layers see one view a call: their statistics are per view by themselves.
+    statistics = "joint" if switches.forward == "two_calls" else "per_view"
+    model = config.model.model_copy(update={"bn_statistics": statistics})
+    method = fastsiam.build_method(config.model_copy(update={"model": model})).to(device)
+    method.load_state_dict(weights)
+    method.to(memory_format=memory_format)
+    forward = Forward(method, switches)
+    if switches.compile:
+        mode = None if switches.compile == "default" else switches.compile
+        forward = torch.compile(forward, fullgraph=True, mode=mode)
+    optimizer = build_sgd(switches.optimizer, method, config)
+
+    def step(views):
+        if switches.compile == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        # apex's takes no argument.
+        optimizer.zero_grad()
+        with precision():
+            loss = forward(views)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    step.model = method
+    return step
+
+
+def build_sgd(implementation: str, method: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The product's parameter groups and numbers in one of three implementations."""
+    chosen = config.optimizer.model_copy(update={"implementation": "apex" if implementation == "apex" else "torch"})
+    try:
+        optimizer = build_optimizer(method, config.model_copy(update={"optimizer": chosen}))
+    except ImportError as error:
+        raise AbsentError(str(error)) from error
+    if implementation != "default":
+        return optimizer
+    groups = [{"params": group["params"]} for group in optimizer.param_groups]
+    return torch.optim.SGD(groups, **{key: optimizer.defaults[key] for key in ("lr", "momentum", "weight_decay")})
+
+
+def build_product(config: Config, stack: contextlib.ExitStack) -> Callable:
+    """The step of a session, which ends with `stack`; its run folder is a temporary one, and it says nothing."""
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    run = config.run.model_copy(update={"dir": folder, "name": "step"})
+    session = stack.enter_context(Session(config.model_copy(update={"run": run})))
+    session.journal.console = Console(quiet=True)
+    session.start()
+    return lambda views: session.step(views)["loss"].detach()
+
+
+def check_authors(config: Config, steps: int = 10) -> None:
+    """Raise `RuntimeError` unless the authors' steps are our eager ones, losses and weights.
+
+    Three steps in fp32 to 1e-5 and `steps` in float64 to 1e-9; on the CPU, the mathematics being the same on all
+    devices, with 8 images of at most 64 px. Ten steps of ResNet-50 in fp32 do not tell: rounding that differs with the
+    number of threads alone has grown to 1e-3 by then, at a rate of 0.005 as well, where ten in float64 stay within
+    3e-14 at 0.1.
+    """
+    compare(config, torch.float32, steps=3, rate=0.02, tolerance=1e-5)
+    compare(config, torch.float64, steps=steps, rate=0.1, tolerance=1e-9)
+
+
+def compare(config: Config, dtype: torch.dtype, *, steps: int, rate: float, tolerance: float) -> None:
+    """Raise `RuntimeError` where losses or weights of the authors' way and of ours differ by more than `tolerance`."""
+    size, batch_size, cpu = min(config.views.size, 64), 8, torch.device("cpu")
+    optimizer = config.optimizer.model_copy(update={"base_lr": rate * 256 / batch_size})
+    train = config.train.model_copy(update={"batch_size": batch_size})
+    config = config.model_copy(update={"optimizer": optimizer, "train": train})
+    weights = initial_weights(config)
+    rows = {name: Switches(forward=name) for name in ("authors", "one_call")}
+    both = {name: build_ablated(row, config, weights, cpu) for name, row in rows.items()}
+    for step in both.values():
+        step.model.to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for number in range(steps):
+        views = torch.randn(2 * batch_size, 3, size, size, generator=generator, dtype=dtype)
+        theirs, ours = (step(views).item() for step in both.values())
+        if not abs(theirs - ours) <= tolerance:
+            raise RuntimeError(f"step: the authors' loss is {theirs} at step {number}, and ours {ours}, in {dtype}")
+    theirs, ours = (step.model.state_dict() for step in both.values())
+    for name, value in ours.items():
+        error = (theirs[name].double() - value.double()).abs() / (1 + value.double().abs())
+        if not error.max() <= tolerance:
+            raise RuntimeError(f"step: after the authors' steps {name} is off by {error.max():.2g}, in {dtype}")
+
+
+def initial_weights(config: Config, device="cpu") -> dict[str, torch.Tensor]:
+    """Those that a session of this config starts with."""
+    torch.manual_seed(config.train.seed)
+    return fastsiam.build_method(config).to(device).state_dict()
+
+
+class Inputs:
+    """Different synthetic batches [2N, 3, S, S], cast once for all rows that want them so."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self._views = []
+        for seed in range(INPUT_SETS):
+            train = config.train.model_copy(update={"seed": seed})
+            loader = build_loader(config.model_copy(update={"train": train}), device=device)
+            self._views.append(next(loader.epoch(0)).views)
+        self.like = functools.cache(self._like)
+
+    def _like(self, dtype: torch.dtype, memory_format: torch.memory_format) -> list[torch.Tensor]:
+        return [
+            views.to(dtype, memory_format=memory_format).contiguous(memory_format=memory_format)
+            for views in self._views
+        ]
+
+    def of(self, switches: Switches) -> list[torch.Tensor]:
+        """As the row's own loader would deliver: only ours casts."""
+        ours = switches.forward in ("one_call", "two_calls") and switches.precision == "bf16"
+        memory_format = torch.channels_last if switches.channels_last else torch.contiguous_format
+        return self.like(torch.bfloat16 if ours else torch.float32, memory_format)

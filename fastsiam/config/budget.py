@@ -1,0 +1,65 @@
+"""What a run may spend: epochs, images, time, energy or money."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from fastsiam.config.yaml_file import shown
+
+SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
+JOULES = {"Wh": 3600.0, "kWh": 3.6e6}
+COUNTS = {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}
+
+_NUMBER = r"(\d+(?:\.\d*)?|\.\d+)"
+_IMAGES = re.compile(rf"{_NUMBER}\s*([kMB]?)\s*images?")
+_QUANTITY = re.compile(rf"{_NUMBER}\s*([A-Za-z]+)")
+_CURRENCY = re.compile("[A-Z]{3}")
+
+EXAMPLES = "2h, 45min, 10M images, 0.8kWh or 15USD"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """An amount of one kind; money is time at a price."""
+
+    kind: Literal["epochs", "images", "seconds", "joules"]
+    amount: float
+    text: str
+    """As it was written."""
+
+    @property
+    def counts_steps(self) -> bool:
+        """The same steps on every machine: exact resume is promised."""
+        return self.kind in ("epochs", "images")
+
+
+def parse_budget(text: str, price_per_hour: float | None = None) -> Budget:
+    """`2h`, `45min`, `10M images`, `0.8kWh`, or `15USD` at `price_per_hour`; raises `ValueError` with the key."""
+    written = text.strip()
+    if match := _IMAGES.fullmatch(written):
+        return _positive("images", float(match[1]) * COUNTS[match[2]], written)
+    match = _QUANTITY.fullmatch(written)
+    if not match:
+        raise ValueError(f"budget: {shown(text)} is not an amount with its unit; write {EXAMPLES}")
+    number, unit = float(match[1]), match[2]
+    if unit in SECONDS:
+        return _positive("seconds", number * SECONDS[unit], written)
+    if unit in JOULES:
+        return _positive("joules", number * JOULES[unit], written)
+    meant = [known for known in (*SECONDS, *JOULES) if known.casefold() == unit.casefold()]
+    if meant:
+        raise ValueError(f"budget: {shown(text)} has a unit that is not known ({unit}); did you mean {meant[0]}?")
+    if not _CURRENCY.fullmatch(unit):
+        raise ValueError(f"budget: {shown(text)} has a unit that is not known ({unit}); write {EXAMPLES}")
+    if price_per_hour is None:
+        raise ValueError(f"budget_price_per_hour: null, but budget is {written}; set what an hour costs in {unit}")
+    return _positive("seconds", 3600 * number / price_per_hour, written)
+
+
+def _positive(kind, amount, text):
+    if kind == "images" and math.isfinite(amount):
+        amount = round(amount)
+    if not 0 < amount < math.inf:
+        raise ValueError(f"budget: {shown(text)} must be more than nothing, and finite")
+    return Budget(kind, amount, text)

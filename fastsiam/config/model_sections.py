@@ -1,0 +1,112 @@
+"""The sections model, method and optimizer of a config."""
+
+import difflib
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fastsiam.config.data_sections import PositiveFloat, PositiveInt, Section
+from fastsiam.config.yaml_file import shown
+
+TORCHVISION_RESNETS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+)
+
+# eta of SimCLR, BYOL and the paper's own linear evaluation.
+LARS_TRUST = 0.001
+
+
+class ProjectorConfig(Section):
+    layers: Annotated[int, Field(ge=1)]
+    hidden: PositiveInt
+    out: PositiveInt
+
+
+class PredictorConfig(Section):
+    hidden: PositiveInt
+
+
+class ModelConfig(Section):
+    encoder: str
+    """A torchvision ResNet (resnet50, resnext50_32x4d, ...) or cifar_resnetN with N = 6n+2 (He et al., 4.2)."""
+    stem: Literal["imagenet", "cifar"]
+    """imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1."""
+    # Below 8 channels oneDNN's channels-last backward writes out of bounds (seen at 4: torch 2.15, AVX2).
+    width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    """Channels of a cifar_resnet's first stage (16 in He et al.), a multiple of 8; null for torchvision's."""
+    zero_init_residual: bool
+    projector: ProjectorConfig
+    predictor: PredictorConfig
+    bn_statistics: Literal["per_view", "joint"] = "per_view"
+    """per_view is the paper's model; joint takes one set of statistics over both views: another model."""
+
+    @field_validator("encoder")
+    @classmethod
+    def known_encoder(cls, name):
+        match = re.fullmatch(r"cifar_resnet(\d+)", name)
+        if match and int(match[1]) >= 8 and (int(match[1]) - 2) % 6 == 0:
+            return name
+        if name in TORCHVISION_RESNETS:
+            return name
+        near = difflib.get_close_matches(name, [*TORCHVISION_RESNETS, "cifar_resnet8", "cifar_resnet20"], 1, 0.3)
+        raise ValueError(
+            f"model.encoder: {shown(name)} is neither a torchvision ResNet nor cifar_resnetN with N = 8, 14, 20, ..."
+            + (f"; did you mean {near[0]}?" if near else "")
+        )
+
+    @model_validator(mode="after")
+    def width_and_stem(self):
+        if self.encoder.startswith("cifar_resnet"):
+            if self.stem != "cifar" or self.width is None:
+                raise ValueError(f"model.encoder: {self.encoder} needs model.stem=cifar and a model.width")
+        elif self.width is not None:
+            raise ValueError(f"model.width: only cifar_resnetN has a width to choose; set null for {self.encoder}")
+        return self
+
+
+class MethodConfig(Section):
+    name: Literal["simsiam"]
+    stop_gradient: bool = True
+    """false is the paper's Figure 2: the run collapses."""
+
+
+class OptimizerConfig(Section):
+    name: Literal["sgd", "lars"]
+    """lars (arXiv 1708.03888) is for batches above 1024 and wants other rates: r50_100ep_b4096.yaml."""
+    implementation: Literal["torch", "apex"] = "torch"
+    """apex: NVIDIA's FusedSGD, the same mathematics; as with train.compile the last bits differ, so a run keeps it."""
+    base_lr: PositiveFloat
+    """Learning rate for a batch of 256; the rate used is base_lr * batch_size / 256."""
+    momentum: Annotated[float, Field(ge=0, lt=1)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    """sgd: on every parameter, batch norm and biases included, as in the paper; lars: not on those of one dimension."""
+    lars_trust: PositiveFloat = LARS_TRUST
+    """LARS moves a tensor w by at most lr * lars_trust * |w|, before momentum; sgd has no use for it."""
+    schedule: Literal["cosine_per_epoch", "cosine", "constant"]
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the run in which the rate rises linearly from zero."""
+    predictor_lr: Literal["fixed", "scheduled"]
+    """fixed: after the warm-up the predictor keeps its rate (paper, Table 1, which has no warm-up)."""
+
+    @model_validator(mode="after")
+    def options_of_the_optimizer(self):
+        if self.name == "lars" and self.implementation == "apex":
+            raise ValueError(
+                "optimizer.implementation: apex has no LARS; set optimizer.implementation=torch, or optimizer.name=sgd"
+            )
+        if self.name == "sgd" and self.lars_trust != LARS_TRUST:
+            raise ValueError(
+                f"optimizer.lars_trust: {self.lars_trust:g} has no effect with optimizer.name=sgd; set "
+                f"optimizer.name=lars, or optimizer.lars_trust={LARS_TRUST:g}"
+            )
+        return self

@@ -1,0 +1,174 @@
+"""PIL decodes, torchvision crops, a DataLoader spreads the work: slow, right, and the truth for tests."""
+
+import contextlib
+import signal
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, features
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from fastsiam.data.skip_list import UndecodableError
+from fastsiam.data.sources import deep_pixels
+from fastsiam.data.sources.deep_pixels import open_picture
+from fastsiam.data.sources.image_header import BadImageError, orientation, other_size, reason_of
+from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.pixel_range import Levels
+from fastsiam.runtime.cores import usable_cores
+
+# What shows a picture of each EXIF orientation as it was taken.
+_TURNS = dict(
+    zip(
+        range(2, 9),
+        (
+            Image.Transpose.FLIP_LEFT_RIGHT,
+            Image.Transpose.ROTATE_180,
+            Image.Transpose.FLIP_TOP_BOTTOM,
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        ),
+        strict=True,
+    )
+)
+
+
+def open_backend(source, size, num_views, batch_size, workers, device) -> "PilBackend":
+    workers = usable_cores() if workers is None else workers
+    return PilBackend(source, size, workers, device)
+
+
+def decode(file: Path | bytes, name: object = None, levels: Levels = Levels()) -> Image.Image:  # noqa: B008
+    """The RGB image as displayed (EXIF orientation applied); raises `BadImageError` naming the file.
+
+    `file` is a path, or a file's bytes. `levels`: of pixels with more than eight bits.
+    """
+    try:
+        with open_picture(file) as picture:
+            image = picture.image
+            pixels = deep_pixels.read(picture)
+            turned = orientation(image) if picture.tags is None else pixels.orientation if pixels else 1
+            if pixels is not None:
+                image = Image.fromarray(levels.shown(pixels))
+            if turned in _TURNS:
+                image = image.transpose(_TURNS[turned])
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        name = name or ("the image" if isinstance(file, bytes) else file)
+        raise BadImageError(f"{name} cannot be decoded: {reason_of(error, file)}") from error
+
+
+def decode_image(source: ImageSource, index: int) -> Image.Image:
+    """Image `index` of a source; raises `BadImageError`."""
+    return decode(source.read(index) if source.packed else source.path(index), source.name(index), source.levels)
+
+
+class PilBackend:
+    """Crops by PIL's antialiased bilinear filter; `workers` processes, 0 for none."""
+
+    def __init__(self, source: ImageSource, size: int, workers: int, device: torch.device):
+        turbo = features.version_feature("libjpeg_turbo")
+        jpeg = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
+        self.description = f"pil {PIL.__version__} ({jpeg}, {workers or 'no'} workers)"
+        self._source, self._size, self._workers, self._device = source, size, workers, device
+        self._requests = _Requests()
+        self._loader = None
+
+    def crops(self, requests):
+        if self._loader is None:
+            self._loader = self._build()
+        self._requests.current = requests
+        with _deaf():
+            batches = iter(self._loader)
+        for indices, crops in batches:
+            if isinstance(crops, dict):
+                raise UndecodableError(crops)
+            yield indices.numpy(), crops.to(self._device, non_blocking=True)
+
+    def resize(self, size):
+        self.close()
+        self._size = size
+
+    def close(self):
+        self._loader = None
+
+    def _build(self):
+        return DataLoader(
+            _Crops(self._source, self._size),
+            batch_sampler=self._requests,
+            num_workers=self._workers,
+            collate_fn=_collate,
+            worker_init_fn=_outlive_signals,
+            # A fork would copy the locks of the decoder threads that live in this process.
+            multiprocessing_context="forkserver" if self._workers else None,
+            persistent_workers=self._workers > 0,
+            pin_memory=self._device.type == "cuda",
+        )
+
+
+@contextlib.contextmanager
+def _deaf():
+    """Processes that start inside are deaf to the signals that ask a run to stop.
+
+    Terminals, torchrun and schedulers signal whole groups of processes, and the one that trains decides when its
+    workers end; they end when the server that forks them does.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
+    # Of its own accord deaf to SIGTERM, and its start lets that through again here.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _outlive_signals(_worker):
+    """In a worker: a SIGTERM leaves time for a step and a checkpoint; multiprocessing itself ends workers by it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(25))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+
+
+class _Requests:
+    """A batch sampler over the requests of the epoch at hand; one DataLoader and its workers serve all epochs."""
+
+    current = ()
+
+    def __iter__(self):
+        for request in self.current:
+            yield list(zip(request.indices.tolist(), request.boxes.transpose(1, 0, 2), request.sizes, strict=True))
+
+
+class _Crops(Dataset):
+    def __init__(self, source, size):
+        self._source, self._size = source, size
+
+    def __getitem__(self, item):
+        """The image's index and its crops uint8 [V, S, S, 3], or the sentence that names a bad file."""
+        index, boxes, expected = item
+        try:
+            image = decode_image(self._source, index)
+        except BadImageError as error:
+            return index, str(error)
+        # Boxes for another size would be filled up with black.
+        if image.size[::-1] != tuple(expected):
+            return index, other_size(self._source.name(index), image.size[::-1], expected)
+        size = [self._size, self._size]
+        crops = [np.asarray(TF.resized_crop(image, *box.tolist(), size, InterpolationMode.BILINEAR)) for box in boxes]
+        return index, np.stack(crops)
+
+
+def _collate(samples):
+    indices, crops = zip(*samples, strict=True)
+    bad = {index: crop for index, crop in samples if isinstance(crop, str)}
+    if bad:
+        return torch.tensor(indices), bad
+    views = torch.from_numpy(np.stack(crops, 1))
+    return torch.tensor(indices), views.view(-1, *views.shape[2:])

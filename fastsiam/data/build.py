@@ -1,0 +1,167 @@
+"""Which backend decodes and crops, and the loaders of a config over it."""
+
+from importlib import import_module, util
+from pathlib import Path
+
+import torch
+
+from fastsiam.config import Config
+from fastsiam.config.views import view_specs
+from fastsiam.data.backends.store_size import with_its_store
+from fastsiam.data.loader import Backend, EvaluationLoader, Loader, check_divides
+from fastsiam.data.skip_list import SkipList
+from fastsiam.data.sources.beton import is_beton
+from fastsiam.data.sources.open import ImageSource
+from fastsiam.errors import UserError
+from fastsiam.runtime.cores import usable_cores
+from fastsiam.runtime.distributed import World
+
+
+def build_loader(
+    config: Config,
+    source: ImageSource | None = None,
+    *,
+    skip: SkipList | None = None,
+    device="cpu",
+    dtype=torch.float32,
+    rank: int = 0,
+    world_size: int = 1,
+):
+    """The training loader of a config: a `Loader`, or `SyntheticLoader` with `data.backend=synthetic`.
+
+    Raises `UserError` for a batch larger than the data, `ImportError` naming the extra for a backend asked for
+    that is not installed.
+    """
+    device = torch.device(device)
+    specs = view_specs(config.views)
+    check_divides(config.train.batch_size, world_size)
+    name, _ = choose_backend(config.data.backend, config.data.train)
+    if name == "synthetic":
+        from fastsiam.data.backends.synthetic import SyntheticLoader
+
+        train = config.train
+        loader = SyntheticLoader(
+            specs, batch_size=train.batch_size, seed=train.seed, device=device, dtype=dtype, world_size=world_size
+        )
+        check_grows(config, loader.steps_per_epoch)
+        return loader
+    if source is None:
+        from fastsiam.data.sources.open import open_source
+
+        data = config.data
+        source = open_source(
+            data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction, levels=data.deep_pixels
+        )
+    config = with_its_store(config, source)
+    check_grows(config, len(source) // config.train.batch_size)
+    share, augments = config.train.batch_size // world_size, config.data.augment == "dali"
+    if augments:
+        from fastsiam.data.backends.dali_augment import open_recipe
+
+        backend = open_recipe(source, specs, share, config.data.workers, device, dtype)
+    else:
+        data, size = config.data, config.views.full_size
+        backend = open_backend(name, source, size, len(specs), share, data.workers, device, data.store_size)
+    return Loader(
+        source,
+        specs,
+        backend,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        dtype=dtype,
+        skip=skip,
+        rank=rank,
+        world_size=world_size,
+        backend_augments=augments,
+    )
+
+
+def build_evaluation_loader(
+    config: Config,
+    source: ImageSource,
+    *,
+    skip: SkipList | None = None,
+    device="cpu",
+    dtype=torch.float32,
+    world_size: int = 1,
+):
+    """The loader of kNN and of the collapse guard: the training backend and normalisation, no augmentation.
+
+    Batches are as large as those of one of `world_size` processes in training.
+    """
+    name, _ = choose_backend(config.data.backend, source.root)
+    batch_size = min(config.train.batch_size // world_size, len(source))
+    config = with_its_store(config, source)
+    data, device = config.data, torch.device(device)
+    backend = open_backend(name, source, config.views.full_size, 1, batch_size, data.workers, device, data.store_size)
+    return EvaluationLoader(
+        source,
+        view_specs(config.views)[0],
+        backend,
+        batch_size=batch_size,
+        crop_ratio=config.evaluate.crop_ratio,
+        dtype=dtype,
+        skip=skip,
+    )
+
+
+def open_backend(
+    name: str,
+    source: ImageSource,
+    size: int,
+    num_views: int,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    store_size: int | None = None,
+) -> Backend:
+    """One backend by its config name, `dali`, `pil`, `ffcv` or `resident`, which alone has use for a `store_size`."""
+    module = import_module(f"fastsiam.data.backends.{name}")
+    more = (store_size,) if name == "resident" else ()
+    return module.open_backend(source, size, num_views, batch_size, workers, device, *more)
+
+
+def choose_backend(asked: str, location: str | Path | None = None) -> tuple[str, str]:
+    """The backend that `data.backend` leads to for the images at `location`, and the reason in words."""
+    if asked == "ffcv" or (asked == "auto" and is_beton(location)):
+        if util.find_spec("ffcv") is None:
+            # Says what to install.
+            import_module("fastsiam.data.backends.ffcv_imports")
+        return "ffcv", "asked for" if asked == "ffcv" else "auto: a .beton"
+    if asked != "auto":
+        if asked == "dali" and not dali_installed():
+            raise ImportError(
+                "data.backend: dali is not installed; pip install nvidia-dali-cuda120 (CUDA 12, and machines "
+                "without a GPU) or nvidia-dali-cuda130 (CUDA 13), or set data.backend=pil",
+                name="nvidia.dali",
+            )
+        return asked, "asked for"
+    if dali_installed():
+        return "dali", "auto: DALI is installed"
+    return "pil", "auto: DALI is not installed (pip install nvidia-dali-cuda120 for speed)"
+
+
+def dali_installed() -> bool:
+    return util.find_spec("nvidia") is not None and util.find_spec("nvidia.dali") is not None
+
+
+def check_grows(config: Config, steps_per_epoch: int) -> None:
+    """Raise `UserError` where views would grow from epoch to epoch and the run is known to have but one."""
+    budget, views = config.to_spend, config.views
+    epochs = budget.amount
+    if budget.kind == "images":
+        epochs /= max(steps_per_epoch * config.train.batch_size, 1)
+    if len(views.sizes) > 1 and budget.counts_steps and epochs <= 1:
+        raise UserError(
+            f"views.size: {views.size} grows from epoch to epoch, and {budget.text} are no more than one; set "
+            f"views.size={views.full_size}, or more to spend"
+        )
+
+
+def with_its_cores(config: Config, world: World) -> Config:
+    """`data.workers: null` made a number where several ranks share the cores of a machine; all ranks must ask."""
+    sharing = world.ranks_on_these_cores()
+    if sharing == 1 or config.data.workers is not None:
+        return config
+    workers = max(1, usable_cores() // sharing)
+    return config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})

@@ -1,0 +1,133 @@
+"""How fast the files of a folder are read, past the page cache. The standard library is enough to import it."""
+
+import contextlib
+import os
+import random
+import re
+import tarfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import NamedTuple
+
+# Found before reading begins, so that the sample is not only the first class of a million images.
+_LISTED, _LISTING_SECONDS = 20_000, 3.0
+_BLOCK = 1 << 20
+# What mountinfo calls file systems that another machine serves.
+NETWORK = ("nfs", "nfs4", "cifs", "smb3", "lustre", "beegfs", "gpfs", "ceph", "glusterfs", "afs", "wekafs", "9p")
+
+
+class ReadSpeed(NamedTuple):
+    files: int
+    """That were read to their end."""
+    num_bytes: int
+    seconds: float
+    threads: int
+    mean_image_bytes: float
+    """Of the files read, or of the members of a tar shard."""
+    filesystem: str
+    """As in mountinfo: ext4, nfs4, fuse.sshfs, ..."""
+    kind: str
+    """images | shards | nothing"""
+
+
+def measure(folder: str | Path, threads: int, seconds: float = 2.0) -> ReadSpeed:
+    """Read a random sample of the images (or tar shards) under a folder for up to `seconds`, several at once.
+
+    The kernel is asked to forget each file's pages before (POSIX_FADV_DONTNEED; one that others have mapped stays).
+    """
+    paths, kind = _sample(Path(folder))
+    queue, lock = iter(paths), Lock()
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        work = [pool.submit(_read_until, started + seconds, queue, lock) for _ in range(threads)]
+        done = [future.result() for future in work]
+    elapsed = time.perf_counter() - started
+    files, num_bytes = sum(files for files, _ in done), sum(count for _, count in done)
+    if kind == "shards":
+        mean = _mean_member(paths[0])
+    else:
+        mean = num_bytes / files if files else 0.0
+    return ReadSpeed(files, num_bytes, elapsed, threads, mean, filesystem_of(folder), kind)
+
+
+def filesystem_of(path: str | Path, mountinfo: str | None = None) -> str:
+    """The type of the file system that holds `path`, of proc(5)'s mountinfo; "unknown" where that does not tell."""
+    if mountinfo is None:
+        mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    path, best, found = os.path.realpath(path), "", "unknown"
+    for line in mountinfo.splitlines():
+        left, _, right = line.partition(" - ")
+        # Blanks and the like are written in octal.
+        point = re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), left.split()[4])
+        inside = path == point or path.startswith(point.rstrip("/") + "/")
+        # A later mount on the same point hides the earlier one.
+        if inside and len(point) >= len(best):
+            best, found = point, right.split()[0]
+    return found
+
+
+def is_network(filesystem: str) -> bool:
+    """Whether another machine serves it; FUSE's are object stores and the like, but for those of overlays."""
+    fuse = filesystem.startswith("fuse.") and filesystem not in ("fuse.fuse-overlayfs", "fuse.lxcfs")
+    return filesystem in NETWORK or fuse
+
+
+def _sample(folder):
+    from fastsiam.data.sources.index_cache import outweigh
+    from fastsiam.data.sources.tar import shards_of_folder
+    from fastsiam.data.sources.walk import Walk
+
+    found, shards = [], []
+    until = time.perf_counter() + _LISTING_SECONDS
+    # Whoever trains on a folder that may not be read is told so; here nothing is read in it.
+    with contextlib.suppress(OSError):
+        walk = Walk(folder)
+        for image in walk:
+            found.append(image)
+            if len(found) >= _LISTED or time.perf_counter() > until:
+                break
+        looked = [directory.name for directory in walk.directories] if walk.left_out[".tar"] or not found else []
+        names = shards_of_folder(folder, looked)
+        if outweigh(folder, names, found):
+            found, shards = [], [os.path.join(folder, name) for name in names]
+    images = [os.path.join(folder, name) for name, _ in found]
+    paths, kind = (images, "images") if images else (shards, "shards")
+    random.Random(0).shuffle(paths)
+    return paths, kind if paths else "nothing"
+
+
+def _read_until(deadline: float, paths: Iterator[str], lock: Lock) -> tuple[int, int]:
+    """Files read to their end, and bytes."""
+    files = num_bytes = 0
+    while time.perf_counter() < deadline:
+        with lock:
+            path = next(paths, None)
+        if path is None:
+            break
+        try:
+            with open(path, "rb", buffering=0) as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                while (block := file.read(_BLOCK)) and time.perf_counter() < deadline:
+                    num_bytes += len(block)
+        except OSError:
+            # A scan of the data names what cannot be read; here it only is not fast.
+            continue
+        files += not block
+    return files, num_bytes
+
+
+def _mean_member(shard: str) -> float:
+    """Mean size of the first images in a tar file."""
+    from fastsiam.data.sources.formats import is_image
+
+    sizes = []
+    with tarfile.open(shard) as tar:
+        for member in tar:
+            if is_image(member.name):
+                sizes.append(member.size)
+            if len(sizes) == 200:
+                break
+    return sum(sizes) / len(sizes) if sizes else 0.0

@@ -1,0 +1,83 @@
+"""Images that a run leaves out: those that a scan has found, and those that could not be decoded on the way."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from fastsiam.data.sources.image_header import UNREADABLE
+from fastsiam.data.sources.open import ImageSource
+from fastsiam.errors import UserError
+
+_SHOWN = 10
+
+
+class UndecodableError(Exception):
+    """What a backend raises for a batch with files that it cannot decode; it can be asked again then."""
+
+    def __init__(self, reasons: dict[int, str]):
+        super().__init__("; ".join(reasons.values()))
+        self.reasons = reasons
+        """Sentences that name the file, by index into the source."""
+
+
+class SkipList:
+    """Which images are left out. `found` counts towards the limit, what was known before does not."""
+
+    def __init__(
+        self,
+        num_images: int,
+        max_fraction: float,
+        known: np.ndarray | None = None,
+        report: Callable[[int, str, int], None] = lambda index, reason, count: None,
+        location: str = "PATH",
+    ):
+        """`known`: [N] bool. `report(index, reason, count)` is told of each file found, and how many there are.
+
+        `location`: of the images, for what is said to the user.
+        """
+        self.mask = np.zeros(num_images, bool) if known is None else known.copy()
+        self.found: dict[int, str] = {}
+        self._max_fraction, self._report, self._location = max_fraction, report, location
+
+    def add(self, reasons: dict[int, str]) -> None:
+        """Leave these images out from now on; raises `UserError` with the list where they become too many."""
+        for index, reason in reasons.items():
+            if not self.mask[index]:
+                self.mask[index] = True
+                # Names that are no UTF-8 could be written nowhere.
+                reason = os.fsencode(reason).decode(errors="backslashreplace")
+                self.found[index] = reason
+                self._report(index, reason, len(self.found))
+        if len(self.found) > self._max_fraction * len(self.mask):
+            names = "\n  ".join(list(self.found.values())[:_SHOWN])
+            more = f"\n  and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
+            raise UserError(
+                f"{len(self.found)} of {len(self.mask):,} images cannot be used, more than data.max_bad_fraction="
+                f"{self._max_fraction:g} allows; python -m fastsiam.prepare scan {self._location} finds them all "
+                f"beforehand, and runs leave out what it found:\n  {names}{more}"
+            )
+        if self.mask.all():
+            raise UserError("none of the images can be decoded")
+
+
+class SkipFile:
+    """The names that a run has found, a line each with the reason after a tab: a resumed run begins with them."""
+
+    def __init__(self, path: Path, source: ImageSource):
+        self._path, self._source = path, source
+
+    def known(self) -> np.ndarray:
+        """[N] bool: named in the file, or known to the source as not to be used."""
+        known = self._source.kinds >= UNREADABLE
+        if self._path.exists():
+            lines = self._path.read_bytes().splitlines()
+            known |= np.isin(self._source.names, [line.partition(b"\t")[0] for line in lines])
+        return known
+
+    def add(self, index: int, reason: str) -> None:
+        """Raises `OSError` where the disk refuses."""
+        line = bytes(self._source.names[index]) + b"\t" + reason.replace("\n", " ").encode() + b"\n"
+        with open(self._path, "ab") as file:
+            file.write(line)

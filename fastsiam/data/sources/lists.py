@@ -1,0 +1,225 @@
+"""The image files that a text list names: a path a line, CSV, TSV or JSON lines, with labels or without."""
+
+import os
+import stat
+import unicodedata
+from itertools import islice
+from pathlib import Path
+
+from fastsiam.data.sources.folder import Files, is_outside, make_files
+from fastsiam.data.sources.tables import Entries, label_values, read_entries, read_text, shown
+from fastsiam.errors import UserError
+
+# What a name without an extension may end in.
+_USUAL = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
+# Folders beside a list that are looked into for the names in it.
+_FOLDERS = 50
+
+
+def files_of_list(path: Path, key: str) -> Files:
+    """In the list's order; `key` is the config key that errors name.
+
+    A path a line, relative to the list's folder, with a label after a tab, is read as it stands. Where a line of it is
+    not a file, the list is read as a table (`fastsiam.data.sources.tables`), and its names also as absolute, with `~`,
+    backslashes, without extension, or relative to the one folder in which they are. The root is the list's folder; the
+    common folder of all files where some lie outside.
+    """
+    text, encoding = read_text(path, key)
+    lines = [line for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise UserError(f"{key}: the list {path} is empty")
+    found = _as_it_stands(path.parent, lines) if encoding == "utf-8-sig" else None
+    if found is None:
+        return _of_table(path, text, encoding, key)
+    given = [line.partition("\t")[2].partition("\t")[0].strip() for line in lines]
+    how = f"by {path.name}" + (", the column after the first tab" if lines[0].count("\t") > 1 else "")
+    numbers = (number for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    files = _with_labels(path, path.parent, found, given, numbers, key, how)
+    repeated = len(found) - len(set(found))
+    if not repeated:
+        return files
+    again = f"{repeated:,} {'line names' if repeated == 1 else 'lines name'} a file again, which counts each time"
+    return files._replace(labelling="; ".join(filter(None, (files.labelling, again))))
+
+
+def _as_it_stands(folder, lines):
+    """Name and size of each line's file; None where one is not a file below the folder."""
+    found, base = [], f"{folder}/"
+    for line in lines:
+        name = line.partition("\t")[0].strip()
+        try:
+            status = os.stat(base + name)
+        except (OSError, ValueError):
+            return None
+        if not stat.S_ISREG(status.st_mode) or name.startswith("/") or (".." in name and is_outside(name)):
+            return None
+        found.append((name, status.st_size))
+    return found
+
+
+def _of_table(path, text, encoding, key):
+    places = _Places(path)
+    try:
+        entries = places.learn(text, encoding)
+    except ValueError as error:
+        raise UserError(f"{key}: {shown(path)}: {error}") from None
+    if not entries.found:
+        raise UserError(f"{key}: the list {path} names no files")
+    if None in entries.found:
+        raise _lost(path, entries, places, key)
+    found, lines = entries.found, entries.lines
+    root = path.parent
+    if any(is_outside(name) for name, _ in found):
+        root, found = _below_common_folder(root, found)
+    how = ", ".join(filter(None, (entries.how, places.how)))
+    chosen = label_values(entries.columns)
+    if chosen is None:
+        reason = f"{path.name} has no column label ({shown(', '.join(entries.header))})" if entries.header else ""
+        return make_files(root, found, [-1] * len(found), (), labelling=", ".join(filter(None, (reason, how))))
+    labels, column, _ = chosen
+    by = ", ".join(filter(None, (f"by {path.name}, {_column_text(column)}", how)))
+    if not entries.header:
+        return _with_labels(path, root, found, labels, lines, key, by)
+    return _once_each(root, found, labels, lines, path, by)
+
+
+def _once_each(root, found, labels, lines, path, by):
+    """Of several lines that name one file, as lists of boxes have, the first; no labels where they differ."""
+    first, conflict = {}, ""
+    for (name, size), label, line in zip(found, labels, lines, strict=True):
+        known = first.setdefault(name, (size, label, line))
+        if known[1] != label and not conflict:
+            conflict = f"line {line} of {path.name} gives {shown(name)} another label than line {known[2]}"
+    found = [(name, size) for name, (size, _, _) in first.items()]
+    if conflict:
+        return make_files(root, found, [-1] * len(found), (), labelling=conflict)
+    labels = [label for _, label, _ in first.values()]
+    repeated = len(lines) - len(first)
+    by += f", a file's first line of several ({repeated:,} repeat one)" if repeated else ""
+    return _labelled(root, found, labels, by)
+
+
+def _with_labels(path, root, found, given, lines, key, how):
+    """One label a line, or none."""
+    if any(given) and not all(given):
+        place = given.index("")
+        line, name = next(islice(lines, place, None)), shown(found[place][0])
+        raise UserError(f"{key}: in {shown(path)} some lines have a label, but line {line} ({name}) has none")
+    return _labelled(root, found, given, how if all(given) else "")
+
+
+def _labelled(root, found, labels, how):
+    classes = tuple(sorted(set(labels) - {""}))
+    number = {name: label for label, name in enumerate(classes)}
+    # Only here: the order of the classes is that of the words as written.
+    names = tuple(name[1:-1] if len(name) > 2 and name[0] == name[-1] == '"' else name for name in classes)
+    if len(set(names)) < len(names):
+        names = classes
+    return make_files(root, found, [number.get(label, -1) for label in labels], names, labelling=how if classes else "")
+
+
+class _Places:
+    """Finds the files that a list names."""
+
+    def __init__(self, path: Path):
+        self._path, self._folder = path, str(path.parent)
+        self._before, self._after = "", ""
+        self.how = ""
+        """Where the names are relative to something else than the list's folder."""
+        self.fitting: list[str] = []
+        """Folders in which there are files of these names."""
+
+    def learn(self, text: str, encoding: str) -> Entries:
+        """Read all lines, below the folder in which files of their names are."""
+        head = "\n".join(text.split("\n", 50)[:50])
+        if not any(found is not None for found in read_entries(head, encoding, self.find).found):
+            self._before = self._folder_of(head, encoding)
+            self.how = f"names below {self._before.rstrip('/')}" if self._before else ""
+        entries = read_entries(text, encoding, self.find)
+        if self._after:
+            self.how = ", ".join(filter(None, (self.how, f"names without {self._after}")))
+        return entries
+
+    def find(self, name: str) -> tuple[str, int] | None:
+        """Relative or absolute name of a file and its size in bytes."""
+        if not name:
+            return None
+        exact = self._size(self._before + name + self._after)
+        if exact is not None:
+            return exact
+        for variant in self._variants(name):
+            for after in ("", *_USUAL, *(extension.upper() for extension in _USUAL)):
+                found = self._size(variant + after)
+                if found is not None:
+                    if after:
+                        self._after = after
+                    return found
+                if "." in variant.rpartition("/")[2]:
+                    break
+        return None
+
+    def _variants(self, name):
+        forms = [name]
+        if name.startswith("~"):
+            forms.append(os.path.expanduser(name))
+        if "\\" in name:
+            forms.append(name.replace("\\", "/"))
+        if len(name) > 2 and name[0] == name[-1] and name[0] in "'\"":
+            forms.append(name[1:-1])
+        if not name.isascii():
+            forms += [unicodedata.normalize(form, name) for form in ("NFC", "NFD")]
+            forms.append(os.fsencode(name).decode("cp1252", "replace"))
+        return [form if form.startswith("/") else self._before + form for form in dict.fromkeys(forms)]
+
+    def _size(self, name):
+        try:
+            status = os.stat(name if name.startswith("/") else f"{self._folder}/{name}")
+        except (OSError, ValueError):
+            return None
+        return (name, status.st_size) if stat.S_ISREG(status.st_mode) else None
+
+    def _folder_of(self, head, encoding):
+        """The one folder beside the list, or above it, below which the names are; "" for none."""
+        folders = []
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                if entry.is_dir() and not entry.name.startswith("."):
+                    folders.append(f"{entry.name}/")
+        same = f"{self._path.stem}/"
+        folders = sorted(folders, key=lambda name: (name != same, name))[:_FOLDERS]
+        fitting = self.fitting
+        for before in (*folders, "../", f"{os.getcwd()}/"):
+            self._before, self._after = before, ""
+            if (before in folders or not fitting) and any(read_entries(head, encoding, self.find).found):
+                fitting.append(before)
+                if before == same:
+                    break
+        self._after = ""
+        return fitting[0] if len(fitting) == 1 else ""
+
+
+def _lost(path, entries, places, key):
+    place = entries.found.index(None)
+    name, line = shown(entries.names[place]), entries.lines[place]
+    if os.path.isdir(os.path.join(path.parent, entries.names[place])):
+        return UserError(f"{key}: line {line} of {shown(path)} lists {name}, a folder; list the images in it")
+    if len(places.fitting) > 1:
+        several = " and in ".join(places.fitting[:2])
+        return UserError(f"{key}: line {line} of {shown(path)} lists {name}, which is in {several}; write the folders")
+    where = shown(path.parent / entries.names[place] if not entries.names[place].startswith("/") else name, 100)
+    return UserError(f"{key}: line {line} of {shown(path)} lists {name}, but there is no {where}")
+
+
+def _below_common_folder(folder, found):
+    """The common folder of all files, and their names below it."""
+    absolute = [os.path.normpath(os.path.join(os.path.abspath(folder), name)) for name, _ in found]
+    inside = os.path.abspath(folder)
+    root = inside if all(name.startswith(inside + "/") for name in absolute) else None
+    root = root or os.path.commonpath([os.path.dirname(name) for name in absolute])
+    cut = len(root.rstrip("/")) + 1
+    names = [(name[cut:], size) for name, (_, size) in zip(absolute, found, strict=True)]
+    return (folder if root == inside else Path(root)), names
+
+
+def _column_text(column):
+    return column if column.startswith("column ") else f"column {column}"

@@ -1,0 +1,346 @@
+"""The images of a folder of tar shards in WebDataset's layout and in others.
+
+Members of one key belong together, KEY.jpg and KEY.cls. WebDataset's key is a member's name up to the first dot of its
+last part (webdataset's `base_plus_ext`). Names of people have dots as well (`2019.07.jpg`): every member that is an
+image counts, but fields of one that is there (`a.seg.png` beside `a.png`), and its label is that of the longest
+beginning of its name that has one.
+"""
+
+import bz2
+import gzip
+import json
+import lzma
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from fastsiam.data.sources import excluded, formats, labels
+from fastsiam.data.sources.folder import Files, Packed, is_outside, make_files
+from fastsiam.data.sources.tables import LABEL_COLUMNS, json_text, shown, whole_number
+from fastsiam.data.sources.walk import is_system
+from fastsiam.errors import UserError
+
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+_TOOLS = {"gz": "gunzip -k", "bz2": "bunzip2 -k", "bz": "bunzip2 -k", "xz": "unxz -k", "zst": "unzstd"}
+_OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+# What reading raises where a shard is damaged, or not a tar file.
+DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
+# Label files are short; of a .json a label is asked in so many before they are taken for something else.
+_KINDS = 3
+_LABEL_BYTES, _JSON_BYTES, _JSONS = 4096, 1 << 20, 1000
+_FIELD = re.compile(r"[a-z]", re.IGNORECASE)
+
+
+class NoImagesError(UserError):
+    """Whole tar files, none of which holds an image."""
+
+
+class _Image(NamedTuple):
+    name: str
+    size: int
+    offset: int
+
+
+@dataclass
+class _Found:
+    """What the shards hold, in their order."""
+
+    images: list[_Image] = field(default_factory=list)
+    shard: list[int] = field(default_factory=list)
+    cls: list[str] = field(default_factory=list)
+    json: list[dict[str, str]] = field(default_factory=list)
+    text: list[str | None] = field(default_factory=list)
+    left_out: Counter = field(default_factory=Counter)
+    beside: set[str] = field(default_factory=set)
+    """Kinds of members beside images that nobody reads."""
+    jsons: int = 0
+    """Read without finding a label in one."""
+    unread: str = ""
+    """A .cls that is not a word."""
+
+
+def shards_of_folder(root: Path, folders: list[str]) -> list[str]:
+    """The tar files in `root`, sorted by name; those below it where it has none itself.
+
+    `folders`: names of the folders below `root` that may hold some.
+    """
+    here = _tars(root, "")
+    return here or sorted(name for folder in folders if folder for name in _tars(root, folder))
+
+
+def compressed_shards(root: Path) -> list[str]:
+    """Compressed tar files in `root` that are not there unpacked, too."""
+    names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    found = [(name, end) for name in names for end in COMPRESSED if name.lower().endswith(end)]
+    return [name for name, end in found if name[: -len(end)] + ".tar" not in names]
+
+
+def no_plain_shards(root: Path, compressed: list[str], key: str) -> UserError:
+    """The sentence for a folder that has compressed shards only."""
+    name = compressed[0]
+    tool = next(tool for end, tool in _TOOLS.items() if name.lower().endswith(end))
+    return UserError(
+        f"{key}: the tar shards in {shown(root)} are compressed ({shown(name, 30)}), and images are read from plain "
+        f"ones; python -m fastsiam.prepare pack SRC OUT makes those, or {tool} *.{name.rpartition('.')[2]} unpacks them"
+    )
+
+
+def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = open) -> Files:
+    """In the order of `shards` and of the members in them; `key` is the config key that errors name.
+
+    `opener`: `open`, or `open_shard` for compressed ones, whose offsets are those of the decompressed bytes.
+    """
+    found = _Found()
+    for number, name in enumerate(shards):
+        _Reader(root / name, number, found, key, opener).read()
+    if not found.images:
+        what = excluded.in_words(found.left_out, 3) or "nothing"
+        tars = "tar shard" if len(shards) == 1 else f"{len(shards):,} tar shards"
+        raise NoImagesError(f"{key}: no images in the {tars} in {shown(root)}, but {what}")
+    names = [image.name for image in found.images]
+    labelling = (
+        labels.by_cls(found.cls)
+        or labels.by_json(found.json)
+        or labels.by_folder([name.removeprefix("./") for name in names])
+        or labels.by_text(found.text)
+        or labels.by_shard(shards, found.shard)
+        or labels.Labelling([-1] * len(names), (), found.unread or _why_none(found))
+    )
+    offsets = np.array([image.offset for image in found.images], np.int64)
+    return make_files(
+        root,
+        [(image.name, image.size) for image in found.images],
+        labelling.labels,
+        labelling.classes,
+        packed=Packed(tuple(shards), np.array(found.shard, np.int32), offsets),
+        left_out=dict(found.left_out),
+        labelling=labelling.how,
+    )
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """Key and extension: `a.b/c.d.jpg` is ("a.b/c", "d.jpg")."""
+    folder, slash, last = name.rpartition("/")
+    key, _, extension = last.partition(".")
+    return folder + slash + key, extension
+
+
+def check_member(member: tarfile.TarInfo, shard: Path, key: str) -> None:
+    """Raise `UserError` for what is no plain file inside the archive: links, devices, paths that lead out of it."""
+    if not member.issparse() and (member.isreg() or member.isdir()):
+        return _check_name(member.name, shard, key)
+    raise UserError(
+        f"{key}: {shown(shard)} holds {shown(member.name)}, neither a plain file nor a folder; pack the files "
+        "themselves under relative names"
+    )
+
+
+def is_compressed(path: Path) -> bool:
+    return _opener_of(path) is not open
+
+
+def open_shard(path: Path, mode: str = "rb"):
+    """A shard's tar file, decompressed on the way where it is compressed; raises `OSError`."""
+    return _opener_of(path)(path, mode)
+
+
+def _opener_of(path):
+    with open(path, "rb") as file:
+        beginning = file.read(8)
+    return next((opener for mark, opener in _OPENERS.items() if beginning.startswith(mark)), open)
+
+
+def _tars(root, folder):
+    below = f"{folder}/" if folder else ""
+    paths = sorted((root / folder).iterdir())
+    return [below + path.name for path in paths if path.suffix.lower() == ".tar" and not is_hidden(path.name)]
+
+
+def is_hidden(name: str) -> bool:
+    return name.startswith(".") or is_system(name)
+
+
+def _check_name(name, shard, key):
+    if is_outside(name) or ".." in name.split("/"):
+        raise UserError(
+            f"{key}: {shown(shard)} holds {shown(name)}, a path that leads out of the archive; pack the files "
+            "themselves under relative names"
+        )
+
+
+class _Reader:
+    """Reads one shard to its end."""
+
+    def __init__(self, path: Path, number: int, found: _Found, key: str, opener: Callable):
+        self._path, self._number, self._found, self._key, self._open = path, number, found, key, opener
+        self._images: dict[str, _Image] = {}
+        self._texts: dict[str, dict] = {"cls": {}, "json": {}, "txt": {}}
+        self._others: list[tuple[str, str]] = []
+
+    def read(self) -> None:
+        """Add what it holds; raises `UserError` where it is not a whole tar file."""
+        try:
+            with self._open(self._path, "rb") as file:
+                place = 0
+                while place is not None:
+                    file.seek(place)
+                    with tarfile.TarFile(fileobj=file, mode="r") as tar:
+                        for member in tar:
+                            self._member(member, file)
+                        place = _after_the_end(file, tar.offset)
+        except DAMAGED as error:
+            if self._open is open and is_compressed(self._path):
+                cure = "it is compressed; add .gz to its name, and python -m fastsiam.prepare pack reads it"
+            else:
+                cure = f"{error}; copy or unpack it again"
+            whole = "whole uncompressed" if self._open is open else "whole"
+            raise UserError(f"{self._key}: {shown(self._path)} is not a {whole} tar file: {cure}") from error
+        self._join()
+
+    def _member(self, member, file):
+        name = member.name
+        _check_name(name, self._path, self._key)
+        parts = name.removeprefix("./").split("/")
+        stem, dot, extension = name.rpartition(".")
+        extension = extension.lower()
+        if member.isdir():
+            return
+        if any(map(is_system, parts)):
+            self._found.left_out[excluded.SYSTEM] += 1
+        elif not member.isreg() or member.issparse():
+            if formats.is_image(name):
+                self._found.left_out[excluded.NOT_PLAIN] += 1
+        elif dot and extension in self._texts and "/" not in extension:
+            self._label(stem, extension, member, file)
+        else:
+            reason = self._kind(name, member, file)
+            if reason is formats.IMAGE:
+                if self._images.pop(name, None):
+                    self._found.left_out[excluded.REPLACED] += 1
+                self._images[name] = _Image(name, member.size, member.offset_data)
+            else:
+                self._others.append((split_key(name)[0], reason))
+
+    def _kind(self, name, member, file):
+        """IMAGE, or the reason to leave a member out."""
+        extension = formats.extension_of(name)
+        if extension == ".gz" and formats.is_image(name[:-3]):
+            return excluded.GZIPPED
+        known = formats.by_extension().get(extension)
+        if known is None:
+            file.seek(member.offset_data)
+            known = formats.by_beginning(file.read(min(member.size, formats.BEGINNING)), extension)
+        return known
+
+    def _label(self, stem, extension, member, file):
+        found = self._found
+        most = _JSON_BYTES if extension == "json" else _LABEL_BYTES
+        if extension == "json" and found.jsons >= _JSONS:
+            return
+        if member.size > most:
+            if extension == "cls":
+                found.unread = found.unread or f"{self._path.name} holds {shown(member.name)} of {member.size:,} bytes"
+            return
+        file.seek(member.offset_data)
+        data = file.read(member.size)
+        if extension == "json":
+            known = _json_labels(data)
+            found.jsons = 0 if known else found.jsons + 1
+            self._texts["json"][stem] = known
+            return
+        try:
+            value = whole_number(data.decode().strip())
+        except UnicodeDecodeError:
+            value = "\0"
+        if extension == "cls" and (not value or "\0" in value or "\n" in value):
+            found.unread = found.unread or f"{self._path.name} holds {shown(member.name)} with {data[:20]!r}"
+            value = ""
+        self._texts[extension][stem] = value
+
+    def _join(self):
+        """Labels to images, and no image that is a field of another."""
+        found = self._found
+        plain = {_stems(name)[0] for name in self._images}
+        keys = set()
+        for name, image in self._images.items():
+            stems = _stems(name)
+            stem, key = stems[0], stems[-1]
+            keys.add(key)
+            if key != stem and key in plain and _FIELD.match(stem[len(key) + 1 :]):
+                found.left_out[excluded.FIELDS] += 1
+                continue
+            found.images.append(image)
+            found.shard.append(self._number)
+            found.cls.append(_first(self._texts["cls"], stems, ""))
+            found.json.append(_first(self._texts["json"], stems, {}))
+            found.text.append(_first(self._texts["txt"], stems, None))
+        for key, reason in self._others:
+            if key not in keys or excluded.is_missed(reason):
+                found.left_out[reason] += 1
+            elif len(found.beside) < _KINDS:
+                found.beside.add(reason)
+
+
+def _stems(name):
+    """A name without its extension, and what is left of that with fewer and fewer dots in its last part."""
+    folder, slash, last = name.rpartition("/")
+    stem = last.rpartition(".")[0] or last
+    parts = stem.split(".")
+    # A leading dot is not the end of a key.
+    shorter = [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1) if any(parts[:count])]
+    return [folder + slash + part for part in (stem, *shorter)]
+
+
+def _first(texts, stems, otherwise):
+    return next((texts[stem] for stem in stems if stem in texts), otherwise) if texts else otherwise
+
+
+def _after_the_end(file, place):
+    """Where a further archive begins behind the end of one, as in joined tar files; None where there is none.
+
+    tarfile takes a header that is cut off for the end of the archive.
+    """
+    file.seek(place)
+    block = file.read(tarfile.BLOCKSIZE)
+    if block != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it has no end")
+    while block:
+        if block.count(0) < len(block):
+            begins = next(number for number, byte in enumerate(block) if byte) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+            return place + begins if _is_header(block[begins : begins + tarfile.BLOCKSIZE]) else None
+        place += len(block)
+        block = file.read(1 << 16)
+    return None
+
+
+def _is_header(block):
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+def _json_labels(data):
+    try:
+        fields = json.loads(data)
+    except ValueError:
+        return {}
+    if not isinstance(fields, dict):
+        # A bare number or word.
+        return {"label": text} if (text := json_text(fields)) else {}
+    fields = {str(name).lower(): value for name, value in fields.items()}
+    return {name: text for name in LABEL_COLUMNS if name in fields and (text := json_text(fields[name]))}
+
+
+def _why_none(found):
+    if found.jsons:
+        return "its .json members have no label, class, class_name, target or category that is a word or a number"
+    return f"its {', '.join(sorted(found.beside))} members are not read for labels" if found.beside else ""

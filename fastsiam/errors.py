@@ -1,0 +1,48 @@
+"""Errors and warnings that carry a code, and the exit codes of the commands."""
+
+import re
+from enum import IntEnum
+
+_LEADING_KEY = re.compile(r"((?:[a-z_]+\.)*[a-z_]+): ")
+
+
+class UserError(ValueError):
+    """An error that the user can correct. Commands print its sentence and its code, and exit with code 2.
+
+    `code` is a stable name in kebab case, for scripts and searches; `key` is the config key or argument that begins
+    the message (`data.train: ...`), or None.
+    """
+
+    def __init__(self, message: str, code: str | None = None):
+        super().__init__(message)
+        self.code = code
+
+    @property
+    def key(self) -> str | None:
+        found = _LEADING_KEY.match(str(self))
+        return found[1] if found else None
+
+    def __reduce__(self):
+        return type(self), (str(self), self.code)
+
+
+class Notice(str):
+    """A sentence for the user, mostly a warning, with a stable `code` in kebab case."""
+
+    __slots__ = ("code",)
+
+    def __new__(cls, sentence: str, code: str):
+        notice = super().__new__(cls, sentence)
+        notice.code = code
+        return notice
+
+    def __getnewargs__(self):
+        return str(self), self.code
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the commands that train."""
+
+    DONE = 0
+    ERROR = 1
+    USER_ERROR = 2

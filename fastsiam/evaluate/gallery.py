@@ -1,0 +1,203 @@
+"""What a report shows of a run besides numbers: `pictures.npz` in the run folder, written while it trains.
+
+A report can then be made later and elsewhere, without the data, a GPU or torch. The file is numpy's format without
+pickles; thumbnails are uint8 RGB, names are relative to data.train or data.val, labels are class names, "" without one.
+
+| array | shape | from |
+|---|---|---|
+| pair_images | [2, P, S, S, 3] | the first two views of the first images of the first step, as the encoder saw them |
+| pair_names, pair_labels | [P] | |
+| knn_step | [] | the step of the last kNN evaluation, of which all below is |
+| query_images, query_names, query_labels | [Q, S, S, 3], [Q], [Q] | validation images |
+| neighbour_images, neighbour_names, neighbour_labels | [Q, 5, S, S, 3], [Q, 5], [Q, 5] | most similar in training |
+| neighbour_similarity | [Q, 5] float32 | cosine of the features that kNN compares |
+| points, point_labels | [N, 2] float32, [N] | the first two principal components of those of validation images |
+| explained | [2] float64 | the share of the variance that each component has |
+
+At most 3.2 MB, from 0.3 MB at 32 px to 2.6 MB at 224 px and above.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastsiam.config.views import ViewSpec
+from fastsiam.data.sources.open import ImageSource
+from fastsiam.runtime.arrays import read_arrays, write_arrays
+
+PAIRS, QUERIES, NEIGHBOURS = 8, 8, 5
+# The projection shows so many classes, which a legend can tell apart, with so many images of each.
+CLASSES, IMAGES_PER_CLASS = 10, 50
+# Pixels of the longest side in the file.
+PAIR_SIDE, THUMBNAIL_SIDE = 160, 96
+_NAME_CHARACTERS = 500
+
+
+class Pictures:
+    """Collects on all ranks, writes where `writes`. What the disk refuses is told through `warn` and tried again with
+    the next evaluation.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        source: ImageSource | None,
+        val: ImageSource | None,
+        spec: ViewSpec,
+        warn: Callable[[str], None],
+        writes: bool,
+    ):
+        """`source`: the training images; None where there are none. `spec` tells how views are normalised."""
+        self.path = folder / "pictures.npz"
+        self._source, self._val, self._spec = source, val, spec
+        self._warn, self._writes, self._told = warn, writes, False
+        self._first: tuple[torch.Tensor, np.ndarray] | None = None
+        self._arrays: dict[str, np.ndarray] | None = None
+
+    def remember(self, step: int, views: torch.Tensor, indices: np.ndarray) -> None:
+        """Keep a copy of the first pairs of the first step; nothing is read back from the device."""
+        if step == 1 and self._writes and self._source is not None:
+            first, second = views.split(len(indices))[:2]
+            pairs = torch.stack([first[:PAIRS], second[:PAIRS]])
+            self._first = pairs, np.array(indices[:PAIRS])
+
+    def write_pairs(self) -> None:
+        """Write what `remember` has kept, if it has not been written; what was in the file belongs to another start."""
+        if self._first is None:
+            return
+        (views, indices), self._first = self._first, None
+        images = to_uint8(views.flatten(0, 1), self._spec, PAIR_SIDE)
+        names, labels = _names(self._source, indices)
+        self._arrays = {
+            "pair_images": images.reshape(2, -1, *images.shape[1:]),
+            "pair_names": names,
+            "pair_labels": labels,
+        }
+        self._write()
+
+    def chosen(self) -> np.ndarray:
+        """The validation images to look at: some of each of a few classes, spread over the source; sorted, int64."""
+        labels = self._val.labels
+        rows = [np.flatnonzero(labels == label) for label in _spread(np.unique(labels[labels >= 0]), CLASSES)]
+        return np.sort(np.concatenate([_spread(row, IMAGES_PER_CLASS) for row in rows]))
+
+    def evaluated(
+        self,
+        step: int,
+        bank: torch.Tensor,
+        bank_indices: np.ndarray,
+        queries: torch.Tensor,
+        query_indices: np.ndarray,
+        thumbnails: Callable[[ImageSource, np.ndarray], torch.Tensor],
+    ) -> None:
+        """Show an evaluation; of one rank only.
+
+        `bank`: [M, D] features of the training images `bank_indices`, `queries`: [N, D] of validation images, both of
+        one device. `thumbnails(source, indices)` gives normalised evaluation crops [n, 3, S, S].
+        """
+        if not len(bank) or not len(queries):
+            return
+        shown = _one_of_each(self._val.labels[query_indices])[:QUERIES]
+        similarity, rows = nearest(bank, queries[shown], NEIGHBOURS)
+        neighbours = bank_indices[rows]
+        unique, places = np.unique(neighbours, return_inverse=True)
+        crops = to_uint8(thumbnails(self._source, unique), self._spec, THUMBNAIL_SIDE)
+        names, labels = _names(self._val, query_indices[shown])
+        neighbour_names, neighbour_labels = _names(self._source, neighbours.ravel())
+        points, explained = project(F.normalize(queries.float(), dim=1).double().cpu().numpy())
+        self._arrays = self._known() | {
+            "knn_step": np.array(step),
+            "query_images": to_uint8(thumbnails(self._val, query_indices[shown]), self._spec, THUMBNAIL_SIDE),
+            "query_names": names,
+            "query_labels": labels,
+            "neighbour_images": crops[places.reshape(rows.shape)],
+            "neighbour_names": neighbour_names.reshape(rows.shape),
+            "neighbour_labels": neighbour_labels.reshape(rows.shape),
+            "neighbour_similarity": similarity.astype(np.float32),
+            "points": points.astype(np.float32),
+            "point_labels": _names(self._val, query_indices)[1],
+            "explained": explained,
+        }
+        self._write()
+
+    def _known(self):
+        """What is already there; after a resume, what the file of the earlier start has."""
+        if self._arrays is None:
+            self._arrays = read_arrays(self.path) if self._source is not None else {}
+        return self._arrays
+
+    def _write(self):
+        try:
+            write_arrays(self.path, self._arrays)
+            self._told = False
+        except OSError as error:
+            if not self._told:
+                self._told = True
+                self._warn(f"{self.path} could not be written ({error.strerror or error}); the report will lack it")
+
+
+def to_uint8(views: torch.Tensor, spec: ViewSpec, side: int) -> np.ndarray:
+    """Normalised views [N, 3, S, S] as pixels [N, s, s, 3], s at most `side`."""
+    mean, std = (torch.tensor(values, device=views.device).view(3, 1, 1) for values in (spec.mean, spec.std))
+    pixels = views.detach().float() * std + mean
+    if pixels.shape[-1] > side:
+        pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    return pixels.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def nearest(bank: torch.Tensor, queries: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosine similarity and row of the `count` most similar rows of `bank` [M, D] to each of `queries` [N, D]."""
+    # The bank is not copied to be normalised: on ImageNet it has 10 GB.
+    lengths = torch.linalg.vector_norm(bank, dim=1).clamp_min(1e-12)
+    similarity = F.normalize(queries.float(), dim=1) @ bank.float().T / lengths
+    values, rows = similarity.topk(min(count, len(bank)), dim=1)
+    return values.cpu().numpy(), rows.cpu().numpy()
+
+
+def project(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates [N, 2] on the first two principal components of `features` [N, D], and their shares of the variance.
+
+    By the N x N Gram matrix, which is smaller than the covariance. The sign of a component is that which makes its
+    largest coordinate positive; components that the features do not have are zero.
+    """
+    centred = features - features.mean(0)
+    variances, vectors = np.linalg.eigh(centred @ centred.T)
+    variances, vectors = variances[::-1].clip(0), vectors[:, ::-1]
+    total = variances.sum()
+    points, explained = np.zeros((len(features), 2)), np.zeros(2)
+    for component in range(min(2, len(features))):
+        if variances[component] <= 1e-12 * len(features):
+            break
+        column = vectors[:, component] * np.sqrt(variances[component])
+        points[:, component] = column * np.sign(column[np.abs(column).argmax()])
+        explained[component] = variances[component] / total
+    return points, explained
+
+
+def _spread(values: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of `values`, evenly spaced."""
+    return values[np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(np.int64)]
+
+
+def _one_of_each(labels: np.ndarray) -> np.ndarray:
+    """Rows in an order that takes one of every class before a second of any."""
+    turn = np.zeros(len(labels), np.int64)
+    for label in np.unique(labels):
+        same = labels == label
+        turn[same] = np.arange(same.sum())
+    return np.lexsort((labels, turn))
+
+
+def _names(source: ImageSource, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    names = [os.fsdecode(bytes(source.names[index])) for index in indices]
+    labels = [source.classes[label] if label >= 0 else "" for label in source.labels[indices]]
+    # Bytes of a file's name that are no UTF-8 become \xNN: they could not be written into a page.
+    readable = [
+        [text.encode(errors="surrogateescape").decode(errors="backslashreplace")[-_NAME_CHARACTERS:] for text in texts]
+        for texts in (names, labels)
+    ]
+    return np.array(readable[0], dtype=str), np.array(readable[1], dtype=str)

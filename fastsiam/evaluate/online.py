@@ -1,0 +1,175 @@
+"""What a run watches about itself: kNN accuracy and collapse measures, both in evaluation mode."""
+
+import copy
+from collections.abc import Callable
+from itertools import chain, islice
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastsiam.config import Config
+from fastsiam.data import rng
+from fastsiam.data.build import build_evaluation_loader
+from fastsiam.data.sources.open import ImageSource
+from fastsiam.errors import UserError
+from fastsiam.evaluate.collapse import PROBE_IMAGES, Measures, measure
+from fastsiam.evaluate.gallery import Pictures
+from fastsiam.evaluate.knn import count_correct, extract
+from fastsiam.runtime.distributed import World
+
+# Two views a step with momentum 0.1 leave 0.5 % of the initial running statistics after 25 steps.
+FILL_STEPS = 25
+# Raw pixels are compared at no more than this side, which bounds the bank at 12 kB an image.
+PIXEL_SIDE = 32
+
+
+class Monitor:
+    """Measures a method on fixed images; leaves it in training mode."""
+
+    def __init__(
+        self,
+        config: Config,
+        train: ImageSource,
+        val: ImageSource | None,
+        device,
+        dtype,
+        precision,
+        skips,
+        world: World = World(),  # noqa: B008
+        beat: Callable[[], None] = lambda: None,
+    ):
+        """`skips`: a `SkipList` for the images of `train` and one for those of `val`.
+
+        kNN is the work of all ranks, which have to ask for it together. `beat()` is called at every batch.
+        """
+        self._config, self._precision, self._world, self._beat = config, precision, world, beat
+        self._device = device
+        size = world.size
+        self._train = build_evaluation_loader(config, train, skip=skips[0], device=device, dtype=dtype, world_size=size)
+        self._val = None
+        if val is not None:
+            self._val = build_evaluation_loader(config, val, skip=skips[1], device=device, dtype=dtype, world_size=size)
+            self._val_label = torch.tensor([train.classes.index(name) for name in val.classes])
+        self._probe_indices = rng.probe_indices(config.train.seed, len(train), PROBE_IMAGES)
+        self._probe = None
+
+    @property
+    def has_knn(self) -> bool:
+        return self._val is not None
+
+    def knn(self, method, pictures: Pictures | None = None, step: int = 0) -> float:
+        """kNN top-1 in percent of the encoder's pooled features, val images against train images.
+
+        `pictures`, of all ranks or of none, are shown the features of `step`.
+        """
+        with evaluating(method):
+            return self._knn(method.encoder, pictures, step)
+
+    def raw_pixels(self) -> float:
+        """The same kNN on the pixels themselves, pooled to at most 32 px."""
+        side = min(self._config.views.full_size, PIXEL_SIDE)
+        return self._knn(lambda views: F.adaptive_avg_pool2d(views.float(), side).flatten(1))
+
+    def untrained(self, method, loader) -> float:
+        """The same kNN on a copy of `method` whose batch-norm statistics have seen data but whose weights have not.
+
+        Fresh statistics would let any training look good: they alone move a random network's kNN.
+        """
+        control = copy.deepcopy(method)
+        batches = chain.from_iterable(loader.epoch(epoch) for epoch in range(FILL_STEPS))
+        with torch.no_grad():
+            for batch in self._watched(islice(batches, FILL_STEPS)):
+                with self._precision():
+                    control(batch.views)
+        return self.knn(control)
+
+    @torch.no_grad()
+    def collapse(self, method) -> Measures:
+        """The collapse measures of z on the probe images."""
+        if self._probe is None:
+            self._probe = [batch.views for batch in self._train.batches(self._probe_indices)]
+        with evaluating(method):
+            parts = []
+            for views in self._probe:
+                with self._precision():
+                    parts.append(method.embed(views).float())
+        return measure(torch.cat(parts))
+
+    def close(self) -> None:
+        """Free the decoders; the next measurement begins with new ones."""
+        self._train.backend.close()
+        if self._val:
+            self._val.backend.close()
+
+    def _knn(self, encoder, pictures=None, step=0) -> float:
+        try:
+            return self._votes(encoder, pictures, step)
+        except torch.OutOfMemoryError:
+            pass
+        # Outside the handler: the traceback would hold what did not fit.
+        images = len(self._train.source)
+        raise UserError(
+            f"evaluate: {self._device.type} out of memory in kNN, which keeps the features of {images:,} images beside "
+            "the training; set a smaller train.batch_size, or data.val=null for no kNN"
+        )
+
+    def _votes(self, encoder, pictures, step):
+        settings, world = self._config.evaluate, self._world
+        bank, bank_labels, bank_indices = self._extract(encoder, self._train)
+        queries, query_labels, query_indices = self._extract(encoder, self._val)
+        self.close()
+        bank, bank_labels = world.gather(bank), world.gather(bank_labels)
+        if pictures is not None:
+            looked_at = torch.from_numpy(np.isin(query_indices, pictures.chosen()))
+            found = [world.gather(rows) for rows in (bank_indices, queries[looked_at], query_indices[looked_at])]
+            if world.is_first:
+                pictures.evaluated(step, bank, found[0].numpy(), found[1], found[2].numpy(), self._thumbnails)
+        truth, correct = self._val_label[query_labels], 0
+        if len(queries):
+            votes = {"k": settings.knn_k, "temperature": settings.knn_temperature}
+            correct = count_correct(bank, bank_labels, queries, truth, **votes)
+        totals = [sum(column) for column in zip(*world.collect((correct, len(queries))), strict=True)]
+        return 100 * totals[0] / totals[1]
+
+    def _extract(self, encoder, loader):
+        """Features, labels and indices of this rank's part of the images that have a label."""
+        part = np.arange(len(loader.source))[self._world.share_of(len(loader.source))]
+        part = part[loader.source.labels[part] >= 0]
+        if loader.skip.mask[part].all():
+            none = torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, device=self._device), none, none
+        indices = []
+        most = int((~loader.skip.mask[part]).sum())
+        features, labels = extract(encoder, self._watched(loader.batches(part), indices), self._precision, most)
+        return features, labels, torch.from_numpy(np.concatenate(indices))
+
+    def _thumbnails(self, source, indices):
+        """The evaluation crops of some images, normalised; random state stays as it is."""
+        loader = self._train if source is self._train.source else self._val
+        # A DataLoader draws a seed for its workers.
+        with torch.random.fork_rng(devices=[]):
+            crops = torch.cat([batch.views for batch in self._watched(loader.batches(indices))])
+        loader.backend.close()
+        return crops
+
+    def _watched(self, batches, indices=None):
+        """The batches, the watchdog told of each; their `indices` are added to a list where one is given."""
+        for batch in batches:
+            self._beat()
+            if indices is not None:
+                indices.append(batch.indices)
+            yield batch
+
+
+class evaluating:
+    """Evaluation mode inside the block, training mode after it."""
+
+    def __init__(self, method):
+        self._method = method
+
+    def __enter__(self):
+        self._method.eval()
+
+    def __exit__(self, *_):
+        self._method.train()

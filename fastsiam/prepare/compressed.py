@@ -1,0 +1,49 @@
+"""Compressed tar shards, for packing only: read from the front, for a run reads images at any place of a shard."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from fastsiam.data.sources.image_header import BadImageError
+from fastsiam.data.sources.open import ImageSource, of_files
+from fastsiam.data.sources.tar import DAMAGED, compressed_shards, files_of_shards, open_shard, shards_of_folder
+from fastsiam.errors import UserError
+
+
+@dataclass(frozen=True)
+class CompressedSource(ImageSource):
+    """Images in compressed shards; fast in their order, and slow in any other, where a shard is begun anew."""
+
+    _opened: dict = field(default_factory=dict)
+    """The shard that was read last, and its decompressed stream."""
+
+    def read(self, index: int) -> bytes:
+        path = self.path(index)
+        try:
+            if path not in self._opened:
+                self.close()
+                self._opened[path] = open_shard(path)
+            self._opened[path].seek(self.packed.offset[index])
+            return self._opened[path].read(int(self.file_sizes[index]))
+        except DAMAGED as error:
+            raise BadImageError(f"{self.name(index)} cannot be read: {error}") from error
+
+    def close(self) -> None:
+        for file in self._opened.values():
+            file.close()
+        self._opened.clear()
+
+
+def open_compressed(location: str, key: str) -> CompressedSource | None:
+    """The images of a folder whose tar shards are all compressed; None for anything else.
+
+    Raises `UserError` where one is compressed in a way that Python does not know.
+    """
+    root = Path(location)
+    names = compressed_shards(root) if root.is_dir() and not shards_of_folder(root, []) else []
+    if not names:
+        return None
+    unknown = [name for name in names if name.lower().endswith(".zst")]
+    if unknown:
+        raise UserError(f"{key}: {root / unknown[0]} is compressed by zstd; unzstd {root}/*.zst unpacks the shards")
+    source = of_files(files_of_shards(root, names, key, open_shard))
+    return CompressedSource(**{item.name: getattr(source, item.name) for item in fields(source)})

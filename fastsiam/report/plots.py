@@ -1,0 +1,223 @@
+"""Plots as inline SVG whose colours belong to the page: text takes `currentColor`, lines take CSS variables.
+
+matplotlib draws with colours that nobody uses, and each is replaced by the name of what it stands for.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, ScalarFormatter
+
+from fastsiam.report.read_run import Run, Series
+
+# Points of a curve beyond which it is thinned to the extremes of its pixels; the plot is 250 points wide.
+BUCKETS = 360
+NUM_COLORS = 8
+CLASS_MARKERS = ("o", "s", "^", "v", "D", "P", "X", "*", "<", ">")
+DASHES = ((), (5, 1.6), (1.6, 1.2), (6, 1.4, 1.4, 1.4))
+
+_INK, _GRID, _MUTED = "#010203", "#010204", "#010205"
+_SERIES = [f"#0102{index + 16:02x}" for index in range(NUM_COLORS)]
+_CLASSES = [f"#0102{index + 48:02x}" for index in range(len(CLASS_MARKERS))]
+_CSS_NAMES = (
+    {_INK: "currentColor", _GRID: "var(--grid)", _MUTED: "var(--muted)"}
+    | {color: f"var(--s{index})" for index, color in enumerate(_SERIES)}
+    | {color: f"var(--k{index})" for index, color in enumerate(_CLASSES)}
+)
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fastsiam",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8,
+    "axes.unicode_minus": True,
+    "axes.formatter.useoffset": False,
+    "text.parse_math": False,
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one plot of the curves shows."""
+
+    key: str
+    kind: str
+    field: str
+    title: str
+    caption: str
+    scale: float = 1.0
+    from_zero: bool = False
+
+
+PANELS = (
+    Panel("loss", "train", "loss", "Loss", "Negative cosine between p and the other view's z; −1 is full agreement."),
+    Panel("knn", "knn", "knn_top1", "kNN accuracy", "Top-1 in percent: validation images against training images."),
+    Panel(
+        "std_ratio", "collapse", "std_ratio", "Spread of z",
+        "std_ratio in evaluation mode: 1 is spread out, 0 is one point.", from_zero=True,
+    ),
+    Panel(
+        "effective_rank", "collapse", "effective_rank", "Effective rank",
+        "How many directions z uses; 1 is collapse to a line.", from_zero=True,
+    ),
+    Panel(
+        "mean_abs_cos", "collapse", "mean_abs_cos", "Similarity of different images",
+        "Mean |cosine| between z of different images; 1 is one point.", from_zero=True,
+    ),
+    Panel("lr", "train", "lr", "Learning rate", "Of the encoder, for the whole batch.", from_zero=True),
+    Panel(
+        "view_size", "train", "view_size", "Size of a view",
+        "Side in pixels; loss and throughput change with it.", from_zero=True,
+    ),
+    Panel("rate", "train", "images_per_second", "Throughput", "Images per second between log lines.", from_zero=True),
+    Panel(
+        "wait", "train", "data_wait_fraction", "Waiting for data",
+        "Percent of the training time in which the step waits for its images.", scale=100, from_zero=True,
+    ),
+    Panel("energy", "train", "joules_per_image", "Energy", "Joules per image, as measured.", from_zero=True),
+)  # fmt: skip
+
+
+def color_of(index: int) -> str:
+    """The CSS colour of the index-th run."""
+    return f"var(--s{index % NUM_COLORS})"
+
+
+def dashes_of(index: int) -> tuple[float, ...]:
+    """On and off lengths of the line of the index-th run, in points; empty for a solid one."""
+    return DASHES[index % len(DASHES)]
+
+
+def thin(series: Series, buckets: int = BUCKETS) -> Series:
+    """Of more than 4 points a bucket the first, the lowest, the highest and the last of each, gaps (NaN) kept.
+
+    Buckets are equal parts of x, so that a curve covers the same pixels as before.
+    """
+    x, y = series.x, series.y
+    if len(x) <= 4 * buckets:
+        return series
+    low, high = x.min(), x.max()
+    bucket = np.minimum(((x - low) / max(high - low, 1e-300) * buckets).astype(np.int64), buckets - 1)
+    kept = []
+    for part in np.split(np.arange(len(x)), np.flatnonzero(np.diff(bucket)) + 1):
+        values = y[part]
+        known = part[np.isfinite(values)]
+        extremes = [known[y[known].argmin()], known[y[known].argmax()]] if len(known) else []
+        gaps = part[~np.isfinite(values)][:1]
+        kept += [part[0], part[-1], *extremes, *gaps]
+    kept = np.unique(kept)
+    return Series(x[kept], y[kept])
+
+
+def curves(panel: Panel, runs: Sequence[Run], axis: str) -> Figure | None:
+    """The plot of a panel on one of the three axes, a line for each run that has it; None where none has."""
+    found = [(index, run.series(panel.kind, panel.field, axis)) for index, run in enumerate(runs)]
+    found = [(index, series) for index, series in found if series is not None]
+    if not found:
+        return None
+    divisor, unit = _time_unit(max(series.x.max() for _, series in found)) if axis == "time" else (1.0, "")
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _empty((4.0, 2.55), (0.125, 0.165, 0.855, 0.79))
+        for index, series in found:
+            _draw_run(axes, panel, runs[index], index, series, axis, divisor, alone=len(runs) == 1)
+        axes.set_xlabel({"time": f"training time, {unit}", "images": "images", "epochs": "epochs"}[axis], color=_INK)
+        axes.set_xlim(0, max(series.x.max() for _, series in found) / divisor * 1.02 or 1)
+        if panel.from_zero:
+            axes.set_ylim(bottom=min(0.0, axes.dataLim.y0))
+        axes.xaxis.set_major_locator(_locator())
+        if axis == "images":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return figure
+
+
+def _draw_run(axes, panel, run, index, series, axis, divisor, alone):
+    thinned = thin(series)
+    few = len(thinned.x) <= (2 if panel.kind == "train" else 60)
+    axes.plot(
+        thinned.x / divisor,
+        thinned.y * panel.scale,
+        color=_SERIES[index % NUM_COLORS],
+        linewidth=1.3,
+        dashes=dashes_of(index) or (None, None),
+        marker="o" if few else "",
+        markersize=2.6,
+        label=f"run {index}",
+    )
+    for place in run.resumes(axis):
+        mark = _MUTED if alone else _SERIES[index % NUM_COLORS]
+        axes.axvline(place / divisor, color=mark, linewidth=0.8, dashes=(2, 2), label="resume")
+    if alone and panel.key == "knn":
+        for field, dashes in (("knn_top1", (4, 2)), ("raw_pixels_knn_top1", (1, 1.5))):
+            value = run.control(field)
+            if value is not None:
+                axes.axhline(value, color=_MUTED, linewidth=1, dashes=dashes, label=field)
+
+
+def projection(points: np.ndarray, labels: Sequence[str], explained: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Images as points [N, 2], a colour and a marker for each of `classes`."""
+    labels = np.asarray(labels)
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _empty((5.2, 4.0), (0.1, 0.11, 0.88, 0.87))
+        for index, name in enumerate(classes):
+            there = points[labels == name]
+            kind = index % len(CLASS_MARKERS)
+            axes.plot(
+                there[:, 0], there[:, 1], linestyle="", marker=CLASS_MARKERS[kind], markersize=4,
+                color=_CLASSES[kind], markeredgewidth=0, alpha=0.8, label=f"class {index}",
+            )  # fmt: skip
+        axes.set_xlabel(f"component 1, {100 * explained[0]:.1f} % of the variance", color=_INK)
+        axes.set_ylabel(f"component 2, {100 * explained[1]:.1f} %", color=_INK)
+        axes.xaxis.set_major_locator(_locator())
+        axes.yaxis.set_major_locator(_locator())
+    return figure
+
+
+def to_svg(figure: Figure, key: str, label: str) -> str:
+    """The figure as an `<svg>` element for a page.
+
+    `key` makes its ids unique; `label`, escaped already, is for who cannot see it.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="([^"]+)"', rf' id="{key}-\1"', svg)
+    svg = re.sub(r'(href="|url\()#', rf"\g<1>#{key}-", svg)
+    box = re.search(r'viewBox="([^"]+)"', svg)[1]
+    svg = f'<svg viewBox="{box}" role="img" aria-label="{label}">' + svg[svg.index(">") + 1 :]
+    svg = svg.replace("xlink:href", "href")
+    return re.sub(r"#0102[0-9a-f]{2}", lambda color: _CSS_NAMES.get(color[0], color[0]), svg).strip()
+
+
+def _empty(size, place):
+    figure = Figure(figsize=size)
+    FigureCanvasSVG(figure)
+    axes = figure.add_axes(place)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_GRID)
+    axes.grid(axis="y", color=_GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, length=0, pad=4)
+    axes.tick_params(axis="x", length=2.5, color=_GRID)
+    axes.yaxis.set_major_locator(_locator())
+    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+    return figure, axes
+
+
+def _locator():
+    return MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    if seconds < 180:
+        return 1.0, "seconds"
+    return (60.0, "minutes") if seconds < 3 * 3600 else (3600.0, "hours")

@@ -1,0 +1,207 @@
+"""Encoders on the disk: encoder.safetensors of a run that has ended, and the one in a checkpoint of any other run."""
+
+import contextlib
+import json
+import pickle
+import time
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+import fastsiam
+from fastsiam.config import Config, load_config
+from fastsiam.config.views import view_specs
+from fastsiam.config.yaml_file import shortened
+from fastsiam.errors import UserError
+from fastsiam.models.encoder import build_encoder
+from fastsiam.run import checkpoint
+from fastsiam.run.folder import read_status
+from fastsiam.runtime.files import DAMAGED_ZIP, replace_file
+
+READS = "load_encoder reads the folder of a run (runs/NAME), its encoder.safetensors or its checkpoint.pt"
+# Between two tries to read a run that is writing, in seconds.
+_PAUSE, _TRIES = 0.05, 20
+_BUILDS = ("encoder", "stem", "width")
+
+
+def describe_encoder(config: Config, step: int, commit: str | None) -> dict:
+    """What the file of an encoder says of it: how to build it, how to feed it, and where it comes from.
+
+    `mean` and `std` [3] normalise RGB in [0, 1]; `size` is the side in pixels of the views that it was trained on;
+    `step` counts its training steps; `commit` is that of the code.
+    """
+    spec = view_specs(config.views)[0]
+    return {
+        **{key: getattr(config.model, key) for key in _BUILDS},
+        "mean": list(spec.mean),
+        "std": list(spec.std),
+        "size": spec.size,
+        "recipe": config.views.recipe,
+        "method": config.method.name,
+        "step": step,
+        "commit": commit,
+        "fastsiam": fastsiam.__version__,
+    }
+
+
+def save_encoder(encoder: nn.Module, description: dict, path: Path) -> None:
+    """Write the encoder's weights as safetensors, with `describe_encoder` as JSON under `fastsiam` in the metadata.
+
+    Raises `UserError` where the disk refuses; a file that was there stays.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in encoder.state_dict().items()}
+    try:
+        replace_file(path, save(state, {"fastsiam": json.dumps(description)}))
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error.strerror or error})") from error
+
+
+def load_encoder(path: str | Path) -> nn.Module:
+    """The encoder of a run, in evaluation mode on the CPU.
+
+    `path`: the folder of a run, finished, stopped or still running; an `encoder.safetensors`; or a `checkpoint.pt`.
+    It maps images [B, 3, S, S], RGB in [0, 1] from which its `mean` is subtracted and which are divided by its `std`,
+    to features [B, D]. `mean` and `std` are tuples of three floats, None in files of version 0.1.0 that lie outside
+    their run's folder. `description` is the dict of `describe_encoder`, as far as the file holds it.
+
+    Raises `UserError` (a `ValueError`) for a path that holds no encoder of fastsiam. Runs no code of a file.
+    """
+    path = Path(path).expanduser()
+    try:
+        state, description = _read(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    try:
+        encoder = build_encoder(*(description[key] for key in _BUILDS), zero_init_residual=False)
+        encoder.load_state_dict(state)
+    except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        reason = shortened(str(error), 150)
+        raise UserError(f"{path} does not hold the encoder that it describes ({reason})") from error
+    encoder.mean, encoder.std = (_triple(description.get(key)) for key in ("mean", "std"))
+    encoder.description = description
+    return encoder.eval()
+
+
+def _read(path):
+    """Weights and description; tried again for a moment where a run is renaming its checkpoints just now."""
+    for _ in range(_TRIES):
+        with contextlib.suppress(UserError, FileNotFoundError):
+            return _of_run(path) if path.is_dir() else _of_file(path)
+        if read_status(path if path.is_dir() else path.parent).get("status") != "running":
+            break
+        time.sleep(_PAUSE)
+    return _of_run(path) if path.is_dir() else _of_file(path)
+
+
+def _triple(values):
+    return None if values is None else tuple(map(float, values))
+
+
+def _of_run(folder):
+    """Of a run that has ended its encoder.safetensors; otherwise its newest checkpoint, which may have gone beyond."""
+    file, has_ended = folder / "encoder.safetensors", read_status(folder).get("status") in ("done", None)
+    saved = None if file.is_file() and has_ended else _newest_checkpoint(folder)
+    if saved is not None:
+        return _of_saved(saved, folder / "checkpoint.pt")
+    if file.is_file():
+        return _of_safetensors(file)
+    if (folder / "config.yaml").is_file():
+        raise UserError(f"{folder} holds no encoder and no checkpoint yet; the run writes one when it is stopped")
+    runs = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+    if runs:
+        raise UserError(
+            f"{folder} is not a run but holds {len(runs)}; give one of them, for example {folder / runs[0]}"
+        )
+    raise UserError(f"there is no run in {folder} (neither encoder.safetensors nor checkpoint.pt); {READS}")
+
+
+def _newest_checkpoint(folder):
+    damaged = []
+    saved = checkpoint.load_newest(folder, damaged.append)
+    for sentence in damaged:
+        warnings.warn(sentence, stacklevel=5)
+    return saved
+
+
+def _of_file(path):
+    if not path.exists():
+        raise UserError(f"there is no {path}; {READS}")
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if start.startswith(checkpoint.ZIP_MAGIC):
+        return _of_saved(_load_zip(path), path)
+    # Eight bytes of a length, then JSON.
+    if start[8:] == b"{":
+        return _of_safetensors(path)
+    what = "is empty" if not start else "is neither a safetensors file nor a checkpoint of fastsiam"
+    raise UserError(f"{path} {what}; {READS}")
+
+
+def _of_safetensors(path):
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again from its run's folder") from error
+    if "fastsiam" not in metadata:
+        raise UserError(
+            f"{path} was not written by fastsiam: its metadata do not say what encoder it holds; load it with the "
+            "library that wrote it"
+        )
+    try:
+        description = dict(json.loads(metadata["fastsiam"]))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} has damaged metadata ({error}); copy it again from its run's folder") from error
+    if "mean" not in description and (config := _config_beside(path)):
+        description = describe_encoder(config, None, None) | description
+    return state, description
+
+
+def _load_zip(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+    except DAMAGED_ZIP as error:
+        raise UserError(f"{path} is damaged ({shortened(str(error), 100)}); {READS}") from error
+    if record:
+        raise UserError(f"{path} is damaged (the CRC-32 of {record!r} is another); {READS}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError) as error:
+        raise UserError(f"{path} is not a checkpoint of fastsiam; {READS}") from error
+
+
+def _of_saved(saved, path):
+    """The encoder in what a checkpoint holds."""
+    if not isinstance(saved, dict) or not {"layout", "method", "identity"} <= saved.keys():
+        raise UserError(f"{path} is a file of another program ({_contents(saved)}), not of fastsiam; {READS}")
+    if saved["layout"] != checkpoint.LAYOUT:
+        raise UserError(f"{path} was written by another version of fastsiam; load it with that version")
+    description = saved.get("encoder")
+    if description is None:
+        config = _config_beside(path)
+        if config is None:
+            raise UserError(f"{path} does not say what encoder it holds; put the config.yaml of its run beside it")
+        description = describe_encoder(config, saved["state"]["step"], None)
+    weights = saved["method"].items()
+    return {name.removeprefix("encoder."): value for name, value in weights if name.startswith("encoder.")}, description
+
+
+def _contents(saved):
+    if not isinstance(saved, dict):
+        return f"it holds a {type(saved).__name__}"
+    names = ", ".join(str(key)[:30] for key in list(saved)[:3])
+    return f"it holds {names}, ..."
+
+
+def _config_beside(path):
+    try:
+        return load_config(path.with_name("config.yaml")) if path.with_name("config.yaml").is_file() else None
+    except UserError:
+        return None

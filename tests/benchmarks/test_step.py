@@ -1,0 +1,240 @@
+"""benchmarks.step: its rows are one function, the product's row is the product, its arithmetic is right."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+
+import benchmarks.variants.step as ablation_module
+from benchmarks import step as step_benchmark
+from benchmarks.harness.flops import flops_per_image
+from benchmarks.harness.timing import Results
+from benchmarks.harness.worker_process import Aside
+from benchmarks.variants.step import (
+    Inputs,
+    Switches,
+    ablation,
+    build_ablated,
+    build_product,
+    check_authors,
+    initial_weights,
+    product,
+)
+from fastsiam.config import load_config
+from fastsiam.errors import UserError
+from fastsiam.run.session import Session
+from tests.benchmarks.test_peers import CPU, batches, small_config
+
+
+def test_the_fastsiam_row_is_a_session_step_and_so_are_its_switches(tiny):
+    config = load_config("quickstart", tiny("data.backend=synthetic", "data.train=null", "data.val=null"))
+    inputs = Inputs(config, CPU).like(torch.float32, torch.channels_last)
+    with Session(config) as session:
+        session.start()
+        expected = [session.step(inputs[number % 2])["loss"].item() for number in range(5)]
+    with contextlib.ExitStack() as stack:
+        row = build_product(config, stack)
+        assert [row(inputs[number % 2]).item() for number in range(5)] == expected
+    switched = build_ablated(product(CPU, torch.float32), config, initial_weights(config), CPU)
+    assert [switched(inputs[number % 2]).item() for number in range(5)] == expected
+    assert len(set(expected)) == 5
+
+
+def test_every_row_is_the_same_function_in_fp32():
+    """Losses and weights over four steps; a strong weight decay makes that of each optimizer show."""
+    config = small_config(3, "optimizer.weight_decay=0.1")
+    weights = initial_weights(config)
+    rows = {name: switches for name, switches in ablation(CPU, torch.float32).items() if not switches.compile}
+    assert len(rows) == 6
+    losses, states = {}, {}
+    for name, switches in rows.items():
+        step = build_ablated(switches, config, weights, CPU)
+        losses[name], states[name] = [step(views).item() for views in batches(4)], step.model.state_dict()
+    for name in rows:
+        assert losses[name] == pytest.approx(losses["authors"], abs=1e-5), name
+        for key, value in states[name].items():
+            torch.testing.assert_close(value, states["authors"][key], rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_rows_stay_near_fp32():
+    config = small_config()
+    weights = initial_weights(config)
+    expected = build_ablated(Switches(), config, weights, CPU)(batches(1)[0]).item()
+    for name, switches in ablation(CPU, torch.bfloat16).items():
+        if not switches.compile:
+            views = batches(1)[0].to(torch.float32 if switches.forward == "authors" else torch.bfloat16)
+            found = build_ablated(switches, config, weights, CPU)(views).item()
+            assert found == pytest.approx(expected, abs=0.02), name
+            assert name == "authors" or found != expected, name
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_each_row_turns_on_one_switch_more(kind):
+    """Rows need no device to be listed."""
+    device = torch.device(kind)
+    rows = ablation(device, torch.bfloat16)
+    beside = {"compile, two calls", "compile max-autotune", "compile with CUDA graphs"}
+    ladder = [switches for name, switches in rows.items() if name not in beside]
+    if kind == "cpu":
+        # The product does not compile on a CPU: the optimizers stand on the last uncompiled row.
+        assert ladder.pop(-3) == dataclasses.replace(ladder[-3], compile="default")
+        assert ladder[-1] == product(device, torch.bfloat16)
+    for before, after in pairwise(ladder):
+        before, after = dataclasses.asdict(before), dataclasses.asdict(after)
+        assert sum(before[key] != after[key] for key in before) == 1
+    assert rows["+ fused SGD" if kind == "cuda" else "+ freed memory kept"] == product(device, torch.bfloat16)
+
+
+def build_counter(name, start, stack):
+    """For the process aside: numbers of one name, which may be wrong."""
+    stack.callback(print, f"{name} ends", flush=True)
+    return lambda index: [start][index]
+
+
+def build_nothing(name, stack):
+    os._exit(3)
+
+
+def test_a_row_aside_runs_there_and_its_errors_end_it(capfd):
+    with Aside(build_counter, 5) as aside:
+        step = aside.bind("row")
+        assert step(0) is None
+        assert step(0) is None
+    assert capfd.readouterr().out == "row ends\n"
+    with Aside(build_counter, 5) as aside:
+        step = aside.bind("row")
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="row: the process aside has ended with code 1"):
+                step(1)
+    assert "IndexError" in capfd.readouterr().err
+    with Aside(build_nothing) as aside, pytest.raises(RuntimeError, match="x: the process aside has ended with code 3"):
+        aside.bind("x")
+
+
+def test_rows_that_keep_memory_run_aside(lines):
+    """Their steps are the product's: losses cannot be seen from here, times and switches can."""
+    found = lines(minutes=5)
+    kept = {name for name, line in found.items() if line["switches"]["memory"] == "kept"}
+    assert kept == {"+ freed memory kept", "fastsiam"}
+    assert all(found[name]["median_seconds"] > 0 for name in kept)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("r18_cifar10_800ep", 10), ("r50_100ep", 1)])
+def test_the_authors_step_is_ours_in_the_settings_that_are_timed(name, steps):
+    """ResNet-50 takes 10 s a step in float64 on one core."""
+    assert {config for settings in step_benchmark.SETTINGS.values() for config, _ in settings} == {
+        "r18_cifar10_800ep",
+        "r50_100ep",
+    }
+    check_authors(load_config(name), steps)
+
+
+def test_a_wrong_step_is_found(monkeypatch):
+    config = small_config()
+    check_authors(config)
+    monkeypatch.setattr(ablation_module, "negative_cosine_ref", lambda p1, p2, z1, z2: -(p1 * z2).sum(1).mean() * 1e-3)
+    with pytest.raises(RuntimeError, match="the authors' loss"):
+        check_authors(config)
+
+
+def test_a_wrong_update_is_found(monkeypatch):
+    config = small_config()
+    monkeypatch.setattr(ablation_module.authors, "SimSiam", _FrozenPredictor)
+    with pytest.raises(RuntimeError, match="after the authors' steps predictor"):
+        check_authors(config)
+
+
+class _FrozenPredictor(ablation_module.authors.SimSiam):
+    def __init__(self, model):
+        super().__init__(model)
+        self.predictor[-1].bias.requires_grad_(False)
+
+
+def test_flops_of_resnet50_are_those_of_the_paper():
+    """He et al. 2016 and torchvision: 4.09 G multiply-adds forward at 224 px. Backward costs twice that but for the
+    stem, whose input needs no gradient (118 M); the heads have 14.7 M (SimSiam, section 4)."""
+    views = 2 * (6 * 4.089e9 - 2 * 0.118e9 + 6 * 14.68e6)
+    assert flops_per_image(load_config("r50_100ep")) == pytest.approx(views, rel=0.01)
+
+
+def test_flops_do_not_depend_on_the_implementation():
+    config = small_config()
+    assert flops_per_image(config) == 2 * _counted_by_hand(config)
+
+
+def _counted_by_hand(config):
+    """Forward and backward of one view, layer by layer from the shapes that pass through the model."""
+    model, total = ablation_module.authors.SimSiam(config.model), 0
+
+    def add(layer, inputs, output):
+        nonlocal total
+        multiply_adds = layer.weight.numel() * output.numel() // output.shape[0] // layer.weight.shape[0]
+        total += (4 if layer is model.encoder.conv1 else 6) * multiply_adds
+
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
+            layer.register_forward_hook(add)
+    view = torch.zeros(2, 3, config.views.size, config.views.size)
+    model.predictor(model.projector(model.encoder(view)))
+    return total
+
+
+@pytest.fixture
+def lines(tmp_path, monkeypatch):
+    """A function that runs the benchmark on the small config for so many minutes, and gives its lines by variant."""
+    (tmp_path / "small.yaml").write_text(small_config().to_yaml())
+    monkeypatch.setattr(step_benchmark, "SETTINGS", {"cpu": ((str(tmp_path / "small.yaml"), 4),)})
+    monkeypatch.setattr(step_benchmark, "REPEATS", 3)
+    monkeypatch.setattr(step_benchmark, "COMPILE_SECONDS", {None: 0, "default": 1e9})
+
+    def run(minutes, **options):
+        step_benchmark.run(Results(tmp_path / "out", CPU), device=CPU, minutes=minutes, **options)
+        text = (tmp_path / "out" / "step.jsonl").read_text()
+        return {line["variant"]: line for line in map(json.loads, text.splitlines())}
+
+    return run
+
+
+def test_lines_hold_rates_and_nothing_is_dropped(lines):
+    found = lines(minutes=5)
+    assert list(found) == [*ablation(CPU, torch.float32), "fastsiam", "lightly", "solo-learn"]
+    for name, line in found.items():
+        assert line["params"] == {"encoder": "resnet18", "size": 16, "batch": 4}
+        if "absent" not in line:
+            assert line["images_per_second"] == pytest.approx(4 / line["median_seconds"])
+            assert line["flops_per_image"] == flops_per_image(small_config())
+            assert line["share_of_L0"] is None
+            assert len(line["samples_seconds"]) == 3, name
+    absent = {name: line["absent"] for name, line in found.items() if "absent" in line and name != "lightly"}
+    assert absent == {
+        "+ compile": "the time was too short; give more --minutes",
+        "compile, two calls": "the time was too short; give more --minutes",
+        "solo-learn": "give a checkout of github.com/vturrisi/solo-learn with --solo-learn PATH",
+    }
+
+
+def test_little_time_still_compares_the_ends(lines):
+    found = lines(minutes=0)
+    assert {"authors", "fastsiam"} <= {name for name, line in found.items() if line["samples_seconds"]}
+    assert "the time was too short" in found["+ one call"]["absent"]
+
+
+def test_rows_that_are_asked_for_are_measured_whatever_the_time(lines, monkeypatch):
+    """A compiled one too, of which Inductor needs no part here; --config and --batch choose another setting."""
+    monkeypatch.setattr(torch, "compile", lambda module, **options: module)
+    found = lines(minutes=0, config="quickstart", batch=6, rows=("+ compile", "+ one call"))
+    assert list(found) == ["+ one call", "+ compile"]
+    for line in found.values():
+        assert line["params"] == {"encoder": "cifar_resnet8", "size": 32, "batch": 6}
+        assert line["median_seconds"] > 0
+    assert found["+ compile"]["switches"]["compile"] == "default"
+
+
+def test_a_row_that_is_not_there_is_a_sentence(lines, tmp_path):
+    with pytest.raises(UserError, match=r"--rows: there is no compiled; there are authors, \+ channels-last, "):
+        lines(minutes=0, rows=("fastsiam", "compiled"))
+    assert not (tmp_path / "out/step.jsonl").exists()

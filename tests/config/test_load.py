@@ -1,0 +1,295 @@
+"""Every mistake in a config is one sentence, exit code 2, before torch is imported."""
+
+import copy
+import functools
+
+import pytest
+import yaml
+
+from fastsiam.config import CONFIGS, OPERATIONAL, Config, differing_keys, load_config
+from fastsiam.config.yaml_file import apply_override, check, flat, one_sentence, read, schema_keys
+from fastsiam.errors import UserError
+from tests.conftest import run_python
+
+SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+
+# Fails the import of torch, whoever asks for it.
+MASKED = """
+import sys
+class Mask:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision"):
+            raise ImportError("torch is masked")
+sys.meta_path.insert(0, Mask())
+from fastsiam.train import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+MISTAKES = {
+    "unknown key": (["data.trian=x"], "data.trian is not a key; did you mean data.train?"),
+    "unknown section": (["optimiser.base_lr=1"], "optimiser is not a key; did you mean optimizer?"),
+    "key of another section": (["train.base_lr=1"], "train.base_lr is not a key; did you mean optimizer.base_lr?"),
+    "wrong type": (["train.epochs=many"], "train.epochs: 'many' should be a valid integer"),
+    "fraction for an integer": (["train.epochs=1.5"], "train.epochs: 1.5 should be a valid integer"),
+    "boolean for an integer": (["train.epochs=true"], "train.epochs: true should be a valid integer"),
+    "out of range": (["views.flip=1.5"], "views.flip: 1.5 should be less than or equal to 1"),
+    "negative batch": (["train.batch_size=-4"], "train.batch_size: -4 should be greater than 1"),
+    "unknown choice": (
+        ["data.backend=dalli"],
+        "data.backend: 'dalli' should be 'auto', 'dali', 'pil', 'ffcv', 'resident' or 'synth",
+    ),
+    "unknown encoder": (["model.encoder=resnet51"], "did you mean resnet50?"),
+    "impossible depth": (["model.encoder=cifar_resnet10"], "cifar_resnetN with N = 8, 14, 20"),
+    "empty range": (["views.crop_scale=[0.9, 0.2]"], "views.crop_scale: [0.9, 0.2] is not a range inside (0, 1]"),
+    "section as value": (["train=3"], "train: 3 is a value, and train is a section; write train.KEY=VALUE"),
+    "no override": (["train.epochs"], "'train.epochs' is not an override"),
+    "unreadable value": (["train.epochs=[1"], "train.epochs: '[1' is not readable as YAML"),
+    "dali's recipe elsewhere": (
+        ["data.augment=dali", "data.backend=pil"],
+        "data.augment: dali needs data.backend=dali, but it is pil; set that, or data.augment=fastsiam",
+    ),
+    "dali's recipe by chance": (["data.augment=dali"], "data.augment: dali needs data.backend=dali, but it is auto"),
+    "lars by apex": (
+        ["optimizer.name=lars", "optimizer.implementation=apex"],
+        "optimizer.implementation: apex has no LARS; set optimizer.implementation=torch, or optimizer.name=sgd",
+    ),
+    "a ratio without lars": (
+        ["optimizer.lars_trust=0.01"],
+        "optimizer.lars_trust: 0.01 has no effect with optimizer.name=sgd; set optimizer.name=lars, or",
+    ),
+    "unknown optimizer": (["optimizer.name=adam"], "optimizer.name: 'adam' should be 'sgd' or 'lars'"),
+    "deep pixels by another word": (
+        ["data.deep_pixels=auto"],
+        "data.deep_pixels: 'auto' is not scale, type or a range",
+    ),
+    "deep pixels that end first": (["data.deep_pixels=5..-5"], "data.deep_pixels: '5..-5' is not scale, type or a"),
+    "mapping for a name": (["views.recipe={a: b}"], 'views.recipe: {"a": "b"} should be'),
+    "list for a name": (["train.device=[cpu]"], 'train.device: ["cpu"] should be'),
+    "an infinite rate": (["optimizer.base_lr=1e400"], "optimizer.base_lr: Infinity should be a finite number"),
+    "an infinite price": (["budget_price_per_hour=.inf"], "budget_price_per_hour: Infinity should be a finite number"),
+    "an infinite mean": (["views.mean=[.nan, 0, 0]"], "views.mean: NaN should be a finite number"),
+    "no data": (["data.train=null"], "data.train: null is for data.backend=synthetic"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_sentence_that_names_key_and_value(name):
+    overrides, expected = MISTAKES[name]
+    with pytest.raises(UserError) as error:
+        load_config("r50_100ep.yaml", overrides)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# What people paste, and what YAML makes of it; a list that holds itself cannot be printed.
+ODD_VALUES = (
+    "{a: b}", "[a, b]", "[[1]]", "null", "''", ".nan", "1e400", "&a [*a]", "!!set {a}", "x" * 5000, "9" * 4000,
+    f"[{'abc, ' * 500}]", '"\\0\\n\\e[31m"',
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    return read(CONFIGS / "quickstart.yaml") | {"run": {}, "evaluate": {}, "collapse": {}, "checkpoint": {}}
+
+
+@pytest.fixture(scope="module")
+def odd_values():
+    """ODD_VALUES as YAML reads them."""
+    read_as = {}
+    for number, odd in enumerate(ODD_VALUES):
+        apply_override(Config, read_as, f"{number}={odd}")
+    return list(read_as.values())
+
+
+@pytest.mark.parametrize("key", schema_keys(Config))
+def test_every_key_answers_odd_values_with_a_short_sentence(key, quickstart, odd_values):
+    for odd in odd_values:
+        given = copy.deepcopy(quickstart)
+        *sections, last = key.split(".")
+        functools.reduce(dict.__getitem__, sections, given)[last] = odd
+        try:
+            check(Config, given)
+        except UserError as error:
+            sentence = str(one_sentence(error))
+            assert len(sentence) <= 300
+            assert sentence.isprintable()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "x" * 3000,
+        "a." * 2000 + "b=1",
+        "train.seed=" + "9" * 5000,
+        "run=!!python/object:os.system {}",
+        f"run={'[' * 3000}",
+        f"{'x' * 3000}=3",
+        "=3",
+        "a\0b=1",
+    ],
+)
+def test_odd_overrides_are_answered_with_a_short_sentence(override):
+    with pytest.raises(UserError) as error:
+        load_config("quickstart", [override])
+    assert len(str(error.value)) <= 300
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["x" * 3000, "a\0b", "", "/", "configs", "\udcff.yaml"])
+def test_odd_config_names_are_answered_with_a_short_sentence(name):
+    with pytest.raises(UserError, match="no such file, and configs/ holds only") as error:
+        load_config(name)
+    assert len(str(error.value)) <= 300
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--config", "r50_100ep.yaml", "data.trian=x"], "did you mean data.train?"),
+        (["--config", "r50_100pe.yaml"], "configs/ holds only " + ", ".join(SHIPPED)),
+        (["--config", "quickstart", "train.epochs=many"], "should be a valid integer"),
+    ],
+)
+def test_mistakes_exit_with_2_while_torch_cannot_be_imported(arguments, expected, tmp_path):
+    done = run_python("-c", MASKED, *arguments, f"run.dir={tmp_path}/runs")
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_mask_does_stop_torch():
+    done = run_python("-c", MASKED, "--config", "quickstart", "--dry-run")
+    assert "torch is masked" in done.stderr
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_configs_are_complete(name):
+    written = set(flat(read(CONFIGS / name)))
+    sections = {key for key in schema_keys(Config) if key not in flat(load_config(name).model_dump())}
+    by_recipe = {key for key in schema_keys(Config) if key.startswith("views.")} - {
+        "views.recipe",
+        "views.count",
+        "views.size",
+        "views.color",
+    }
+    assert written == set(schema_keys(Config)) - sections - by_recipe
+
+
+def test_a_config_is_found_by_path_and_by_name_with_and_without_suffix(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text((CONFIGS / "quickstart.yaml").read_text().replace("epochs: 9", "epochs: 7"))
+    assert load_config(path).train.epochs == 7
+    assert load_config("quickstart") == load_config("quickstart.yaml") == load_config(CONFIGS / "quickstart.yaml")
+
+
+def test_the_resolved_config_reads_back_as_itself(tmp_path):
+    config = load_config("r50_100ep", ["optimizer.weight_decay=1e-4", "views.blur=0.25", "collapse.action=off"])
+    assert config.optimizer.weight_decay == 1e-4
+    assert config.collapse.action == "off"
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+    assert yaml.safe_load(config.to_yaml())["views"]["blur_sigma"] == [0.1, 2.0]
+
+
+def test_a_key_written_twice_is_an_error(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text((CONFIGS / "quickstart.yaml").read_text() + "\ntrain: {epochs: 3}\n")
+    with pytest.raises(UserError, match="'train' is written twice"):
+        load_config(path)
+
+
+def test_what_is_written_beats_the_recipe_and_the_recipe_fills_the_rest():
+    views = load_config("r18_cifar10_800ep", ["views.hue=0.2"]).views
+    assert (views.hue, views.blur, views.brightness, views.mean) == (0.2, 0.0, 0.4, (0.4914, 0.4822, 0.4465))
+
+
+def test_a_run_from_before_there_was_a_kind_of_blur_had_a_sampled_gaussian(tmp_path):
+    """The config that a run writes names every number of its views, and then named all but this one."""
+    config = load_config("r50_100ep", ["views.grayscale=0.25"])
+    values = yaml.safe_load(config.to_yaml())
+    assert values["views"].pop("blur_kind") == "pil"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    old = load_config(tmp_path / "config.yaml")
+    assert differing_keys(old, config) == ["views.blur_kind (gaussian, now pil)"]
+    assert load_config(tmp_path / "config.yaml", ["views.blur_kind=pil"]) == config
+    unblurred = (load_config(config, ["views.blur=0"]) for config in ("r50_100ep", tmp_path / "config.yaml"))
+    assert differing_keys(*unblurred) == ["views.grayscale (0.2, now 0.25)"]
+
+
+def test_the_run_is_named_by_what_the_overrides_change():
+    def name(*overrides):
+        return load_config("quickstart", overrides).run.name
+
+    assert name() == "quickstart"
+    assert name("train.log_every_steps=7", "run.dir=x", "checkpoint.keep=3", "train.max_steps=9") == "quickstart"
+    changed = name("optimizer.base_lr=0.1")
+    assert changed.startswith("quickstart-")
+    assert changed == name("optimizer.base_lr=1e-1")
+    assert changed != name("optimizer.base_lr=0.2")
+    assert name("optimizer.base_lr=0.8") == "quickstart"
+    assert name("run.name=mine", "optimizer.base_lr=0.1") == "mine"
+    assert name("data.train=elsewhere") != "quickstart"
+
+
+def test_differing_keys_name_what_computes_something_else():
+    one = load_config("quickstart")
+    other = load_config("quickstart", ["optimizer.base_lr=0.1", "data.workers=3"])
+    assert differing_keys(one, other) == ["optimizer.base_lr (0.8, now 0.1)"]
+
+
+def test_a_run_keeps_its_optimizers_implementation():
+    """The last bits differ, and a run that goes on is the undisturbed one bit by bit."""
+    one, other = (load_config("quickstart", [f"optimizer.implementation={name}"]) for name in ("torch", "apex"))
+    assert differing_keys(one, other) == ["optimizer.implementation (torch, now apex)"]
+    assert one.run.name != other.run.name
+
+
+def test_apex_is_refused_for_scaled_gradients():
+    """Checked on the finished config, whichever precisions train.precision allows."""
+    config = load_config("quickstart", ["optimizer.implementation=apex"])
+    half = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp16"})})
+    with pytest.raises(ValueError, match="apex does not take the scaled gradients of train.precision=fp16"):
+        half.scaled_gradients_have_their_optimizer()
+    assert config.scaled_gradients_have_their_optimizer() is config
+
+
+def test_operational_keys_exist():
+    assert set(OPERATIONAL) <= set(schema_keys(Config))
+
+
+def test_checkpoints_on_the_way_can_be_left_out():
+    assert load_config("quickstart", ["checkpoint.every_seconds=.inf"]).checkpoint.every_seconds == float("inf")
+
+
+def test_the_rate_is_that_of_256_images_scaled():
+    assert load_config("r50_100ep").learning_rate == pytest.approx(0.1)
+    assert load_config("r50_100ep", ["train.batch_size=64"]).learning_rate == pytest.approx(0.0125)
+
+
+def test_the_home_folder_is_meant_by_a_tilde_in_every_path(tmp_path, monkeypatch):
+    """A shell expands it at the beginning of a word only, and not in key=~/x."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.yaml").write_text((CONFIGS / "quickstart.yaml").read_text())
+    keys = ("data.train", "data.val", "data.manifest", "run.dir")
+    config = load_config("~/my.yaml", [f"{key}=~/x y" for key in keys])
+    assert [flat(config.model_dump())[key] for key in keys] == [f"{tmp_path}/x y"] * 4
+    assert load_config("quickstart", ["data.train=a~/b"]).data.train == "a~/b"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seed"),
+    [
+        ([], 0),
+        (["data.val=null"], 0),
+        (["data.train=./data/demo/train"], 0),
+        (["data.train=mine"], None),
+        (["data.train=mine/train", "data.val=mine/val"], None),
+        (["data={train: mine}"], None),
+        (["data.train=mine/train", "data.demo_seed=3"], 3),
+    ],
+)
+def test_demo_images_are_for_the_folder_of_the_file(overrides, seed):
+    assert load_config("quickstart", overrides).data.demo_seed == seed

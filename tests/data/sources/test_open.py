@@ -1,0 +1,205 @@
+"""Folders, lists, labels, sizes, and what is said when there is nothing."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastsiam.config import load_config
+from fastsiam.data import demo_images
+from fastsiam.data.backends.pil import decode
+from fastsiam.data.sources.image_header import BadImageError, read_header
+from fastsiam.data.sources.open import check_labels, open_source, open_sources
+from fastsiam.errors import UserError
+
+
+def picture(path, size=(8, 6), color=(200, 30, 90)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
+    return path
+
+
+def names(source):
+    return [os.fsdecode(bytes(name)) for name in source.names]
+
+
+def test_a_folder_a_class_gives_labels_in_the_order_of_the_names(tmp_path):
+    for name in ("zebra/2.jpg", "ape/1.JPEG", "zebra/deeper/3.png", "ape/notes.txt", "ape/.hidden.jpg"):
+        picture(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("x")
+    source = open_source(str(tmp_path))
+    assert names(source) == ["ape/1.JPEG", "zebra/2.jpg", "zebra/deeper/3.png"]
+    assert source.classes == ("ape", "zebra")
+    assert source.labels.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("layout", [("1.jpg", "2.jpg"), ("a/1.jpg", "2.jpg"), ("only/1.jpg", "only/2.jpg")])
+def test_flat_mixed_and_single_folders_are_unlabelled(tmp_path, layout):
+    for name in layout:
+        picture(tmp_path / name)
+    source = open_source(str(tmp_path))
+    assert (len(source), source.classes, source.labels.tolist()) == (2, (), [-1, -1])
+
+
+def test_a_list_names_files_relative_to_itself_with_labels_after_a_tab(tmp_path):
+    picture(tmp_path / "pictures/with space.jpg")
+    picture(tmp_path / "pictures/b.jpg")
+    (tmp_path / "list.txt").write_text("pictures/b.jpg\tdog\n\npictures/with space.jpg\tcat\n")
+    source = open_source(str(tmp_path / "list.txt"))
+    assert names(source) == ["pictures/b.jpg", "pictures/with space.jpg"]
+    assert (source.classes, source.labels.tolist()) == (("cat", "dog"), [1, 0])
+    (tmp_path / "plain.txt").write_text("pictures/b.jpg\n")
+    assert open_source(str(tmp_path / "plain.txt")).labels.tolist() == [-1]
+
+
+def test_what_is_missing_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/readme.md").write_text("x")
+    (tmp_path / "lost.txt").write_text("nowhere.jpg\n")
+    for name in ("a.jpg", "b.jpg"):
+        picture(tmp_path / "lists" / name)
+
+    (tmp_path / "lists/half.txt").write_text("a.jpg\tx\n\nb.jpg\n")
+    (tmp_path / "nothing.txt").write_text("\n")
+    picture(tmp_path / "one.jpg")
+    shutil.copy(tmp_path / "one.jpg", tmp_path / "one")
+    (tmp_path / "zipped").mkdir()
+    for name in ("images.zip", "zipped/images.zip"):
+        (tmp_path / name).write_bytes(b"PK")
+    for location, expected in {
+        "absent": "expected .*absent/CLASS/IMAGE.jpg",
+        "empty": "the folder is empty",
+        "texts": r"it holds 1 entry \(readme.md\); left out: 1 .md; set data.train=PATH",
+        "lost.txt": "lists nowhere.jpg, but there is no",
+        "lists/half.txt": r"line 3 \(b.jpg\) has none",
+        "nothing.txt": "is empty",
+        "one.jpg": "is one image; give its folder: data.train=",
+        "one": "is one image",
+        "images.zip": "is an archive; give what it holds, unpacked",
+        "zipped": r"it holds 1 entry \(images.zip\); left out: 1 .zip; unpack images.zip first",
+    }.items():
+        with pytest.raises(UserError, match=expected) as error:
+            open_source(str(tmp_path / location))
+        assert str(error.value).startswith("data.train:")
+
+
+def test_a_loop_of_links_ends(tmp_path):
+    picture(tmp_path / "a/1.jpg")
+    picture(tmp_path / "b/2.jpg")
+    (tmp_path / "a/again").symlink_to(tmp_path)
+    assert len(open_source(str(tmp_path))) == 2
+
+
+def test_sizes_are_those_displayed_and_read_once(photos):
+    source = open_source(str(photos))
+    everything = np.arange(len(source))
+    sizes = source.sizes(everything)
+    for index in everything:
+        width, height = decode(source.path(index)).size
+        assert sizes[index].tolist() == [height, width]
+    turned = names(source).index("class1/turned.jpg")
+    with Image.open(source.path(turned)) as raw:
+        assert raw.size == (sizes[turned, 0], sizes[turned, 1])
+        assert raw.size[0] != raw.size[1]
+    source.path(0).rename(source.path(0).with_suffix(".away"))
+    try:
+        assert (source.sizes(everything[:1]) == sizes[:1]).all()
+    finally:
+        source.path(0).with_suffix(".away").rename(source.path(0))
+
+
+def test_a_header_that_cannot_be_read_names_the_file(tmp_path):
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"not a picture")
+    with pytest.raises(BadImageError, match="bad.jpg cannot be decoded"):
+        read_header(bad)
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
+    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert np.abs(np.asarray(decode(tmp_path / "deep.png"))[..., 0] - values / 257.0).max() <= 1
+
+
+def test_the_fingerprint_follows_names_and_sizes_not_the_root(tmp_path, photos):
+    here = open_source(str(photos)).fingerprint()
+    shutil.copytree(photos, tmp_path / "moved")
+    assert open_source(str(tmp_path / "moved")).fingerprint() == here
+    picture(tmp_path / "moved/class0/extra.jpg")
+    extra = open_source(str(tmp_path / "moved")).fingerprint()
+    picture(tmp_path / "moved/class0/extra.jpg", size=(90, 90))
+    assert len({here, extra, open_source(str(tmp_path / "moved")).fingerprint()}) == 3
+
+
+def test_labels_that_cannot_serve_knn_are_refused(tmp_path, photos):
+    train = open_source(str(photos))
+    picture(tmp_path / "flat/1.jpg")
+    picture(tmp_path / "other/class0/1.jpg")
+    picture(tmp_path / "other/class9/1.jpg")
+    with pytest.raises(UserError, match="data.val: kNN needs labels"):
+        check_labels(train, open_source(str(tmp_path / "flat")))
+    with pytest.raises(UserError, match="1 of its 2 classes are not in data.train, for example class9"):
+        check_labels(train, open_source(str(tmp_path / "other")))
+    check_labels(train, train)
+
+
+def quickstart(*overrides):
+    return load_config("quickstart", overrides)
+
+
+@pytest.fixture
+def drawing(tmp_path, monkeypatch):
+    """A working folder in which the demo images of the quickstart are two a class."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo_images, "draw_demo", lambda root, seed, draw=demo_images.draw_demo: draw(root, seed, 2, 1))
+    return tmp_path
+
+
+def opened(config):
+    """Lengths of the two sources, and what was warned and said."""
+    warned, said = [], []
+    train, val = open_sources(config, warned.append, said.append)
+    return len(train), None if val is None else len(val), warned, said
+
+
+def test_the_quickstart_draws_its_images_with_and_without_knn(drawing):
+    assert opened(quickstart("data.val=null"))[:2] == (20, None)
+    assert [path.name for path in (drawing / "data/demo").iterdir() if path.is_dir()] == ["train", "val"]
+    length, val, warned, said = opened(quickstart())
+    assert (length, val, warned, said) == (20, 10, [], []), "not drawn again"
+    with pytest.raises(UserError, match="asked for is .*'seed': 7"):
+        opened(quickstart("data.demo_seed=7"))
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("place", ["mine", "mine/train", "data/mine"])
+def test_the_quickstart_takes_somebodys_own_images(drawing, photos, place, drawn):
+    """With the demo images beside them or not: they are neither drawn nor taken for kNN, and one line says so."""
+    if drawn:
+        opened(quickstart())
+    shutil.copytree(photos, drawing / place)
+    length, val, warned, said = opened(quickstart(f"data.train={place}"))
+    assert (length, val, said) == (16, None, [])
+    (sentence,) = warned
+    assert sentence.startswith("no kNN: ")
+    assert "set data.val to labelled images" in sentence
+    assert opened(quickstart(f"data.train={place}", "data.val=null")) == (16, None, [], [])
+    assert opened(quickstart(f"data.train={place}", f"data.val={place}"))[:2] == (16, 16)
+    assert (drawing / "data/demo").exists() == drawn
+
+
+def test_demo_images_are_not_drawn_for_a_folder_that_is_missing(drawing):
+    with pytest.raises(UserError, match="there is no photos/train"):
+        opened(quickstart("data.train=photos/train", "data.val=photos/val"))
+    assert list(drawing.iterdir()) == []
+    # Asked for, they are.
+    assert opened(quickstart("data.train=x/train", "data.val=x/val", "data.demo_seed=3"))[:2] == (20, 10)
+
+
+def test_a_list_of_demo_images_has_their_labels_for_knn(drawing):
+    opened(quickstart())
+    lines = [f"data/demo/train/{name}/00000.jpg\t{name}" for name in demo_images.CLASSES]
+    (drawing / "some.txt").write_text("\n".join(lines))
+    assert opened(quickstart("data.train=some.txt")) == (10, 10, [], [])

@@ -1,0 +1,253 @@
+"""views.size: LOW..HIGH: which sizes, when, and that every backend delivers the same views at each of them."""
+
+import dataclasses
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch.utils import data as torch_data
+
+from fastsiam.config import load_config
+from fastsiam.config.views import RECIPES, size_at, sizes_between, specs_of_run, view_specs
+from fastsiam.data.backends.synthetic import SyntheticLoader
+from fastsiam.data.bottleneck import describe
+from fastsiam.data.build import build_loader, check_grows, open_backend
+from fastsiam.data.loader import Loader
+from fastsiam.data.sources.open import open_source
+from fastsiam.errors import UserError
+from fastsiam.run.checkpoint import identity
+from tests.support.ffcv_files import beton_of
+
+CPU = torch.device("cpu")
+BACKENDS = ("dali", "pil", "ffcv", "resident", "dali's recipe")
+pytestmark = pytest.mark.usefixtures("resident_cache")
+
+
+@pytest.mark.parametrize(
+    ("ends", "sizes"),
+    [
+        ((128, 224), (128, 160, 192, 224)),
+        ((96, 224), (96, 128, 160, 192, 224)),
+        ((64, 224), (64, 128, 192, 224)),
+        ((32, 512), (32, 128, 256, 384, 512)),
+        ((160, 192), (160, 192)),
+        ((16, 32), (16, 24, 32)),
+        ((8, 64), (8, 16, 32, 48, 64)),
+        ((100, 130), (100, 128, 130)),
+        ((31, 32), (31, 32)),
+    ],
+)
+def test_between_the_ends_lie_multiples_of_32_or_8(ends, sizes):
+    assert sizes_between(*ends) == sizes
+
+
+def test_there_are_never_more_than_five_sizes():
+    for low in range(1, 300, 7):
+        for high in range(low + 1, 700, 13):
+            sizes = sizes_between(low, high)
+            assert 2 <= len(sizes) <= 5
+            assert sizes == tuple(sorted(set(sizes)))
+            assert (sizes[0], sizes[-1]) == (low, high)
+
+
+def in_epochs(number, sizes=(128, 160, 192, 224)):
+    """The size of each epoch where all are alike; `number` need not be whole."""
+    starts = np.arange(int(np.ceil(number))) / number
+    return [size_at(sizes, epoch, float(start)) for epoch, start in enumerate(starts)]
+
+
+def test_sizes_but_the_last_share_four_fifths_of_the_run():
+    assert in_epochs(100) == 27 * [128] + 26 * [160] + 27 * [192] + 20 * [224]
+    assert in_epochs(16) == 4 * [128] + 4 * [160] + 4 * [192] + 4 * [224]
+    assert in_epochs(5, (16, 24, 32)) == [16, 16, 24, 24, 32]
+    assert in_epochs(800, (16, 32)) == 640 * [16] + 160 * [32]
+
+
+def test_the_last_epoch_has_the_full_size_however_few_there_are():
+    assert in_epochs(2) == [128, 224]
+    assert in_epochs(3) == [128, 160, 224]
+    for number in np.arange(1.01, 60, 0.37):
+        sizes = in_epochs(number)
+        assert sizes == sorted(sizes)
+        assert (sizes[0], sizes[-1]) == (128, 224)
+
+
+def test_without_progress_and_at_the_end_there_is_a_size():
+    sizes = (128, 160, 192, 224)
+    # Where the clock has hardly moved in the first epochs, and where it has run out in the first.
+    assert (size_at(sizes, 3, 0.0), size_at(sizes, 1, 1.0), size_at(sizes, 7, 1.0)) == (128, 224, 224)
+    assert {size_at((224,), epoch, epoch / 9) for epoch in range(9)} == {224}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("224..128", "views.size: 224..128 does not grow; write LOW..HIGH with LOW below HIGH, or one number"),
+        ("128..128", "views.size: 128..128 does not grow"),
+        ("128-224", "views.size: '128-224' is neither a positive number of pixels nor a range such as 128..224"),
+        ("128..", "views.size: '128..' is neither"),
+        ("[128, 224]", "views.size: [128, 224] is neither"),
+        ("0", "views.size: 0 is neither"),
+        ("-8", "views.size: -8 is neither"),
+        ("0..32", "views.size: '0..32' is neither"),
+        ("32.5", "views.size: 32.5 is neither"),
+        ("true", "views.size: true is neither"),
+        ("null", "views.size: null is neither"),
+        ("6..32", "views.size: 6 is below 7, the least that the 13-tap blur can reflect"),
+    ],
+)
+def test_a_mistake_is_one_sentence(value, expected):
+    with pytest.raises(UserError) as error:
+        load_config("r50_100ep", [f"views.size={value}"])
+    assert str(error.value).startswith(expected)
+    assert "\n" not in str(error.value)
+
+
+def test_a_range_is_read_written_and_read_again(tmp_path):
+    config = load_config("r50_100ep", ["views.size=128 .. 224"])
+    assert (config.views.size, config.views.full_size) == ("128..224", 224)
+    assert config.views.sizes == (128, 160, 192, 224)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml").views == config.views
+    fixed = load_config("r50_100ep").views
+    assert (fixed.size, fixed.sizes, fixed.full_size) == (224, (224,), 224)
+
+
+def test_a_run_of_one_epoch_is_refused():
+    def grows(*overrides):
+        check_grows(load_config("quickstart", ["views.size=16..32", *overrides]), steps_per_epoch=10)
+
+    grows("train.epochs=2", "train.batch_size=8")
+    grows("budget=81 images", "train.batch_size=8")
+    grows("budget=1s")
+    check_grows(load_config("quickstart", ["train.epochs=1"]), 10)
+    for overrides in (["train.epochs=1"], ["budget=80 images", "train.batch_size=8"]):
+        with pytest.raises(UserError, match=r"views.size: 16..32 grows from epoch to epoch, and .* no more than one"):
+            grows(*overrides)
+    with pytest.raises(UserError, match="1 epochs are no more than one; set views.size=32, or more to spend"):
+        build_loader(load_config("quickstart", ["data.backend=synthetic", "views.size=16..32", "train.epochs=1"]))
+
+
+def test_a_checkpoint_knows_the_range_and_a_fixed_size_is_known_as_ever():
+    def known(*overrides):
+        return identity(None, specs_of_run(load_config("quickstart", overrides).views), "dali")["views"]
+
+    assert known() == identity(None, view_specs(load_config("quickstart").views), "dali")["views"]
+    ranges = ("views.size=16..32", "views.size=24..32", "views.size=16", "views.size=16..40", "views.count=3")
+    assert len({known(), *map(known, ranges)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "known"),
+    [
+        ("r50_100ep", ["views.blur_kind=gaussian"], "85078a9113f7663d"),
+        ("r50_100ep", ["views.blur_kind=gaussian", "views.size=128..224", "views.solarize=0.25"], "bc87f8bedf0d574e"),
+        ("r18_cifar10_800ep", [], "f3d51b1b9fe8686a"),
+        ("quickstart", [], "9772e1337421c53a"),
+    ],
+)
+def test_checkpoints_from_before_there_was_a_kind_of_blur_are_known(name, overrides, known):
+    """What a checkpoint of commit e21b2b9 holds; without a blur its kind changes nothing."""
+    specs = specs_of_run(load_config(name, overrides).views)
+    assert identity(None, specs, "dali")["views"] == known
+    pil = tuple(dataclasses.replace(spec, blur=0.5, blur_kind="pil") for spec in specs)
+    assert identity(None, pil, "dali")["views"] != known
+
+
+def test_what_is_stored_is_advised_for_the_full_size(tiny_config, demo_folder):
+    source = open_source(str(demo_folder / "train"))
+    assert describe(tiny_config("views.size=16..28"), source, "dali", CPU).store_size == 32
+
+
+def spec_of(size):
+    """Levels of 0 to 255 as they are after all draws of the paper."""
+    return dataclasses.replace(RECIPES["simsiam"], size=size, mean=(0.0,) * 3, std=(1 / 255,) * 3)
+
+
+def make(photos, backend, size, num_views=2, workers=None):
+    specs = (spec_of(size),) * num_views
+    source = beton_of(photos, "mixed") if backend == "ffcv" else open_source(str(photos))
+    workers = (0 if backend == "pil" else 1) if workers is None else workers
+    if backend == "dali's recipe":
+        from fastsiam.data.backends.dali_augment import open_recipe
+
+        opened = open_recipe(source, specs, 5, workers, CPU, torch.float32)
+    else:
+        opened = open_backend(backend, source, size, num_views, 5, workers, CPU, 200)
+    own = backend == "dali's recipe"
+    return Loader(source, specs, opened, batch_size=5, seed=0, dtype=torch.float32, backend_augments=own)
+
+
+def asked_of(made):
+    """The requests that reach a loader's backend from now on."""
+    asked, crops = [], made.backend.crops
+
+    def spying(requests):
+        return crops(request for request in requests if asked.append(request) is None)
+
+    made.backend.crops = spying
+    return asked
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loader_that_changes_its_size_delivers_what_one_of_that_size_does(photos, backend):
+    """Bit for bit, in the same order and with the same boxes; without a size it is that of the specs."""
+    made = make(photos, backend, 32)
+    asked = asked_of(made)
+    for size in (16, 24, None, 16):
+        batches = list(made.epoch(3, 5, size))
+        expected = list(make(photos, backend, size or 32).epoch(3, 5))
+        assert made.size == (size or 32)
+        assert len(batches) == 2
+        for batch, other in zip(batches, expected, strict=True):
+            assert batch.views.shape == (10, 3, size or 32, size or 32)
+            assert batch.views.is_contiguous(memory_format=torch.channels_last)
+            assert torch.equal(batch.views, other.views)
+            assert batch.indices.tolist() == other.indices.tolist()
+    assert len(asked) == 8
+    for number, request in enumerate(asked):
+        assert request.indices.tolist() == asked[number % 2].indices.tolist()
+        assert np.array_equal(request.boxes, asked[number % 2].boxes)
+    made.backend.close()
+
+
+def test_a_change_keeps_dalis_graph_which_only_decodes_and_frees_ffcvs_memory(photos):
+    made = make(photos, "dali", 32)
+    list(made.epoch(0, size=16))
+    graph = made.backend._pipeline
+    list(made.epoch(1, size=24))
+    assert made.backend._pipeline is graph
+
+    made = make(photos, "ffcv", 32)
+    list(made.epoch(0, size=16))
+    assert made.backend._memory[0].shape[-2:] == (16, 48)
+    made.backend.resize(24)
+    assert made.backend._memory is None
+
+
+def test_a_change_ends_pils_processes(photos, monkeypatch):
+    """The iterator that owns them is gone, whose finaliser ends them; none is started here, which takes seconds."""
+    made = make(photos, "pil", 32)
+    list(made.epoch(0, size=16))
+    loader = made.backend._loader
+    assert isinstance(loader, torch_data.DataLoader)
+    gone = weakref.ref(loader)
+    del loader
+    made.backend.resize(24)
+    gc.collect()
+    assert gone() is None
+
+
+def test_synthetic_views_have_the_size_asked_for():
+    specs = (spec_of(32),) * 3
+    numbers = {"batch_size": 4, "seed": 5, "device": "cpu", "dtype": torch.bfloat16, "num_images": 8}
+    made = SyntheticLoader(specs, **numbers)
+    for size in (16, 24, None):
+        views = [batch.views for batch in made.epoch(0, size=size)]
+        assert len(views) == 2
+        assert views[0].shape == (12, 3, size or 32, size or 32)
+        expected = SyntheticLoader((spec_of(size or 32),) * 3, **numbers)
+        assert torch.equal(views[1], next(expected.epoch(0)).views)
+        assert made.size == (size or 32)

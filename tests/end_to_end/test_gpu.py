@@ -1,0 +1,277 @@
+"""What only a CUDA device can show; pytest -m gpu runs these."""
+
+import copy
+import dataclasses
+import itertools
+import time
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import fastsiam
+from fastsiam.config import load_config
+from fastsiam.data.augment import augment
+from fastsiam.data.build import dali_installed, open_backend
+from fastsiam.data.loader import Loader
+from fastsiam.data.rng import augment_draws
+from fastsiam.data.sources.open import open_source
+from fastsiam.doctor import facts
+from fastsiam.doctor import software as checks
+from fastsiam.kernels import crop_resize, negative_cosine
+from fastsiam.models.batch_norm import split_statistics
+from fastsiam.run.session import Session
+from fastsiam.runtime.device import choose_precision
+from fastsiam.runtime.energy import EnergyMeter
+from tests.data.test_loader import SPEC, STORE
+from tests.end_to_end.test_train import lines
+from tests.kernels.test_crop import pictures
+from tests.support.gpu_record import DECODER
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("resident_cache")]
+BACKENDS = ("dali", "pil", "resident") if dali_installed() else ("pil", "resident")
+
+
+def crops(photos, backend, device):
+    """The crops of an epoch, and the backend in words."""
+    source = open_source(str(photos))
+    workers = 0 if backend == "pil" else 1
+    opened = open_backend(backend, source, SPEC.size, 2, 5, workers, torch.device(device), STORE)
+    loader = Loader(source, (SPEC, SPEC), opened, batch_size=5, seed=0, dtype=torch.float32)
+    return [batch.clone() for _, batch in opened.crops(loader._requests(0, 0, deque()))], opened.description
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_crops_are_on_the_device_and_those_of_the_cpu(photos, backend, record_property):
+    """nvJPEG and libjpeg differ in rounding and chroma upsampling."""
+    ours, description = crops(photos, backend, "cuda")
+    record_property(DECODER, description)
+    for here, there in zip(ours, crops(photos, "pil", "cpu")[0], strict=True):
+        assert here.is_cuda
+        assert (here.cpu().float() - there.float()).abs().mean() < 1.0
+
+
+def test_dalis_own_augmentation_on_the_device_is_that_of_the_cpu(photos):
+    """Fails where DALI is not installed: no commit is verified without it."""
+    from tests.data.backends.test_dali_augment import EVERYTHING, make
+
+    there = make(photos, EVERYTHING).epoch(0)
+    for here, expected in zip(make(photos, EVERYTHING, device="cuda").epoch(0), there, strict=True):
+        assert here.views.is_cuda
+        assert (here.views.cpu() - expected.views).abs().mean() < 1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_compiled_in_bf16_follows_eager_fp32(tiny, tmp_path, backend):
+    losses = []
+    for precision, compiled in (("fp32", "off"), ("auto", "auto")):
+        overrides = tiny(
+            "train.device=cuda", f"train.precision={precision}", f"train.compile={compiled}", f"data.backend={backend}",
+            "data.store_size=48", f"run.name={precision}", "train.max_steps=4", "data.workers=2", "data.val=null",
+        )  # fmt: skip
+        fastsiam.pretrain(load_config("quickstart", overrides))
+        losses.append([line["loss"] for line in lines(tmp_path / "runs" / precision) if line["kind"] == "train"])
+    assert len(losses[1]) == 4
+    assert losses[1] == pytest.approx(losses[0], abs=0.05)
+
+
+@pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "auto"), ("lars", "auto"), ("sgd", "fp16")])
+def test_a_step_does_not_wait_for_the_device(tiny, optimizer, precision):
+    """CUDA raises at every operation that synchronises."""
+    overrides = tiny(
+        f"optimizer.name={optimizer}", f"train.precision={precision}", "train.device=cuda", "train.compile=off",
+        "data.backend=synthetic",
+    )  # fmt: skip
+    with Session(load_config("quickstart", overrides)) as session:
+        session.start()
+        views = next(session.loader.epoch(0)).views
+        session.step(views)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                session.step(views)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_statistics_across_ranks_are_one_graph_over_nccl():
+    """A group of one rank: its statistics are the plain layer's."""
+    store = dist.HashStore()
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    try:
+        torch.manual_seed(0)
+        plain = split_statistics(nn.BatchNorm2d(16), 2).cuda()
+        across = copy.deepcopy(plain)
+        x = torch.randn(8, 16, 6, 6, device="cuda").to(memory_format=torch.channels_last).requires_grad_()
+        compiled = torch.compile(lambda x: across._across_ranks(x.unflatten(0, (2, -1))).flatten(0, 1), fullgraph=True)
+        weight = torch.randn_like(x)
+        gradients = [torch.autograd.grad((layer(x) * weight).sum(), x) for layer in (plain, compiled)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(across.running_var, plain.running_var)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("color", ["matrix", "exact"])
+def test_augmenting_does_not_wait_for_the_device(color):
+    spec = dataclasses.replace(SPEC, color=color, solarize=0.5)
+    crops = torch.randint(0, 256, (32, SPEC.size, SPEC.size, 3), dtype=torch.uint8)
+    drawn = augment_draws(spec, 0, 0, np.arange(32), 0)
+    on_device = crops.cuda()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            views = augment(on_device, drawn, spec, torch.float32)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(views.cpu(), augment(crops, drawn, spec, torch.float32), rtol=1e-4, atol=1e-4)
+
+
+def four(count=512, dim=2048, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    draw = [torch.randn(count, dim, generator=generator, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    return [x.requires_grad_() for x in draw[:2]] + draw[2:]
+
+
+def test_the_loss_on_the_device_is_one_kernel_each_way():
+    inputs = four()
+    torch.autograd.grad(negative_cosine(*inputs), inputs[:2])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        torch.autograd.grad(negative_cosine(*inputs), inputs[:2])
+        torch.cuda.synchronize()
+    ours = [event.name for event in profiler.events() if event.name in ("_forward_kernel", "_backward_kernel")]
+    assert sorted(ours) == ["_backward_kernel", "_forward_kernel"]
+
+
+def test_the_loss_does_not_wait_for_the_device():
+    inputs = four()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            torch.autograd.grad(negative_cosine(*inputs), inputs[:2])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_loss_replays_in_a_cuda_graph():
+    inputs = four()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        torch.autograd.grad(negative_cosine(*inputs), inputs[:2])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = negative_cosine(*inputs)
+        gradients = torch.autograd.grad(loss, inputs[:2])
+    for seed in (1, 2, 3):
+        fresh = four(seed=seed)
+        with torch.no_grad():
+            for x, new in zip(inputs, fresh, strict=True):
+                x.copy_(new)
+        graph.replay()
+        expected = negative_cosine(*fresh)
+        assert torch.equal(loss, expected)
+        for ours, theirs in zip(gradients, torch.autograd.grad(expected, fresh[:2]), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_views_on_the_device_take_two_launches():
+    spec = dataclasses.replace(SPEC, color="matrix", blur=0.5)
+    drawn = augment_draws(spec, 0, 0, np.arange(32), 0)
+    crops = torch.randint(0, 256, (32, SPEC.size, SPEC.size, 3), dtype=torch.uint8, device="cuda")
+    augment(crops, drawn, spec, torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        augment(crops, drawn, spec, torch.bfloat16)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profiler.events() if "kernel" in event.name]
+    assert sorted(kernels) == ["_contrast_kernel", "_views_kernel"]
+
+
+def some_boxes(count=64):
+    """Of 50 x 40 px images: from a hundredth of the area to all of it, at fractions of pixels."""
+    generator = torch.Generator().manual_seed(0)
+    length = (0.1 + 0.9 * torch.rand(count, 2, generator=generator)) * torch.tensor([50, 40])
+    begin = torch.rand(count, 2, generator=generator) * (torch.tensor([50, 40]) - length)
+    return torch.cat([begin, length], 1), torch.randint(0, 8, (count,), generator=generator)
+
+
+@pytest.mark.parametrize("size", [7, 32, 96])
+def test_crops_out_of_a_store_are_those_of_the_cpu(size):
+    images, (boxes, indices) = pictures(8, 50, 40), some_boxes()
+    here, there = crop_resize(images.cuda(), boxes, size, indices), crop_resize(images, boxes, size, indices)
+    difference = (here.cpu().int() - there.int()).abs()
+    assert difference.max() <= 1
+    assert difference.float().mean() < 0.01
+    assert torch.equal(here, crop_resize(images.cuda(), boxes.cuda(), size, indices.cuda()))
+
+
+def test_cropping_out_of_a_store_is_one_launch_and_does_not_wait_for_the_device():
+    images, (boxes, indices) = pictures(8, 50, 40).cuda(), some_boxes()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            crop_resize(images, boxes, 32, indices)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        crop_resize(images, boxes, 32, indices)
+        torch.cuda.synchronize()
+    assert [event.name for event in profiler.events() if "kernel" in event.name] == ["_crop_kernel"]
+
+
+def test_auto_precision_is_bf16_where_the_gpu_multiplies_it():
+    native = torch.cuda.get_device_capability()[0] >= 8
+    assert choose_precision("auto", torch.device("cuda")) == (torch.bfloat16 if native else torch.float32)
+
+
+def test_energy_rises_while_the_device_works():
+    import pynvml
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    with EnergyMeter.of(device, pytest.fail) as meter:
+        assert meter.description.startswith("NVML"), meter.description
+        began, readings = time.perf_counter(), [meter.joules()]
+        for _ in range(4):
+            until = time.perf_counter() + 1
+            while time.perf_counter() < until:
+                x @ x
+                torch.cuda.synchronize()
+            readings.append(meter.joules())
+        seconds = time.perf_counter() - began
+    assert all(earlier < later for earlier, later in itertools.pairwise(readings))
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    limit = pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000
+    assert 10 < meter.joules() / seconds < 1.2 * limit
+
+
+def test_reading_the_energy_does_not_wait_for_the_device():
+    with EnergyMeter.of(torch.device("cuda")) as meter:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert meter.joules() >= 0
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_the_doctor_finds_the_device():
+    torch_says, nvml_says = facts.ask("torch"), facts.ask("nvml")
+    assert torch_says.reason == nvml_says.reason == ""
+    found = torch_says.found["gpus"][torch.cuda.current_device()]
+    assert found["name"] == torch.cuda.get_device_name()
+    assert tuple(found["capability"]) == torch.cuda.get_device_capability()
+    assert found["error"] is None
+    assert 0 < found["free"] <= found["memory"]
+    assert found["name"] in nvml_says.found["gpus"]
+    judged = [
+        checks.check_driver(nvml_says, torch.version.cuda),
+        *checks.check_gpus(torch_says, nvml_says, None),
+        checks.check_triton(facts.ask("triton"), None, gpu=True),
+        checks.check_c_compiler(facts.c_compiler(), facts.has_python_headers(), gpu=True),
+    ]
+    assert [line for line in judged if line.status == "error"] == []

@@ -1,0 +1,213 @@
+"""Runs whose views grow: what they say and write, where they are evaluated, compiled and resumed."""
+
+import contextlib
+import copy
+import re
+import signal
+
+import pytest
+import torch
+from torch._dynamo.backends.registry import lookup_backend
+
+import fastsiam
+from fastsiam.errors import UserError
+from fastsiam.methods import build_method
+from fastsiam.models.encoder import CifarResNet
+from fastsiam.optim.build import build_optimizer
+from fastsiam.runtime.compile import Compiled
+from fastsiam.runtime.distributed import World
+from fastsiam.train import main
+from fastsiam.training.step import TrainingStep
+from tests.conftest import run_python
+from tests.end_to_end.test_train import lines, refused
+from tests.run.test_resume import EVERY_STEP, assert_same_run, start, wait_for_step
+from tests.runtime.test_compile import Net, compare, replaced_backend, seeded
+
+CPU = torch.device("cpu")
+# Ten steps an epoch.
+GROWING = ("views.size=16..32", "train.epochs=5")
+SIZES = [16, 16, 24, 24, 32]
+
+
+@pytest.fixture
+def sides_seen(monkeypatch):
+    """(training mode, side in pixels) of each call of an encoder."""
+    seen = []
+    real = CifarResNet.forward
+    monkeypatch.setattr(
+        CifarResNet, "forward", lambda self, x: seen.append((self.training, x.shape[-1])) or real(self, x)
+    )
+    return seen
+
+
+def test_a_run_trains_at_each_size_and_evaluates_at_the_full_one(tiny, tmp_path, capsys, sides_seen):
+    assert main(["--config", "quickstart", *tiny(*GROWING, "evaluate.controls=true")]) == 0
+    said = capsys.readouterr().out
+    assert "views     2 x 16..32 px (16, 24, 32), recipe demo" in said
+    assert re.search(r"epoch \d/5  step \d+/50  (16|24|32) px  loss", said)
+    assert "views     the run ended" not in said
+    trained = [side for training, side in sides_seen if training]
+    # The control fills its batch-norm statistics with 25 batches.
+    assert trained == 25 * [32] + [size for size in SIZES for _ in range(10)]
+    assert {side for training, side in sides_seen if not training} == {32}
+    metrics = lines(tmp_path / "runs/run")
+    train = [line["view_size"] for line in metrics if line["kind"] == "train"]
+    assert train == [size for size in SIZES for _ in range(10)]
+    controls, *knn = (line for line in metrics if line["kind"] == "knn")
+    assert [line["step"] for line in knn] == [10, 20, 30, 40, 50]
+    fixed = tiny("views.size=32", "evaluate.controls=true", "train.max_steps=1", "run.name=fixed")
+    assert main(["--config", "quickstart", *fixed]) == 0
+    assert controls == next(line for line in lines(tmp_path / "runs/fixed") if line["kind"] == "knn")
+
+
+def test_a_run_of_one_size_says_nothing_of_it(tiny, tmp_path, capsys):
+    assert main(["--config", "quickstart", *tiny("train.max_steps=2")]) == 0
+    said = capsys.readouterr().out
+    assert "views     2 x 16 px, recipe demo" in said
+    assert "step 2/2  loss" in said
+    assert not any("view_size" in line for line in lines(tmp_path / "runs/run"))
+
+
+def test_a_run_that_ends_early_says_at_which_size(tiny, capsys):
+    assert main(["--config", "quickstart", *tiny(*GROWING, "train.max_steps=21", "data.val=null")]) == 0
+    assert "views     the run ended at 24 px, before the full size of 32" in capsys.readouterr().out
+
+
+def test_a_run_of_one_epoch_is_refused_and_the_dry_run_says_the_same(tiny, tmp_path, capsys):
+    one = ("views.size=16..32", "train.epochs=1")
+    for more in ([], ["--dry-run"]):
+        error = refused(capsys, tmp_path, "--config", "quickstart", *more, *tiny(*one))
+        assert error == (
+            "fastsiam: views.size: 16..32 grows from epoch to epoch, and 1 epochs are no more than one; set "
+            "views.size=32, or more to spend\n"
+        )
+
+
+def test_killed_in_mid_epoch_at_the_middle_size_it_ends_as_if_undisturbed(tiny, tmp_path):
+    """A step at 24 px takes about 30 ms at this width."""
+    runs = tmp_path / "runs"
+    growing = [*GROWING, "model.width=16", "evaluate.knn_every_epochs=null"]
+    assert main(["--config", "quickstart", *tiny(*growing, "run.name=whole")]) == 0
+    process = start(tiny(*growing, "run.name=killed", EVERY_STEP))
+    wait_for_step(process, runs / "killed", 22)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    done = run_python("-m", "fastsiam.train", "--config", "quickstart", *tiny(*growing, "run.name=killed"))
+    assert done.returncode == 0, done.stderr
+    (resumed,) = [line["step"] for line in lines(runs / "killed") if line["kind"] == "resume"]
+    assert 21 <= resumed < 40
+    assert resumed % 10
+    assert_same_run(runs / "whole", runs / "killed")
+    sizes = [
+        [line["view_size"] for line in lines(runs / name) if line["kind"] == "train"] for name in ("whole", "killed")
+    ]
+    assert sizes[0] == sizes[1] == [size for size in SIZES for _ in range(10)]
+
+
+def test_a_budget_of_images_stopped_in_mid_epoch_goes_on_at_its_size(tiny, tmp_path):
+    """4.5 epochs, stopped in the second and in the third."""
+    growing = ("views.size=16..32", "train.epochs=null", "budget=360 images", "data.val=null")
+    assert main(["--config", "quickstart", *tiny(*growing, "run.name=whole")]) == 0
+    for steps in (13, 23, "null"):
+        assert main(["--config", "quickstart", *tiny(*growing, "run.name=parts", f"train.max_steps={steps}")]) == 0
+    one, other = tmp_path / "runs/whole", tmp_path / "runs/parts"
+    kept = [
+        [(line["step"], line["view_size"], line["loss"]) for line in lines(folder) if line["kind"] == "train"]
+        for folder in (one, other)
+    ]
+    assert kept[0] == kept[1]
+    assert [size for _, size, _ in kept[0]] == 10 * [16] + 10 * [16] + 10 * [24] + 15 * [32]
+
+
+def test_each_size_is_one_graph_of_static_shapes_and_no_recompilation(tiny, tmp_path, monkeypatch):
+    torch._dynamo.reset()
+    shapes = []
+
+    def backend(graph, inputs):
+        shapes.extend(tuple(x.shape) for x in inputs if x.dim() == 4 and x.shape[1] == 3 and x.shape[0] == 16)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    replaced_backend(monkeypatch, backend)
+    losses = {}
+    for setting in ("off", "on"):
+        overrides = tiny(*GROWING, f"train.compile={setting}", f"run.name={setting}", "data.val=null")
+        fastsiam.pretrain(fastsiam.load_config("quickstart", overrides))
+        losses[setting] = [line["loss"] for line in lines(tmp_path / "runs" / setting) if line["kind"] == "train"]
+    assert shapes == [(16, 3, size, size) for size in (16, 24, 32)]
+    assert all(type(side) is int for shape in shapes for side in shape)
+    compiled = [line for line in lines(tmp_path / "runs/on") if line["kind"] == "compile"]
+    assert [(line["step"], line["graphs"], line["recompiles"], line["fallback"]) for line in compiled] == [
+        (0, 1, 0, None),
+        (20, 2, 0, None),
+        (40, 3, 0, None),
+    ]
+    # Rounding apart: after six steps 4e-6, after ten of this small batch 3e-6 to 4e-3, by the seed.
+    assert losses["on"][:6] == pytest.approx(losses["off"][:6], abs=2e-5)
+
+
+def test_what_was_not_planned_is_counted_as_a_recompilation(monkeypatch):
+    """The net's input stands for views: its last side is 6."""
+    torch._dynamo.reset()
+    replaced_backend(monkeypatch, lookup_backend("eager"))
+    module = seeded(Net)
+    compiled = Compiled(module, World(), sizes=(6, 7))
+    compare(compiled, module, sizes=(8, 10, 8))
+    report = compiled.report()
+    assert (report["graphs"], report["recompiles"]) == (2, 1)
+
+
+@pytest.fixture
+def step_of(tiny_config):
+    def build(*overrides, compiling=None):
+        config = tiny_config("train.batch_size=4", *overrides)
+        torch.manual_seed(0)
+        method = build_method(config)
+        optimizer = build_optimizer(method, config)
+        return TrainingStep(method, optimizer, config, CPU, torch.float32, World(), compiling=compiling)
+
+    return build
+
+
+def test_the_rehearsal_of_the_full_size_leaves_no_trace(step_of, sides_seen):
+    step = step_of("views.size=16..32", "views.count=3")
+    views = torch.randn(12, 3, 16, 16)
+    step(views, 1)
+    before = copy.deepcopy(step.state_dict())
+    step.rehearse(torch.float32)
+    assert sides_seen == [(True, 16), (True, 32)]
+    after = step.state_dict()
+    assert before["method"].keys() == after["method"].keys()
+    assert all(torch.equal(before["method"][name], value) for name, value in after["method"].items())
+    assert all(parameter.grad is None for parameter in step.method.parameters())
+    undisturbed = step_of("views.size=16..32", "views.count=3")
+    undisturbed(views, 1)
+    assert torch.equal(step(views, 2)["loss"], undisturbed(views, 2)["loss"])
+
+
+@pytest.mark.parametrize("rehearsed", [True, False])
+def test_what_does_not_fit_is_told_for_the_full_size_and_all_views(step_of, monkeypatch, rehearsed):
+    """Memory for two images of three views of 32 px, of which the step at hand has four."""
+    step = step_of("views.size=16..32", "views.count=3")
+    real = step.method.forward
+
+    def small_gpu(views):
+        if views.shape[0] * views.shape[2] ** 2 > 2 * 3 * 32**2 or (len(views) == 12 and views.shape[2] == 16):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(views)
+
+    monkeypatch.setattr(step.method, "forward", small_gpu)
+    with pytest.raises(UserError, match=r"out of memory at train.batch_size=4; 2 fits \(tried\)"):
+        step.rehearse(torch.float32) if rehearsed else step(torch.randn(12, 3, 16, 16), 1)
+
+
+@pytest.mark.parametrize("size", ["16", "16..32"])
+def test_smaller_batches_are_tried_without_compiling_them(step_of, monkeypatch, size):
+    """A graph for each would take ResNet-50 minutes in which nothing is said."""
+    torch._dynamo.reset()
+    replaced_backend(monkeypatch, lookup_backend("eager"))
+    step = step_of(f"views.size={size}", compiling=contextlib.nullcontext)
+    step(torch.randn(8, 3, 16, 16), 1)
+    assert step.compiled.report()["graphs"] == 1
+    assert all(step._fits(torch.empty(0), batch_size) for batch_size in range(2, 12))
+    assert step.compiled.report()["graphs"] == 1

@@ -1,0 +1,299 @@
+"""The command: what it writes, what it says, and how it answers bad input."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import yaml
+
+import fastsiam
+from fastsiam.cli import let_threads_sleep
+from fastsiam.config import Config, load_config
+from fastsiam.config.yaml_file import flat, schema_keys
+from fastsiam.data import build as backends_module
+from fastsiam.run import session as session_module
+from fastsiam.runtime import device as device_module
+from fastsiam.train import main
+from fastsiam.training.step import TrainingStep
+from tests.conftest import run_python
+
+KINDS = {"header", "train", "collapse", "knn", "resume", "warning", "end"}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(capsys, tmp_path, *arguments):
+    """The sentence of a command that must exit with 2 and write nothing; its dry run says the same one."""
+    before = sorted(path for path in tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert main([*arguments, "--dry-run"]) == 2
+    rehearsed = capsys.readouterr()
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastsiam: ")
+    assert error.count("\n") == 1
+    assert rehearsed.out == ""
+    assert rehearsed.err.splitlines()[-1:] == error.splitlines()
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    return error
+
+
+def test_a_run_leaves_its_folder(tiny, tmp_path, capsys):
+    assert main(["--config", "quickstart", *tiny("evaluate.controls=true")]) == 0
+    run = tmp_path / "runs/run"
+    said = capsys.readouterr().out
+    told = ("80 images", "dali", "colour matrix", "batch 8", "fp32", "compile off", "2 epochs x 10 steps", str(run))
+    for part in told:
+        assert part in said
+    assert load_config(run / "config.yaml").run.name == "run"
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+    assert "dali" in environment["loader"]
+    metrics = lines(run)
+    assert metrics[0] == {"kind": "header", "schema": 1, "name": "run"}
+    assert {line["kind"] for line in metrics} <= KINDS
+    train = [line for line in metrics if line["kind"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, 21))
+    assert [line["images_seen"] for line in train] == list(range(8, 168, 8))
+    assert all(-1 <= line["loss"] <= 1 for line in train)
+    assert all(0 <= line["data_wait_fraction"] <= 1 for line in train)
+    controls, *knn = [line for line in metrics if line["kind"] == "knn"]
+    assert controls["control"] == "untrained"
+    assert [line["step"] for line in knn] == [10, 20]
+    end = metrics[-1]
+    assert (end["kind"], end["status"], end["knn_top1"]) == ("end", "done", knn[-1]["knn_top1"])
+    status = json.loads((run / "status.json").read_text())
+    assert (status["status"], status["step"], status["knn_top1"]) == ("done", 20, end["knn_top1"])
+    assert f"{controls['knn_top1']:.2f} % with random weights" in said
+    assert f"{controls['raw_pixels_knn_top1']:.2f} % on raw pixels" in said
+
+
+def test_the_encoder_of_a_run_loads(tiny, tmp_path):
+    result = fastsiam.pretrain(load_config("quickstart", tiny("train.epochs=1")))
+    encoder = fastsiam.load_encoder(result.run_dir)
+    saved = torch.load(tmp_path / "runs/run/checkpoint.pt", weights_only=True)["method"]
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, saved[f"encoder.{name}"])
+    assert encoder(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
+
+
+def test_any_folder_of_photographs_trains_with_the_papers_config(photos, tmp_path, capsys):
+    small = ("model.encoder=resnet18", "views.size=32", "train.max_steps=3", "train.batch_size=8")
+    arguments = ["--config", "r50_100ep.yaml", f"data.train={photos}", *small, f"run.dir={tmp_path}/runs"]
+    assert main(arguments) == 0
+    assert "no kNN: there is no data/imagenet/val" in capsys.readouterr().out
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("r50_100ep-")
+    assert lines(run)[-1]["step"] == 3
+    assert (run / "encoder.safetensors").is_file()
+
+
+def test_missing_imagenet_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refused(capsys, tmp_path, "--config", "r50_100ep.yaml")
+    for part in ("data/imagenet/train/CLASS/IMAGE.jpg", "data.train=PATH", "a text file with a path a line"):
+        assert part in said
+
+
+def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tmp_path, capsys, monkeypatch):
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/notes.txt").write_text("x")
+
+    def said(*overrides):
+        return refused(capsys, tmp_path, "--config", "quickstart", *tiny(*overrides))
+
+    assert "100 is more than the 80 images" in said("train.batch_size=100")
+    assert "it holds 1 entry (notes.txt)" in said(f"data.train={tmp_path}/bare")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees no CUDA device" in said("train.device=cuda")
+    monkeypatch.setattr(backends_module, "dali_installed", lambda: False)
+    assert "nvidia-dali-cuda120" in said("data.backend=dali")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "WORLD_SIZE is 2" in said()
+
+
+def test_a_run_folder_of_another_config_is_refused(tiny, tmp_path, capsys):
+    assert main(["--config", "quickstart", *tiny("train.epochs=1")]) == 0
+    capsys.readouterr()
+    said = refused(capsys, tmp_path, "--config", "quickstart", *tiny("train.epochs=1", "optimizer.momentum=0.5"))
+    assert "optimizer.momentum (0.9, now 0.5)" in said
+    assert main(["--config", "quickstart", *tiny("train.epochs=1", "optimizer.momentum=0.5", "run.fresh=true")]) == 0
+    assert (tmp_path / "runs/run-2/encoder.safetensors").is_file()
+    (tmp_path / "runs/mine").mkdir()
+    (tmp_path / "runs/mine/thesis.txt").write_text("x")
+    assert "is no run folder" in refused(capsys, tmp_path, "--config", "quickstart", *tiny("run.name=mine"))
+
+
+def test_an_image_that_cannot_be_decoded_is_named_and_the_checkpoint_stays(tiny, demo_folder, tmp_path, capsys):
+    shutil.copytree(demo_folder, tmp_path / "demo")
+    overrides = tiny(f"data.train={tmp_path}/demo/train", "data.val=null", "checkpoint.every_seconds=0.001")
+    assert main(["--config", "quickstart", *overrides, "train.max_steps=4"]) == 0
+    saved = (tmp_path / "runs/run/checkpoint.pt").read_bytes()
+    bad = tmp_path / "demo/train/rings/00003.jpg"
+    # The same size, so that the data set counts as the same.
+    bad.write_bytes(bytes(bad.stat().st_size))
+    assert main(["--config", "quickstart", *overrides, "checkpoint.every_seconds=1000"]) == 2
+    assert f"{bad} cannot be decoded" in capsys.readouterr().err
+    assert (tmp_path / "runs/run/checkpoint.pt").read_bytes() == saved
+    status = json.loads((tmp_path / "runs/run/status.json").read_text())
+    assert status["status"] == "failed"
+    assert str(bad) in status["reason"]
+
+
+@pytest.mark.parametrize("backend", ["pil", "synthetic"])
+def test_the_other_backends_train_too(tiny, tmp_path, backend):
+    overrides = tiny(f"data.backend={backend}", "data.workers=0", "train.max_steps=3")
+    result = fastsiam.pretrain(load_config("quickstart", overrides))
+    assert (result.status, result.step) == ("done", 3)
+    assert (result.knn_top1 is None) == (backend == "synthetic")
+
+
+def test_precision_and_layout_reach_the_step(tiny, tmp_path, monkeypatch):
+    seen = []
+    real = session_module.Session.step
+
+    def spy(self, views, indices):
+        out = real(self, views, indices)
+        seen.append((views.dtype, views.is_contiguous(memory_format=torch.channels_last), out["z"].dtype))
+        return out
+
+    monkeypatch.setattr(session_module.Session, "step", spy)
+    for precision in ("fp32", "bf16"):
+        overrides = tiny(f"train.precision={precision}", "train.max_steps=1", f"run.name={precision}")
+        fastsiam.pretrain(load_config("quickstart", overrides))
+    assert [(views, layout) for views, layout, _ in seen] == [(torch.float32, True), (torch.bfloat16, True)]
+    assert device_module.choose_precision("fp32", torch.device("cpu")) == torch.float32
+
+
+def test_out_of_memory_names_the_largest_batch_that_fits_and_its_price(tiny, tmp_path, capsys, monkeypatch):
+    """A step of more than 2 images runs out of memory; no GPU is needed to read what is said then."""
+    real = TrainingStep.attempt
+
+    def small_gpu(self, views, number, *forward):
+        if len(views) > 2 * 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, views, number, *forward)
+
+    monkeypatch.setattr(TrainingStep, "attempt", small_gpu)
+    assert main(["--config", "quickstart", *tiny()]) == 2
+    said = capsys.readouterr().err
+    assert "CUDA out of memory at train.batch_size=8; 2 fits (tried)" in said
+    assert "Table 2 has 66.1 % at batch 64 against 68.1 %" in said
+    assert said.count("\n") == 1
+
+
+def test_compiled_training_follows_eager_training(tiny, tmp_path):
+    """The forced compile is fullgraph; a recompile after the second step would raise."""
+    # The cache belongs to the code, not to the model: other tests have compiled it for other layouts.
+    torch._dynamo.reset()
+    losses = {}
+    for setting in ("off", "on"):
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            overrides = tiny(f"train.compile={setting}", f"run.name={setting}", "train.max_steps=4", "data.val=null")
+            fastsiam.pretrain(load_config("quickstart", overrides))
+        losses[setting] = [line["loss"] for line in lines(tmp_path / "runs" / setting) if line["kind"] == "train"]
+    assert len(losses["on"]) == 4
+    (line,) = [line for line in lines(tmp_path / "runs/on") if line["kind"] == "compile"]
+    assert (line["step"], line["graphs"], line["recompiles"], line["fallback"]) == (0, 1, 0, None)
+    assert line["seconds"] > 0.5
+    assert losses["on"] == pytest.approx(losses["off"], abs=2e-4)
+
+
+def test_a_machine_without_a_compiler_trains_in_eager_mode_and_says_so(tiny, tmp_path):
+    arguments = tiny("train.compile=on", "train.max_steps=2", "data.val=null")
+    environment = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    done = run_python("-m", "fastsiam.train", "--config", "quickstart", *arguments, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "warning: torch.compile failed, and the run goes on in eager mode: " in done.stdout
+    kinds = {line["kind"]: line for line in lines(tmp_path / "runs/run")}
+    assert "compiler" in kinds["compile"]["fallback"].lower()
+    assert "eager mode" in kinds["warning"]["message"]
+    assert kinds["end"]["status"] == "done"
+
+
+def test_fp16_scales_the_loss_and_counts_what_it_skips(tiny, tmp_path, capsys):
+    """Scaled by 2^40 the gradients overflow, and each skipped step halves the scale."""
+    overrides = tiny("train.precision=fp16", "data.val=null", "train.epochs=4")
+    assert main(["--config", "quickstart", *overrides, "train.max_steps=2"]) == 0
+    path = tmp_path / "runs/run/checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["scaler"]["scale"] = 2.0**40
+    torch.save(saved, path)
+    capsys.readouterr()
+    assert main(["--config", "quickstart", *overrides, "train.max_steps=4"]) == 0
+    assert "2 steps skipped (fp16)" in capsys.readouterr().out
+    after = torch.load(path, weights_only=True)
+    assert after["scaler"]["scale"] == 2.0**38
+    assert after["skipped_steps"] == 2
+    assert all(torch.equal(after["method"][name], value) for name, value in saved["method"].items() if "weight" in name)
+    train = [line for line in lines(tmp_path / "runs/run") if line["kind"] == "train"]
+    assert [line["skipped_steps"] for line in train] == [0, 0, 1, 2]
+    assert main(["--config", "quickstart", *overrides]) == 0
+    skipped = torch.load(path, weights_only=True)["skipped_steps"]
+    assert 2 < skipped < 30
+    assert main(["--config", "quickstart", *tiny("train.epochs=4", "data.val=null", "run.name=fp32")]) == 0
+
+
+def test_steps_between_log_points_read_nothing_back(tiny, tmp_path, monkeypatch):
+    """Reading a tensor back to the host waits for a GPU; between log points nothing may."""
+    reads = []
+    for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__"):
+        real = getattr(torch.Tensor, name)
+
+        def spy(self, *arguments, real=real, name=name, **more):
+            reads.append(name)
+            return real(self, *arguments, **more)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    per_step = []
+    real_step = session_module.Session.step
+
+    def step(self, views, indices):
+        reads.clear()
+        out = real_step(self, views, indices)
+        per_step.append(list(reads))
+        return out
+
+    monkeypatch.setattr(session_module.Session, "step", step)
+    fastsiam.pretrain(load_config("quickstart", tiny("train.max_steps=3", "data.val=null")))
+    assert per_step == [[], [], []]
+
+
+def test_the_command_runs_as_a_module_and_by_name():
+    from fastsiam.__main__ import main as by_name
+
+    assert by_name([]) == 2
+    for arguments, code in ((["tarin"], 2), (["train", "--help"], 0)):
+        with pytest.raises(SystemExit) as ended:
+            by_name(arguments)
+        assert ended.value.code == code
+
+
+def test_resolved_configs_show_every_key(tiny_config):
+    resolved = yaml.safe_load(tiny_config().to_yaml())
+    assert resolved["views"]["hue"] == 0.1
+    known = schema_keys(Config)
+    assert set(flat(resolved)) == {key for key in known if not any(other.startswith(f"{key}.") for other in known)}
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        ({}, ("PASSIVE", "1000")),
+        ({"GOMP_SPINCOUNT": "7"}, ("PASSIVE", "7")),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
+    ],
+)
+def test_threads_sleep_unless_the_environment_says_how_they_wait(monkeypatch, own, told):
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    for name in names:
+        # Set first, so that it is taken back whatever the function does.
+        monkeypatch.setenv(name, own.get(name, ""))
+        if name not in own:
+            os.environ.pop(name)
+    let_threads_sleep()
+    assert tuple(os.environ.get(name) for name in names) == told

@@ -1,0 +1,72 @@
+"""The kernels compile for A100 and H200, with accesses 16 bytes wide and without spilling; needs no GPU."""
+
+import json
+
+import pytest
+
+from fastsiam.kernels import augment_triton
+from tests.conftest import run_python
+
+
+@pytest.fixture(scope="module")
+def report():
+    done = run_python("-m", "tests.support.compile_kernels", TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def count(kernel, kind, width):
+    """Vector accesses of a kind; Triton names those of 16 bytes v4.b32."""
+    return sum(number for name, number in kernel["accesses"].items() if name.startswith(kind) and width in name)
+
+
+def test_every_kernel_compiles_for_both(report):
+    names = {"cosine_forward", "cosine_backward", "cosine_backward_to_z", "crop", "crop_scattered"}
+    names |= {f"{name}_{color}" for name in ("contrast", "views") for color in ("matrix", "exact")}
+    assert set(report) == {f"{name} sm_{capability}" for name in names for capability in (80, 90)}
+
+
+def test_nothing_spills(report):
+    """But for a few registers of one kernel on an A100."""
+    assert {name: kernel["stack"] for name, kernel in report.items() if kernel["stack"] > 24} == {}
+    assert not any(kernel["stack"] for name, kernel in report.items() if name.endswith("sm_90"))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_loss_reads_a_row_of_2048_once_each_way_16_bytes_at_a_time(report, capability):
+    """A program holds 2 rows of p and of z in bf16, 32 bytes of each a thread, in the code of either pair."""
+    forward, backward = (report[f"cosine_{way} sm_{capability}"] for way in ("forward", "backward"))
+    assert count(forward, "ld", "v4.b32") == count(backward, "ld", "v4.b32") == 2 * 2 * 2
+    assert count(backward, "st", "v4.b32") == 2 * 2
+    assert count(report[f"cosine_backward_to_z sm_{capability}"], "st", "v4.b32") == 2 * 2 * 2
+
+
+def test_the_programs_of_the_augmenter_fit_a_multiprocessor_together(report):
+    """One too many would run after all the others; 65,536 registers hold those of the first launch too."""
+    threads = 32 * augment_triton.NUM_WARPS
+    for name in ("views_matrix sm_80", "views_matrix sm_90", "views_exact sm_80", "views_exact sm_90"):
+        registers = report[name]["reg"]
+        programs = augment_triton.programs_that_fit(registers, 65536)
+        assert augment_triton.FIRST_PROGRAMS <= programs <= augment_triton.MOST_PROGRAMS
+        assert programs * registers * threads <= 65536
+        assert programs == augment_triton.MOST_PROGRAMS or (programs + 1) * (registers + 7) * threads > 65536
+
+
+@pytest.mark.parametrize(("registers", "programs"), [(72, 5), (80, 5), (97, 4), (125, 4), (128, 4), (129, 3), (255, 2)])
+def test_the_number_of_programs_follows_the_registers(registers, programs):
+    """125 is what Triton 3.6 gives exact colour on sm_90; 97 are allocated as 104."""
+    assert augment_triton.programs_that_fit(registers, 65536) == programs
+
+
+def test_the_augmenter_reads_and_writes_16_bytes_at_a_time(report):
+    for capability in (80, 90):
+        assert count(report[f"contrast_matrix sm_{capability}"], "ld", "v4.b32") == 1
+        for color in ("matrix", "exact"):
+            assert count(report[f"views_{color} sm_{capability}"], "st", "v4.b32") >= 1
+
+
+def test_the_crops_are_stored_8_bytes_at_a_time_and_four_programs_fit(report):
+    """8 elements a thread; 4 x 4 warps hide the loads' latency where a thread has at most 128 registers."""
+    for name in ("crop sm_80", "crop sm_90", "crop_scattered sm_80", "crop_scattered sm_90"):
+        assert count(report[name], "st", "v2.b32") == 1
+        assert report[name]["reg"] <= 128

@@ -1,0 +1,21 @@
+"""The first lines of a run print what was decided, whatever this machine would decide."""
+
+import pytest
+import torch
+
+from fastsiam.run.console import opening_lines
+from fastsiam.runtime.device import Compute
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "loss"),
+    [("cuda", 2, "fused (Triton)"), ("cuda", 4, "in plain torch"), ("cpu", 2, "in plain torch")],
+)
+def test_the_step_line_is_the_decision(tiny_config, device, count, loss):
+    config = tiny_config(f"views.count={count}", "train.precision=auto", "train.compile=auto", "train.device=auto")
+    for dtype, name, compiles in ((torch.bfloat16, "bf16", True), (torch.float16, "fp16", False)):
+        compute = Compute(torch.device(device), dtype, compiles)
+        lines = opening_lines(config, 80, 0, "a loader", "here", [], compute=compute, reason="as chosen")
+        (step,) = (line for line in lines if line.startswith("step "))
+        assert f"{device}, {name}, channels-last, compile {'on' if compiles else 'off'}, loss {loss}" in step
+        assert "backend   a loader, as chosen" in lines

@@ -1,0 +1,67 @@
+"""--dry-run: the config on stdout, what would run on stderr, the refusals of the run, and nothing written."""
+
+import fcntl
+import shutil
+
+from fastsiam.config import load_config
+from fastsiam.train import main
+from tests.end_to_end.test_train import refused
+
+
+def test_dry_run_shows_what_would_run_and_writes_nothing(tiny, tmp_path, capsys):
+    assert main(["--config", "quickstart", "--dry-run", *tiny("optimizer.base_lr=0.64")]) == 0
+    config, said = capsys.readouterr()
+    rate = "batch 8, learning rate 0.02 = 0.64 x 8 / 256"
+    for part in (rate, "backend   dali", "2 epochs x 10 steps"):
+        assert part in said
+    assert "base_lr: 0.64" in config
+    assert not list(tmp_path.iterdir())
+    fresh = f"{tmp_path}/demo"
+    arguments = [f"data.train={fresh}/train", f"data.val={fresh}/val", "data.demo_seed=0"]
+    assert main(["--config", "quickstart", "--dry-run", *arguments]) == 0
+    said = capsys.readouterr().err
+    assert "the demo images of seed 0 would be drawn" in said
+    assert "x 62 steps" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_stdout_of_a_dry_run_is_the_config_alone(tiny, tmp_path, capsys):
+    """`--dry-run > my.yaml` can be run; of what is refused there is no config."""
+    assert main(["--config", "quickstart", "--dry-run", *tiny("optimizer.base_lr=0.64")]) == 0
+    written = tmp_path / "my.yaml"
+    written.write_text(capsys.readouterr().out)
+    assert load_config(written) == load_config("quickstart", tiny("optimizer.base_lr=0.64"))
+    assert main(["--config", str(written), "--dry-run", "train.batch_size=100"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_a_dry_run_refuses_what_only_the_start_of_a_run_refuses(tiny, tmp_path, capsys, demo_folder):
+    assert main(["--config", "quickstart", *tiny("train.epochs=1")]) == 0
+    capsys.readouterr()
+    overrides = tiny("train.epochs=1")
+
+    def said(*more):
+        return refused(capsys, tmp_path, "--config", "quickstart", *overrides, *more)
+
+    with open(tmp_path / "runs/run/lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is training in" in said("train.epochs=2")
+    assert "cannot be made" in said(f"run.dir={demo_folder}/train/rings/00003.jpg/runs")
+    unlabelled = tmp_path / "flat"
+    shutil.copytree(demo_folder / "val/rings", unlabelled)
+    assert "kNN needs labels" in said(f"data.val={unlabelled}", "run.name=other")
+    # What is finished is not refused, and would do nothing.
+    assert main(["--config", "quickstart", "--dry-run", *overrides]) == 0
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_resident_decodes_nothing_and_refuses_what_does_not_fit(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    overrides = tiny("data.backend=resident", "data.store_size=32")
+    assert main(["--config", "quickstart", "--dry-run", *overrides]) == 0
+    assert "resident (80 images of 32 px" in capsys.readouterr().err
+    assert not (tmp_path / "cache/fastsiam/resident").exists()
+    for more in ([], ["--dry-run"]):
+        assert main(["--config", "quickstart", *overrides, "data.store_size=200000", *more]) == 2
+        assert "data.store_size: 80 images of 200000 px take 9.6e+03 GB" in capsys.readouterr().err

@@ -1,0 +1,252 @@
+"""An encoder can be had from every run, says how to feed it, and a file of another kind is one sentence."""
+
+import json
+import os
+import signal
+import stat
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import fastsiam
+from fastsiam.config import load_config
+from fastsiam.config.views import CIFAR10_MEAN, CIFAR10_STD, IMAGENET_MEAN, IMAGENET_STD
+from fastsiam.errors import UserError
+from fastsiam.methods import build_method
+from fastsiam.models.encoder import build_encoder
+from fastsiam.run.encoder_file import describe_encoder, load_encoder, save_encoder
+from fastsiam.runtime import files
+from fastsiam.train import main
+from tests.run.test_resume import start, wait_for_step
+from tests.run.test_resume_otherwise import of_an_earlier_version
+
+
+def images(count=8, size=16):
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def assert_weights(encoder, checkpoint):
+    saved = torch.load(checkpoint, weights_only=True)["method"]
+    for name, value in encoder.state_dict().items():
+        assert torch.equal(value, saved[f"encoder.{name}"])
+
+
+def test_a_saved_encoder_loads_with_identical_features(tiny_config, tmp_path):
+    config = tiny_config()
+    method = build_method(config).to(memory_format=torch.channels_last)
+    method(images())
+    save_encoder(method.encoder, describe_encoder(config, 7, None), tmp_path / "encoder.safetensors")
+    expected = method.encoder.eval()(images())
+    assert expected.std() > 0.01
+    for where in (tmp_path, tmp_path / "encoder.safetensors", str(tmp_path)):
+        loaded = load_encoder(where)
+        assert not loaded.training
+        assert loaded.num_features == 32
+        torch.testing.assert_close(loaded(images()), expected, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(loaded.state_dict(), method.encoder.state_dict(), atol=0, rtol=0)
+
+
+def test_torchvision_loads_a_saved_resnet50(tmp_path):
+    config = load_config("r50_100ep", ["model.zero_init_residual=false"])
+    encoder = build_encoder("resnet50", "imagenet", None, False)
+    encoder(images(2, 32))
+    save_encoder(encoder, describe_encoder(config, 1, None), tmp_path / "encoder.safetensors")
+    theirs = torchvision.models.resnet50()
+    missing, unexpected = theirs.load_state_dict(load_file(tmp_path / "encoder.safetensors"), strict=False)
+    assert sorted(missing) == ["fc.bias", "fc.weight"]
+    assert unexpected == []
+    theirs.fc = nn.Identity()
+    assert (theirs.eval()(images(2, 32)) == encoder.eval()(images(2, 32))).all()
+
+
+def test_a_run_says_in_its_encoder_how_to_feed_it(tiny, tmp_path):
+    result = fastsiam.pretrain(load_config("quickstart", tiny("train.max_steps=3", "data.val=null")))
+    with safe_open(tmp_path / "runs/run/encoder.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["fastsiam"])
+    expected = {
+        "encoder": "cifar_resnet8", "stem": "cifar", "width": 8, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
+        "size": 16, "recipe": "demo", "method": "simsiam", "step": 3, "fastsiam": fastsiam.__version__,
+    }  # fmt: skip
+    commit = json.loads((tmp_path / "runs/run/environment.json").read_text())["commit"]
+    assert said == expected | {"commit": commit}
+    encoder = fastsiam.load_encoder(result.run_dir)
+    assert (encoder.mean, encoder.std, encoder.description) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25), said)
+    for path in (result.run_dir, f"{result.run_dir}/checkpoint.pt"):
+        encoder = fastsiam.load_encoder(path)
+        assert_weights(encoder, tmp_path / "runs/run/checkpoint.pt")
+        assert encoder.description["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "mean", "std"),
+    [("r50_100ep", IMAGENET_MEAN, IMAGENET_STD), ("r18_cifar10_800ep", CIFAR10_MEAN, CIFAR10_STD)],
+)
+def test_mean_and_std_are_those_of_the_recipe(config, mean, std, tmp_path):
+    config = load_config(config)
+    encoder = build_encoder("resnet18", "cifar", None, False)
+    description = describe_encoder(config, 1, None) | {"encoder": "resnet18", "stem": "cifar"}
+    save_encoder(encoder, description, tmp_path / "encoder.safetensors")
+    loaded = load_encoder(tmp_path)
+    assert (loaded.mean, loaded.std) == (mean, std)
+    assert loaded.description["size"] == config.views.full_size
+
+
+def test_an_encoder_is_on_the_disk_before_it_has_its_name_and_has_the_mode_of_other_files(
+    tiny_config, tmp_path, monkeypatch
+):
+    synced, sync = [], os.fsync
+    monkeypatch.setattr(files.os, "fsync", lambda number: synced.append(os.fstat(number).st_size) or sync(number))
+    path = tmp_path / "encoder.safetensors"
+    before = os.umask(0o027)
+    try:
+        save_encoder(build_method(tiny_config()).encoder, describe_encoder(tiny_config(), 1, None), path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert path.stat().st_size in synced
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def as_in_version_0_1_0(path):
+    """Write an encoder.safetensors with the metadata that it had then."""
+    with safe_open(path, "pt") as file:
+        said = json.loads(file.metadata()["fastsiam"])
+    kept = {key: said[key] for key in ("encoder", "stem", "width")}
+    save_file(load_file(path), path, {"fastsiam": json.dumps(kept)})
+
+
+def test_files_of_an_earlier_version_load(tiny, tmp_path):
+    folder = tmp_path / "runs/run"
+    assert main(["--config", "quickstart", *tiny("train.max_steps=3", "data.val=null")]) == 0
+    as_in_version_0_1_0(folder / "encoder.safetensors")
+    of_an_earlier_version(folder)
+    for path in (folder, folder / "checkpoint.pt"):
+        loaded = load_encoder(path)
+        assert_weights(loaded, folder / "checkpoint.pt")
+        # From the config.yaml beside it.
+        assert loaded.mean == (0.5, 0.5, 0.5)
+    for name in ("encoder.safetensors", "checkpoint.pt"):
+        (folder / name).rename(tmp_path / name)
+    alone = load_encoder(tmp_path / "encoder.safetensors")
+    assert (alone.mean, alone.std) == (None, None)
+    with pytest.raises(UserError, match=r"config\.yaml of its run beside it"):
+        load_encoder(tmp_path / "checkpoint.pt")
+
+
+def test_the_encoder_of_a_run_that_runs_and_of_one_that_was_stopped(tiny, tmp_path):
+    folder = tmp_path / "runs/run"
+    slow = (
+        "train.epochs=1000",
+        "views.size=32",
+        "data.val=null",
+        "checkpoint.every_seconds=0.01",
+        "collapse.action=off",
+    )
+    process = start(tiny(*slow, "checkpoint.every_seconds=0.01"))
+    try:
+        wait_for_step(process, folder, 3)
+        for _ in range(5):
+            assert load_encoder(folder).description["step"] > 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()
+    for path in (folder, folder / "checkpoint.pt"):
+        encoder = load_encoder(path)
+        assert_weights(encoder, folder / "checkpoint.pt")
+        assert encoder(images()).isfinite().all()
+    # A damaged checkpoint is passed over with a warning.
+    data = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(data[: len(data) // 2])
+    with pytest.warns(UserWarning, match="damaged"):
+        assert_weights(load_encoder(folder), folder / "checkpoint.1.pt")
+    with pytest.raises(UserError, match="damaged"):
+        load_encoder(folder / "checkpoint.pt")
+
+
+def test_a_finished_run_that_goes_on_gives_its_newest_encoder(tiny, tmp_path):
+    folder = tmp_path / "runs/run"
+    assert main(["--config", "quickstart", *tiny("train.epochs=1", "data.val=null")]) == 0
+    assert main(["--config", "quickstart", *tiny("train.epochs=3", "train.max_steps=14", "data.val=null")]) == 0
+    (folder / "status.json").write_text('{"status": "preempted"}')
+    first = folder / "encoder.safetensors"
+    with safe_open(first, "pt") as file:
+        said = json.loads(file.metadata()["fastsiam"]) | {"step": 10}
+    save_file(load_file(first), first, {"fastsiam": json.dumps(said)})
+    assert load_encoder(folder).description["step"] == 14
+    assert load_encoder(first).description["step"] == 10
+
+
+def made(folder, kind):
+    """A path of some kind that is no encoder of ours."""
+    path, weights = folder / kind, torchvision.models.resnet18().state_dict() if kind.startswith("resnet") else None
+    if kind == "resnet18.pth":
+        torch.save(weights, path)
+    elif kind == "resnet18-legacy.pth":
+        torch.save(weights, path, _use_new_zipfile_serialization=False)
+    elif kind == "checkpoint_0099.pth.tar":
+        torch.save({"epoch": 100, "arch": "resnet50", "state_dict": {"module.encoder.x": torch.ones(1)}}, path)
+    elif kind == "whole_model.pt":
+        torch.save(nn.Linear(2, 2), path)
+    elif kind == "timm.safetensors":
+        save_file({"weight": torch.zeros(1)}, path, {"format": "pt"})
+    elif kind == "cut.safetensors":
+        save_file({"weight": torch.zeros(9)}, path)
+        path.write_bytes(path.read_bytes()[:-4])
+    elif kind == "edited.safetensors":
+        save_file({"weight": torch.zeros(9)}, path, {"fastsiam": '{"encoder": "vit_b_16", "stem": "x", "width": 1}'})
+    elif kind == "photo.png":
+        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
+    elif kind == "notes.txt":
+        path.write_text("thesis")
+    elif kind == "empty.pt":
+        path.write_bytes(b"")
+    elif kind == "zip.pt":
+        np.savez(folder / "zip", a=np.zeros(3))
+        (folder / "zip.npz").rename(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "runs":
+        (path / "x").mkdir(parents=True)
+        (path / "x/config.yaml").write_text("")
+    elif kind == "begun":
+        path.mkdir()
+        (path / "config.yaml").write_text("")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("resnet18.pth", "of another program"),
+        ("resnet18-legacy.pth", "neither"),
+        ("checkpoint_0099.pth.tar", "it holds epoch, arch, state_dict"),
+        ("whole_model.pt", "is not a checkpoint of fastsiam"),
+        ("timm.safetensors", "the library that wrote it"),
+        ("cut.safetensors", "damaged"),
+        ("edited.safetensors", "does not hold the encoder that it describes"),
+        ("photo.png", "neither"),
+        ("notes.txt", "neither"),
+        ("empty.pt", "is empty"),
+        ("zip.pt", "is not a checkpoint"),
+        ("folder", "there is no run in"),
+        ("runs", "give one of them, for example"),
+        ("begun", "no checkpoint yet"),
+        ("nowhere", "there is no"),
+    ],
+)
+def test_what_is_no_encoder_of_ours_is_one_sentence(tmp_path, monkeypatch, kind, told):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=told) as raised:
+        load_encoder(made(tmp_path, kind).relative_to(tmp_path))
+    said = str(raised.value)
+    assert len(said) <= 300
+    assert "\n" not in said
+    assert kind in said

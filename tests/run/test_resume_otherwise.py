@@ -1,0 +1,192 @@
+"""A run that is resumed on other terms: data elsewhere, another precision or device, more epochs, another name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fastsiam.run import checkpoint
+from fastsiam.run.folder import RunFolder
+from fastsiam.run.resume import changed_computation, differences_against_resuming
+from fastsiam.runtime import device
+from fastsiam.train import main, pretrain
+from tests.end_to_end.test_train import lines
+from tests.run.test_resume import refused_after_warnings, weights
+
+
+def test_data_that_moved_is_the_same_data(tiny, tmp_path, demo_folder, capsys):
+    assert main(["--config", "quickstart", *tiny("train.max_steps=2")]) == 0
+    (tmp_path / "moved").symlink_to(demo_folder)
+    moved = tiny(f"data.train={tmp_path}/moved/train", f"data.val={tmp_path}/moved/val")
+    assert main(["--config", "quickstart", *moved]) == 0
+    assert "resume    at step 2" in capsys.readouterr().out
+
+
+def test_a_run_without_a_name_whose_data_moved_is_pointed_to(tiny, tmp_path, demo_folder, capsys):
+    """By default another path is another run, which would begin anew without a word."""
+    unnamed = [override for override in tiny("data.val=null") if not override.startswith("run.name")]
+    assert main(["--config", "quickstart", *unnamed, "train.max_steps=2"]) == 0
+    (first,) = (tmp_path / "runs").iterdir()
+    status = json.loads((first / "status.json").read_text())
+    (tmp_path / "moved").symlink_to(demo_folder)
+    moved = [*unnamed, f"data.train={tmp_path}/moved/train", "train.max_steps=2"]
+    for ended, told in (("done", False), ("preempted", True)):
+        (first / "status.json").write_text(json.dumps(status | {"status": ended}))
+        capsys.readouterr()
+        assert main(["--config", "quickstart", *moved]) == 0
+        assert (f"run.name={first.name} goes on with it" in capsys.readouterr().out) == told
+        for path in set((tmp_path / "runs").iterdir()) - {first}:
+            shutil.rmtree(path)
+    assert main(["--config", "quickstart", *moved, "optimizer.momentum=0.5"]) == 0
+    assert "goes on with it" not in capsys.readouterr().out
+
+
+def test_another_thread_count_warns_that_bits_may_differ(tiny, tmp_path, capsys, monkeypatch):
+    assert main(["--config", "quickstart", *tiny("train.max_steps=2")]) == 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    assert main(["--config", "quickstart", *tiny("train.max_steps=4")]) == 0
+    said = capsys.readouterr().out
+    expected = "with 1 CPU threads, and this start has 7 CPU threads: the last bits may differ"
+    assert expected in " ".join(said.split())
+    assert any("last bits" in line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning")
+
+
+def test_a_compiled_run_of_an_earlier_version_is_told_that_its_batch_norm_is_another(tiny_config, tmp_path):
+    """0.1.0 compiled the batch norm of one process view by view: the same to rounding."""
+    config = tiny_config("train.max_steps=2")
+    assert pretrain(config).step == 2
+    run = tmp_path / "runs/run"
+    of_an_earlier_version(run)
+    environment = json.loads((run / "environment.json").read_text())
+    for compiles in (False, True):
+        (run / "environment.json").write_text(json.dumps(environment | {"compile": compiles}))
+        then = checkpoint.of_run(RunFolder(config, run, print), print)["computation"]
+        said = changed_computation(then, then | ({"norm": "batch norm written out"} if compiles else {}))
+        assert said == (
+            "the checkpoint was written with batch norm view by view, and this start has batch norm written out: "
+            "the last bits may differ"
+            if compiles
+            else None
+        )
+
+
+def of_an_earlier_version(folder):
+    """Make the checkpoint of a run what version 0.1.0 wrote."""
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved["threads"] = saved.pop("computation")["threads"]
+    del saved["budget"], saved["encoder"]
+    torch.save(saved, folder / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(("then", "earlier"), [("fp32", False), ("fp32", True), ("bf16", False)])
+def test_a_resumed_run_keeps_its_precision_where_the_config_says_auto(
+    tiny, tmp_path, capsys, monkeypatch, then, earlier
+):
+    """Whatever this machine would choose, the run ends as one in its first precision does."""
+    assert main(["--config", "quickstart", *tiny(f"train.precision={then}", "run.name=whole", "data.val=null")]) == 0
+    auto = tiny("train.precision=auto", "data.val=null")
+    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: then == "bf16")
+    assert main(["--config", "quickstart", *auto, "train.max_steps=4"]) == 0
+    if earlier:
+        of_an_earlier_version(tmp_path / "runs/run")
+    # fp32 is kept where bf16 would be chosen; bf16 is kept as long as the machine multiplies it.
+    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: True)
+    capsys.readouterr()
+    assert main(["--config", "quickstart", *auto]) == 0
+    said = capsys.readouterr().out
+    assert f"cpu, {then}," in said
+    assert "may differ" not in said
+    assert main(["--config", "quickstart", *auto, "--dry-run"]) == 0
+    assert f"cpu, {then}," in capsys.readouterr().err
+    a, b = weights(tmp_path / "runs/whole"), weights(tmp_path / "runs/run")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_another_precision_is_told_where_the_checkpoints_is_not_to_be_had(tiny, tmp_path, capsys, monkeypatch):
+    auto = tiny("train.precision=auto", "data.val=null")
+    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: True)
+    assert main(["--config", "quickstart", *auto, "train.max_steps=4"]) == 0
+    monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: False)
+    assert main(["--config", "quickstart", *auto, "train.max_steps=6"]) == 0
+    warned = [line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning"]
+    assert ["written with bf16, and this start has fp32" in message for message in warned] == [True]
+    # A precision that is asked for is taken, with its scaler.
+    capsys.readouterr()
+    assert main(["--config", "quickstart", *tiny("train.precision=fp16", "data.val=null", "train.max_steps=8")]) == 0
+    assert "written with fp32, and this start has fp16: results may differ" in " ".join(capsys.readouterr().out.split())
+
+
+def test_device_compiler_and_ranks_that_changed_are_told():
+    before = {"device": "cuda", "dtype": "bf16", "compile": True, "threads": 8, "ranks": 1}
+    assert changed_computation(before, dict(before)) is None
+    assert changed_computation({"threads": 8}, before) is None
+    now = before | {"device": "cpu", "compile": False, "ranks": 2}
+    assert changed_computation(before, now) == (
+        "the checkpoint was written with cuda, compile on, 1 process, and this start has cpu, compile off, 2 "
+        "processes: the last bits may differ"
+    )
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "refused"),
+    [
+        ("train.device=cuda", "train.device=cpu", []),
+        ("train.precision=auto", "train.precision=bf16", []),
+        ("train.precision=fp32", "train.precision=bf16", ["train.precision"]),
+        ("train.compile=on", "train.compile=auto", []),
+        ("train.compile=on", "train.compile=off", ["train.compile"]),
+        ("data.backend=dali", "data.backend=auto", []),
+        ("budget_price_per_hour=1", "budget_price_per_hour=2", []),
+        ("optimizer.momentum=0.9", "optimizer.momentum=0.5", ["optimizer.momentum"]),
+    ],
+)
+def test_what_a_config_may_change_between_two_starts(tiny_config, then, now, refused):
+    assert list(differences_against_resuming(tiny_config(then), tiny_config(now))) == refused
+
+
+def test_auto_keeps_the_compiler_setting_of_a_checkpoint_on_the_same_device(tiny_config):
+    train = tiny_config("train.compile=auto").train
+    for compiles in (True, False):
+        assert device.choose_compute(train, before={"device": "cpu", "compile": compiles}).compiles == compiles
+    assert not device.choose_compute(train, before={"device": "cuda", "compile": True}).compiles
+    assert not device.choose_compute(train).compiles
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "cosine_per_epoch"])
+def test_a_finished_run_goes_on_with_more_epochs_on_their_schedule(tiny, tmp_path, capsys, schedule):
+    more = (f"optimizer.schedule={schedule}", "data.val=null", "checkpoint.keep=1", "optimizer.warmup=0.1")
+    assert main(["--config", "quickstart", *tiny("train.epochs=1", *more)]) == 0
+    folder = tmp_path / "runs/run"
+    (folder / "encoder.safetensors").unlink()
+    capsys.readouterr()
+    assert main(["--config", "quickstart", *tiny("train.epochs=1", *more)]) == 0
+    assert "a larger train.epochs goes on" in capsys.readouterr().out
+    assert main(["--config", "quickstart", *tiny("train.epochs=3", *more)]) == 0
+    assert (folder / "encoder.safetensors").exists()
+    assert main(["--config", "quickstart", *tiny("train.epochs=3", "run.name=whole", *more)]) == 0
+    rates = [
+        {line["step"]: line["lr"] for line in lines(run) if line["kind"] == "train"}
+        for run in (folder, folder.with_name("whole"))
+    ]
+    assert list(rates[0]) == list(range(1, 31))
+    assert [rates[0][step] for step in range(11, 31)] == [rates[1][step] for step in range(11, 31)]
+    assert any("33%" in line["message"] for line in lines(folder) if line["kind"] == "warning")
+    # Fewer are refused with what to type.
+    assert "train.max_steps=N" in refused_after_warnings(capsys, *tiny("train.epochs=2", *more))
+
+
+def test_a_larger_budget_of_the_same_kind_goes_on(tiny, tmp_path, capsys):
+    assert main(["--config", "quickstart", *tiny("train.epochs=null", "budget=40 images", "data.val=null")]) == 0
+    assert main(["--config", "quickstart", *tiny("train.epochs=null", "budget=120 images", "data.val=null")]) == 0
+    assert lines(tmp_path / "runs/run")[-1]["step"] == 15
+    assert "budget (120 images, now 2h)" in refused_after_warnings(
+        capsys, *tiny("train.epochs=null", "budget=2h", "data.val=null")
+    )
+
+
+def test_a_run_whose_folder_was_renamed_goes_on(tiny, tmp_path, capsys):
+    assert main(["--config", "quickstart", *tiny("train.max_steps=4", "data.val=null")]) == 0
+    (tmp_path / "runs/run").rename(tmp_path / "runs/thesis")
+    assert main(["--config", "quickstart", *tiny("data.val=null", "run.name=thesis")]) == 0
+    assert "resume    at step 4" in capsys.readouterr().out

@@ -1,0 +1,61 @@
+"""Threads for the cores that a process may use, not for those that the machine has."""
+
+import os
+import re
+
+import pytest
+import torch.distributed as dist
+
+from fastsiam import cli
+from fastsiam.runtime import cores
+from fastsiam.runtime.distributed import World
+from tests.conftest import run_python
+
+BOUND = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import torch
+from fastsiam.data.dali import open_backend as dali
+from fastsiam.data.pil import open_backend as pil
+from fastsiam.data.sources import open_source
+source = open_source(%r)
+for open_backend in (dali, pil):
+    for workers in (None, 0, 3):
+        print(open_backend(source, 16, 2, 4, workers, torch.device("cpu")).description)
+"""
+
+
+@pytest.mark.parametrize(
+    ("allowed", "quota", "whole"), [(8, float("inf"), 8), (8, 2.5, 2), (8, 0.5, 1), (1, 4.0, 1), (96, 96.0, 96)]
+)
+def test_whole_cores(allowed, quota, whole):
+    assert cores.whole_cores(allowed, quota) == whole
+
+
+def test_decoders_follow_affinity(photos):
+    done = run_python("-c", BOUND % str(photos))
+    found = re.findall(r"(\d+|no) (?:threads|workers)", done.stdout)
+    assert found == ["1", "1", "3", "1", "no", "3"], done.stderr
+
+
+@pytest.mark.parametrize(("usable", "own", "set_to"), [(1, None, "1"), (1, "7", "7"), (10_000, None, None)])
+def test_torch_keeps_to_a_quota(monkeypatch, usable, own, set_to):
+    monkeypatch.setenv("OMP_NUM_THREADS", own or "")
+    if own is None:
+        os.environ.pop("OMP_NUM_THREADS")
+    monkeypatch.setattr(cli, "usable_cores", lambda: usable)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4))
+    cli.keep_to_quota()
+    assert os.environ.get("OMP_NUM_THREADS") == set_to
+
+
+def test_ranks_bound_to_their_own_cores_share_none(ranks):
+    assert ranks(2, _sharing, [{0, 1}, {1, 2}]) == [2, 2]
+    assert ranks(2, _sharing, [{0}, {1}]) == [1, 1]
+
+
+def _sharing(cores_of):
+    world = World(dist.get_rank(), dist.get_world_size())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda process: cores_of[world.rank])
+        return world.ranks_on_these_cores()

@@ -1,0 +1,97 @@
+"""Compile every Triton kernel for GPUs that are not here, and print what came out of it as JSON.
+
+A process of its own (python -m tests.support.compile_kernels): the tests' own process uses Triton's interpreter.
+"""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastsiam.kernels import augment_triton, cosine, crop_triton
+
+# What a launch passes for the paper's shapes: [N, 2048] bf16 rows, contiguous, and uint8 crops of 224 px. The kernel
+# that crops is that of 224 px out of 256.
+COSINE_POINTERS = {"statistics": "*fp32", "partial": "*fp32", "loss": "*fp32", "grad": "*fp32", "counter": "*i32"}
+AUGMENT_POINTERS = {"crops": "*u8", "out": "*bf16", "draws": "*fp32", "shift": "*fp32", "scratch": "*fp32"}
+CROP_POINTERS = {"images": "*u8", "boxes": "*fp32", "indices": "*i64", "out": "*u8"}
+
+
+def variants(dim=2048):
+    """Name, kernel, types of the arguments by name (bf16 pointers else), constants, warps."""
+    block, rows = cosine._tiling(dim)
+    shape = {"D": dim, "TARGETS": 1, "ROWS": rows, "BLOCK": block}
+    shape |= dict.fromkeys(("p_a_col", "p_b_col", "z_a_col", "z_b_col"), 1)
+    forward = {**shape, "PARTIALS_BLOCK": cosine.PARTIALS_BLOCK}
+    yield "cosine_forward", cosine._forward_kernel, COSINE_POINTERS, forward, cosine.NUM_WARPS
+    for to_z in (False, True):
+        name = "cosine_backward_to_z" if to_z else "cosine_backward"
+        yield name, cosine._backward_kernel, COSINE_POINTERS, {**shape, "TO_Z": to_z}, cosine.NUM_WARPS
+    for exact in (False, True):
+        for name, kernel in (("contrast", augment_triton._contrast_kernel), ("views", augment_triton._views_kernel)):
+            rows = augment_triton.ROWS if exact or name == "views" else augment_triton.CONTRAST_ROWS
+            constants = {"EXACT": exact, "ROWS": rows, "BLOCK": augment_triton.BLOCK}
+            yield (
+                f"{name}_{'exact' if exact else 'matrix'}",
+                kernel,
+                AUGMENT_POINTERS,
+                constants,
+                augment_triton.NUM_WARPS,
+            )
+    tile = {
+        "ROWS": crop_triton.TILE // crop_triton.BLOCK,
+        "BLOCK": crop_triton.BLOCK,
+        "INDEXED": True,
+        "SCATTERED": False,
+    }
+    yield "crop", crop_triton._crop_kernel, CROP_POINTERS, tile, crop_triton.NUM_WARPS
+    apart = {**tile, "INDEXED": False, "SCATTERED": True}
+    table = {**CROP_POINTERS, "images": "*i64"}
+    yield "crop_scattered", crop_triton._crop_kernel, table, apart, crop_triton.NUM_WARPS
+
+
+def compiled(kernel, pointers, constants, num_warps, capability):
+    """The kernel as a launch with arguments divisible by 16 compiles it."""
+    signature, values, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name], values[(place,)] = "constexpr", constants[name]
+            continue
+        is_float = name.startswith(("scale_", "bias_"))
+        is_number = name in ("num_rows", "size", "strips", "height", "width") or name.endswith(("_row", "_target"))
+        signature[name] = "fp32" if is_float else "i32" if is_number else pointers.get(name, "*bf16")
+        if not is_float:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+
+
+def resources(cubin):
+    """Registers a thread, and bytes of stack, which is what spilling uses."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
+
+
+def main():
+    report = {}
+    for name, kernel, pointers, constants, num_warps in variants():
+        for capability in (80, 90):
+            binary = compiled(kernel, pointers, constants, num_warps, capability)
+            accesses = Counter(re.findall(r"(?:ld|st)\.global[\w.:]*", binary.asm["ptx"]))
+            report[f"{name} sm_{capability}"] = {"accesses": accesses, **resources(binary.asm["cubin"])}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Imports point one way, and some rooms stay free of torch."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import pytest
+
+from fastsiam.__main__ import COMMANDS
+from tests.conftest import REPOSITORY, run_python
+
+# Each row may import from the rows above it and from its own row.
+LAYERS = (
+    {"errors", "runtime.cache_dirs", "kernels"},
+    {"config"},
+    {"runtime"},
+    {"data", "models", "optim", "cli"},
+    {"methods", "training"},
+    {"evaluate"},
+    {"run"},
+    {"prepare", "doctor", "report", "plan"},
+    {"train", "__main__"},
+)
+TORCH_FREE = (
+    "cli", "config", "config.budget", "config.published", "config.views", "data.demo_images", "data.read_speed",
+    "data.rng", "data.sources.open", "data.sources.pixel_range", "data.sources.deep_pixels", "data.backends.store_size",
+    "doctor.__main__", "doctor.probe", "errors", "optim.apex", "plan.__main__", "prepare.__main__", "prepare.cifar10",
+    "prepare.pack", "report.__main__", "report.page", "run.folder", "run.progress_line", "run.resume",
+    "run.stop_signals", "run.tensorboard", "run.write_report", "runtime.energy", "runtime.files", "train",
+    "training.cost",
+)  # fmt: skip
+
+
+def modules():
+    for folder in ("fastsiam", "kernels"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            name = ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+            yield name if folder == "fastsiam" else f"fastsiam.{name}", path
+
+
+def imported(path: Path, inside_functions=True):
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if inside_functions else tree.body
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def layer(name):
+    """Returns the row of the most specific room that holds `name`; None for what is not a room of ours."""
+    if not name or not name.startswith("fastsiam."):
+        return None
+    name = name.removeprefix("fastsiam.")
+    while name:
+        for number, rooms in enumerate(LAYERS):
+            if name in rooms:
+                return number
+        name = name.rpartition(".")[0]
+    return None
+
+
+def test_every_module_has_its_room():
+    assert [name for name, _ in modules() if name != "fastsiam" and layer(name) is None] == []
+
+
+def test_imports_point_downwards():
+    wrong = []
+    for name, path in modules():
+        for target in imported(path, inside_functions=name != "fastsiam.train"):
+            room = layer(target) if name != "fastsiam" else None
+            if room is not None and room > layer(name):
+                wrong.append((name, target))
+    # To be cut: ranks compare sources, and the cost and the non-finite check know the run folder.
+    known = ("fastsiam.runtime.rank_check", "fastsiam.training.cost", "fastsiam.training.nonfinite")
+    assert [pair for pair in wrong if pair[0] not in known] == []
+
+
+def test_kernels_import_only_torch_triton_and_numba():
+    allowed = ("torch", "triton", "numba", "numpy", "contextlib", "math", "functools", "os", "pathlib")
+    # Where compiled code is kept; imports the standard library alone.
+    allowed += ("fastsiam.kernels", "fastsiam.runtime.cache_dirs")
+    for name, path in modules():
+        if name.startswith("fastsiam.kernels"):
+            assert [target for target in imported(path) if not target.startswith(allowed)] == []
+
+
+def test_nobody_imports_kernels_bare():
+    """The name belongs to another package, and a second import name would register every op twice."""
+    files = [path for folder in ("fastsiam", "kernels", "tests") for path in (REPOSITORY / folder).rglob("*.py")]
+    bare = [path for path in files for target in imported(path) if target and target.split(".")[0] == "kernels"]
+    assert len(files) > 30
+    assert bare == []
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_torch_is_not_imported(name):
+    done = run_python("-c", f"import sys, fastsiam.{name}; sys.exit('torch' in sys.modules)")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("argument", "said"), [("--help", "commands:"), ("--version", "fastsiam 0.1.0\n")])
+def test_the_command_says_what_it_is(argument, said):
+    done = run_python("-m", "fastsiam", argument)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert said in done.stdout
+    for command in COMMANDS:
+        assert argument == "--version" or f"\n  {command} " in done.stdout
+
+
+def test_an_unknown_command_is_refused():
+    done = run_python("-m", "fastsiam", "trian")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "invalid choice: 'trian' (choose from" in done.stderr
+
+
+def test_public_names_load():
+    import fastsiam
+
+    assert {"load_config", "pretrain", "build_loader", "build_method", "load_encoder", "knn_accuracy"} < set(
+        fastsiam.__all__
+    )
+    for name in fastsiam.__all__:
+        assert getattr(fastsiam, name)
+    assert dir(fastsiam) == sorted(fastsiam.__all__)
+    assert fastsiam.kernels is importlib.import_module("fastsiam.kernels")
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = fastsiam.trian

@@ -1,0 +1,329 @@
+"""Progress of runs that spend time or energy, by clocks that the tests turn."""
+
+import json
+import signal
+
+import pytest
+import torch.distributed as dist
+
+from fastsiam.config import load_config
+from fastsiam.errors import UserError
+from fastsiam.optim.build import scale_at
+from fastsiam.run import session as session_module
+from fastsiam.run.session import Session
+from fastsiam.run.stop_signals import StopSignals
+from fastsiam.run.train_log import TrainLog
+from fastsiam.runtime.distributed import World
+from fastsiam.runtime.energy import EnergyMeter
+from fastsiam.train import main, train
+from fastsiam.training.cost import Spent
+from fastsiam.training.progress import Pace
+from fastsiam.training.state import State
+from tests.end_to_end.test_train import lines
+from tests.run.test_resume import EVERY_STEP, assert_same_run, start, wait_for_step
+
+
+class Clock:
+    """Seconds that pass only where a test says so; every step, evaluation and save has its price."""
+
+    def __init__(self, step=1.0, evaluation=3.0):
+        self.now, self.step, self.evaluation = 0.0, step, evaluation
+
+    def __call__(self):
+        return self.now
+
+
+def spend(overrides, clock, monkeypatch, world=World(), joules=None):  # noqa: B008
+    """A whole run on the clock; returns its result and the clock's time after the last evaluation."""
+    monkeypatch.setattr(session_module, "Spent", lambda *given, **more: Spent(*given, **more | {"clock": clock}))
+    if joules is not None:
+        monkeypatch.setattr(session_module.EnergyMeter, "of", lambda *_: joules)
+    with Session(load_config("quickstart", overrides), world, began=clock.now) as session, StopSignals() as stop:
+        session.start()
+        real_step, real_knn = session.step, session.monitor.knn
+
+        def step(views, indices):
+            clock.now += clock.step
+            return real_step(views, indices)
+
+        def knn(*arguments):
+            clock.now += clock.evaluation
+            return real_knn(*arguments)
+
+        session.step, session.monitor.knn = step, knn
+        status, received = train(session, stop)
+        return session.end(status, received)
+
+
+def train_lines(folder):
+    return [line for line in lines(folder) if line["kind"] == "train"]
+
+
+@pytest.fixture
+def budgeted(tiny):
+    return lambda *more: tiny("train.epochs=null", "evaluate.knn_every_epochs=null", *more)
+
+
+def test_the_cosine_ends_when_the_budget_does(budgeted, monkeypatch, tmp_path):
+    """100 s; a step takes 1 s, kNN 3: one kNN at a tenth of it, the last in the 3 s that are kept back."""
+    clock = Clock()
+    result = spend(budgeted("budget=100s"), clock, monkeypatch)
+    assert (result.status, clock.now) == ("done", 100.0)
+    steps = train_lines(tmp_path / "runs/run")
+    # 10 steps before the price of kNN is known, and 97 - 3 - 10 after.
+    assert result.step == len(steps) == 94
+    progress = [line["progress"] for line in steps]
+    assert progress[:10] == pytest.approx([(1 + i) / 100 for i in range(10)])
+    assert progress[10:] == pytest.approx([(14 + i) / 97 for i in range(84)])
+    assert progress[-1] == 1
+    config = load_config("quickstart", budgeted("budget=100s"))
+    # The eleventh step follows the kNN.
+    before = [0.0, *progress[:9], 13 / 97, *progress[10:-1]]
+    expected = [config.learning_rate * scale_at(p, "cosine", config.optimizer.warmup) for p in before]
+    assert [line["lr"] for line in steps] == pytest.approx(expected)
+    knn = [line["step"] for line in lines(tmp_path / "runs/run") if line["kind"] == "knn"]
+    assert knn == [10, 94]
+    end = lines(tmp_path / "runs/run")[-1]
+    assert end["spent_seconds"] == pytest.approx(100)
+
+
+def test_money_is_spent_as_time(budgeted, monkeypatch):
+    """1 USD at 60 an hour is a minute."""
+    clock = Clock()
+    spend(budgeted("budget=1USD", "budget_price_per_hour=60"), clock, monkeypatch)
+    assert clock.now == 60
+
+
+def test_an_evaluation_is_left_out_where_it_would_take_the_last_ones_time(tiny, monkeypatch, tmp_path):
+    """Ten steps an epoch and kNN after each: 30 s hold two epochs with theirs, and the third's is the last."""
+    clock = Clock()
+    result = spend(tiny("train.epochs=null", "budget=39s"), clock, monkeypatch)
+    knn = [line["step"] for line in lines(tmp_path / "runs/run") if line["kind"] == "knn"]
+    # At a tenth, after two epochs, and at the end; after the third epoch 36 s are spent and 3 are kept back.
+    assert (knn, result.step, clock.now) == ([4, 10, 20, 27], 27, 39)
+
+
+def test_a_long_evaluation_leaves_its_time(budgeted, monkeypatch, tmp_path):
+    clock = Clock(evaluation=40.0)
+    result = spend(budgeted("budget=100s"), clock, monkeypatch)
+    assert (result.step, clock.now) == (20, 100)
+    clock = Clock(evaluation=70.0)
+    result = spend(budgeted("budget=100s", "run.name=longer"), clock, monkeypatch)
+    # What cannot be kept ends the run at once: the kNN of the last step is there.
+    assert (result.step, clock.now, result.knn_top1 is not None) == (10, 80, True)
+
+
+def test_a_budget_that_the_start_has_used_up_says_so(budgeted, monkeypatch, tmp_path):
+    clock = Clock()
+    real = Session.start
+
+    def slow(session):
+        clock.now += 30
+        real(session)
+
+    monkeypatch.setattr(Session, "start", slow)
+    result = spend(budgeted("budget=20s"), clock, monkeypatch)
+    assert (result.status, result.step) == ("done", 0)
+    (warning,) = [line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning"]
+    assert warning == "budget: 20s was spent before the first step (30 s were over): the weights are untrained"
+
+
+def test_without_labels_nothing_is_kept_back(budgeted, monkeypatch, tmp_path):
+    clock = Clock()
+    monkeypatch.setattr(session_module.Checkup, "has_knn", False)
+    result = spend(budgeted("budget=20s"), clock, monkeypatch)
+    assert (result.step, clock.now) == (20, 20)
+
+
+def test_max_steps_end_a_budget_before_it_is_spent(budgeted, monkeypatch):
+    clock = Clock()
+    assert spend(budgeted("budget=100s", "train.max_steps=7"), clock, monkeypatch).step == 7
+
+
+def test_work_that_a_kill_has_lost_is_spent(budgeted, monkeypatch, tmp_path):
+    """40 s and a checkpoint at the first: the second start has the other 60, from step 1 on."""
+    folder, clock = tmp_path / "runs/run", Clock()
+    overrides = budgeted("budget=100s", "evaluate.knn_every_epochs=null", "checkpoint.every_seconds=1000")
+
+    class Killed(Exception):
+        pass
+
+    def killed(log, rate):
+        session = log._session
+        if session.state.step == 1:
+            session.saver.save()
+        if clock.now >= 40:
+            session.spent.write()
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainLog, "write", killed)
+        # A killed process has no heartbeat left that would write after it.
+        patch.setattr(Spent, "begin", lambda self: None)
+        with pytest.raises(Killed):
+            spend(overrides, clock, patch)
+    assert json.loads((folder / "spent.json").read_text())["seconds"] == 40
+    # Dead for an hour.
+    clock.now += 3600
+    result = spend(overrides, clock, monkeypatch)
+    resumed = next(line for line in lines(folder) if line["kind"] == "resume")
+    assert resumed["step"] == 1
+    # kNN is timed anew, for the checkpoint knows no price: 60 s less two evaluations.
+    assert (result.step, clock.now) == (1 + 60 - 6, 3700)
+    assert train_lines(folder)[0]["progress"] == pytest.approx(0.41)
+
+
+def test_a_kill_in_the_last_evaluation_loses_no_step(budgeted, monkeypatch, tmp_path):
+    """The budget has nothing left to train them again."""
+    clock, overrides = Clock(), budgeted("budget=20s", "checkpoint.every_seconds=1000")
+
+    class Killed(Exception):
+        pass
+
+    def killed(checkup):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module.Checkup, "final", killed)
+        with pytest.raises(Killed):
+            spend(overrides, clock, patch)
+    clock.now += 5
+    result = spend(overrides, clock, monkeypatch)
+    (resumed,) = (line["step"] for line in lines(tmp_path / "runs/run") if line["kind"] == "resume")
+    assert resumed == result.step == 14
+
+
+def test_a_finished_budget_says_so(budgeted, monkeypatch, capsys):
+    overrides = budgeted("budget=20s")
+    result = spend(overrides, Clock(), monkeypatch)
+    capsys.readouterr()
+    with Session(load_config("quickstart", overrides)) as session:
+        assert session.finished_result() == result
+    assert f"is finished: step {result.step}" in capsys.readouterr().out
+
+
+def test_progress_never_goes_back(tiny_config):
+    """A longer evaluation than the one before leaves less room, a shorter one more."""
+    clock = Clock()
+    spent, state = Spent(None, clock=clock), State()
+    meter = EnergyMeter(None, "not available", pytest.fail)
+    config = tiny_config("train.epochs=null", "budget=100s")
+    pace = Pace(config, state, spent, meter, 10, World())
+    found = []
+    for now, cost in ((10, None), (20, 20.0), (22, 2.0), (40, 2.0)):
+        clock.now, state.evaluation_cost = now, cost
+        pace.agree()
+        found.append(state.progress)
+    assert found == pytest.approx([0.1, 20 / 80, 20 / 80, 40 / 98])
+
+
+def test_checkpoints_keep_their_energy_back(tiny_config):
+    """100 J a second: of 10 kJ two checkpoints of 5 s leave 9 kJ."""
+    clock = Clock()
+    spent, state, meter = Spent(None, clock=clock), State(), Meter(clock)
+    pace = Pace(tiny_config("train.epochs=null", "budget=2.777778Wh"), state, spent, meter, 10, World())
+    clock.now = 40
+    pace.agree()
+    assert state.progress == pytest.approx(0.4)
+    with pace.saving():
+        clock.now += 5
+    pace.agree()
+    assert state.progress == pytest.approx(4500 / 9000)
+
+
+def test_a_budget_within_a_long_epoch_tells_that_its_rate_was_held(budgeted, monkeypatch, capsys):
+    held = ("optimizer.schedule=cosine_per_epoch", "optimizer.warmup=0")
+    spend(budgeted("budget=240 images", *held), Clock(), monkeypatch)
+    assert "learning rate" not in capsys.readouterr().out.partition("done ")[2]
+    spend(budgeted("budget=200 images", *held, "run.name=b"), Clock(), monkeypatch)
+    # 25 steps, the last epoch from step 20 on: (1 + cos(0.8 pi)) / 2.
+    assert (
+        "rate      the run ended at 10 % of the full learning rate, for its last epoch began at 80 % of 200 images"
+        in (capsys.readouterr().out)
+    )
+    spend(budgeted("budget=200 images", "run.name=c"), Clock(), monkeypatch)
+    assert "learning rate" not in capsys.readouterr().out.partition("done ")[2]
+
+
+def test_images_end_at_their_step_and_resume_exactly(tiny, tmp_path):
+    """250 images are 31 batches of 8, three epochs and a step."""
+    slower = ("train.epochs=null", "budget=250 images", "views.size=32", "model.width=16", "train.log_every_steps=1")
+    assert main(["--config", "quickstart", *tiny(*slower, "run.name=whole")]) == 0
+    steps = train_lines(tmp_path / "runs/whole")
+    assert [line["progress"] for line in steps] == pytest.approx([(1 + i) / 31 for i in range(31)])
+    process = start(tiny(*slower, EVERY_STEP, "run.name=killed"))
+    wait_for_step(process, tmp_path / "runs/killed", 14)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert main(["--config", "quickstart", *tiny(*slower, "run.name=killed")]) == 0
+    assert_same_run(tmp_path / "runs/whole", tmp_path / "runs/killed")
+
+
+class Meter(EnergyMeter):
+    """100 J for each step of the clock, until it fails."""
+
+    def __init__(self, clock, watts=100.0, fails_at=None):
+        super().__init__(None, "NVML total energy", pytest.fail)
+        self.clock, self.watts, self.fails_at = clock, watts, fails_at
+
+    def joules(self):
+        return None if self.fails_at is not None and self.clock.now >= self.fails_at else self.watts * self.clock.now
+
+
+def test_energy_is_spent_and_reported(budgeted, monkeypatch, tmp_path, capsys):
+    """1 Wh is 36 s at 100 W; 3 s of it for a first kNN and 3 for the last."""
+    clock = Clock()
+    result = spend(budgeted("budget=1Wh"), clock, monkeypatch, joules=Meter(clock))
+    assert (result.step, clock.now) == (30, 36)
+    steps, end = train_lines(tmp_path / "runs/run"), lines(tmp_path / "runs/run")[-1]
+    # A step of 8 images takes 100 J; the one after the kNN has its 300 J as well.
+    assert [line["joules_per_image"] for line in steps] == pytest.approx([12.5] * 4 + [50] + [12.5] * 25)
+    assert (end["kwh"], end["joules_per_image"]) == (pytest.approx(0.001), pytest.approx(3600 / 240))
+    said = capsys.readouterr().out
+    assert "12.5 J/image" in said
+    assert "0.001 kWh (15 J/image); 100.0 % of 1Wh" in said
+    assert json.loads((tmp_path / "runs/run/environment.json").read_text())["energy"] == "NVML total energy"
+
+
+def test_a_counter_that_fails_ends_a_budget_of_energy_and_no_other(budgeted, monkeypatch, tmp_path, capsys):
+    clock = Clock()
+    with pytest.raises(UserError, match="budget: 1Wh, but NVML no longer tells the energy of a GPU"):
+        spend(budgeted("budget=1Wh"), clock, monkeypatch, joules=Meter(clock, fails_at=9))
+    clock = Clock()
+    result = spend(budgeted("budget=36s", "run.name=time"), clock, monkeypatch, joules=Meter(clock, fails_at=9))
+    assert result.step == 30
+    assert [line["joules_per_image"] for line in train_lines(tmp_path / "runs/time")][:2] == [12.5, 12.5]
+    assert "of process time, energy not known of the whole run; 100.0 % of 36s" in capsys.readouterr().out
+
+
+def test_a_budget_of_energy_needs_to_know_what_was_used_before(budgeted, monkeypatch, tmp_path):
+    """Else it would never end."""
+    clock = Clock()
+    spend(budgeted("budget=1Wh", "train.max_steps=3"), clock, monkeypatch, joules=Meter(clock))
+    (tmp_path / "runs/run/spent.json").write_text('{"seconds": 5, "joules": null}')
+    with pytest.raises(UserError, match="budget: 1Wh, but what this run has used before is not known"):
+        spend(budgeted("budget=1Wh", "train.max_steps=9"), clock, monkeypatch, joules=Meter(clock))
+
+
+def spend_here(overrides):
+    """On each rank, with clocks that run apart and GPUs that do not use the same."""
+    world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
+    clock = Clock(step=1.0 + 0.5 * world.rank)
+    with pytest.MonkeyPatch.context() as patch:
+        result = spend(overrides, clock, patch, world, Meter(clock, watts=30.0 + 20 * world.rank))
+    return result, clock.now
+
+
+def test_the_first_ranks_clock_holds_for_all(ranks, budgeted, tmp_path):
+    results = ranks(2, spend_here, budgeted("budget=50s"))
+    assert [result.step for result, _ in results] == [44, 44]
+    # 44 steps and two evaluations.
+    assert [now for _, now in results] == [50, 72]
+    # 30 W for 50 s, 50 W for 72 s.
+    assert lines(tmp_path / "runs/run")[-1]["kwh"] == pytest.approx((30 * 50 + 50 * 72) / 3.6e6)
+
+
+def test_energy_is_that_of_all_ranks(ranks, budgeted):
+    """30 J and 75 J a step, 90 and 150 a kNN: 3,600 J are 29.7 steps beside two of those."""
+    results = ranks(2, spend_here, budgeted("budget=1Wh"))
+    assert [result.step for result, _ in results] == [30, 30]
