@@ -2,9 +2,6 @@
 
 import io
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,26 +17,7 @@ from fastsiam.data.demo_images import draw_demo
 from tests.support import optional
 from tests.support.gloo_ranks import Ranks
 from tests.support.gpu_record import GpuRecord
-
-REPOSITORY = Path(__file__).parents[1]
-
-# A ResNet-8 of width 8 on 16 px views: a step of 8 images takes about 15 ms on one core.
-TINY = (
-    "views.size=16",
-    "model.width=8",
-    "model.projector={layers: 2, hidden: 16, out: 16}",
-    "model.predictor.hidden=8",
-    "train.batch_size=8",
-    "train.epochs=2",
-    "train.device=cpu",
-    "train.precision=fp32",
-    "train.log_every_steps=1",
-    "evaluate.controls=false",
-    "evaluate.knn_every_epochs=1",
-    # Without DALI PIL decodes, whose workers are processes: slow to start, and not allowed to a rank's process.
-    f"data.workers={int(optional.installed('dali'))}",
-    "data.demo_seed=null",
-)
+from tests.support.runs import TINY
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -137,17 +115,6 @@ def tiny(demo_folder, tmp_path):
 @pytest.fixture
 def tiny_config(tiny):
     return lambda *more: load_config("quickstart.yaml", tiny(*more))
-
-
-def run_python(*arguments, wait=True, **environment):
-    """A fresh interpreter in the repository with one thread; CompletedProcess, or Popen where not to wait."""
-    command = [sys.executable, *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment}
-    start = subprocess.run if wait else subprocess.Popen
-    more = {"timeout": 300} if wait else {}
-    return start(
-        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more
-    )
 
 
 def pytest_configure(config):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastsiam.__main__ import COMMANDS
-from tests.conftest import REPOSITORY, run_python
+from tests.support.processes import REPOSITORY, run_python
 
 # Each row may import from the rows above it and from its own row.
 LAYERS = (

@@ -3,8 +3,8 @@
 import json
 import re
 
-from tests.conftest import run_python
 from tests.support import optional
+from tests.support.processes import run_python
 
 # `python -c WITHOUT '["ffcv", ...]' ARGUMENT ...`: pytest with these arguments, where those modules cannot be found.
 WITHOUT = """

@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support.processes import REPOSITORY
 
 USE = """
 import fastsiam, fastsiam.kernels, torch, pathlib

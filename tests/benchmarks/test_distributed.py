@@ -27,10 +27,10 @@ from fastsiam.models.batch_norm import split_statistics
 from fastsiam.optim.build import build_optimizer
 from fastsiam.runtime.distributed import World
 from fastsiam.training.step import TrainingStep
-from tests.benchmarks.test_peers import CPU, small_config
-from tests.conftest import REPOSITORY
-from tests.models.test_batch_norm_ranks import one_layer
-from tests.runtime.test_distributed import world
+from tests.support.bench_configs import CPU, small_config
+from tests.support.gloo_ranks import world
+from tests.support.networks import one_layer
+from tests.support.processes import REPOSITORY
 
 STEPS = 3
 
@@ -194,8 +194,8 @@ def wait_for_ever(world, device, folder):
 
 KILLED = """
 import sys, pathlib
-from benchmarks.ranks import in_ranks
-from tests.test_distributed_bench import wait_for_ever
+from benchmarks.harness.ranks import in_ranks
+from tests.benchmarks.test_distributed import wait_for_ever
 in_ranks(2, "cpu", wait_for_ever, pathlib.Path(sys.argv[1]))
 """
 

@@ -15,7 +15,7 @@ from benchmarks import tables
 from benchmarks.harness.cli import row_names
 from benchmarks.harness.profiled import KINDS, OTHER, kind
 from benchmarks.harness.slim import slim
-from tests.conftest import REPOSITORY
+from tests.support.processes import REPOSITORY
 
 SCRIPT = REPOSITORY / "benchmarks/first_light.sh"
 # The first call, and the one with DALI; of what the parts need a GPU for `pytest -m gpu` is all that is left.

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support.processes import REPOSITORY
 
 PLUGIN = """
 import pytest, torch
 from pathlib import Path
-from tests.gpu_record import GpuRecord
+from tests.support.gpu_record import GpuRecord
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: as in the project")

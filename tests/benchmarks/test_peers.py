@@ -10,33 +10,11 @@ from PIL import Image
 
 import fastsiam
 from benchmarks.peers import AbsentError, authors, lightly, solo_learn
-from fastsiam.config import load_config
 from fastsiam.config.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
 from fastsiam.optim.build import build_optimizer
+from tests.support.bench_configs import CPU, batches, small_config
 
-CPU = torch.device("cpu")
 SPEC = ViewSpec(size=16, color="exact")
-SMALL = (
-    "model.predictor.hidden=16",
-    "views.size=16",
-    "train.batch_size=8",
-    "train.device=cpu",
-    "train.compile=off",
-    "train.precision=fp32",
-    "data.backend=synthetic",
-    "optimizer.base_lr=0.64",
-)
-
-
-def small_config(layers=3, *more):
-    """ResNet-18 with CIFAR's stem at 16 px and a learning rate of 0.02."""
-    projector = f"model.projector={{layers: {layers}, hidden: 64, out: 64}}"
-    return load_config("r18_cifar10_800ep", [*SMALL, projector, *more])
-
-
-def batches(count):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(16, 3, 16, 16, generator=generator) for _ in range(count)]
 
 
 def our_step(config, dtype=torch.float32):

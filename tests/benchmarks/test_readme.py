@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import fastsiam
-from tests.conftest import REPOSITORY
+from tests.support.processes import REPOSITORY
 
 
 def test_the_encoder_is_used_as_the_readme_and_the_last_lines_say(tiny, tmp_path, monkeypatch, capsys):

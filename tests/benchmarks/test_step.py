@@ -27,7 +27,7 @@ from benchmarks.variants.step import (
 from fastsiam.config import load_config
 from fastsiam.errors import UserError
 from fastsiam.run.session import Session
-from tests.benchmarks.test_peers import CPU, batches, small_config
+from tests.support.bench_configs import CPU, batches, small_config
 
 
 def test_the_fastsiam_row_is_a_session_step_and_so_are_its_switches(tiny):

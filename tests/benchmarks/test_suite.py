@@ -13,7 +13,7 @@ from benchmarks import suite
 from benchmarks.harness import images
 from benchmarks.harness.checkout import CHECKOUT
 from benchmarks.suite import Benchmark, Clock, main
-from tests.conftest import run_python
+from tests.support.processes import run_python
 
 GOOD = """
 import argparse, json, pathlib

@@ -9,12 +9,8 @@ from benchmarks.harness.checkout import CHECKOUT
 from benchmarks.readme.captions import number
 from benchmarks.readme.tree import tree
 from benchmarks.tables import Column, Table, main, render
+from tests.support.bench_configs import MACHINE
 
-MACHINE = {
-    "gpu": None, "driver": None, "power_limit_watts": None, "cpu": "AMD EPYC", "cores": 2, "threads": 2,
-    "torch": "2.15.0", "triton": "3.9.0", "commit": "0123456789abcdef0123456789abcdef01234567", "dirty": False,
-    "date": "2026-01-31T10:00:00+00:00",
-}  # fmt: skip
 GPU = {**MACHINE, "gpu": "NVIDIA H200", "driver": "580.1", "power_limit_watts": 700.0}
 README = "# Title\n\n<!-- table: loss -->\n<!-- /table -->\n\nThe end.\n"
 

@@ -23,8 +23,8 @@ from fastsiam.config import load_config
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.runtime import malloc
-from tests.benchmarks.test_tables import MACHINE
-from tests.conftest import run_python
+from tests.support.bench_configs import MACHINE
+from tests.support.processes import run_python
 
 CPU = torch.device("cpu")
 

@@ -9,21 +9,10 @@ import yaml
 from fastsiam.config import CONFIGS, OPERATIONAL, Config, differing_keys, load_config
 from fastsiam.config.yaml_file import apply_override, check, flat, one_sentence, read, schema_keys
 from fastsiam.errors import UserError
-from tests.conftest import run_python
+from tests.support.processes import MASKED, run_python
 
 SHIPPED = sorted(path.name for path in CONFIGS.glob("*.yaml"))
 
-# Fails the import of torch, whoever asks for it.
-MASKED = """
-import sys
-class Mask:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "torchvision"):
-            raise ImportError("torch is masked")
-sys.meta_path.insert(0, Mask())
-from fastsiam.train import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 MISTAKES = {
     "unknown key": (["data.trian=x"], "data.trian is not a key; did you mean data.train?"),

@@ -11,7 +11,7 @@ import pytest
 
 from fastsiam.data import rng
 from fastsiam.errors import UserError
-from tests.data.test_loader import make
+from tests.support.loaders import make
 
 MAIN = threading.main_thread()
 

@@ -11,9 +11,9 @@ from fastsiam.data.build import open_backend
 from fastsiam.data.loader import CropRequest
 from fastsiam.data.sources.image_header import ODD, read_header
 from fastsiam.data.sources.open import open_source
-from tests.data.test_loader import CPU
-from tests.data.test_parity import exif_block, smooth
 from tests.support.ffcv_files import beton_of
+from tests.support.images import exif_block, smooth
+from tests.support.loaders import CPU
 
 SIZE = 24
 FORMATS = {

@@ -9,39 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastsiam.config.views import RECIPES
 from fastsiam.data import build, rng
 from fastsiam.data.backends import pil
 from fastsiam.data.backends.synthetic import SyntheticLoader
 from fastsiam.data.build import open_backend
-from fastsiam.data.loader import EvaluationLoader, Loader, LoaderError
+from fastsiam.data.loader import EvaluationLoader, LoaderError
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
-from tests.support.ffcv_files import beton_of
+from tests.support.loaders import CPU, SIZE, SPEC, STORE, count_decoders, make, source_of
 
-SIZE = 24
-SPEC = dataclasses.replace(RECIPES["simsiam"], size=SIZE)
 BACKENDS = ("dali", "pil", "ffcv", "resident")
-# At least the longest side of the photos: a store of this size loses nothing but to rounding.
-STORE = 200
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("resident_cache")
-
-
-def make(photos, backend, *, batch_size=5, workers=None, dtype=torch.float32, rank=0, world_size=1, spec=SPEC, seed=0):
-    source = source_of(photos, backend)
-    workers = (0 if backend == "pil" else 1) if workers is None else workers
-    opened = open_backend(backend, source, spec.size, 2, batch_size // world_size, workers, CPU, STORE)
-    return Loader(
-        source, (spec, spec), opened, batch_size=batch_size, seed=seed, dtype=dtype, rank=rank, world_size=world_size
-    )
-
-
-def source_of(photos, backend):
-    """The photos as the backend reads them: for ffcv half as JPEG, half as pixels, none shrunk."""
-    if backend != "ffcv":
-        return open_source(str(photos))
-    return beton_of(photos, "mixed")
 
 
 def uint8_crops(photos, backend, **options):
@@ -81,21 +59,6 @@ def test_dali_crops_as_pil_does(photos):
     difference = (uint8_crops(photos, "dali").float() - uint8_crops(photos, "pil").float()).abs()
     assert difference.mean() < 0.5
     assert difference.mean((1, 2, 3)).max() < 1.0
-
-
-def count_decoders(monkeypatch):
-    """Name and device of each decoder, of any kind, that is put into a graph of DALI's from now on."""
-    from nvidia.dali import fn
-
-    found = []
-
-    def counting(name, real):
-        return lambda *arguments, **options: found.append((name, options["device"])) or real(*arguments, **options)
-
-    for name in dir(fn.decoders):
-        if name.startswith("image"):
-            monkeypatch.setattr(fn.decoders, name, counting(name, getattr(fn.decoders, name)))
-    return found
 
 
 @pytest.mark.parametrize("backend", ["dali", "pil"])

@@ -11,7 +11,7 @@ from fastsiam.data.build import open_backend
 from fastsiam.data.sources.image_header import ODD, PLAIN, UNKNOWN, UNREADABLE
 from fastsiam.data.sources.open import open_source
 from fastsiam.run.session import Session
-from tests.conftest import run_python
+from tests.support.processes import run_python
 
 BEGIN = """
 import gc, sys
@@ -23,7 +23,7 @@ from fastsiam.data.backends import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import open_source
-from fastsiam.session import Session
+from fastsiam.run.session import Session
 from fastsiam.data.views import RECIPES
 import dataclasses
 

@@ -22,6 +22,7 @@ from fastsiam.data.sources.image_header import ODD, PLAIN
 from fastsiam.data.sources.open import open_source
 from fastsiam.run.session import Session
 from tests.support.ffcv_files import beton_of
+from tests.support.images import exif_block, smooth
 
 SIZE = 24
 CPU = torch.device("cpu")
@@ -48,23 +49,10 @@ def opened(backend, root, size, batch_size):
     return source, BACKENDS[backend](source, size, 2, batch_size)
 
 
-def smooth(generator, mode="RGB", size=(90, 60)):
-    bands = [generator.integers(0, 256, (6, 6), np.uint8) for _ in mode]
-    resized = [Image.fromarray(band).resize(size, Image.Resampling.BICUBIC) for band in bands]
-    return Image.merge(mode, resized) if len(mode) > 1 else resized[0]
-
-
 def turned(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     return {"quality": 90, "exif": exif}
-
-
-def exif_block(order, kind, orientation):
-    """An EXIF block with an orientation as a number of 16 (kind 3) or 32 bits (kind 4)."""
-    start = {"<": b"II", ">": b"MM"}[order]
-    entry = struct.pack(order + "HHI" + ("HH" if kind == 3 else "I"), 0x0112, kind, 1, orientation, *[0] * (kind == 3))
-    return b"Exif\0\0" + start + struct.pack(order + "HIH", 42, 8, 1) + entry + bytes(4)
 
 
 def late_exif(path):

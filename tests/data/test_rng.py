@@ -13,7 +13,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from fastsiam.config.views import ViewSpec
 from fastsiam.data import rng
-from tests.conftest import run_python
+from tests.support.processes import run_python
 
 N = 20_000
 INDICES = np.arange(N)

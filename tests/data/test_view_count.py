@@ -19,9 +19,8 @@ from fastsiam.errors import UserError
 from fastsiam.methods import build_method
 from fastsiam.models.batch_norm import PerViewBatchNorm1d, PerViewBatchNorm2d
 from fastsiam.train import main
-from tests.end_to_end.test_ranks import numbers, train_here
-from tests.end_to_end.test_train import lines
 from tests.support.ffcv_files import beton_of
+from tests.support.runs import lines, numbers, train_here
 
 CPU = torch.device("cpu")
 SPEC = dataclasses.replace(RECIPES["simsiam"], size=16)

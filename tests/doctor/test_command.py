@@ -8,7 +8,7 @@ import pytest
 
 from fastsiam.doctor import __main__ as doctor
 from fastsiam.doctor.software import Line
-from tests.conftest import REPOSITORY, run_python
+from tests.support.processes import REPOSITORY, run_python
 
 SOFTWARE = [
     "python", "packages", "torch", "torchvision", "driver", "gpu", "triton", "C compiler", "C++ compiler", "dali",

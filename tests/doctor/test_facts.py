@@ -14,7 +14,7 @@ import torch
 from fastsiam.data import read_speed
 from fastsiam.doctor import facts, probe
 from fastsiam.doctor.facts import Probe
-from tests.conftest import REPOSITORY
+from tests.support.processes import REPOSITORY
 
 MEMINFO = "MemTotal: 16000000 kB\nMemFree: 1000 kB\nMemAvailable: 8000000 kB\n"
 

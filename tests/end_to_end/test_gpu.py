@@ -26,10 +26,10 @@ from fastsiam.models.batch_norm import split_statistics
 from fastsiam.run.session import Session
 from fastsiam.runtime.device import choose_precision
 from fastsiam.runtime.energy import EnergyMeter
-from tests.data.test_loader import SPEC, STORE
-from tests.end_to_end.test_train import lines
-from tests.kernels.test_crop import pictures
 from tests.support.gpu_record import DECODER
+from tests.support.images import pictures
+from tests.support.loaders import SPEC, STORE
+from tests.support.runs import lines
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("resident_cache")]
 BACKENDS = ("dali", "pil", "resident") if dali_installed() else ("pil", "resident")
@@ -56,7 +56,7 @@ def test_crops_are_on_the_device_and_those_of_the_cpu(photos, backend, record_pr
 
 def test_dalis_own_augmentation_on_the_device_is_that_of_the_cpu(photos):
     """Fails where DALI is not installed: no commit is verified without it."""
-    from tests.data.backends.test_dali_augment import EVERYTHING, make
+    from tests.support.dali_recipes import EVERYTHING, make
 
     there = make(photos, EVERYTHING).epoch(0)
     for here, expected in zip(make(photos, EVERYTHING, device="cuda").epoch(0), there, strict=True):

@@ -18,10 +18,9 @@ from fastsiam.runtime.compile import Compiled
 from fastsiam.runtime.distributed import World
 from fastsiam.train import main
 from fastsiam.training.step import TrainingStep
-from tests.conftest import run_python
-from tests.end_to_end.test_train import lines, refused
-from tests.run.test_resume import EVERY_STEP, assert_same_run, start, wait_for_step
-from tests.runtime.test_compile import Net, compare, replaced_backend, seeded
+from tests.support.compiling import Net, compare, replaced_backend, seeded
+from tests.support.processes import run_python
+from tests.support.runs import EVERY_STEP, assert_same_run, lines, refused, start, wait_for_step
 
 CPU = torch.device("cpu")
 # Ten steps an epoch.

@@ -8,8 +8,8 @@ import pytest
 
 from fastsiam.data.demo_images import draw_demo
 from fastsiam.train import main
-from tests.conftest import REPOSITORY
-from tests.end_to_end.test_train import lines
+from tests.support.processes import REPOSITORY
+from tests.support.runs import lines
 
 SHARED = REPOSITORY.parent / "shared/data"
 EPOCHS = 4

@@ -7,59 +7,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
-from fastsiam.config import load_config
 from fastsiam.data.rng import epoch_order
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
-from fastsiam.run.session import Session
-from fastsiam.runtime.distributed import World
-from fastsiam.train import train
-from tests.end_to_end.test_train import lines
-
-
-class Asked:
-    """A signal that one rank has received once so many steps are done."""
-
-    def __init__(self, session, after, here):
-        self._session, self._after, self._here = session, after, here
-
-    @property
-    def received(self):
-        return 15 if self._here and self._after is not None and self._session.state.step >= self._after else None
-
-
-def train_here(overrides, stop_after=None, spoil=None):
-    """A whole run in this process; the last rank alone is asked to stop after `stop_after` steps.
-
-    `overrides` are those of all ranks, or a tuple with those of each. `spoil(session, views, indices)` may change the
-    views of a step. Returns the result, and (epoch, indices) of each finished step.
-    """
-    world = World()
-    if dist.is_initialized():
-        world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
-    if isinstance(overrides, tuple):
-        overrides = overrides[world.rank]
-    seen = []
-    with Session(load_config("quickstart", overrides), world) as session:
-        session.start()
-        real = session.step
-
-        def step(views, indices):
-            if spoil:
-                spoil(session, views, indices)
-            out = real(views, indices)
-            seen.append((session.state.epoch, indices.tolist()))
-            return out
-
-        session.step = step
-        status, received = train(session, Asked(session, stop_after, world.rank == world.size - 1))
-        return session.end(status, received), seen
-
-
-def numbers(folder, kind, *names):
-    return np.array([[line[name] for name in names] for line in lines(folder) if line["kind"] == kind], float)
+from tests.support.runs import lines, numbers, train_here
 
 
 def refused_here(overrides):

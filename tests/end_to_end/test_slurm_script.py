@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY, TINY
-from tests.end_to_end.test_train import lines
-from tests.run.test_resume import wait_for_step
+from tests.support.processes import REPOSITORY
+from tests.support.runs import TINY, lines, wait_for_step
 
 # The step's process is the command itself, as under slurmstepd: signals to the step go to this process.
 SRUN = """#!/bin/bash

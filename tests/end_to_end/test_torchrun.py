@@ -5,33 +5,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
 
 from fastsiam.run.checkpoint import load_newest
 from fastsiam.train import main
-from tests.conftest import REPOSITORY
-from tests.end_to_end.test_train import lines
-from tests.run.test_resume import EVERY_STEP, assert_same_run, wait_for_step
-
-
-@contextlib.contextmanager
-def torchrun(*arguments, module="fastsiam.train", restarts=0, **environment):
-    """Two workers of `module`; the agent's process, which is killed with its workers where a test leaves it alive."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["--max-restarts", str(restarts), "-m", module, "--config", "quickstart", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **environment}
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.communicate(timeout=60)
+from tests.support.processes import torchrun
+from tests.support.runs import EVERY_STEP, assert_same_run, lines, wait_for_step
 
 
 def workers(process):

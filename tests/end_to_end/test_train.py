@@ -17,29 +17,10 @@ from fastsiam.run import session as session_module
 from fastsiam.runtime import device as device_module
 from fastsiam.train import main
 from fastsiam.training.step import TrainingStep
-from tests.conftest import run_python
+from tests.support.processes import run_python
+from tests.support.runs import lines, refused
 
 KINDS = {"header", "train", "collapse", "knn", "resume", "warning", "end"}
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def refused(capsys, tmp_path, *arguments):
-    """The sentence of a command that must exit with 2 and write nothing; its dry run says the same one."""
-    before = sorted(path for path in tmp_path.rglob("*"))
-    capsys.readouterr()
-    assert main([*arguments, "--dry-run"]) == 2
-    rehearsed = capsys.readouterr()
-    assert main(list(arguments)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fastsiam: ")
-    assert error.count("\n") == 1
-    assert rehearsed.out == ""
-    assert rehearsed.err.splitlines()[-1:] == error.splitlines()
-    assert sorted(path for path in tmp_path.rglob("*")) == before
-    return error
 
 
 def test_a_run_leaves_its_folder(tiny, tmp_path, capsys):

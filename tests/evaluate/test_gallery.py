@@ -18,10 +18,8 @@ from fastsiam.kernels.reference import normalize, to_unit
 from fastsiam.run.saver import Saver
 from fastsiam.runtime.arrays import read_arrays, write_arrays
 from fastsiam.train import main
-from tests.end_to_end.test_ranks import train_here
-from tests.end_to_end.test_train import lines
-from tests.run.test_checkpoint_faults import largest_file
-from tests.run.test_resume import assert_same_run
+from tests.support.files import largest_file
+from tests.support.runs import assert_same_run, lines, train_here
 
 SPEC = RECIPES["demo"]
 

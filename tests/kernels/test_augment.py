@@ -15,7 +15,7 @@ from fastsiam.kernels import augment_table, augment_triton, augment_views, refer
 from fastsiam.kernels.augment import augment_views_op
 from fastsiam.kernels.augment_numba import augment_on_cpu
 from fastsiam.kernels.augment_triton import augment_on_cuda
-from tests.conftest import run_python
+from tests.support.processes import run_python
 
 CUDA = torch.cuda.is_available()
 KERNELS = {"triton": (augment_on_cuda, "cuda" if CUDA else "cpu"), "numba": (augment_on_cpu, "cpu")}
@@ -259,7 +259,7 @@ def test_the_reference_has_the_same_signature():
 def test_torch_keeps_its_number_of_threads():
     """In a process of its own: numba starts its threads once, with OpenMP's number for all libraries."""
     program = (
-        "import torch; torch.set_num_threads(1); from tests.test_augment_kernel import make, run; "
+        "import torch; torch.set_num_threads(1); from tests.kernels.test_augment import make, run; "
         "run('numba', *make(2, 8), 'matrix'); import sys; sys.exit(torch.get_num_threads() - 1)"
     )
     done = run_python("-c", program)

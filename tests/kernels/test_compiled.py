@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fastsiam.kernels import augment_triton
-from tests.conftest import run_python
+from tests.support.processes import run_python
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastsiam.kernels import cosine, reference
-from tests.kernels.test_cosine_reference import algorithm_1, gradients
+from tests.support.numerics import algorithm_1, gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes with NumPy, which warns of what NaN and infinity give.

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from fastsiam.kernels import negative_cosine, negative_cosine_all_pairs
-from tests.kernels.test_cosine_reference import assert_as_exact_as_plain, gradients, loop_distance
+from tests.support.numerics import assert_as_exact_as_plain, gradients, loop_distance
 
 VIEWS = (2, 3, 4)
 SIZES = [(2, 3), (7, 16), (32, 64)]

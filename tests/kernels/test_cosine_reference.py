@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from fastsiam import kernels
 from fastsiam.kernels import negative_cosine, reference
+from tests.support.numerics import algorithm_1, assert_as_exact_as_plain, gradients, loop_distance
 
 LOW = [torch.bfloat16, torch.float16]
 SIZES = [(2, 3), (7, 16), (64, 256)]
@@ -23,31 +24,10 @@ def four(count, dim, dtype=torch.float64, seed=0, scale=1.0):
     ]
 
 
-def loop_distance(p, z):
-    """D(p, z) of Algorithm 1: l2-normalise both, -(p * z).sum(dim=1).mean()."""
-    total = 0.0
-    for row in range(len(p)):
-        p_norm = sum(value * value for value in p[row]) ** 0.5
-        z_norm = sum(value * value for value in z[row]) ** 0.5
-        total += sum((a / p_norm) * (b / z_norm) for a, b in zip(p[row], z[row], strict=True))
-    return -total / len(p)
-
-
 def loop_loss(p1, p2, z1, z2):
     """L = D(p1, z2) / 2 + D(p2, z1) / 2 of Algorithm 1."""
     p1, p2, z1, z2 = (x.detach().double().numpy() for x in (p1, p2, z1, z2))
     return loop_distance(p1, z2) / 2 + loop_distance(p2, z1) / 2
-
-
-def algorithm_1(p1, p2, z1, z2, stop_gradient=True):
-    """The same in torch, for autograd, in the precision of what it is given."""
-
-    def distance(p, z):
-        z = z.detach() if stop_gradient else z
-        p, z = p / p.norm(dim=1, keepdim=True), z / z.norm(dim=1, keepdim=True)
-        return -(p * z).sum(dim=1).mean()
-
-    return distance(p1, z2) / 2 + distance(p2, z1) / 2
 
 
 def closed_form_gradient(p, z):
@@ -56,10 +36,6 @@ def closed_form_gradient(p, z):
     length = np.linalg.norm(p, axis=1, keepdims=True)
     p, z = p / length, z / np.linalg.norm(z, axis=1, keepdims=True)
     return -(z - (p * z).sum(1, keepdims=True) * p) / length / (2 * len(p))
-
-
-def gradients(loss, inputs):
-    return torch.autograd.grad(loss, inputs, allow_unused=True)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -95,17 +71,6 @@ def test_without_stop_gradient_all_four_get_autograds_gradients(size):
     torch.testing.assert_close(ours, theirs, atol=1e-14, rtol=1e-12)
     np.testing.assert_allclose(ours[2], closed_form_gradient(z1, p2), atol=1e-14)
     np.testing.assert_allclose(ours[3], closed_form_gradient(z2, p1), atol=1e-14)
-
-
-def assert_as_exact_as_plain(ours, exact, plain, dtype):
-    """Gradients of `dtype` within twice the error of plain PyTorch's, and one ulp, from those in fp64."""
-    for mine, truth, theirs in zip(ours, exact, plain, strict=True):
-        if truth is None:
-            assert mine is None
-            continue
-        assert mine.dtype == dtype
-        ulp = torch.finfo(dtype).eps * truth.abs().max()
-        assert (mine - truth).abs().max() <= 2 * (theirs - truth).abs().max() + ulp
 
 
 @pytest.mark.parametrize("stop_gradient", [True, False])

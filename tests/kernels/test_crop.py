@@ -10,7 +10,8 @@ from PIL import Image
 from fastsiam.kernels import crop_resize, crop_triton, reference
 from fastsiam.kernels.crop import crop_resize_op
 from fastsiam.kernels.crop_triton import crop_on_cuda
-from tests.kernels.test_crop_cpu import by_definition
+from tests.support.images import pictures
+from tests.support.numerics import by_definition
 
 CUDA = torch.cuda.is_available()
 pytestmark = [pytest.mark.gpu] if CUDA else []
@@ -32,11 +33,6 @@ def scattered(images, boxes, size, indices=None):
 
 
 KERNELS = {"numba": crop_resize, "triton": triton, "scattered": scattered, "reference": reference.crop_resize_ref}
-
-
-def pictures(count, height, width, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, height, width, 3), generator=generator, dtype=torch.uint8)
 
 
 def rounded_right(found, images, boxes, size, indices):

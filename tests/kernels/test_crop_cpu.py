@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from fastsiam.kernels.crop_numba import crop_on_cpu
+from tests.support.numerics import by_definition
 
 SIZES = [(37, 50), (1, 9), (64, 5), (200, 300)]
 
@@ -29,22 +30,6 @@ def boxes_of(images, seed=0):
         begin = generator.integers(0, np.array(image.shape[:2]) - length + 1)
         rows.append([[*begin, *length], [0, 0, *image.shape[:2]], [image.shape[0] - 1, image.shape[1] - 1, 1, 1]])
     return np.array(rows).transpose(1, 0, 2)
-
-
-def by_definition(image, box, size):
-    """Pillow's bilinear filter (Resample.c): a triangle as wide as the scale where it shrinks, weights normalised."""
-
-    def matrix(begin, length, limit):
-        scale = length / size
-        reach, center = max(scale, 1), begin + (np.arange(size) + 0.5) * scale
-        pixels = np.arange(max(np.floor(begin), 0), min(np.ceil(begin + length), limit))
-        weights = np.clip(1 - np.abs(pixels + 0.5 - center[:, None]) / reach, 0, None)
-        return weights / weights.sum(1, keepdims=True), pixels.astype(int)
-
-    down, rows = matrix(box[0], box[2], image.shape[0])
-    along, columns = matrix(box[1], box[3], image.shape[1])
-    pixels = image[rows][:, columns].astype(np.float64)
-    return np.einsum("yr,xc,rcd->yxd", down, along, pixels)
 
 
 @pytest.mark.parametrize("size", [1, 7, 32, 150])

@@ -9,9 +9,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from fastsiam.methods import build_method
-from fastsiam.methods.simsiam import SimSiam
 from fastsiam.models.batch_norm import split_statistics
-from tests.models.test_batch_norm import NETWORKS, build
+from tests.support.networks import NETWORKS, build, one_layer
 
 BATCH = 8
 STEPS, IMAGES, LEARNING_RATE = 20, 64, 0.05
@@ -192,19 +191,6 @@ def evaluated_on_one_rank():
 
 def test_evaluation_needs_no_other_rank(ranks):
     assert ranks(2, evaluated_on_one_rank) == [True, True]
-
-
-def one_layer():
-    """A method with one convolution instead of a ResNet: each kernel costs the C++ compiler seconds.
-
-    It has no ReLU, at whose kink fp32's rounding changes gradients: after these 20 steps on one rank the ResNet-8 in
-    fp32 is 4e-2 away from itself in float64, so that two ranks can be compared with one in float64 only.
-    """
-    encoder = nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=4, padding=1), nn.BatchNorm2d(8), nn.SiLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-    )
-    projector = nn.Sequential(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8, affine=False))
-    return SimSiam(encoder, projector, nn.Linear(8, 8))
 
 
 def train(config, dtype, backend, world_size, joint=False):

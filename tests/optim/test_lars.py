@@ -11,7 +11,7 @@ from fastsiam.methods import build_method
 from fastsiam.optim.build import build_optimizer, set_learning_rate
 from fastsiam.optim.lars import LARS, trust_ratios
 from fastsiam.train import main
-from tests.end_to_end.test_train import lines
+from tests.support.runs import lines
 
 SHAPES = ((6, 4), (8, 3, 3, 3), (8,))
 RATES = {"lr": 0.7, "momentum": 0.9, "weight_decay": 0.02, "trust": 0.05}

@@ -7,9 +7,7 @@ import pytest
 
 from fastsiam.plan import __main__ as plan
 from fastsiam.plan.__main__ import main
-from tests.config.test_load import MASKED
-from tests.conftest import run_python
-from tests.end_to_end.test_torchrun import torchrun
+from tests.support.processes import MASKED, run_python, torchrun
 
 
 def everything_under(folder):

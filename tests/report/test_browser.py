@@ -3,9 +3,8 @@
 import pytest
 
 from fastsiam.report.__main__ import main
-from tests.report.test_page import EVIL
 from tests.support.optional import browser_path
-from tests.support.run_folders import write_run
+from tests.support.run_folders import EVIL, write_run
 
 # Boxes of the figures that are seen: [label, width, height].
 FIGURES = """() => [...document.querySelectorAll('.panels figure')].map(figure => {

@@ -14,9 +14,7 @@ from fastsiam.report.__main__ import main
 from fastsiam.report.page import differing, page
 from fastsiam.report.read_run import Series, open_run, open_runs
 from fastsiam.run import write_report
-from tests.support.run_folders import PER_EPOCH, STEPS, at, metrics, train_line, write_run
-
-EVIL = "<script>alert('x')</script>\"&\u202e-\u05d0" + "n" * 300
+from tests.support.run_folders import EVIL, PER_EPOCH, STEPS, at, metrics, train_line, write_run
 
 
 def panel(key):

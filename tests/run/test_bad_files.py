@@ -18,8 +18,8 @@ from fastsiam.data.sources.image_header import UNREADABLE
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.train import main
-from tests.data.test_loader import CPU, SIZE, SPEC
-from tests.end_to_end.test_train import lines
+from tests.support.loaders import CPU, SIZE, SPEC
+from tests.support.runs import lines
 
 BACKENDS = ("dali", "pil")
 # In the order of their names in the folder `photos`: indices 0, 9 and 14.

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import pickle
-import resource
 import shlex
 import zipfile
 from pathlib import Path
@@ -15,21 +14,9 @@ import torch
 from fastsiam.errors import UserError
 from fastsiam.run.checkpoint import SaveError, _sync_folder, load_newest, path_of, save
 from fastsiam.train import main
-from tests.conftest import run_python
-from tests.end_to_end.test_train import lines
-
-NO_SPACE = "No space left on device"
-
-
-@contextlib.contextmanager
-def largest_file(size):
-    """No file of this process may grow beyond `size` bytes: the write that would, writes what fits and then fails."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+from tests.support.files import NO_SPACE, largest_file
+from tests.support.processes import run_python
+from tests.support.runs import lines
 
 
 def state(step, size=50_000):

@@ -5,7 +5,7 @@ import shutil
 
 from fastsiam.config import load_config
 from fastsiam.train import main
-from tests.end_to_end.test_train import refused
+from tests.support.runs import refused
 
 
 def test_dry_run_shows_what_would_run_and_writes_nothing(tiny, tmp_path, capsys):

@@ -23,8 +23,7 @@ from fastsiam.models.encoder import build_encoder
 from fastsiam.run.encoder_file import describe_encoder, load_encoder, save_encoder
 from fastsiam.runtime import files
 from fastsiam.train import main
-from tests.run.test_resume import start, wait_for_step
-from tests.run.test_resume_otherwise import of_an_earlier_version
+from tests.support.runs import of_an_earlier_version, start, wait_for_step
 
 
 def images(count=8, size=16):

@@ -5,19 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from fastsiam.config import load_config
 from fastsiam.errors import UserError
 from fastsiam.run.checkpoint import load_newest, save
-from fastsiam.run.folder import RunFolder, run_path
 from fastsiam.train import main
-from tests.end_to_end.test_train import lines
-from tests.run.test_checkpoint_faults import NO_SPACE, largest_file
-
-
-def run_folder(tmp_path, warn=pytest.fail, **run):
-    overrides = {"run.dir": tmp_path, "run.name": "run"} | run
-    config = load_config("quickstart", [f"{key}={value}" for key, value in overrides.items()])
-    return RunFolder(config, run_path(config), warn)
+from tests.support.files import NO_SPACE, largest_file
+from tests.support.run_folders import run_folder
+from tests.support.runs import lines
 
 
 def below_a_file(tmp_path):

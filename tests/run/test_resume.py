@@ -20,50 +20,17 @@ from fastsiam.config import load_config
 from fastsiam.run.checkpoint import load_newest
 from fastsiam.run.stop_signals import StopSignals
 from fastsiam.train import main
-from tests.conftest import REPOSITORY, run_python
-from tests.end_to_end.test_train import lines, refused
-
-COMPARED = (
-    "kind", "step", "epoch", "images_seen", "loss", "lr",
-    "knn_top1", "raw_pixels_knn_top1", "std_ratio", "effective_rank", "mean_abs_cos",
-)  # fmt: skip
-EVERY_STEP = "checkpoint.every_seconds=0.0001"
-
-
-def weights(folder):
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    momentum = {i: entry["momentum_buffer"] for i, entry in saved["optimizer"]["state"].items()}
-    return saved["method"] | {f"momentum {i}": value for i, value in momentum.items()}
-
-
-def record(folder):
-    """What a run computed, without its clocks and without the lines that say that it was resumed."""
-    metrics = [line for line in lines(folder) if line["kind"] not in ("header", "resume")]
-    return [{key: line[key] for key in COMPARED if key in line} for line in metrics]
-
-
-def assert_same_run(one, other):
-    a, b = weights(one), weights(other)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert record(one) == record(other)
-
-
-def start(overrides, **environment):
-    return run_python("-m", "fastsiam.train", "--config", "quickstart", *overrides, wait=False, **environment)
-
-
-def wait_for_step(process, folder, step):
-    """Until metrics.jsonl shows a train line of `step` or later."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (folder / "metrics.jsonl").exists():
-            text = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]
-            seen = [json.loads(line) for line in text.splitlines()]
-            if any(line["kind"] == "train" and line["step"] >= step for line in seen):
-                return
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+from tests.support.processes import REPOSITORY, run_python
+from tests.support.runs import (
+    EVERY_STEP,
+    assert_same_run,
+    lines,
+    refused,
+    refused_after_warnings,
+    start,
+    wait_for_step,
+    weights,
+)
 
 
 @pytest.fixture
@@ -119,7 +86,7 @@ def handlers(*numbers):
 
 SIGNALLED = """
 import os, signal, sys, time
-from fastsiam.signals import StopSignals
+from fastsiam.run.stop_signals import StopSignals
 with StopSignals(abandon=lambda: print("in order", flush=True)) as stop:
     for name in sys.argv[1:]:
         os.kill(os.getpid(), signal.Signals["SIG" + name])
@@ -166,7 +133,7 @@ def test_a_notebook_hears_that_it_stops(monkeypatch):
 
 STUCK = """
 import sys, time
-from fastsiam.session import Session
+from fastsiam.run.session import Session
 from fastsiam.train import main
 step = Session.step
 def stuck(self, *arguments):
@@ -260,11 +227,6 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_it_serves(tiny, tmp_p
     for path in folder.glob("checkpoint*.pt"):
         path.write_bytes(b"PK")
     assert "no whole checkpoint" in refused_after_warnings(capsys, *tiny())
-
-
-def refused_after_warnings(capsys, *overrides):
-    assert main(["--config", "quickstart", *overrides]) == 2
-    return capsys.readouterr().err
 
 
 def test_other_data_views_or_backend_are_refused(tiny, tmp_path, capsys, demo_folder, photos):

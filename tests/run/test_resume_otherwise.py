@@ -11,8 +11,7 @@ from fastsiam.run.folder import RunFolder
 from fastsiam.run.resume import changed_computation, differences_against_resuming
 from fastsiam.runtime import device
 from fastsiam.train import main, pretrain
-from tests.end_to_end.test_train import lines
-from tests.run.test_resume import refused_after_warnings, weights
+from tests.support.runs import lines, of_an_earlier_version, refused_after_warnings, weights
 
 
 def test_data_that_moved_is_the_same_data(tiny, tmp_path, demo_folder, capsys):
@@ -69,14 +68,6 @@ def test_a_compiled_run_of_an_earlier_version_is_told_that_its_batch_norm_is_ano
             if compiles
             else None
         )
-
-
-def of_an_earlier_version(folder):
-    """Make the checkpoint of a run what version 0.1.0 wrote."""
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    saved["threads"] = saved.pop("computation")["threads"]
-    del saved["budget"], saved["encoder"]
-    torch.save(saved, folder / "checkpoint.pt")
 
 
 @pytest.mark.parametrize(("then", "earlier"), [("fp32", False), ("fp32", True), ("bf16", False)])

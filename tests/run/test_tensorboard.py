@@ -13,11 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 from fastsiam.train import main
-from tests.conftest import run_python
-from tests.end_to_end.test_train import lines
-from tests.run.test_checkpoint_faults import NO_SPACE, largest_file
-from tests.run.test_folder_faults import run_folder
-from tests.run.test_resume import EVERY_STEP, start, wait_for_step
+from tests.support.files import NO_SPACE, largest_file
+from tests.support.processes import run_python
+from tests.support.run_folders import run_folder
+from tests.support.runs import EVERY_STEP, lines, start, wait_for_step
 
 WHERE = {"kind", "step", "epoch", "images_seen", "train_seconds", "wall_seconds"}
 

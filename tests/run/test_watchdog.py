@@ -5,13 +5,13 @@ import threading
 import time
 
 from fastsiam.run.watchdog import EXIT_CODE, Watchdog
-from tests.conftest import run_python
+from tests.support.processes import run_python
 
 # `end` appends to a file: how often it was called, and with what.
 RUN = """
 import ctypes, sys, threading, time
 from pathlib import Path
-from fastsiam.watchdog import Watchdog
+from fastsiam.run.watchdog import Watchdog
 
 folder = Path(sys.argv[1])
 

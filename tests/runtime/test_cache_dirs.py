@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from fastsiam.runtime import cache_dirs
-from tests.conftest import REPOSITORY
+from tests.support.processes import REPOSITORY
 
 # Root may write everywhere: it gives that up.
 UNPRIVILEGED = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
@@ -21,7 +21,7 @@ pwd.getpwuid = missing
 CROP = """
 import os, numpy as np
 from fastsiam.data.index import cache_folder
-from fastsiam.cache_dirs import cache_root
+from fastsiam.runtime.cache_dirs import cache_root
 from fastsiam.kernels import numba_cache
 from fastsiam.kernels.crop_numba import crop_on_cpu
 image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)

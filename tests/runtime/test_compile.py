@@ -1,7 +1,6 @@
 """Compilation is counted, may fail, and fails on all ranks together."""
 
 import contextlib
-import copy
 import json
 from types import SimpleNamespace
 
@@ -14,19 +13,8 @@ from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
 from fastsiam.runtime.compile import Compiled
 from fastsiam.runtime.distributed import World
-from tests.conftest import run_python
-
-
-class Net(nn.Module):
-    """Batch norm and a layer: running statistics show whether a step ran twice."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.linear = nn.BatchNorm1d(6), nn.Linear(6, 4)
-
-    def forward(self, x):
-        loss = self.linear(self.norm(x)).square().mean()
-        return {"loss": loss, "z": x.detach()}
+from tests.support.compiling import Net, batch, compare, replaced_backend, seeded
+from tests.support.processes import run_python
 
 
 class Broken(Net):
@@ -42,39 +30,6 @@ class Broken(Net):
 def fresh_compiler():
     """Dynamo counts the recompilations of a class's code over all its objects."""
     torch._dynamo.reset()
-
-
-def seeded(kind):
-    torch.manual_seed(0)
-    return kind()
-
-
-def batch(step, size=8):
-    return torch.randn(size, 6, generator=torch.Generator().manual_seed(step))
-
-
-def steps(forward, module, sizes):
-    """Losses, gradients and buffers of a step for each batch size."""
-    found = []
-    for step, size in enumerate(sizes):
-        module.zero_grad()
-        out = forward(batch(step, size))
-        out["loss"].backward()
-        found.append([out["loss"].detach(), *(p.grad.clone() for p in module.parameters())])
-        found[-1] += [buffer.clone() for buffer in module.buffers()]
-    return found
-
-
-def compare(forward, module, sizes=(8, 8, 8)):
-    """The steps of `forward` against those of a copy of `module` as it is."""
-    plain = copy.deepcopy(module)
-    found, expected = steps(forward, module, sizes), steps(plain, plain, sizes)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-
-
-def replaced_backend(monkeypatch, backend):
-    real = torch._dynamo.lookup_backend
-    monkeypatch.setattr(torch._dynamo, "lookup_backend", lambda name: backend if name == "inductor" else real(name))
 
 
 def test_the_numbers_are_those_of_eager_and_each_compilation_is_counted():
@@ -142,9 +97,9 @@ def test_a_compiler_that_is_switched_off_is_told():
 
 WITHOUT_COMPILER = """
 import json
-from fastsiam.compiling import Compiled
-from fastsiam.distributed import World
-from tests.test_compiling import Net, compare, seeded
+from fastsiam.runtime.compile import Compiled
+from fastsiam.runtime.distributed import World
+from tests.support.compiling import Net, compare, seeded
 module = seeded(Net)
 compiled = Compiled(module, World())
 compare(compiled, module)

@@ -4,14 +4,14 @@ import shutil
 
 import numpy as np
 
-from tests.conftest import REPOSITORY, run_python
+from tests.support.processes import REPOSITORY, run_python
 
 COMPILED_LOSS = """
 import sys, torch
 from torch import nn
 from torch._dynamo.utils import counters
-from fastsiam.compiling import Compiled
-from fastsiam.distributed import World
+from fastsiam.runtime.compile import Compiled
+from fastsiam.runtime.distributed import World
 from fastsiam.kernels import cosine
 
 class Loss(nn.Module):

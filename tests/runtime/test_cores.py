@@ -9,7 +9,7 @@ import torch.distributed as dist
 from fastsiam import cli
 from fastsiam.runtime import cores
 from fastsiam.runtime.distributed import World
-from tests.conftest import run_python
+from tests.support.processes import run_python
 
 BOUND = """
 import os

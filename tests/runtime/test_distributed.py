@@ -2,14 +2,10 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from fastsiam.errors import UserError
 from fastsiam.runtime.distributed import World
-
-
-def world():
-    return World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
+from tests.support.gloo_ranks import world
 
 
 def agreed():

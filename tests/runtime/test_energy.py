@@ -11,7 +11,7 @@ import torch
 
 from fastsiam.runtime import energy
 from fastsiam.runtime.energy import EnergyMeter, kilowatt_hours
-from tests.conftest import run_python
+from tests.support.processes import run_python
 
 CUDA = torch.device("cuda", 1)
 UUID = "4fa2b5c6-0000-1111-2222-333344445555"
@@ -241,7 +241,7 @@ def test_without_nvml_it_is_not_available(card, monkeypatch):
 def test_a_cpu_is_not_asked():
     """Nor is anything imported for it; torch, which stays out of this, imports pynvml itself."""
     code = (
-        "import sys, types; from fastsiam.energy import EnergyMeter; "
+        "import sys, types; from fastsiam.runtime.energy import EnergyMeter; "
         "meter = EnergyMeter.of(types.SimpleNamespace(type='cpu')); "
         "print(meter.joules(), meter.description, {'pynvml', 'torch'} & sys.modules.keys())"
     )

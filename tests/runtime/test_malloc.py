@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import run_python
+from tests.support.processes import run_python
 
 # 200 MB as a step's activations: several blocks above and below the size that glibc hands back by default.
 SCRIPT = """

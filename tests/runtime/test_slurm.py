@@ -8,8 +8,8 @@ import pytest
 
 from fastsiam.errors import UserError
 from fastsiam.runtime import slurm
-from tests.conftest import REPOSITORY
-from tests.end_to_end.test_train import lines
+from tests.support.processes import REPOSITORY
+from tests.support.runs import lines
 
 # Task 5 of `srun --ntasks=7` on three nodes of three, three and one.
 STEP = {

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from fastsiam.runtime.distributed import World
+
 SECONDS = 240
 
 
@@ -80,3 +82,7 @@ def _serve(pipe):
             if dist.is_initialized():
                 dist.destroy_process_group()
         pipe.send(answer)
+
+
+def world():
+    return World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())

@@ -3,8 +3,10 @@
 import json
 
 import numpy as np
+import pytest
 
 from fastsiam.config import load_config
+from fastsiam.run.folder import RunFolder, run_path
 from fastsiam.runtime.arrays import write_arrays
 
 PER_EPOCH, STEPS = 40, 30
@@ -61,3 +63,12 @@ def write_pictures(path, name, side=32):
     arrays |= {"neighbour_similarity": generator.random((8, 5), np.float32), "explained": np.array([0.5, 0.25])}
     arrays |= {"points": generator.normal(size=(100, 2)).astype(np.float32), "point_labels": np.tile(labels, 10)}
     write_arrays(path, arrays)
+
+
+EVIL = "<script>alert('x')</script>\"&\u202e-\u05d0" + "n" * 300
+
+
+def run_folder(tmp_path, warn=pytest.fail, **run):
+    overrides = {"run.dir": tmp_path, "run.name": "run"} | run
+    config = load_config("quickstart", [f"{key}={value}" for key, value in overrides.items()])
+    return RunFolder(config, run_path(config), warn)

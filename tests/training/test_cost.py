@@ -12,7 +12,7 @@ from fastsiam.config.budget import parse_budget
 from fastsiam.training.cost import Spent, heartbeat_seconds
 from fastsiam.training.state import State, Stopwatch
 from fastsiam.training.timing import Laps
-from tests.run.test_checkpoint_faults import largest_file
+from tests.support.files import largest_file
 
 
 class Clock:
@@ -123,7 +123,8 @@ def test_a_rank_without_a_folder_writes_nothing(tmp_path, monkeypatch):
 def test_what_a_shell_did_before_it_became_this_process_does_not_count():
     """exec keeps the starttime of /proc/self/stat."""
     command = (
-        "import time; began = time.monotonic(); from fastsiam.spent import process_began; print(began, process_began())"
+        "import time; began = time.monotonic(); "
+        "from fastsiam.training.cost import process_began; print(began, process_began())"
     )
     script = f"sleep 2; exec '{sys.executable}' -c '{command}'"
     run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env=os.environ)

@@ -13,7 +13,7 @@ from fastsiam.data import bottleneck
 from fastsiam.data.backends import pil
 from fastsiam.training.data_wait import OnDevice, OnHost, data_wait_on
 from fastsiam.training.state import State, Stopwatch
-from tests.data.test_loader import make
+from tests.support.loaders import make
 
 
 class Device:

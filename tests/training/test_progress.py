@@ -19,8 +19,7 @@ from fastsiam.train import main, train
 from fastsiam.training.cost import Spent
 from fastsiam.training.progress import Pace
 from fastsiam.training.state import State
-from tests.end_to_end.test_train import lines
-from tests.run.test_resume import EVERY_STEP, assert_same_run, start, wait_for_step
+from tests.support.runs import EVERY_STEP, assert_same_run, lines, start, wait_for_step
 
 
 class Clock:

@@ -16,21 +16,9 @@ from fastsiam.data.build import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.open import open_source
+from tests.support.dali_recipes import EVERYTHING, make
 
-# Levels of 0 to 255 are delivered as they are.
-EVERYTHING = dataclasses.replace(
-    RECIPES["simsiam"], size=24, solarize=0.4, grayscale=0.3, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255)
-)
 NOTHING = dataclasses.replace(EVERYTHING, flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
-
-
-def make(photos, spec, dtype=torch.float32, skip=None, batch_size=8, device="cpu"):
-    from fastsiam.data.backends.dali_augment import open_recipe
-
-    source = open_source(str(photos))
-    backend = open_recipe(source, (spec, spec), batch_size, 1, torch.device(device), dtype)
-    numbers = {"batch_size": batch_size, "seed": 0, "dtype": dtype}
-    return Loader(source, (spec, spec), backend, **numbers, skip=skip, backend_augments=True)
 
 
 def views(photos, spec, epochs=(0, 1, 2)):

@@ -14,8 +14,8 @@ from fastsiam.data.sources.image_header import ODD, PLAIN
 from fastsiam.data.sources.open import open_source
 from fastsiam.prepare.pack import pack
 from fastsiam.train import main
-from tests.data.test_loader import CPU, SPEC
-from tests.data.test_parity import exif_block, smooth
+from tests.support.images import exif_block, smooth
+from tests.support.loaders import CPU, SPEC
 
 REFUSED, TURNED, BAD = (1, 5, 6), 3, 9
 

@@ -21,8 +21,8 @@ from fastsiam.data.sources.beton import index_path, write_beton
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.train import pretrain
-from tests.conftest import run_python
 from tests.support.ffcv_files import beton_of, stored_images
+from tests.support.processes import run_python
 
 SIZE = 24
 SPEC = dataclasses.replace(RECIPES["simsiam"], size=SIZE)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from fastsiam.data.sources.open import open_source
 from fastsiam.kernels import crop_triton
-from tests.data.test_loader import CPU, SIZE, count_decoders, make
 from tests.support.lanes import LateLane
+from tests.support.loaders import CPU, SIZE, count_decoders, make
 
 pytestmark = pytest.mark.usefixtures("resident_cache")
 

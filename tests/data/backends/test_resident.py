@@ -21,9 +21,9 @@ from fastsiam.data.sources.image_header import PLAIN, UNREADABLE, UNWANTED
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.kernels.crop_numba import crop_on_cpu
-from tests.conftest import REPOSITORY
-from tests.data.test_loader import SPEC
-from tests.end_to_end.test_train import lines
+from tests.support.loaders import SPEC
+from tests.support.processes import REPOSITORY
+from tests.support.runs import lines
 
 CPU = torch.device("cpu")
 SAMPLE = REPOSITORY.parent / "shared/data/imagenet-sample"

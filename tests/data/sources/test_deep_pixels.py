@@ -24,9 +24,9 @@ from fastsiam.prepare import scan
 from fastsiam.run.session import Session
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.rank_check import with_levels
-from tests.data.test_loader import CPU
-from tests.data.test_parity import exif_block
 from tests.support.ffcv_files import beton_of
+from tests.support.images import exif_block
+from tests.support.loaders import CPU
 from tests.support.tiffs import tiff_of
 
 SIZE = 32

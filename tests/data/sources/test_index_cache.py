@@ -4,7 +4,6 @@ import io
 import json
 import os
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,14 +19,7 @@ from fastsiam.data.sources.index_cache import cache_folder
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.prepare.pack import pack
-
-LONG_AGO = 1_600_000_000
-
-
-def settle(root: Path) -> None:
-    """Give everything below `root` an old mtime: what has just changed is not cached."""
-    for path in [root, *root.rglob("*")]:
-        os.utime(path, (LONG_AGO, LONG_AGO), follow_symlinks=False)
+from tests.support.files import LONG_AGO, settle
 
 
 @pytest.fixture

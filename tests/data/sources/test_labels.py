@@ -13,7 +13,7 @@ from fastsiam.data.sources.open import check_labels, open_source
 from fastsiam.errors import UserError
 from fastsiam.evaluate.online import Monitor
 from fastsiam.methods import build_method
-from tests.data.sources.test_index_cache import LONG_AGO, settle
+from tests.support.files import LONG_AGO, settle
 
 
 def pictures(root, *names):

@@ -1,0 +1,152 @@
+"""Whole runs in this process or another, and what their folders hold."""
+
+import json
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from fastsiam.config import load_config
+from fastsiam.run.session import Session
+from fastsiam.runtime.distributed import World
+from fastsiam.train import main, train
+from tests.support import optional
+from tests.support.processes import run_python
+
+COMPARED = (
+    "kind", "step", "epoch", "images_seen", "loss", "lr",
+    "knn_top1", "raw_pixels_knn_top1", "std_ratio", "effective_rank", "mean_abs_cos",
+)  # fmt: skip
+
+EVERY_STEP = "checkpoint.every_seconds=0.0001"
+
+# A ResNet-8 of width 8 on 16 px views: a step of 8 images takes about 15 ms on one core.
+TINY = (
+    "views.size=16",
+    "model.width=8",
+    "model.projector={layers: 2, hidden: 16, out: 16}",
+    "model.predictor.hidden=8",
+    "train.batch_size=8",
+    "train.epochs=2",
+    "train.device=cpu",
+    "train.precision=fp32",
+    "train.log_every_steps=1",
+    "evaluate.controls=false",
+    "evaluate.knn_every_epochs=1",
+    # Without DALI PIL decodes, whose workers are processes: slow to start, and not allowed to a rank's process.
+    f"data.workers={int(optional.installed('dali'))}",
+    "data.demo_seed=null",
+)
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(capsys, tmp_path, *arguments):
+    """The sentence of a command that must exit with 2 and write nothing; its dry run says the same one."""
+    before = sorted(path for path in tmp_path.rglob("*"))
+    capsys.readouterr()
+    assert main([*arguments, "--dry-run"]) == 2
+    rehearsed = capsys.readouterr()
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastsiam: ")
+    assert error.count("\n") == 1
+    assert rehearsed.out == ""
+    assert rehearsed.err.splitlines()[-1:] == error.splitlines()
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    return error
+
+
+def weights(folder):
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    momentum = {i: entry["momentum_buffer"] for i, entry in saved["optimizer"]["state"].items()}
+    return saved["method"] | {f"momentum {i}": value for i, value in momentum.items()}
+
+
+def record(folder):
+    """What a run computed, without its clocks and without the lines that say that it was resumed."""
+    metrics = [line for line in lines(folder) if line["kind"] not in ("header", "resume")]
+    return [{key: line[key] for key in COMPARED if key in line} for line in metrics]
+
+
+def assert_same_run(one, other):
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert record(one) == record(other)
+
+
+def start(overrides, **environment):
+    return run_python("-m", "fastsiam.train", "--config", "quickstart", *overrides, wait=False, **environment)
+
+
+def wait_for_step(process, folder, step):
+    """Until metrics.jsonl shows a train line of `step` or later."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (folder / "metrics.jsonl").exists():
+            text = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]
+            seen = [json.loads(line) for line in text.splitlines()]
+            if any(line["kind"] == "train" and line["step"] >= step for line in seen):
+                return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached: {process.communicate()}")
+
+
+def of_an_earlier_version(folder):
+    """Make the checkpoint of a run what version 0.1.0 wrote."""
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved["threads"] = saved.pop("computation")["threads"]
+    del saved["budget"], saved["encoder"]
+    torch.save(saved, folder / "checkpoint.pt")
+
+
+class Asked:
+    """A signal that one rank has received once so many steps are done."""
+
+    def __init__(self, session, after, here):
+        self._session, self._after, self._here = session, after, here
+
+    @property
+    def received(self):
+        return 15 if self._here and self._after is not None and self._session.state.step >= self._after else None
+
+
+def train_here(overrides, stop_after=None, spoil=None):
+    """A whole run in this process; the last rank alone is asked to stop after `stop_after` steps.
+
+    `overrides` are those of all ranks, or a tuple with those of each. `spoil(session, views, indices)` may change the
+    views of a step. Returns the result, and (epoch, indices) of each finished step.
+    """
+    world = World()
+    if dist.is_initialized():
+        world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
+    if isinstance(overrides, tuple):
+        overrides = overrides[world.rank]
+    seen = []
+    with Session(load_config("quickstart", overrides), world) as session:
+        session.start()
+        real = session.step
+
+        def step(views, indices):
+            if spoil:
+                spoil(session, views, indices)
+            out = real(views, indices)
+            seen.append((session.state.epoch, indices.tolist()))
+            return out
+
+        session.step = step
+        status, received = train(session, Asked(session, stop_after, world.rank == world.size - 1))
+        return session.end(status, received), seen
+
+
+def numbers(folder, kind, *names):
+    return np.array([[line[name] for name in names] for line in lines(folder) if line["kind"] == kind], float)
+
+
+def refused_after_warnings(capsys, *overrides):
+    assert main(["--config", "quickstart", *overrides]) == 2
+    return capsys.readouterr().err
