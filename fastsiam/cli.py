@@ -1,35 +1,33 @@
-"""How the commands that train answer what goes wrong: a sentence on stderr, and an exit code."""
+"""Exit codes and error output of the commands that train: one sentence on stderr, never a traceback for a mistake."""
 
 import os
 import signal
 import sys
 from collections.abc import Callable
 
-from fastsiam.errors import UserError
+from fastsiam.errors import ExitCode, UserError
 from fastsiam.runtime import slurm
 from fastsiam.runtime.cores import usable_cores
 
 
-def speaks() -> bool:
-    """Of the processes of a machine one says what all of them meet before they know each other."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def prepare_process() -> None:
-    """What a command that trains does before it imports torch, which reads these variables."""
+    """Sets the environment variables that torch reads at its import: ranks under SLURM, waiting and number of threads.
+
+    Raises `UserError` for a SLURM step that cannot be turned into ranks.
+    """
     slurm.fill_in(os.environ)
     let_threads_sleep()
     keep_to_quota()
 
 
 def keep_to_quota() -> None:
-    """As many threads as a CPU quota keeps busy, where OMP_NUM_THREADS does not say; torch sees the affinity only."""
+    """Sets OMP_NUM_THREADS, unless it is set, to the cores that a CPU quota allows; torch sees the affinity only."""
     if "OMP_NUM_THREADS" not in os.environ and usable_cores() < len(os.sched_getaffinity(0)):
         os.environ["OMP_NUM_THREADS"] = str(usable_cores())
 
 
 def let_threads_sleep() -> None:
-    """At OpenMP's barriers, after a few microseconds; to be called before torch is imported.
+    """Lets threads sleep at OpenMP's barriers after a few microseconds; call it before torch is imported.
 
     Threads that spin there starve the decoder's on small machines: with both cores of a 2-core CPU busy, a step of the
     quickstart takes 1.3 to 3.1 s spinning and 0.4 to 0.5 s sleeping. Most waits there are shorter than falling asleep
@@ -41,47 +39,51 @@ def let_threads_sleep() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
+def print_error(error: UserError | str, code: str | None = None) -> int:
+    """Prints `fastsiam: SENTENCE [CODE]` to stderr; returns the exit code of a user's mistake, 2.
+
+    `code`: of a plain sentence; an error brings its own.
+    """
+    code = getattr(error, "code", code)
+    print(f"fastsiam: {error}" + (f" [{code}]" if code else ""), file=sys.stderr)
+    return int(ExitCode.USER_ERROR)
+
+
 def refused(error: UserError) -> int:
-    """The exit code of a mistake on the command line, which all processes of a machine have made."""
-    if speaks():
-        print(f"fastsiam: {error}", file=sys.stderr)
-    return 2
+    """Prints an error that each process of a machine meets on its own, from the first of them; returns 2."""
+    return print_error(error) if os.environ.get("LOCAL_RANK", "0") == "0" else int(ExitCode.USER_ERROR)
 
 
 def answered(work: Callable[[], int], *, gone: str, stopped: str) -> int:
-    """The exit code of `work`, or 2 for a mistake that a sentence explains.
+    """Returns the exit code of `work`, or 2 after printing the sentence of a `UserError`.
 
-    `gone` is said where another process of the run has ended (1), `stopped` at Ctrl-C (130).
+    `gone`: the sentence where another process of the run has ended (exit code 1); `stopped`: at Ctrl-C (130).
     """
     try:
         return work()
-    except (UserError, ImportError) as error:
-        if isinstance(error, ModuleNotFoundError):
-            raise
-        print(f"fastsiam: {error}", file=sys.stderr)
-        return 2
+    except UserError as error:
+        return print_error(error)
     except (RuntimeError, MemoryError) as error:
         from fastsiam.runtime.distributed import is_lost_peer
 
         if _is_short_of_host_memory(error):
-            print(f"fastsiam: {_OUT_OF_MEMORY}", file=sys.stderr)
-            return 2
+            return print_error(_OUT_OF_MEMORY, "out-of-host-memory")
         if not is_lost_peer(error):
             raise
         first = str(error).partition(". ")[0].partition("\n")[0]
-        print(f"fastsiam: {gone} ({first})", file=sys.stderr)
-        return 1
+        print_error(f"{gone} ({first})", "lost-rank")
+        return int(ExitCode.ERROR)
     except KeyboardInterrupt:
         print(f"fastsiam: {stopped}", file=sys.stderr)
         return 128 + signal.SIGINT
 
 
 _OUT_OF_MEMORY = (
-    "out of memory: this machine does not have what a step needs on the CPU; set a smaller train.batch_size, "
+    "train.batch_size: out of memory, a step does not fit on the CPU of this machine; set a smaller train.batch_size, "
     "views.size, views.count or model.width"
 )
 
 
 def _is_short_of_host_memory(error):
-    # For a tensor torch raises a RuntimeError that its type does not tell from others.
+    # torch raises a RuntimeError without a type of its own for a tensor that does not fit.
     return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)

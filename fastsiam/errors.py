@@ -26,6 +26,17 @@ class UserError(ValueError):
         return type(self), (str(self), self.code)
 
 
+class MissingLibraryError(UserError, ImportError):
+    """An optional library that a config or a command needs cannot be imported; the message says how to get it.
+
+    `name` is that of the module, as in an ImportError.
+    """
+
+    def __init__(self, message: str, code: str | None = None, name: str | None = None):
+        super().__init__(message, code)
+        self.name = name
+
+
 class Notice(str):
     """A sentence for the user, mostly a warning, with a stable `code` in kebab case."""
 

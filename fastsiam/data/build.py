@@ -12,7 +12,7 @@ from fastsiam.data.loader import Backend, EvaluationLoader, Loader, check_divide
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.beton import is_beton
 from fastsiam.data.sources.open import ImageSource
-from fastsiam.errors import UserError
+from fastsiam.errors import MissingLibraryError, UserError
 from fastsiam.runtime.cores import usable_cores
 from fastsiam.runtime.distributed import World
 
@@ -29,7 +29,7 @@ def build_loader(
 ):
     """The training loader of a config: a `Loader`, or `SyntheticLoader` with `data.backend=synthetic`.
 
-    Raises `UserError` for a batch larger than the data, `ImportError` naming the extra for a backend asked for
+    Raises `UserError` for a batch larger than the data, `MissingLibraryError` naming the extra for a backend asked for
     that is not installed.
     """
     device = torch.device(device)
@@ -130,9 +130,10 @@ def choose_backend(asked: str, location: str | Path | None = None) -> tuple[str,
         return "ffcv", "asked for" if asked == "ffcv" else "auto: a .beton"
     if asked != "auto":
         if asked == "dali" and not dali_installed():
-            raise ImportError(
+            raise MissingLibraryError(
                 "data.backend: dali is not installed; pip install nvidia-dali-cuda120 (CUDA 12, and machines "
                 "without a GPU) or nvidia-dali-cuda130 (CUDA 13), or set data.backend=pil",
+                "no-dali",
                 name="nvidia.dali",
             )
         return asked, "asked for"

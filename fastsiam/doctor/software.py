@@ -200,7 +200,7 @@ def check_ffcv(probe: Probe | None, missing: Sequence[str] = ()) -> Line:
         first = f"apt-get install {' '.join(missing)} (Debian's names), then " if missing else ""
         return Line("ok", "ffcv", f"not installed; it reads .beton files: {first}pip install ffcv setuptools")
     if probe.found is None:
-        reason = probe.reason.removeprefix("ImportError: data.backend: ffcv ").partition("; it is built")[0]
+        reason = probe.reason.removeprefix("MissingLibraryError: data.backend: ffcv ").partition("; it is built")[0]
         cure = (
             "apt-get install libopencv-dev libturbojpeg0-dev pkg-config (Debian's names), then pip install "
             "--force-reinstall --no-deps --no-cache-dir ffcv"

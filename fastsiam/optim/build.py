@@ -6,7 +6,7 @@ import torch
 
 from fastsiam.config import Config
 from fastsiam.config.published import TABLE_2
-from fastsiam.errors import UserError
+from fastsiam.errors import MissingLibraryError, UserError
 from fastsiam.optim.apex import APEX_SOURCE, find_apex
 from fastsiam.optim.lars import LARS
 
@@ -16,8 +16,8 @@ APEX = "optimizer.implementation: apex"
 def build_optimizer(method, config: Config) -> torch.optim.Optimizer:
     """The optimizer of `config.optimizer` over the groups of `parameter_groups`.
 
-    SGD decays every parameter, as in the paper. With apex, `ImportError` says which apex is missing, and `UserError`
-    that the parameters are not on a CUDA device.
+    SGD decays every parameter, as in the paper. Raises `MissingLibraryError` without NVIDIA's apex, and
+    `UserError` for apex with parameters that are not on a CUDA device.
     """
     settings, groups = config.optimizer, parameter_groups(method, config)
     numbers = {"lr": config.learning_rate, "momentum": settings.momentum, "weight_decay": settings.weight_decay}
@@ -77,14 +77,17 @@ def _begin_momentum(optimizer):
 def _apex_sgd(groups, numbers):
     """NVIDIA's FusedSGD, which computes what torch.optim.SGD does."""
     if not all(parameter.is_cuda for group in groups for parameter in group["params"]):
-        raise UserError(f"{APEX} needs a CUDA device; set optimizer.implementation=torch")
+        raise UserError(f"{APEX} needs a CUDA device; set optimizer.implementation=torch", "apex-needs-cuda")
     apex = find_apex()
     if apex is None:
-        raise ImportError(f"{APEX} is not installed; build it {APEX_SOURCE}, or set optimizer.implementation=torch")
+        raise MissingLibraryError(
+            f"{APEX} is not installed; build it {APEX_SOURCE}, or set optimizer.implementation=torch", "no-apex"
+        )
     if not apex.is_nvidias:
-        raise ImportError(
+        raise MissingLibraryError(
             f"{APEX} is NVIDIA's, but {apex.origin} belongs to another project of that name (it has no "
-            f"apex.optimizers); uninstall it and build NVIDIA's {APEX_SOURCE}, or set optimizer.implementation=torch"
+            f"apex.optimizers); uninstall it and build NVIDIA's {APEX_SOURCE}, or set optimizer.implementation=torch",
+            "other-apex",
         )
     from apex.optimizers import FusedSGD
 
@@ -94,9 +97,10 @@ def _apex_sgd(groups, numbers):
         # "apex.optimizers.FusedSGD requires cuda extensions"; anything else is not ours to explain.
         if "extensions" not in str(error):
             raise
-        raise ImportError(
+        raise MissingLibraryError(
             f"{APEX} is installed without its CUDA extensions ({error}); build it {APEX_SOURCE} and APEX_CPP_EXT=1 "
-            "APEX_CUDA_EXT=1, or set optimizer.implementation=torch"
+            "APEX_CUDA_EXT=1, or set optimizer.implementation=torch",
+            "apex-without-cuda",
         ) from error
 
 

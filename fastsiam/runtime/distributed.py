@@ -182,24 +182,24 @@ class World:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A `UserError` or `ImportError` that any rank meets inside the block ends all of them, at its end.
+        """Ends all ranks at the end of the block where any of them met a `UserError` inside it.
 
         The first rank raises it, whoever met it; the others leave in silence with exit code 2.
         """
         mine = None
         try:
             yield
-        except (UserError, ImportError) as error:
+        except UserError as error:
             mine = error
-        found = self.collect(None if mine is None else (type(mine), str(mine)))
+        found = self.collect(mine and UserError(str(mine), mine.code))
         if not any(found):
             return
         if not self.is_first:
             sys.exit(2)
         if mine is not None:
             raise mine
-        rank, (kind, sentence) = next((rank, other) for rank, other in enumerate(found) if other)
-        raise kind(f"{sentence} (on rank {rank})")
+        rank, other = next((rank, error) for rank, error in enumerate(found) if error)
+        raise UserError(f"{other} (on rank {rank})", other.code)
 
     @contextlib.contextmanager
     def leader_first(self) -> Iterator[None]:

@@ -152,7 +152,7 @@ SOFTWARE = {
     "ffcv": (checks.check_ffcv(Probe({"version": "1.0.2"})), "ok", "1.0.2", ""),
     "no ffcv": (checks.check_ffcv(None), "ok", "pip install ffcv setuptools", ""),
     "ffcv that fails": (
-        checks.check_ffcv(Probe(None, "ImportError: data.backend: ffcv cannot be imported (libx); it is built from y")),
+        checks.check_ffcv(Probe(None, "MissingLibraryError: data.backend: ffcv cannot be imported (libx)")),
         "warning", "cannot be imported (libx)", "apt-get install libopencv-dev libturbojpeg0-dev",
     ),
     "backend": (

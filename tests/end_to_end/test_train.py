@@ -1,7 +1,6 @@
 """The command: what it writes, what it says, and how it answers bad input."""
 
 import json
-import os
 import shutil
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 import yaml
 
 import fastsiam
-from fastsiam.cli import let_threads_sleep
 from fastsiam.config import Config, load_config
 from fastsiam.config.yaml_file import flat, schema_keys
 from fastsiam.data import build as backends_module
@@ -259,22 +257,3 @@ def test_resolved_configs_show_every_key(tiny_config):
     assert resolved["views"]["hue"] == 0.1
     known = schema_keys(Config)
     assert set(flat(resolved)) == {key for key in known if not any(other.startswith(f"{key}.") for other in known)}
-
-
-@pytest.mark.parametrize(
-    ("own", "told"),
-    [
-        ({}, ("PASSIVE", "1000")),
-        ({"GOMP_SPINCOUNT": "7"}, ("PASSIVE", "7")),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
-    ],
-)
-def test_threads_sleep_unless_the_environment_says_how_they_wait(monkeypatch, own, told):
-    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
-    for name in names:
-        # Set first, so that it is taken back whatever the function does.
-        monkeypatch.setenv(name, own.get(name, ""))
-        if name not in own:
-            os.environ.pop(name)
-    let_threads_sleep()
-    assert tuple(os.environ.get(name) for name in names) == told

@@ -2,6 +2,8 @@
 
 import torch
 
+from fastsiam.errors import MissingLibraryError
+
 INSTALL = (
     "it is built from source: apt-get install g++ python3-dev pkg-config libopencv-dev libturbojpeg0-dev "
     "(Debian's names) and then pip install ffcv setuptools"
@@ -20,7 +22,7 @@ try:
     from ffcv.reader import Reader
     from ffcv.writer import DatasetWriter
 except ImportError as error:
-    raise ImportError(f"data.backend: ffcv cannot be imported ({error}); {INSTALL}") from error
+    raise MissingLibraryError(f"data.backend: ffcv cannot be imported ({error}); {INSTALL}", "no-ffcv") from error
 finally:
     # Importing ffcv sets it to 1.
     torch.set_num_threads(_threads)

@@ -95,7 +95,7 @@ def write_beton(
     `stored_as`: jpg, raw (pixels), or mixed, a fixed random half of each. `quality`: of JPEG, 1 to 100. `progress`
     wraps the iterator over the samples. Returns sentences that name the files left out, by index. Raises `UserError`
     for a setting out of range, a name that does not end in .beton, a file that exists, and where no image can be
-    decoded; `ImportError` without ffcv.
+    decoded; `MissingLibraryError` without ffcv.
     """
     _check(path, max_side, stored_as, quality)
     in_jpeg = np.full(len(source), stored_as != "raw")
