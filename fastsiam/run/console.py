@@ -12,9 +12,10 @@ from fastsiam.methods.simsiam import loss_is_fused
 from fastsiam.optim.build import scale_at
 from fastsiam.run.folder import Result
 from fastsiam.run.progress_line import duration
-from fastsiam.runtime.device import Compute, environment
 from fastsiam.runtime.distributed import restarts
 from fastsiam.runtime.energy import kilowatt_hours
+from fastsiam.runtime.environment import environment
+from fastsiam.runtime.runtime import Runtime
 
 # Share of a run from which on the cosine is below 2.5 %.
 LATE = 0.9
@@ -33,16 +34,14 @@ def opening_lines(
     where: str,
     data_lines: list[str],
     *,
-    compute: Compute,
+    runtime: Runtime,
     reason: str,
-    world_size: int = 1,
 ) -> list[str]:
     """Everything that was chosen, before the first step: data, backend, views, model, step, schedule.
 
-    `data_lines`: those of `source_lines`. `compute` and `reason` are what the run computes with, and why it has its
-    backend: nothing is decided here.
+    `data_lines`: those of `source_lines`. `reason`: why the run has its backend. Nothing is decided here.
     """
-    model, train, device, names = config.model, config.train, compute.device, compute.names
+    model, train, device, world_size = config.model, config.train, runtime.device, runtime.world.size
     lines = [f"fastsiam  {fastsiam.__version__}, torch {torch.__version__}; {where}"]
     if num_train:
         val = f", {num_val:,} for kNN under {config.data.val}" if num_val else ", no kNN"
@@ -59,14 +58,19 @@ def opening_lines(
         + f"), projector {model.projector.layers} x {model.projector.out}, predictor {model.predictor.hidden}, "
         f"batch-norm statistics {model.bn_statistics}",
         f"step      batch {train.batch_size}, learning rate {config.learning_rate:g} = {config.optimizer.base_lr:g} x "
-        f"{train.batch_size} / 256, {_optimizer_text(config)}, {device.type}, {names['dtype']}, "
+        f"{train.batch_size} / 256, {_optimizer_text(config)}, "
         f"{'channels-last' if train.channels_last else 'channels-first'}, "
-        f"compile {'on' if compute.compiles else 'off'}, "
         f"loss {'fused (Triton)' if loss_is_fused(config.views.count, device) else 'in plain torch'}",
     ]
+    lines.append(f"device    {_runtime_text(runtime)}")
     if numba_cache.NOTE and device.type == "cpu":
         lines.append(f"cache     {numba_cache.NOTE}")
     return lines
+
+
+def _runtime_text(runtime):
+    names = runtime.names | {"compile": f"compile {'on' if runtime.compiles else 'off'}"}
+    return ", ".join(f"{text} ({runtime.reasons[key]})" for key, text in names.items())
 
 
 def _views_text(views):
@@ -134,7 +138,7 @@ def session_lines(session) -> list[str]:
     config, sources = session.config, (session.source, session.val)
     counts = [len(source or ()) for source in sources]
     where = f"run folder {session.folder.path}"
-    chosen = {"compute": session.compute, "reason": session.backend_reason, "world_size": session.world.size}
+    chosen = {"runtime": session.runtime, "reason": session.backend_reason}
     lines = opening_lines(config, *counts, session.loader_text, where, source_lines(*sources), **chosen)
     return [*lines, schedule_line(config, session.loader.steps_per_epoch)]
 
@@ -148,7 +152,7 @@ def described(session) -> dict:
         "energy": session.energy.description,
         "ranks": session.world.size,
         "data": session.identity["data"],
-        **session.compute.names,
+        **session.runtime.names,
         **{key: len(source) for key, source in sources.items() if source is not None},
         **{f"{key}_left_out": source.left_out for key, source in sources.items() if source and source.left_out},
         "deep_pixels": {key: source.levels.ranges for key, source in sources.items() if source is not None},

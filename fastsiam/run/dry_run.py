@@ -13,8 +13,8 @@ from fastsiam.optim.build import large_batch_warning
 from fastsiam.run.console import opening_lines, schedule_line, session_lines, source_lines
 from fastsiam.run.folder import RunFolder, run_path
 from fastsiam.run.session import Session
-from fastsiam.runtime.device import Compute, choose_compute
 from fastsiam.runtime.distributed import World
+from fastsiam.runtime.runtime import Runtime
 
 
 def dry_run(config: Config) -> None:
@@ -59,22 +59,22 @@ def _before_its_first_start(
     check_batch_size(batch_size, num_train, data.train)
     check_grows(config, num_train // batch_size)
     loader, reason = choose_backend(data.backend, data.train)
-    compute = choose_compute(config.train, world.device_rank, world.device_ranks, run.environment())
+    runtime = Runtime.of(config.train, world, run.environment())
     if train is not None:
-        loader = _resident_text(with_its_cores(config, world), train, compute)
-    chosen = {"compute": compute, "reason": reason, "world_size": world.size}
+        loader = _resident_text(with_its_cores(config, world), train, runtime.device)
+    chosen = {"runtime": runtime, "reason": reason}
     where = f"would run in {run.path}"
     lines = opening_lines(config, num_train, num_val, loader, where, source_lines(train, val), **chosen)
     return [*lines, schedule_line(config, num_train // batch_size)]
 
 
-def _resident_text(config: Config, source: ImageSource, compute: Compute) -> str:
+def _resident_text(config: Config, source: ImageSource, device) -> str:
     from fastsiam.data.backends.decoded_cache import StoreCache
     from fastsiam.data.backends.resident import check_memory
 
     data = with_its_store(config, source, print).data
-    cache = StoreCache.of(source, data.store_size, data.workers, compute.device)
-    check_memory(cache, compute.device)
+    cache = StoreCache.of(source, data.store_size, data.workers, device)
+    check_memory(cache, device)
     return f"resident ({cache.number:,} images of {cache.size} px, decoded by {cache.decoder})"
 
 

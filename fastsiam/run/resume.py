@@ -31,7 +31,7 @@ def asks_for_less(before: Config, now: Config) -> bool:
 def changes(saved: dict, computation: dict, config: Config) -> list[str]:
     """The warnings for a run that resumes from the checkpoint `saved`.
 
-    `computation`: what the last bits depend on beside the config: those of `Compute.names`, `threads` of the CPU in
+    `computation`: what the last bits depend on beside the config: those of `Runtime.names`, `threads` of the CPU in
     each process, and `ranks`, the number of processes.
     """
     found = changed_computation(saved["computation"], computation), changed_budget(saved["budget"], config)

@@ -80,4 +80,4 @@ def _may_become(folder, config):
 
 def _computation(session):
     norm = {"norm": "batch norm written out"} if session.compiles else {}
-    return {**session.compute.names, "threads": torch.get_num_threads(), "ranks": session.world.size, **norm}
+    return {**session.runtime.names, "threads": torch.get_num_threads(), "ranks": session.world.size, **norm}

@@ -30,11 +30,10 @@ from fastsiam.run.saver import Saver
 from fastsiam.run.train_log import TrainLog
 from fastsiam.run.watchdog import Watchdog, remove_stacks_of_absent_ranks
 from fastsiam.run.write_report import write_own_report
-from fastsiam.runtime import malloc
-from fastsiam.runtime.device import autocast, choose_compute
 from fastsiam.runtime.distributed import World, is_lost_peer
 from fastsiam.runtime.energy import EnergyMeter
 from fastsiam.runtime.rank_check import check_alike, facts_of_config, facts_of_images, with_levels
+from fastsiam.runtime.runtime import Runtime
 from fastsiam.training.cost import Spent, heartbeat_seconds
 from fastsiam.training.data_wait import data_wait_on
 from fastsiam.training.nonfinite import Soundness
@@ -75,7 +74,7 @@ class Session:
             self.source, self.val = open_sources(config, self.journal.warn, self.journal.say)
             self._loading = with_its_store(self._loading, self.source, self.journal.say)
         self.source, self.val = with_levels(world, self.folder.path if self._saved else None, self.source, self.val)
-        chosen = {**self.compute.names, "data.backend": self.backend_name}
+        chosen = {**self.runtime.names, "data.backend": self.backend_name}
         check_alike(world, {**chosen, **facts_of_images(self.source, self.val)})
         self._files = BadFiles(config, self.folder.path, self.journal, world)
         self.skips = [
@@ -92,10 +91,8 @@ class Session:
         """What config and checkpoint lead to on this machine."""
         config, world = self.config, self.world
         before = self._saved["computation"] if self._saved else {}
-        self.compute = choose_compute(config.train, world.device_rank, world.device_ranks, before)
-        self.device, self.dtype, self.compiles = self.compute.device, self.compute.dtype, self.compute.compiles
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
+        self.runtime = self._stack.enter_context(Runtime.of(config.train, world, before))
+        self.device, self.dtype, self.compiles = self.runtime.device, self.runtime.dtype, self.runtime.compiles
         self.backend_name, self.backend_reason = choose_backend(config.data.backend, config.data.train)
 
     def _open_loader(self):
@@ -130,12 +127,10 @@ class Session:
 
     def close(self) -> None:
         self.journal.close()
-        self._stack.close()
         if self.source is not None:
             self.loader.backend.close()
+        self._stack.close()
         self.folder.close()
-        if self.device.type == "cpu":
-            malloc.give_back_freed()
 
     def finished_result(self) -> Result | None:
         """What an earlier start of this run came to, if there is nothing left to do."""
@@ -151,9 +146,6 @@ class Session:
     def start(self) -> None:
         """Build model and optimizer, enter the run folder, restore or measure the controls."""
         config, world, journal = self.config, self.world, self.journal
-        torch.backends.cudnn.benchmark = self.device.type == "cuda"
-        if self.device.type == "cpu":
-            malloc.keep_freed()
         torch.manual_seed(config.train.seed)
         self.method = build_method(config, world.size).to(self.device)
         if config.train.channels_last:
@@ -175,12 +167,18 @@ class Session:
         self._step.rehearse_growth(self.dtype)
         self.monitor = None
         if self.source is not None:
-            precision = autocast(self.device, self.dtype)
             with world.together(), self.watchdog.paused():
                 self.monitor = Monitor(
-                    self._loading, self.source, self.val, self.device, self.dtype, precision, self.skips, world,
+                    self._loading,
+                    self.source,
+                    self.val,
+                    self.device,
+                    self.dtype,
+                    self.runtime.autocast,
+                    self.skips,
+                    world,
                     self.watchdog.beat,
-                )  # fmt: skip
+                )
             self._stack.callback(self.monitor.close)
         spec = view_specs(config.views)[0]
         self.pictures = Pictures(self.folder.path, self.source, self.val, spec, journal.warn, world.is_first)

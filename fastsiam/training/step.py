@@ -187,10 +187,7 @@ class _Forward(nn.Module):
 
 
 def _averaging_gradients(method, forward):
-    """DDP around the compiled method. Its own splitting of a compiled graph would cut the forward into pieces; buffers
-    are the same on all ranks, for batch-norm statistics are synchronised.
-    """
-    torch._dynamo.config.optimize_ddp = False
+    """DDP around the compiled method; buffers are the same on all ranks, whose batch-norm statistics are synchronised."""
     return data_parallel(_Forward(method, forward))
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from fastsiam.run.console import opening_lines
-from fastsiam.runtime.device import Compute
+from fastsiam.runtime.distributed import World
+from fastsiam.runtime.runtime import Runtime
 
 
 @pytest.mark.parametrize(
@@ -13,9 +14,12 @@ from fastsiam.runtime.device import Compute
 )
 def test_the_step_line_is_the_decision(tiny_config, device, count, loss):
     config = tiny_config(f"views.count={count}", "train.precision=auto", "train.compile=auto", "train.device=auto")
+    reasons = {"device": "auto: here", "dtype": "auto: as before", "compile": "auto: why"}
     for dtype, name, compiles in ((torch.bfloat16, "bf16", True), (torch.float16, "fp16", False)):
-        compute = Compute(torch.device(device), dtype, compiles)
-        lines = opening_lines(config, 80, 0, "a loader", "here", [], compute=compute, reason="as chosen")
+        runtime = Runtime(World(), torch.device(device), dtype, compiles, reasons)
+        lines = opening_lines(config, 80, 0, "a loader", "here", [], runtime=runtime, reason="as chosen")
         (step,) = (line for line in lines if line.startswith("step "))
-        assert f"{device}, {name}, channels-last, compile {'on' if compiles else 'off'}, loss {loss}" in step
+        assert f"channels-last, loss {loss}" in step
+        compiled = "on" if compiles else "off"
+        assert f"device    {device} (auto: here), {name} (auto: as before), compile {compiled} (auto: why)" in lines
         assert "backend   a loader, as chosen" in lines

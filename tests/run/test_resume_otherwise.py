@@ -10,6 +10,7 @@ from fastsiam.run import checkpoint
 from fastsiam.run.folder import RunFolder
 from fastsiam.run.resume import changed_computation, differences_against_resuming
 from fastsiam.runtime import device
+from fastsiam.runtime.runtime import Runtime
 from fastsiam.train import main, pretrain
 from tests.support.runs import lines, of_an_earlier_version, refused_after_warnings, weights
 
@@ -139,9 +140,9 @@ def test_what_a_config_may_change_between_two_starts(tiny_config, then, now, ref
 def test_auto_keeps_the_compiler_setting_of_a_checkpoint_on_the_same_device(tiny_config):
     train = tiny_config("train.compile=auto").train
     for compiles in (True, False):
-        assert device.choose_compute(train, before={"device": "cpu", "compile": compiles}).compiles == compiles
-    assert not device.choose_compute(train, before={"device": "cuda", "compile": True}).compiles
-    assert not device.choose_compute(train).compiles
+        assert Runtime.of(train, before={"device": "cpu", "compile": compiles}).compiles == compiles
+    assert not Runtime.of(train, before={"device": "cuda", "compile": True}).compiles
+    assert not Runtime.of(train).compiles
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "cosine_per_epoch"])

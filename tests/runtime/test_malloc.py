@@ -9,7 +9,7 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 import torch
-from fastsiam import host_memory
+from fastsiam.runtime import malloc
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
@@ -43,20 +43,6 @@ def test_a_step_takes_its_memory_from_the_last_one():
     assert kept < 5_000
     assert within - at_first > 150
     assert at_last - at_first < 20
-
-
-def test_a_session_keeps_memory_while_it_trains(tiny_config, monkeypatch):
-    from fastsiam.run.session import Session
-    from fastsiam.runtime import malloc
-
-    calls = []
-    for name in ("keep_freed", "give_back_freed"):
-        monkeypatch.setattr(malloc, name, lambda name=name: calls.append(name))
-    with Session(tiny_config()) as session:
-        assert calls == []
-        session.start()
-        assert calls == ["keep_freed"]
-    assert calls == ["keep_freed", "give_back_freed"]
 
 
 @pytest.mark.parametrize("library", [("musl", "1.2"), ("", "")])
