@@ -70,7 +70,8 @@ def opening_lines(
 
 def _runtime_text(runtime):
     names = runtime.names | {"compile": f"compile {'on' if runtime.compiles else 'off'}"}
-    return ", ".join(f"{text} ({runtime.reasons[key]})" for key, text in names.items())
+    reasons = {key: f" ({reason})" for key, reason in runtime.reasons.items()}
+    return ", ".join(text + reasons.get(key, "") for key, text in names.items())
 
 
 def _views_text(views):

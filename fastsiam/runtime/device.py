@@ -82,9 +82,9 @@ def _table_2_cost(batch_size: int) -> str:
 
 def multiplies_bf16(device: torch.device) -> bool:
     """True where the hardware of `device` multiplies bf16 natively."""
-    return torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpumultiplies_bf16()
+    return torch.cuda.is_bf16_supported(False) if device.type == "cuda" else _cpu_multiplies_bf16()
 
 
-def _cpumultiplies_bf16() -> bool:
+def _cpu_multiplies_bf16() -> bool:
     capabilities = torch.backends.cpu.get_cpu_capability(), cpu_flags()
     return capabilities[0].startswith("AVX512") and bool({"avx512_bf16", "amx_bf16"} & capabilities[1])

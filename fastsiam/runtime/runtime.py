@@ -26,7 +26,7 @@ class Runtime:
     dtype: torch.dtype
     compiles: bool
     reasons: dict[str, str]
-    """Why: by `device`, `dtype` and `compile`, in words."""
+    """In words, of those of `device`, `dtype` and `compile` that the config leaves open."""
     _exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
 
     @classmethod
@@ -41,7 +41,7 @@ class Runtime:
         world, before = world or World(), before or {}
         device = choose_device(settings.device, world.device_rank, world.device_ranks)
         precision, compiling = settings.precision, settings.compile
-        reasons = dict.fromkeys(("device", "dtype", "compile"), "asked for")
+        reasons = {}
         if settings.device == "auto":
             reasons["device"] = "auto: CUDA device found" if device.type == "cuda" else "auto: no CUDA device"
         if precision == "auto":

@@ -187,7 +187,7 @@ class _Forward(nn.Module):
 
 
 def _averaging_gradients(method, forward):
-    """DDP around the compiled method; buffers are the same on all ranks, whose batch-norm statistics are synchronised."""
+    """DDP around the compiled method; synchronised batch norm keeps the buffers of all ranks equal."""
     return data_parallel(_Forward(method, forward))
 
 

@@ -87,10 +87,10 @@ def test_a_resumed_run_keeps_its_precision_where_the_config_says_auto(
     capsys.readouterr()
     assert main(["--config", "quickstart", *auto]) == 0
     said = capsys.readouterr().out
-    assert f"cpu, {then}," in said
+    assert f"device    cpu, {then} (auto: as in the checkpoint)" in said
     assert "may differ" not in said
     assert main(["--config", "quickstart", *auto, "--dry-run"]) == 0
-    assert f"cpu, {then}," in capsys.readouterr().err
+    assert f"device    cpu, {then} (auto: as in the checkpoint)" in capsys.readouterr().err
     a, b = weights(tmp_path / "runs/whole"), weights(tmp_path / "runs/run")
     assert all(torch.equal(a[key], b[key]) for key in a)
 
