@@ -30,9 +30,10 @@ from fastsiam.config import load_config
 from fastsiam.config.views import ViewSpec, view_specs
 from fastsiam.data.build import choose_backend, open_backend
 from fastsiam.data.loader import Loader
-from fastsiam.data.sources import beton
 from fastsiam.data.sources.folder import Files
-from fastsiam.data.sources.open import ImageSource, of_files, open_source
+from fastsiam.data.sources.open import of_files, open_source
+from fastsiam.data.sources.source import ImageSource
+from fastsiam.prepare.ffcv import write_beton
 from fastsiam.runtime import malloc
 
 SIZE, SMALL_SIZE = 224, 96
@@ -176,7 +177,7 @@ def from_beton(case: Case):
         raise AbsentError(str(error)) from error
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / "images.beton"
-    beton.write_beton(source_of(case.paths), path)
+    write_beton(source_of(case.paths), path)
     epoch, description = ours(case, "ffcv", source=open_source(str(path)))
     return _with(folder, epoch), description
 

@@ -30,7 +30,7 @@ from benchmarks.peers import authors, lightly, solo_learn
 from fastsiam.config import Config
 from fastsiam.config.views import size_at, view_specs
 from fastsiam.data.build import build_loader
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.optim.build import build_optimizer
 from fastsiam.runtime import malloc
 from fastsiam.runtime.device import DTYPES, autocast, choose_compile, choose_precision

@@ -10,7 +10,7 @@ import torch
 from fastsiam.config import Config
 from fastsiam.data.backends.resident import free_bytes
 from fastsiam.data.build import dali_installed
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.runtime.cores import usable_cores
 
 WAIT_LIMIT = 0.1

@@ -11,7 +11,7 @@ from fastsiam.data.backends.store_size import with_its_store
 from fastsiam.data.loader import Backend, EvaluationLoader, Loader, check_divides
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.beton import is_beton
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import MissingLibraryError, UserError
 from fastsiam.runtime.cores import usable_cores
 from fastsiam.runtime.distributed import World

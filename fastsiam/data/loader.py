@@ -20,7 +20,7 @@ from fastsiam.data import rng
 from fastsiam.data.augment import augment
 from fastsiam.data.skip_list import SkipList, UndecodableError
 from fastsiam.data.sources.image_header import UNREADABLE
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.kernels.reference import normalize, to_unit
 

@@ -89,7 +89,7 @@ def _sample(folder):
             found.append(image)
             if len(found) >= _LISTED or time.perf_counter() > until:
                 break
-        looked = [directory.name for directory in walk.directories] if walk.left_out[".tar"] or not found else []
+        looked = [directory.name for directory in walk.directories] if walk.excluded[".tar"] or not found else []
         names = shards_of_folder(folder, looked)
         if outweigh(folder, names, found):
             found, shards = [], [os.path.join(folder, name) for name in names]

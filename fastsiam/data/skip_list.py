@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsiam.data.sources.image_header import UNREADABLE
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 
 _SHOWN = 10

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from fastsiam.config.views import ViewSpec
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.runtime.arrays import read_arrays, write_arrays
 
 PAIRS, QUERIES, NEIGHBOURS = 8, 8, 5

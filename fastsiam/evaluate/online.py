@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastsiam.config import Config
 from fastsiam.data import rng
 from fastsiam.data.build import build_evaluation_loader
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.evaluate.collapse import PROBE_IMAGES, Measures, measure
 from fastsiam.evaluate.gallery import Pictures

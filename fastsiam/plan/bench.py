@@ -18,7 +18,8 @@ from fastsiam.data.build import choose_backend, with_its_cores
 from fastsiam.data.loader import Batch, check_batch_size, check_divides
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.image_header import UNREADABLE
-from fastsiam.data.sources.open import ImageSource, open_sources
+from fastsiam.data.sources.open import open_sources
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.plan.results import Rate
 from fastsiam.runtime import malloc

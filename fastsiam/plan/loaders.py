@@ -22,7 +22,7 @@ from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.beton import is_beton
 from fastsiam.data.sources.folder import Packed
 from fastsiam.data.sources.image_header import UNREADABLE
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.plan.bench import WARM_UP, Bench, epochs
 from fastsiam.plan.results import LoaderRate, Rate
 from fastsiam.plan.steps import with_batch_size

@@ -14,11 +14,11 @@ from rich.table import Table
 
 from fastsiam.config.yaml_file import expand_home
 from fastsiam.data import demo_images
-from fastsiam.data.sources import beton, scan_manifest
+from fastsiam.data.sources import scan_manifest
 from fastsiam.data.sources.index_cache import cache_folder
 from fastsiam.data.sources.open import open_source, open_unscanned
 from fastsiam.errors import UserError
-from fastsiam.prepare import cifar10, pack
+from fastsiam.prepare import cifar10, ffcv, pack
 from fastsiam.prepare.compressed import open_compressed
 from fastsiam.runtime.cores import usable_cores
 
@@ -75,7 +75,7 @@ def _add_pack(commands):
 def _pack(arguments):
     shard_bytes = pack.parse_size(arguments.shard_size)
     source = open_compressed(arguments.source, "SRC") or open_source(arguments.source, "SRC")
-    for text in source.left_out_texts():
+    for text in source.exclusion_texts():
         _say(f"left out  {text}")
     if text := source.label_text():
         _say(f"labels    {text}")
@@ -129,7 +129,7 @@ def _scan(arguments):
             progress=progress,
         )
     _print_verdicts(rows)
-    for text in source.left_out_texts():
+    for text in source.exclusion_texts():
         _say(f"left out  {text}")
     _say(f"manifest  {path}" + (f"; data.manifest={path} names it to a run" if arguments.out else ""))
 
@@ -150,12 +150,12 @@ def _print_verdicts(rows):
 
 def _add_ffcv(commands):
     command = commands.add_parser("ffcv", help="one .beton, which data.backend=ffcv reads")
-    beton.add_arguments(command)
+    ffcv.add_arguments(command)
     command.set_defaults(run=_ffcv)
 
 
 def _ffcv(arguments):
-    _say(beton.run(arguments))
+    _say(ffcv.run(arguments))
 
 
 def _add_cifar10(commands):

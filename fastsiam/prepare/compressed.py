@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from fastsiam.data.sources.image_header import BadImageError
-from fastsiam.data.sources.open import ImageSource, of_files
+from fastsiam.data.sources.open import of_files
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.data.sources.tar import DAMAGED, compressed_shards, files_of_shards, open_shard, shards_of_folder
 from fastsiam.errors import UserError
 

@@ -17,7 +17,7 @@ import numpy as np
 from fastsiam.data.sources.folder import Files, Packed
 from fastsiam.data.sources.image_header import UNREADABLE, BadImageError, read_header
 from fastsiam.data.sources.index_cache import PACK_INCOMPLETE, PACK_INDEX, Index, write_index
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.data.sources.tar import split_key
 from fastsiam.errors import UserError
 

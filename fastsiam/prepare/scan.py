@@ -17,9 +17,9 @@ from fastsiam.data.sources import scan_manifest
 from fastsiam.data.sources.deep_pixels import UnsupportedError, kind_of, open_picture
 from fastsiam.data.sources.formats import begins_as_image
 from fastsiam.data.sources.image_header import ODD, UNKNOWN, UNREADABLE, BadImageError, read_header
-from fastsiam.data.sources.open import ImageSource
 from fastsiam.data.sources.pixel_range import measured, range_file
 from fastsiam.data.sources.scan_manifest import VERDICTS, Row
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 
 # Above twice its own limit Pillow refuses to decode, and so would a run.

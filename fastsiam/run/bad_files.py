@@ -4,7 +4,7 @@ from pathlib import Path
 
 from fastsiam.config import Config
 from fastsiam.data.skip_list import SkipFile, SkipList
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.run.metrics import Journal
 from fastsiam.runtime.distributed import World
 

@@ -4,7 +4,7 @@ import torch
 
 import fastsiam
 from fastsiam.config import Config
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.evaluate import collapse
 from fastsiam.kernels import numba_cache
 from fastsiam.kernels.augment_numba import is_compiled
@@ -114,7 +114,7 @@ def source_lines(*sources: ImageSource | None) -> list[str]:
     lines = [f"labels    {text}" for text in dict.fromkeys(labels) if text]
     deep = dict.fromkeys(source.levels.text() for source in sources)
     lines += [f"deep      {text}" for text in deep if text]
-    return lines + [f"left out  {text}" for source in sources for text in source.left_out_texts()]
+    return lines + [f"left out  {text}" for source in sources for text in source.exclusion_texts()]
 
 
 def schedule_line(config: Config, steps_per_epoch: int) -> str:
@@ -155,7 +155,7 @@ def described(session) -> dict:
         "data": session.identity["data"],
         **session.runtime.names,
         **{key: len(source) for key, source in sources.items() if source is not None},
-        **{f"{key}_left_out": source.left_out for key, source in sources.items() if source and source.left_out},
+        **{f"{key}_left_out": source.excluded for key, source in sources.items() if source and source.excluded},
         "deep_pixels": {key: source.levels.ranges for key, source in sources.items() if source is not None},
         **({"left_out": texts} if (texts := _left_out_texts(session)) else {}),
         "images_per_epoch": session.loader.steps_per_epoch * session.config.train.batch_size,
@@ -163,7 +163,7 @@ def described(session) -> dict:
 
 
 def _left_out_texts(session):
-    return [text for source in (session.source, session.val) if source is not None for text in source.left_out_texts()]
+    return [text for source in (session.source, session.val) if source is not None for text in source.exclusion_texts()]
 
 
 def _cost_line(session):

@@ -8,7 +8,8 @@ from fastsiam.data import demo_images
 from fastsiam.data.backends.store_size import with_its_store
 from fastsiam.data.build import check_grows, choose_backend, with_its_cores
 from fastsiam.data.loader import check_batch_size, check_divides
-from fastsiam.data.sources.open import ImageSource, demo_folder, open_sources
+from fastsiam.data.sources.open import demo_folder, open_sources
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.optim.build import large_batch_warning
 from fastsiam.run.console import opening_lines, schedule_line, session_lines, source_lines
 from fastsiam.run.folder import RunFolder, run_path

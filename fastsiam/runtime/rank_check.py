@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fastsiam.config import Config
 from fastsiam.config.yaml_file import flat
-from fastsiam.data.sources.open import ImageSource
-from fastsiam.data.sources.pixel_range import Levels
+from fastsiam.data.sources.levels import Levels
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.runtime.distributed import World
 

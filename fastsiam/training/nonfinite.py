@@ -5,7 +5,7 @@ from collections import deque
 import numpy as np
 import torch
 
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.run.folder import RunFolder
 from fastsiam.runtime.distributed import World
 from fastsiam.training.step import Reading, TrainingStep

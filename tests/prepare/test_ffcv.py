@@ -10,11 +10,12 @@ from PIL import Image
 
 from fastsiam.data.backends.pil import decode_image
 from fastsiam.data.build import open_backend
-from fastsiam.data.sources.beton import index_path, write_beton
+from fastsiam.data.sources.beton import index_path
 from fastsiam.data.sources.image_header import PLAIN, UNREADABLE, UNWANTED
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.prepare import __main__ as prepare
+from fastsiam.prepare.ffcv import write_beton
 from tests.support.ffcv_files import beton_of, stored_images
 
 
@@ -125,7 +126,7 @@ def test_a_beton_without_its_index_cut_short_or_of_another_one_is_refused(photos
     with pytest.raises(UserError, match=f"data.train: there is no {path}; python -m fastsiam.prepare ffcv SRC {path}"):
         open_source(str(path))
     shutil.copy(source.root, path)
-    with pytest.raises(UserError, match=r"data.train: .* has no x.beton.npz beside it, .* fastsiam.prepare ffcv SRC"):
+    with pytest.raises(UserError, match=r"data.train: .* has no x.beton.npz beside it; .* fastsiam.prepare ffcv SRC"):
         open_source(str(path))
     index_path(path).write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"x.beton.npz cannot be read"):

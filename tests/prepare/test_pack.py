@@ -17,7 +17,8 @@ from fastsiam.data.build import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources.image_header import UNKNOWN, UNWANTED
 from fastsiam.data.sources.index_cache import PACK_INCOMPLETE, PACK_INDEX
-from fastsiam.data.sources.open import ImageSource, open_source
+from fastsiam.data.sources.open import open_source
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.data.sources.tables import shown
 from fastsiam.errors import UserError
 from fastsiam.prepare import pack

@@ -17,6 +17,7 @@ from fastsiam.data.build import build_loader, open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources import open as sources
 from fastsiam.data.sources import scan_manifest
+from fastsiam.data.sources import source as source_module
 from fastsiam.data.sources.image_header import ODD, PLAIN, UNKNOWN, UNREADABLE, UNWANTED
 from fastsiam.data.sources.index_cache import cache_folder
 from fastsiam.data.sources.open import open_source
@@ -190,7 +191,7 @@ def test_what_has_changed_is_scanned_again(folder):
 
 
 def test_runs_find_the_manifest_and_read_no_header_that_it_holds(folder, monkeypatch):
-    assert open_source(str(folder)).left_out_by_scan == ""
+    assert open_source(str(folder)).excluded_by_scan == ""
     scanned(folder)
     source = open_source(str(folder))
     for index, (name, (_, verdict, kind, size)) in enumerate(files().items()):
@@ -198,10 +199,10 @@ def test_runs_find_the_manifest_and_read_no_header_that_it_holds(folder, monkeyp
         expected = kind if verdict not in LEFT_OUT else UNWANTED if decodes else UNREADABLE
         assert source.kinds[index] == expected, name
         assert source.image_sizes[index].tolist() == list(size), name
-    monkeypatch.setattr(open, "read_header", lambda *a: pytest.fail("a header was read"))
+    monkeypatch.setattr(source_module, "read_header", lambda *a: pytest.fail("a header was read"))
     assert source.look(np.arange(17)) == {}
     path = scan_manifest.default_path(cache_folder(folder))
-    assert source.left_out_by_scan == (
+    assert source.excluded_by_scan == (
         f"9 of the 17 images under {folder}, by {path}: 2 empty, 1 not an image, 3 truncated, 1 too large, "
         "1 duplicate, 1 constant"
     )
@@ -225,7 +226,7 @@ def test_a_scan_that_has_only_begun_says_nothing_to_a_run(folder):
     path = scan_manifest.default_path(cache_folder(folder))
     scan_manifest.begin(path)
     source = open_source(str(folder))
-    assert (source.left_out_by_scan, len(source)) == ("", 17)
+    assert (source.excluded_by_scan, len(source)) == ("", 17)
     with pytest.raises(UserError, match="data.manifest: .* names none of the images"):
         open_source(str(folder), scanned=str(path))
 
@@ -233,9 +234,9 @@ def test_a_scan_that_has_only_begun_says_nothing_to_a_run(folder):
 def test_a_manifest_elsewhere_is_named_by_the_config(folder, tmp_path, tiny_config):
     path = tmp_path / "found.tsv"
     scan.scan(sources.open_unscanned(str(folder), "scan"), path, workers=0, max_pixels=LIMIT)
-    assert open_source(str(folder)).left_out_by_scan == ""
+    assert open_source(str(folder)).excluded_by_scan == ""
     config = tiny_config(f"data.train={folder}", f"data.manifest={path}", "data.val=null", "data.backend=pil")
-    assert build_loader(config).source.left_out_by_scan.startswith("9 of the 17 images")
+    assert build_loader(config).source.excluded_by_scan.startswith("9 of the 17 images")
     with pytest.raises(UserError, match=r"data.manifest: the manifest .*nowhere.tsv cannot be read"):
         open_source(str(folder), scanned=str(tmp_path / "nowhere.tsv"))
     (tmp_path / "list.txt").write_text("images/a_good.jpg\n")

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from fastsiam.data.sources.beton import write_beton
 from fastsiam.data.sources.open import open_source
+from fastsiam.prepare.ffcv import write_beton
 
 
 def beton_of(photos, stored_as, max_side=4096, quality=95):

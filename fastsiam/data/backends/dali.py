@@ -30,7 +30,7 @@ from fastsiam.data.backends.pil import decode_image
 from fastsiam.data.loader import CropRequest
 from fastsiam.data.skip_list import UndecodableError
 from fastsiam.data.sources.image_header import ODD, UNKNOWN, UNREADABLE, BadImageError, other_size
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.kernels.crop_numba import crop_on_cpu
 from fastsiam.kernels.crop_triton import crop_scattered
 from fastsiam.runtime.cores import threads_for

@@ -17,7 +17,7 @@ from nvidia.dali.pipeline import pipeline_def
 from fastsiam.config.views import ViewSpec
 from fastsiam.data.backends.dali import DaliBackend, decode_graph
 from fastsiam.data.rng import AugmentDraws
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.runtime.cores import threads_for
 
 # What the operators take of a view's draws; the last two decide on the host which images go where.

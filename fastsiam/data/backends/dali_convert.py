@@ -7,7 +7,7 @@ from collections import deque
 from pathlib import Path
 
 from fastsiam.data.backends.pil import decode_image
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 
 

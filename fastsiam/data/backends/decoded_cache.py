@@ -17,7 +17,7 @@ from fastsiam.data.build import choose_backend, open_backend
 from fastsiam.data.loader import Backend, CropRequest, check_delivery
 from fastsiam.data.skip_list import UndecodableError
 from fastsiam.data.sources.image_header import UNKNOWN, UNREADABLE, UNWANTED
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.runtime.cache_dirs import cache_root
 

@@ -31,7 +31,7 @@ from fastsiam.data.backends.ffcv_imports import (
 )
 from fastsiam.data.skip_list import UndecodableError
 from fastsiam.data.sources.beton import index_path
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.kernels.crop_numba import crop_into
 from fastsiam.runtime.cores import threads_for

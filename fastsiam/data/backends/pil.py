@@ -17,8 +17,8 @@ from fastsiam.data.skip_list import UndecodableError
 from fastsiam.data.sources import deep_pixels
 from fastsiam.data.sources.deep_pixels import open_picture
 from fastsiam.data.sources.image_header import BadImageError, orientation, other_size, reason_of
-from fastsiam.data.sources.open import ImageSource
-from fastsiam.data.sources.pixel_range import Levels
+from fastsiam.data.sources.levels import Levels
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.runtime.cores import usable_cores
 
 # What shows a picture of each EXIF orientation as it was taken.

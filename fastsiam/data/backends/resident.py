@@ -15,7 +15,7 @@ import torch
 
 from fastsiam.data.backends.decoded_cache import StoreCache, gigabytes
 from fastsiam.data.skip_list import UndecodableError
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.kernels import crop_resize
 

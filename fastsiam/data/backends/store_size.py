@@ -7,7 +7,7 @@ import numpy as np
 from fastsiam.config import Config
 from fastsiam.config.data_sections import ViewsConfig
 from fastsiam.data.sources.image_header import UNKNOWN
-from fastsiam.data.sources.open import ImageSource
+from fastsiam.data.sources.source import ImageSource
 
 # A store that would be larger is made of smaller squares, down to the size of a view.
 MOST_BYTES = 4e9

@@ -36,9 +36,9 @@ HARMLESS = frozenset(
 _SHOWN = 5
 
 
-def in_words(left_out: Mapping[str, int], most: int = _SHOWN) -> str:
+def in_words(counts: Mapping[str, int], most: int = _SHOWN) -> str:
     """`12 dead links, 3 .heic (pip install pillow-heif) and 7 others`: what may be missed first; "" for nothing."""
-    order = sorted(left_out.items(), key=lambda item: (not is_missed(item[0]), -item[1], item[0]))
+    order = sorted(counts.items(), key=lambda item: (not is_missed(item[0]), -item[1], item[0]))
     text = ", ".join(f"{count:,} {_singular(reason) if count == 1 else reason}" for reason, count in order[:most])
     others = sum(count for _, count in order[most:])
     return text + (f" and {others:,} others" if others else "")
@@ -61,12 +61,12 @@ def is_missed(reason: str) -> bool:
     return reason not in HARMLESS and (not reason.startswith(".") or "(" in reason)
 
 
-def check(left_out: Mapping[str, int], num_images: int, root: Path, key: str, most: float) -> None:
+def check(counts: Mapping[str, int], num_images: int, root: Path, key: str, most: float) -> None:
     """Raise `UserError` where a larger share than `most` of what was meant to be an image below `root` is left out.
 
     `num_images`: those that can be used. `key`: the config key of `root`.
     """
-    missed = {reason: count for reason, count in left_out.items() if is_missed(reason)}
+    missed = {reason: count for reason, count in counts.items() if is_missed(reason)}
     total = sum(missed.values()) + num_images
     share = sum(missed.values()) / total
     if share <= most:

@@ -43,7 +43,7 @@ class Files(NamedTuple):
     classes: tuple[str, ...]
     packed: Packed | None = None
     """None where each image is a file of its own."""
-    left_out: Mapping[str, int] = {}
+    excluded: Mapping[str, int] = {}
     """How many files and folders are passed over, by a reason of `fastsiam.data.sources.excluded`."""
     labelling: str = ""
     """How the labels were read (`by val_annotations.txt`), or why there are none where some could be expected."""
@@ -56,11 +56,11 @@ def fingerprint(names: np.ndarray, file_sizes: np.ndarray) -> str:
     return digest.hexdigest()[:16]
 
 
-def no_images(root: Path, key: str, left_out: Mapping[str, int]) -> UserError:
-    """The sentence for a folder without an image; `left_out`: what was passed over there."""
+def no_images(root: Path, key: str, excluded: Mapping[str, int]) -> UserError:
+    """The sentence for a folder without an image; `excluded`: what was passed over there."""
     text = f"{key}: no images under {shown(root)}: {_what_is_there(root)}"
-    if left_out:
-        text += f"; left out: {in_words(left_out, 3)}"
+    if excluded:
+        text += f"; excluded: {in_words(excluded, 3)}"
     return UserError(f"{text}; {_advice(root, key)}")
 
 

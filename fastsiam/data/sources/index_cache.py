@@ -118,7 +118,7 @@ def write_index(folder: Path, index: Index, state: dict, keep: Callable[[], bool
         "fingerprint": fingerprint(files.names, files.file_sizes),
         "classes": files.classes,
         "shards": files.packed.shards if files.packed else None,
-        "left_out": dict(files.left_out),
+        "left_out": dict(files.excluded),
         "labelling": files.labelling,
         **state,
     }
@@ -163,7 +163,7 @@ def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
                 return None
             places = (_load(folder / f"{name}.npy", "r") for name in ("shard", "offset"))
             packed = Packed(tuple(note["shards"]), *places)
-        more = {"left_out": note.get("left_out", {}), "labelling": note.get("labelling", "")}
+        more = {"excluded": note.get("left_out", {}), "labelling": note.get("labelling", "")}
         files = Files(root=root, **load, classes=tuple(note["classes"]), packed=packed, **more)
         mode = "r+" if cached and os.access(folder / "kinds.npy", os.W_OK) else "c"
         image_sizes, cached_kinds = (_load(folder / f"{name}.npy", mode) for name in ("image_sizes", "kinds"))
@@ -184,7 +184,7 @@ def _list(root, key):
     listed_ns = time.time_ns()
     walk = Walk(root)
     found = list(walk)
-    passed_over = +walk.left_out
+    passed_over = +walk.excluded
     # Where there are none, no folder is listed twice.
     looked = [directory.name for directory in walk.directories] if passed_over[".tar"] or not found else []
     shards = shards_of_folder(root, looked)
@@ -217,7 +217,7 @@ def _list(root, key):
         # A file may have gone since; whoever reads it says so.
         with contextlib.suppress(FileNotFoundError):
             state["files"].append(_file_state(root, name))
-    return files._replace(left_out=dict(+(passed_over + Counter(files.left_out)))), state
+    return files._replace(excluded=dict(+(passed_over + Counter(files.excluded)))), state
 
 
 def _of_shards(root, shards, found, key):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastsiam.data.sources.image_header import ODD, PLAIN, UNKNOWN, UNREADABLE, UNWANTED
+from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 
 
@@ -109,7 +110,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
     temporary.replace(path)
 
 
-def apply(path: Path, source, key: str) -> str:
+def apply(path: Path, source: ImageSource, key: str) -> str:
     """Fill in sizes and kinds of a source from a manifest; returns what is left out in words, "" for nothing.
 
     A line counts for a file of its name and size in bytes. Raises `UserError`, for the config key `key`, where there is
@@ -134,15 +135,12 @@ def apply(path: Path, source, key: str) -> str:
         chosen = missing & (kinds[rows] == _KINDS[kind])
         if not chosen.any():
             continue
-        source.image_sizes[indices[chosen]] = sizes[rows[chosen]]
-        source.kinds[indices[chosen]] = kind
-        if source.cached_kinds is not None:
-            source.cached_kinds[indices[chosen]] = kind
+        source.learn(indices[chosen], sizes[rows[chosen]], kind)
     reasons = Counter()
     for name, verdict in VERDICTS.items():
         chosen = verdicts[rows] == name.encode()
         if verdict.kind is not None and chosen.any():
-            source.kinds[indices[chosen]] = verdict.kind
+            source.mark(indices[chosen], verdict.kind)
             reasons[name] = int(chosen.sum())
     if not reasons:
         return ""

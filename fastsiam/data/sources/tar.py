@@ -57,7 +57,7 @@ class _Found:
     cls: list[str] = field(default_factory=list)
     json: list[dict[str, str]] = field(default_factory=list)
     text: list[str | None] = field(default_factory=list)
-    left_out: Counter = field(default_factory=Counter)
+    excluded: Counter = field(default_factory=Counter)
     beside: set[str] = field(default_factory=set)
     """Kinds of members beside images that nobody reads."""
     jsons: int = 0
@@ -101,7 +101,7 @@ def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = 
     for number, name in enumerate(shards):
         _Reader(root / name, number, found, key, opener).read()
     if not found.images:
-        what = excluded.in_words(found.left_out, 3) or "nothing"
+        what = excluded.in_words(found.excluded, 3) or "nothing"
         tars = "tar shard" if len(shards) == 1 else f"{len(shards):,} tar shards"
         raise NoImagesError(f"{key}: no images in the {tars} in {shown(root)}, but {what}")
     names = [image.name for image in found.images]
@@ -120,7 +120,7 @@ def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = 
         labelling.labels,
         labelling.classes,
         packed=Packed(tuple(shards), np.array(found.shard, np.int32), offsets),
-        left_out=dict(found.left_out),
+        excluded=dict(found.excluded),
         labelling=labelling.how,
     )
 
@@ -213,17 +213,17 @@ class _Reader:
         if member.isdir():
             return
         if any(map(is_system, parts)):
-            self._found.left_out[excluded.SYSTEM] += 1
+            self._found.excluded[excluded.SYSTEM] += 1
         elif not member.isreg() or member.issparse():
             if formats.is_image(name):
-                self._found.left_out[excluded.NOT_PLAIN] += 1
+                self._found.excluded[excluded.NOT_PLAIN] += 1
         elif dot and extension in self._texts and "/" not in extension:
             self._label(stem, extension, member, file)
         else:
             reason = self._kind(name, member, file)
             if reason is formats.IMAGE:
                 if self._images.pop(name, None):
-                    self._found.left_out[excluded.REPLACED] += 1
+                    self._found.excluded[excluded.REPLACED] += 1
                 self._images[name] = _Image(name, member.size, member.offset_data)
             else:
                 self._others.append((split_key(name)[0], reason))
@@ -274,7 +274,7 @@ class _Reader:
             stem, key = stems[0], stems[-1]
             keys.add(key)
             if key != stem and key in plain and _FIELD.match(stem[len(key) + 1 :]):
-                found.left_out[excluded.FIELDS] += 1
+                found.excluded[excluded.FIELDS] += 1
                 continue
             found.images.append(image)
             found.shard.append(self._number)
@@ -283,7 +283,7 @@ class _Reader:
             found.text.append(_first(self._texts["txt"], stems, None))
         for key, reason in self._others:
             if key not in keys or excluded.is_missed(reason):
-                found.left_out[reason] += 1
+                found.excluded[reason] += 1
             elif len(found.beside) < _KINDS:
                 found.beside.add(reason)
 

@@ -69,7 +69,7 @@ class Walk:
     def __init__(self, root: Path):
         self.directories: list[Directory] = []
         """Every folder that was read, as it was before."""
-        self.left_out: Counter[str] = Counter()
+        self.excluded: Counter[str] = Counter()
         """By a reason of `fastsiam.data.sources.excluded`; whole once everything was iterated over."""
         self.closed: list[str] = []
         """Names that lead nowhere now, or may not be read, up to a thousand: no mtime changes where that is mended."""
@@ -88,7 +88,7 @@ class Walk:
             try:
                 status = os.stat(os.path.join(self._root, folder))
                 if (status.st_dev, status.st_ino) in seen:
-                    self.left_out[excluded.SEEN] += 1
+                    self.excluded[excluded.SEEN] += 1
                     continue
                 seen.add((status.st_dev, status.st_ino))
                 with os.scandir(os.path.join(self._root, folder)) as entries:
@@ -111,7 +111,7 @@ class Walk:
                     self._hidden(entry)
                 elif entry.is_dir():
                     if name.lower() in _SYSTEM:
-                        self.left_out[excluded.SYSTEM] += 1
+                        self.excluded[excluded.SYSTEM] += 1
                     else:
                         (self._links if entry.is_symlink() else folders).append(prefix + name)
                 elif known.get(name[name.rfind(".") :].lower()) is IMAGE and entry.is_file():
@@ -123,9 +123,9 @@ class Walk:
 
     def _hidden(self, entry):
         if entry.name.lower().startswith(_HIDDEN):
-            self.left_out[excluded.SYSTEM] += 1
+            self.excluded[excluded.SYSTEM] += 1
         else:
-            self.left_out[excluded.HIDDEN_FOLDERS if entry.is_dir() else excluded.HIDDEN_FILES] += 1
+            self.excluded[excluded.HIDDEN_FOLDERS if entry.is_dir() else excluded.HIDDEN_FILES] += 1
 
     def _other(self, name, entry):
         """A file that is not an image by its name; raises `OSError`."""
@@ -148,7 +148,7 @@ class Walk:
                 self._unknown.setdefault(extension if known else NAMELESS, []).append((name, status.st_size))
                 return
             reason = excluded.DEVICES
-        self.left_out[reason] += 1
+        self.excluded[reason] += 1
 
     def _pass_over(self, name, error, what):
         """Count what could not be read; `what`: FILES or FOLDERS."""
@@ -162,7 +162,7 @@ class Walk:
             reason = f"{what} that may not be read"
         else:
             reason = f"{what} that cannot be read ({os.strerror(error.errno or errno.EIO)})"
-        self.left_out[reason] += 1
+        self.excluded[reason] += 1
         if reason != excluded.GONE and len(self.closed) < _REMEMBERED:
             self.closed.append(name)
 
@@ -182,7 +182,7 @@ class Walk:
                     elif isinstance(verdict, OSError):
                         self._pass_over(file[0], verdict, excluded.FILES)
                     else:
-                        self.left_out[verdict] += 1
+                        self.excluded[verdict] += 1
 
     def _look(self, extension, file):
         """IMAGE, a reason to leave the file out, or the error of reading it."""

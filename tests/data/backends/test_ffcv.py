@@ -17,9 +17,10 @@ from fastsiam.config.views import RECIPES
 from fastsiam.data import build, rng
 from fastsiam.data.build import open_backend
 from fastsiam.data.loader import Loader
-from fastsiam.data.sources.beton import index_path, write_beton
+from fastsiam.data.sources.beton import index_path
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
+from fastsiam.prepare.ffcv import write_beton
 from fastsiam.train import pretrain
 from tests.support.ffcv_files import beton_of, stored_images
 from tests.support.processes import run_python

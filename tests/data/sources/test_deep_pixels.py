@@ -18,8 +18,9 @@ from fastsiam.data.sources import deep_pixels, scan_manifest
 from fastsiam.data.sources.deep_pixels import Deep
 from fastsiam.data.sources.image_header import ODD, BadImageError, read_header
 from fastsiam.data.sources.index_cache import cache_folder
+from fastsiam.data.sources.levels import Levels
 from fastsiam.data.sources.open import open_source, open_unscanned
-from fastsiam.data.sources.pixel_range import Levels, measured, range_file
+from fastsiam.data.sources.pixel_range import measured, range_file
 from fastsiam.prepare import scan
 from fastsiam.run.session import Session
 from fastsiam.runtime.distributed import World

@@ -14,6 +14,7 @@ from fastsiam.config.views import RECIPES
 from fastsiam.data.build import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources import formats, index_cache
+from fastsiam.data.sources import source as source_module
 from fastsiam.data.sources.image_header import PLAIN, UNKNOWN, UNREADABLE
 from fastsiam.data.sources.index_cache import cache_folder
 from fastsiam.data.sources.open import open_source
@@ -49,7 +50,7 @@ def test_the_second_start_lists_no_folder_and_looks_at_a_sample_of_the_files(fol
     monkeypatch.setattr(os, "scandir", lambda *a: pytest.fail("a folder was listed"))
     monkeypatch.setattr(os, "listdir", lambda *a: pytest.fail("a folder was listed"))
     monkeypatch.setattr(index_cache, "fingerprint", lambda *a: pytest.fail("the fingerprint was computed"))
-    monkeypatch.setattr(open, "fingerprint", lambda *a: pytest.fail("the fingerprint was computed"))
+    monkeypatch.setattr(source_module, "fingerprint", lambda *a: pytest.fail("the fingerprint was computed"))
     monkeypatch.setattr(os, "stat", lambda path, **k: looked_at.append(os.fspath(path)) or real(path, **k))
     second = columns(open_source(str(folder)))
     assert second == first
@@ -64,7 +65,7 @@ def test_headers_read_once_are_known_to_the_next_start(folder, monkeypatch):
     assert (source.kinds == UNKNOWN).all()
     assert list(source.look(np.arange(30))) == [0]
     assert source.kinds[:31].tolist() == [UNREADABLE] + [PLAIN] * 29 + [UNKNOWN]
-    monkeypatch.setattr(open, "read_header", lambda *a: pytest.fail("a header was read again"))
+    monkeypatch.setattr(source_module, "read_header", lambda *a: pytest.fail("a header was read again"))
     again = open_source(str(folder))
     # A file that could not be read is tried again, and counts again.
     assert again.kinds[:31].tolist() == [UNKNOWN] + [PLAIN] * 29 + [UNKNOWN]
@@ -232,10 +233,10 @@ def test_what_was_passed_over_is_kept_with_the_list_until_it_can_be_read(folder,
     settle(folder)
     monkeypatch.setitem(formats.by_extension(), ".heic", ".heic (pip install pillow-heif)")
     first = open_source(str(folder))
-    assert first.left_out == {"dead links": 1, ".heic (pip install pillow-heif)": 1, ".txt": 1}
+    assert first.excluded == {"dead links": 1, ".heic (pip install pillow-heif)": 1, ".txt": 1}
     with monkeypatch.context() as patch:
         patch.setattr(index_cache, "Walk", lambda *a: pytest.fail("the folder was listed again"))
-        assert open_source(str(folder)).left_out == first.left_out
+        assert open_source(str(folder)).excluded == first.excluded
     # No mtime below the folder changes where a disk is mounted, or a decoder installed.
     (folder.parent / "disk").mkdir()
     Image.new("RGB", (4, 4)).save(folder.parent / "disk/gone.png")

@@ -71,14 +71,14 @@ def test_what_is_missing_is_named(tmp_path):
     for location, expected in {
         "absent": "expected .*absent/CLASS/IMAGE.jpg",
         "empty": "the folder is empty",
-        "texts": r"it holds 1 entry \(readme.md\); left out: 1 .md; set data.train=PATH",
+        "texts": r"it holds 1 entry \(readme.md\); excluded: 1 .md; set data.train=PATH",
         "lost.txt": "lists nowhere.jpg, but there is no",
         "lists/half.txt": r"line 3 \(b.jpg\) has none",
         "nothing.txt": "is empty",
         "one.jpg": "is one image; give its folder: data.train=",
         "one": "is one image",
         "images.zip": "is an archive; give what it holds, unpacked",
-        "zipped": r"it holds 1 entry \(images.zip\); left out: 1 .zip; unpack images.zip first",
+        "zipped": r"it holds 1 entry \(images.zip\); excluded: 1 .zip; unpack images.zip first",
     }.items():
         with pytest.raises(UserError, match=expected) as error:
             open_source(str(tmp_path / location))

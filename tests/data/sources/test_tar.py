@@ -38,20 +38,20 @@ def test_every_member_that_is_an_image_is_an_image(tmp_path, picture, names):
     source, found = opened(tmp_path, *((name, picture + bytes([number])) for number, name in enumerate(names)))
     assert list(found) == names
     assert [source.read(row)[-1] for row in range(len(names))] == [0, 1, 2, 3]
-    assert source.left_out == {}
+    assert source.excluded == {}
 
 
 def test_a_field_of_an_image_and_what_systems_leave_are_not_images(tmp_path, picture):
     names = ["a.jpg", "a.seg.png", "a.depth_map.png", "__MACOSX/a.jpg", "x/._a.jpg", "notes.md", "b.jpg", "b.json"]
     source, found = opened(tmp_path, *((name, picture) for name in names), ("c.jpg.gz", b""), ("raw", picture))
     assert list(found) == ["a.jpg", "b.jpg", "raw"]
-    assert source.left_out == {excluded.FIELDS: 2, excluded.SYSTEM: 2, ".md": 1, excluded.GZIPPED: 1}
+    assert source.excluded == {excluded.FIELDS: 2, excluded.SYSTEM: 2, ".md": 1, excluded.GZIPPED: 1}
 
 
 def test_the_last_of_two_members_of_a_name_is_what_unpacking_gives(tmp_path, picture):
     source, found = opened(tmp_path, ("a.jpg", b"old"), ("b.jpg", picture), ("a.jpg", picture))
     assert list(found) == ["b.jpg", "a.jpg"]
-    assert (source.read(1), source.left_out) == (picture, {excluded.REPLACED: 1})
+    assert (source.read(1), source.excluded) == (picture, {excluded.REPLACED: 1})
 
 
 def text_of(number):
@@ -156,7 +156,7 @@ def test_an_image_without_a_label_among_others_is_told(tmp_path, picture):
 )
 def test_members_that_are_not_plain_files_are_counted(tmp_path, picture, fields):
     source, found = opened(tmp_path, ("a.jpg", picture), ("b.jpg", b"", fields))
-    assert (list(found), source.left_out) == (["a.jpg"], {excluded.NOT_PLAIN: 1})
+    assert (list(found), source.excluded) == (["a.jpg"], {excluded.NOT_PLAIN: 1})
 
 
 def test_one_shard_can_be_named_by_itself(tmp_path, picture):
@@ -215,7 +215,7 @@ def test_a_stray_picture_does_not_hide_the_shards_beside_it(tmp_path, picture, p
     (tmp_path / "s" / beside).parent.mkdir(exist_ok=True)
     (tmp_path / "s" / beside).write_bytes(picture)
     source = open_source(str(tmp_path / "s"), max_bad_fraction=0)
-    assert (len(source), source.left_out) == (5, {excluded.BESIDE: 1})
+    assert (len(source), source.excluded) == (5, {excluded.BESIDE: 1})
     assert source.read(0) == picture
 
 
@@ -236,7 +236,7 @@ def test_a_tar_file_beside_the_images_that_are_meant_is_passed_over(tmp_path, pi
     else:
         (tmp_path / "s/backup.tar").symlink_to("nowhere")
     source = open_source(str(tmp_path / "s"))
-    assert (source.packed, len(source), source.left_out) == (None, 5, {".tar": 1})
+    assert (source.packed, len(source), source.excluded) == (None, 5, {".tar": 1})
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_compressed_shards_are_refused_with_what_to_type_and_counted_beside_plai
     plain = shard(tmp_path / "s/1.tar", ("a.jpg", picture))
     (tmp_path / f"s/0{end}").write_bytes(pack(plain.read_bytes()))
     source = open_source(str(tmp_path / "s"))
-    assert (source.names.tolist(), source.left_out) == ([b"a.jpg"], {excluded.COMPRESSED: 1})
+    assert (source.names.tolist(), source.excluded) == ([b"a.jpg"], {excluded.COMPRESSED: 1})
     plain.unlink()
     with pytest.raises(UserError, match=rf"data.train: .*compressed .*0{end}.*prepare pack SRC OUT") as error:
         open_source(str(tmp_path / "s"))

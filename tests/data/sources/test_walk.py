@@ -37,7 +37,7 @@ def put(root, *names, data=None):
 
 def listed(root):
     found = Walk(root)
-    return sorted(name for name, _ in found), dict(found.left_out)
+    return sorted(name for name, _ in found), dict(found.excluded)
 
 
 def test_what_pillow_decodes_is_an_image_whatever_its_extension(tmp_path):
@@ -53,7 +53,7 @@ def test_what_pillow_decodes_is_an_image_whatever_its_extension(tmp_path):
     put(tmp_path, "5.pbm", data=encoded("PPM", "1"))
     source = open_source(str(tmp_path))
     assert len(source) == 2 + sum(map(len, of_kind.values()))
-    assert source.left_out == {}
+    assert source.excluded == {}
     for index, name in enumerate(source.names.tolist()):
         picture = np.asarray(decode_image(source, index)).astype(int)
         assert picture.shape == (16, 24, 3), name
@@ -85,7 +85,7 @@ def test_a_gzipped_image_is_missed_and_named_with_what_to_do(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
     (tmp_path / "b.PNG.gz").write_bytes(b"\x1f\x8b")
     (tmp_path / "weights.gz").write_bytes(b"\x1f\x8b")
-    assert open_source(str(tmp_path)).left_out == {excluded.GZIPPED: 1, ".gz": 1}
+    assert open_source(str(tmp_path)).excluded == {excluded.GZIPPED: 1, ".gz": 1}
     with pytest.raises(UserError, match="1 gzipped image"):
         open_source(str(tmp_path), max_bad_fraction=0.1)
 
@@ -144,8 +144,8 @@ def test_what_systems_leave_behind_is_neither_an_image_nor_a_class(tmp_path):
     source = open_source(str(tmp_path))
     assert source.names.tolist() == [b"cat/1.jpg", b"dog/2.jpg"]
     assert source.classes == ("cat", "dog")
-    assert source.left_out == {SYSTEM: len(LEFTOVERS), HIDDEN_FILES: 1, COPIES: 3, UNFINISHED: 2}
-    check(source.left_out, len(source), source.root, "data.train", 0.0)
+    assert source.excluded == {SYSTEM: len(LEFTOVERS), HIDDEN_FILES: 1, COPIES: 3, UNFINISHED: 2}
+    check(source.excluded, len(source), source.root, "data.train", 0.0)
 
 
 def test_links_and_what_is_not_a_file(tmp_path):
@@ -193,7 +193,7 @@ def test_folders_that_may_not_be_read_or_go_away_are_passed_over(tmp_path, refus
     refusing |= {"closed": PermissionError, "going": FileNotFoundError}
     found = Walk(tmp_path)
     assert sorted(name for name, _ in found) == ["cat/1.jpg", "dog/2.jpg"]
-    assert found.left_out == {"folders that may not be read": 1, "that have gone meanwhile": 1}
+    assert found.excluded == {"folders that may not be read": 1, "that have gone meanwhile": 1}
     assert found.closed == ["closed"]
     source = open_source(str(tmp_path))
     assert source.classes == ("cat", "dog")
@@ -222,7 +222,7 @@ def test_too_much_left_out_is_refused_in_one_sentence(tmp_path):
     assert "data.max_bad_fraction=0.06" in str(refused.value)
     assert len(str(refused.value)) <= 300
     source = open_source(root, max_bad_fraction=0.06)
-    assert source.left_out_texts() == [f"1 .svg (convert them to .png), 1 .txt under {root}"]
+    assert source.exclusion_texts() == [f"1 .svg (convert them to .png), 1 .txt under {root}"]
     for number in range(99):
         check({"dead links": number}, 99 - number, tmp_path, "data.train", number / 99)
 
@@ -234,13 +234,13 @@ def test_empty_files_are_counted_before_they_are_met_and_keep_their_places(tmp_p
         pixels = np.random.default_rng(int(name)).integers(0, 255, (8, 8, 3), np.uint8)
         Image.fromarray(pixels).save(root / f"{name}.jpg")
     source = open_source(str(root))
-    assert source.left_out == {"empty files": 1}
+    assert source.excluded == {"empty files": 1}
     with pytest.raises(UserError, match=r"1 empty file would be left out.*data.max_bad_fraction=0.3$"):
         open_source(str(root), max_bad_fraction=0.2)
     # A scan that has found it has told of it: it counts no more.
     scan(source, tmp_path / "found.tsv", workers=0)
     source = open_source(str(root), scanned=str(tmp_path / "found.tsv"), max_bad_fraction=0)
-    assert (source.left_out, "1 empty" in source.left_out_by_scan) == ({}, True)
+    assert (source.excluded, "1 empty" in source.excluded_by_scan) == ({}, True)
 
 
 def test_the_sentence_names_what_may_be_missed_first_and_stays_short():
