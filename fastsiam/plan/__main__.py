@@ -47,7 +47,8 @@ def plan(config: Config, budget: Budget | None, minutes: float = MINUTES, *, as_
     `budget`: what to spend beside what the config says. Raises the `UserError` that the run would raise.
     """
     from fastsiam.plan.measure import measure
-    from fastsiam.plan.text import Plan
+    from fastsiam.plan.predict import plan_of
+    from fastsiam.plan.text import text_of
     from fastsiam.runtime.distributed import World
 
     world = World.of_environment()
@@ -55,8 +56,8 @@ def plan(config: Config, budget: Budget | None, minutes: float = MINUTES, *, as_
         measured, loading = measure(config, world, minutes, process_began())
     if not world.is_first:
         return None
-    made = Plan.of(config, budget, measured, loading)
-    return made.to_json() if as_json else made.to_text()
+    made = plan_of(config, budget, measured, loading)
+    return made.to_json() if as_json else text_of(made, config)
 
 
 def _budget(text: str | None, config: Config) -> Budget | None:

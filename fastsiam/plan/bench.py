@@ -131,7 +131,7 @@ class Bench:
                 call()
                 calls += 1
             rates.append(calls * images / max(self.world.collect(self.now() - window)))
-        return Rate(tuple(rates))
+        return Rate.of(rates)
 
     def warm_up(self, call: Callable[[], object], seconds: float) -> None:
         """A few calls that are not counted, one at least."""

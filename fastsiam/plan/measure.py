@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastsiam.evaluate.knn import CHUNK, count_correct
 from fastsiam.evaluate.online import evaluating
 from fastsiam.plan.bench import WARM_UP, Bench, epochs, free
 from fastsiam.plan.loaders import Loaders, decoding_and_augmentation, disk, loader_rate, other_loaders
-from fastsiam.plan.results import BatchRate, EndToEnd, LoaderRate, Measured, Rate, Saving, Stages
+from fastsiam.plan.results import STAGES, BatchRate, Checkpoint, LoaderRate, Measured, Rate
 from fastsiam.plan.steps import (
     Affordable,
     Stepper,
@@ -101,30 +102,29 @@ class _Plan:
             loaders = (own, *other_loaders(bench, self.loaders))
         batch_sizes = self._batch_sizes(step)
         return Measured(
-            images=bench.images,
-            val_images=bench.val_images,
-            ranks=bench.world.size,
-            measured_batch_size=self.batch_size,
-            shares_cores=bench.device.type == "cpu",
             device=bench.device.type,
             gpu=torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None,
             dtype=next(name for name, dtype in DTYPES.items() if dtype == bench.dtype),
-            compiles=bench.compiles,
+            compile=bench.compiles,
+            ranks=bench.world.size,
+            images=bench.images,
+            val_images=bench.val_images,
+            measured_batch_size=self.batch_size,
             backend=bench.backend if self.loaders is None else self.loaders.own_name,
-            loader_text=self.loader_text,
-            start_seconds=self.start_seconds,
-            compile_seconds=self.compile_seconds,
-            end_to_end=end_to_end,
-            step=step,
+            loader=self.loader_text,
+            **end_to_end,
+            energy=self.energy.description,
+            step_images_per_second=step,
             loaders=loaders,
             batch_sizes=batch_sizes,
-            stages=stages,
+            seconds_per_image=stages,
+            start_seconds=self.start_seconds,
+            compile_seconds=self.compile_seconds,
             knn_seconds=knn_seconds,
             collapse_seconds=collapse_seconds,
-            saving=saving,
-            energy=self.energy.description,
+            checkpoint=saving,
             notes=tuple(bench.notes),
-            seconds=time.perf_counter() - self.began,
+            measuring_seconds=time.perf_counter() - self.began,
         )
 
     def _step(self) -> tuple[Stepper, Rate]:
@@ -143,7 +143,7 @@ class _Plan:
             bench.notes.append(f"torch.compile failed, and the run would go on in eager mode: {reason}")
         return stepper, step_rate(bench, stepper, bench.share("step"))
 
-    def _end_to_end(self, stepper: Stepper) -> EndToEnd:
+    def _end_to_end(self, stepper: Stepper) -> dict:
         bench = self.bench
         bench.say("measuring training, loader and step together")
         loader, began = self._own(), time.perf_counter()
@@ -180,7 +180,7 @@ class _Plan:
         if self.loaders is not None:
             loader.backend.close()
         joules_per_image = None if None in used else sum(used) / images
-        return EndToEnd(rate, window.wait_fraction, window.idle_cores, window.disk_cores, joules_per_image)
+        return {"images_per_second": rate, **asdict(window), "joules_per_image": joules_per_image}
 
     def _own(self):
         if self.loaders is None:
@@ -199,23 +199,27 @@ class _Plan:
         note = f"measured on {len(self.loaders.sample.indices):,} images" if bench.backend == "resident" else None
         return LoaderRate(self.loaders.own_name, rate, note)
 
-    def _stages(self, step: Rate) -> Stages:
-        bench, others = self.bench, None
+    def _stages(self, step: Rate) -> dict[str, float | None]:
+        bench, found = self.bench, dict.fromkeys(STAGES)
         if bench.world.size > 1:
             bench.say("measuring the step of one rank alone")
-            others = communication(bench, self.batch_size, step, bench.share("one rank alone"))
-        notes = ["communication not measured: one process"] if others is None else []
-        alone = 1 / step.median - (others or 0.0)
+            found["communication"] = communication(bench, self.batch_size, step, bench.share("one rank alone"))
+        else:
+            bench.notes.append("communication not measured: one process")
+        found["step"] = 1 / step.median - (found["communication"] or 0.0)
         if self.loaders is None:
-            return Stages(None, None, None, alone, others, ("no images are read", *notes))
+            bench.notes.append("no images are read")
+            return found
         bench.say("measuring the disk, decoding and augmentation")
         workers = bench.config.data.workers
         workers = usable_cores() if workers is None else workers
-        read, reason = disk(bench, self.loaders, workers, bench.share("disk"))
-        decoding, augmenting = decoding_and_augmentation(bench, self.loaders, bench.share("stages"))
-        if augmenting is None:
-            notes.insert(0, "augmentation not measured: DALI decodes and augments in one graph")
-        return Stages(read, decoding, augmenting, alone, others, tuple(filter(None, [reason, *notes])))
+        found["disk"], reason = disk(bench, self.loaders, workers, bench.share("disk"))
+        if reason:
+            bench.notes.append(reason)
+        found["decoding"], found["augmentation"] = decoding_and_augmentation(bench, self.loaders, bench.share("stages"))
+        if found["augmentation"] is None:
+            bench.notes.append("augmentation not measured: DALI decodes and augments in one graph")
+        return found
 
     def _knn_seconds(self, stepper: Stepper) -> float | None:
         """Features of all images, and the search among them."""
@@ -244,7 +248,7 @@ class _Plan:
         search = _search_seconds(bench, features) * (images / BANK) * (queries / CHUNK) / bench.world.size
         return 2 * start + (images + queries) / rate.median + search
 
-    def _saving(self, stepper: Stepper) -> Saving:
+    def _saving(self, stepper: Stepper) -> Checkpoint:
         """A checkpoint's bytes to the disk of run.dir, in a folder that is removed."""
         bench = self.bench
         found = None
@@ -258,12 +262,13 @@ class _Plan:
                     began = time.perf_counter()
                     checkpoint.save(Path(folder), state, 1)
                     seconds = time.perf_counter() - began
-                    found = Saving(checkpoint.path_of(Path(folder), 0).stat().st_size, seconds)
+                    found = Checkpoint(checkpoint.path_of(Path(folder), 0).stat().st_size, seconds)
             except (OSError, checkpoint.SaveError) as error:
-                found = Saving(None, None, f"checkpoints not measured: {error}")
+                found = f"checkpoints not measured: {error}"
         found = bench.world.share(found)
-        if found.note:
-            bench.notes.append(found.note)
+        if isinstance(found, str):
+            bench.notes.append(found)
+            return Checkpoint()
         return found
 
     def _batch_sizes(self, step: Rate) -> tuple[BatchRate, ...]:

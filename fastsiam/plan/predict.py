@@ -1,176 +1,127 @@
-"""What a run will take, from measured costs: seconds, energy, money; and the epochs that a budget buys.
+"""Predicts seconds, energy and money of a run, and the steps that a budget pays for, from measured costs."""
 
-Pure functions.
-"""
+from bisect import bisect_right
+from dataclasses import replace
 
-from dataclasses import asdict, dataclass
+import torch
 
+import fastsiam
 from fastsiam.config import Config
 from fastsiam.config.budget import Budget
-from fastsiam.evaluate.collapse import MEASURE_EVERY_STEPS
+from fastsiam.config.published import published_for
+from fastsiam.data.bottleneck import Loading
+from fastsiam.evaluate.collapse import CollapseGuard
 from fastsiam.evaluate.online import FILL_STEPS
-from fastsiam.plan.results import Measured
+from fastsiam.plan.advice import limit_of, tips
+from fastsiam.plan.results import Measured, Plan, Run
+from fastsiam.runtime.energy import kilowatt_hours
 from fastsiam.training.progress import EVALUATED_BY, LAST_SAVES
 
-# Before training: kNN of the untrained encoder and of raw pixels.
+# kNN of the untrained encoder and of raw pixels, before training.
 CONTROLS = 2
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Seconds for each part of a run."""
-
-    image: float
-    """Of training, loader and step beside each other."""
-    start: float = 0.0
-    compile: float = 0.0
-    knn: float | None = None
-    """None where there is no kNN."""
-    collapse: float = 0.0
-    save: float = 0.0
-    watts: float | None = None
-    """Of all GPUs, in training; taken for the rest of the run, too."""
-
-    @classmethod
-    def of(cls, measured: Measured) -> "Costs":
-        joules, rate = measured.end_to_end.joules_per_image, measured.end_to_end.rate.median
-        return cls(
-            image=1 / rate,
-            start=measured.start_seconds,
-            compile=measured.compile_seconds,
-            knn=measured.knn_seconds,
-            collapse=measured.collapse_seconds,
-            save=measured.saving.seconds or 0.0,
-            watts=None if joules is None else joules * rate,
-        )
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """What a config asks for, in steps."""
-
-    images: int
-    batch_size: int
-    knn_every_epochs: int | None = None
-    controls: bool = False
-    save_every_seconds: float = 300.0
-    max_steps: int | None = None
-
-    @classmethod
-    def of(cls, config: Config, images: int) -> "Schedule":
-        return cls(
-            images,
-            config.train.batch_size,
-            config.evaluate.knn_every_epochs,
-            config.evaluate.controls,
-            config.checkpoint.every_seconds,
-            config.train.max_steps,
-        )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The last, incomplete batch is dropped."""
-        return self.images // self.batch_size
-
-    @property
-    def images_per_epoch(self) -> int:
-        return self.steps_per_epoch * self.batch_size
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run of so many steps, and where its seconds go."""
-
-    steps: int
-    epochs: float
-    start: float
-    compile: float
-    train: float
-    knn: float
-    collapse: float
-    saves: float
-    knn_times: int
-    collapse_times: int
-    save_times: int
-    total: float
-    watts: float | None
-
-    @property
-    def joules(self) -> float | None:
-        return None if self.watts is None else self.watts * self.total
-
-    def cost(self, price_per_hour: float | None) -> float | None:
-        """In the currency of the price."""
-        return None if price_per_hour is None else self.total / 3600 * price_per_hour
-
-    def fields(self) -> dict:
-        return {key: value for key, value in asdict(self).items() if key != "watts"}
-
-
-def run_of(schedule: Schedule, costs: Costs, steps: int, *, early: bool = False) -> Run:
-    """What `steps` steps take. `early`: the run makes one kNN to learn what its last will cost."""
-    times = 0 if costs.knn is None else _knn_times(schedule, steps, early)
-    fills = FILL_STEPS if schedule.controls and costs.knn is not None else 0
-    train = (steps + fills) * schedule.batch_size * costs.image
-    every = _collapse_every(schedule)
-    collapse_times = steps // every + (steps % every > 0)
-    save_times = int(train // schedule.save_every_seconds) + LAST_SAVES
-    knn, collapse, saves = times * (costs.knn or 0.0), collapse_times * costs.collapse, save_times * costs.save
-    return Run(
-        steps=steps,
-        epochs=steps / schedule.steps_per_epoch,
-        start=costs.start,
-        compile=costs.compile,
-        train=train,
-        knn=knn,
-        collapse=collapse,
-        saves=saves,
-        knn_times=times,
-        collapse_times=collapse_times,
-        save_times=save_times,
-        total=costs.start + costs.compile + train + knn + collapse + saves,
-        watts=costs.watts,
+def plan_of(config: Config, budget: Budget | None, measured: Measured, loading: Loading) -> Plan:
+    """Returns everything that follows from the measurements. `budget`: `--budget`, beside the config's own."""
+    limit, steps = limit_of(measured), steps_per_epoch(config, measured)
+    runs = [run_of_config(config, measured), budget and run_of_budget(config, measured, budget)]
+    return Plan(
+        fastsiam=fastsiam.__version__,
+        torch=torch.__version__,
+        config=config.run.name,
+        batch_size=config.train.batch_size,
+        learning_rate=config.learning_rate,
+        steps_per_epoch=steps,
+        epoch_seconds=steps * config.train.batch_size / measured.images_per_second.median,
+        measured=measured,
+        limit=limit,
+        advice=tips(config, measured, loading, limit),
+        run=_with_published(config, measured, runs[0]),
+        budget=budget and _with_published(config, measured, runs[1]),
     )
 
 
-def run_of_budget(schedule: Schedule, costs: Costs, budget: Budget) -> Run | None:
-    """The longest run that a budget pays for, train.max_steps aside; None where energy is asked for and not measured.
-
-    Zero steps where it does not pay for one.
-    """
-    if budget.kind == "epochs":
-        return run_of(schedule, costs, int(budget.amount) * schedule.steps_per_epoch)
-    if budget.kind == "images":
-        return run_of(schedule, costs, int(budget.amount) // schedule.batch_size)
-    if budget.kind == "joules" and costs.watts is None:
-        return None
-    seconds = budget.amount if budget.kind == "seconds" else budget.amount / costs.watts
-    low, high = 0, int(seconds / (schedule.batch_size * costs.image)) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if run_of(schedule, costs, middle, early=True).total <= seconds:
-            low = middle
-        else:
-            high = middle
-    return run_of(schedule, costs, low, early=True)
+def steps_per_epoch(config: Config, measured: Measured) -> int:
+    """Returns the number of whole batches; the last, incomplete one is dropped."""
+    return measured.images // config.train.batch_size
 
 
-def run_of_config(schedule: Schedule, costs: Costs, budget: Budget) -> Run | None:
-    """The run of a config's own epochs or budget, as long as train.max_steps lets it be."""
-    run = run_of_budget(schedule, costs, budget)
-    if run is None or schedule.max_steps is None or schedule.max_steps >= run.steps:
+def run_of_config(config: Config, measured: Measured) -> Run:
+    """Predicts the config's own epochs or budget, up to train.max_steps."""
+    run, most = run_of_budget(config, measured, config.to_spend), config.train.max_steps
+    if run.steps is None or most is None or most >= run.steps:
         return run
-    return run_of(schedule, costs, schedule.max_steps, early=not budget.counts_steps)
+    return run_of_steps(config, measured, config.to_spend, most)
 
 
-def _knn_times(schedule, steps, early):
-    every = (schedule.knn_every_epochs or 0) * schedule.steps_per_epoch
+def run_of_budget(config: Config, measured: Measured, budget: Budget) -> Run:
+    """Predicts the longest run that a budget pays for, without regard to train.max_steps."""
+    if budget.kind == "epochs":
+        return run_of_steps(config, measured, budget, int(budget.amount) * steps_per_epoch(config, measured))
+    if budget.kind == "images":
+        return run_of_steps(config, measured, budget, int(budget.amount) // config.train.batch_size)
+    seconds, watts = budget.amount, _watts(measured)
+    if budget.kind == "joules":
+        if watts is None:
+            return Run(budget.text, budget.kind, budget.amount)
+        seconds = budget.amount / watts
+    most = int(seconds * measured.images_per_second.median / config.train.batch_size) + 1
+    steps = range(most + 1)
+    fitting = bisect_right(steps, seconds, key=lambda count: run_of_steps(config, measured, budget, count).total)
+    return run_of_steps(config, measured, budget, max(fitting - 1, 0))
+
+
+def run_of_steps(config: Config, measured: Measured, budget: Budget, steps: int) -> Run:
+    """Predicts what a number of steps of a budget takes."""
+    per_epoch, has_knn = steps_per_epoch(config, measured), measured.knn_seconds is not None
+    fills = FILL_STEPS if config.evaluate.controls and has_knn else 0
+    knn_times = _knn_times(config, steps, per_epoch, early=not budget.counts_steps) if has_knn else 0
+    collapse_times = -(-steps // CollapseGuard(per_epoch).every_steps)
+    train = (steps + fills) * config.train.batch_size / measured.images_per_second.median
+    save_times = int(train // config.checkpoint.every_seconds) + LAST_SAVES
+    seconds = {
+        "start": measured.start_seconds,
+        "compile": measured.compile_seconds,
+        "train": train,
+        "knn": knn_times * (measured.knn_seconds or 0.0),
+        "collapse": collapse_times * measured.collapse_seconds,
+        "saves": save_times * (measured.checkpoint.seconds or 0.0),
+    }
+    total, watts, price = sum(seconds.values()), _watts(measured), config.budget_price_per_hour
+    return Run(
+        asked=budget.text,
+        kind=budget.kind,
+        amount=budget.amount,
+        steps=steps,
+        epochs=steps / per_epoch,
+        **seconds,
+        knn_times=knn_times,
+        collapse_times=collapse_times,
+        save_times=save_times,
+        total=total,
+        watts=watts,
+        kwh=None if watts is None else kilowatt_hours(watts * total),
+        cost=None if price is None else total / 3600 * price,
+    )
+
+
+def _with_published(config: Config, measured: Measured, run: Run) -> Run:
+    """Returns the run with the published accuracies of its number of epochs."""
+    if run.steps is None:
+        return run
+    found, reason = published_for(config, measured.images, run.epochs)
+    return replace(run, published=found, not_published=reason)
+
+
+def _watts(measured: Measured) -> float | None:
+    joules = measured.joules_per_image
+    return None if joules is None else joules * measured.images_per_second.median
+
+
+def _knn_times(config: Config, steps: int, per_epoch: int, *, early: bool) -> int:
+    """Counts kNN evaluations. `early`: the run makes one to know what its last will cost, unless one comes by then."""
+    every = (config.evaluate.knn_every_epochs or 0) * per_epoch
     regular = steps // every if every else 0
-    last = 0 if every and regular and steps == regular * every else 1
-    first_is_late = not every or every > EVALUATED_BY * steps
-    return regular + last + (early and first_is_late) + (CONTROLS if schedule.controls else 0)
-
-
-def _collapse_every(schedule):
-    least, most = MEASURE_EVERY_STEPS
-    return min(max(schedule.steps_per_epoch, least), most)
+    last = 0 if regular and steps == regular * every else 1
+    extra = early and (not every or every > EVALUATED_BY * steps)
+    return regular + last + extra + (CONTROLS if config.evaluate.controls else 0)

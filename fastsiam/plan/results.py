@@ -1,27 +1,36 @@
-"""What a plan has measured. Rates are of all ranks together, in images that a training step would take."""
+"""Results of a plan: what was measured and what follows from it. These dataclasses are also the `--json`.
 
-from dataclasses import dataclass
+Rates are images per second over all ranks, in images that a training step would take. None: unknown or not measured.
+"""
 
-import numpy as np
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+
+from fastsiam.config.published import Published
+
+STAGES = {
+    "disk": "reading from the disk",
+    "decoding": "decoding and cropping",
+    "augmentation": "augmentation",
+    "step": "the step",
+    "communication": "communication between ranks",
+}
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Images a second in several windows of time."""
+    """Images per second in several windows of time."""
 
-    windows: tuple[float, ...]
+    median: float
+    lowest: float
+    highest: float
+    windows: int
 
-    @property
-    def median(self) -> float:
-        return float(np.median(self.windows))
-
-    @property
-    def lowest(self) -> float:
-        return min(self.windows)
-
-    @property
-    def highest(self) -> float:
-        return max(self.windows)
+    @classmethod
+    def of(cls, rates: Sequence[float]) -> "Rate":
+        return cls(median(rates), min(rates), max(rates), len(rates))
 
 
 @dataclass(frozen=True)
@@ -29,113 +38,171 @@ class LoaderRate:
     """A loader alone, without a step beside it."""
 
     name: str
-    """As data.backend has it."""
-    rate: Rate | None
-    """None where it was not measured."""
+    images_per_second: Rate | None
     note: str | None = None
-    """Why not, or under which settings."""
+    """The reason why it was not measured, or the conditions."""
     settings: str = ""
-    """What to set for it."""
+    """Config keys that choose it."""
 
 
 @dataclass(frozen=True)
 class BatchRate:
-    """The step alone at a batch size, on views that lie on the device."""
+    """The step alone at a batch size (of all ranks), on views that lie on the device."""
 
     batch_size: int
-    """Of all ranks together."""
     learning_rate: float
-    rate: Rate | None
+    step_images_per_second: Rate | None
     note: str | None = None
-    """Why there is no rate."""
+    """The reason why it was not measured."""
 
 
 @dataclass(frozen=True)
-class Stages:
-    """Seconds for each image, every stage alone with the whole machine; None where it was not measured."""
+class Checkpoint:
+    """A checkpoint on the disk of run.dir, fsync included."""
 
-    disk: float | None
-    """Reading the file's bytes from the disk, not from the page cache, with as many readers as data.workers."""
-    decoding: float | None
-    """Decoding once and cropping twice, the bytes in the page cache."""
-    augmentation: float | None
-    step: float
-    """Forward, backward and optimizer."""
-    communication: float | None
-    """What averaging gradients and synchronising batch norm add to the step, over several ranks."""
-    notes: tuple[str, ...] = ()
-    """Why some were not measured."""
-
-    def known(self) -> dict[str, float]:
-        names = ("disk", "decoding", "augmentation", "step", "communication")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
-
-
-@dataclass(frozen=True)
-class EndToEnd:
-    """Training itself: the loader and the step beside each other."""
-
-    rate: Rate
-    wait_fraction: float
-    """Share of the time in which the step waited for images."""
-    idle_cores: float
-    disk_cores: float
-    """Cores that waited for a disk."""
-    joules_per_image: float | None
-    """Of the GPUs of all ranks; None where it is not measured."""
-
-
-@dataclass(frozen=True)
-class Saving:
-    """A checkpoint on the disk of run.dir."""
-
-    bytes: int | None
-    seconds: float | None
-    """To the disk (fsync); None where the folder cannot be written."""
-    note: str | None = None
+    bytes: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything that a plan is made from."""
+    """Measurements of a config on this machine."""
 
-    images: int
-    """N of data.train."""
-    val_images: int
-    """Of data.val; 0 without kNN."""
-    ranks: int
-    measured_batch_size: int
-    """train.batch_size, or less where a step of that would take too long, or more memory than there is."""
-    shares_cores: bool
-    """Loader and step run on the same cores: there is no GPU."""
     device: str
     gpu: str | None
     dtype: str
-    compiles: bool
+    compile: bool
+    ranks: int
+    images: int
+    val_images: int
+    """0 without kNN."""
+    measured_batch_size: int
+    """train.batch_size, or less where a step of that takes too long or too much memory."""
     backend: str
-    loader_text: str
-    start_seconds: float
-    """From the start of the process to the first batch; a store of data.backend=resident decoded."""
-    compile_seconds: float
-    """What the first step takes more than the others."""
-    end_to_end: EndToEnd
-    step: Rate
-    loaders: tuple[LoaderRate, ...]
-    """The config's own first."""
-    batch_sizes: tuple[BatchRate, ...]
-    stages: Stages
-    knn_seconds: float | None
-    """One kNN over all images; None where the config has none."""
-    collapse_seconds: float
-    """One measure of collapse."""
-    saving: Saving
+    loader: str
+    """Decoder, version and threads in words."""
+    images_per_second: Rate
+    """Training: loader and step together."""
+    wait_fraction: float
+    """Share of that time in which the step waited for images."""
+    idle_cores: float
+    disk_cores: float
+    """Cores that waited for a disk."""
+    joules_per_image: float | None
+    """Of the GPUs of all ranks, in training."""
     energy: str
-    """How it was measured, or why not."""
+    """How energy was measured, or why not."""
+    step_images_per_second: Rate
+    """The step alone."""
+    loaders: tuple[LoaderRate, ...]
+    """The config's own first; empty with synthetic images."""
+    batch_sizes: tuple[BatchRate, ...]
+    seconds_per_image: dict[str, float | None]
+    """By stage, each alone with the whole machine.
+
+    disk: a file's bytes past the page cache, with data.workers readers; decoding: decoding once and cropping every
+    view, from the page cache; step: forward, backward and optimizer of one rank alone; communication: what averaging
+    gradients and synchronising batch norm add to it.
+    """
+    start_seconds: float
+    """From the start of the process to the first batch; the images of data.backend=resident decoded."""
+    compile_seconds: float
+    """The first step, beyond what the others take."""
+    knn_seconds: float | None
+    """One kNN evaluation of all images; None where the config has none."""
+    collapse_seconds: float
+    """One collapse measure."""
+    checkpoint: Checkpoint
     notes: tuple[str, ...]
-    seconds: float
-    """What measuring took, compilation apart."""
+    measuring_seconds: float
 
     @property
-    def loader(self) -> Rate | None:
-        """Of the config's own backend."""
-        return self.loaders[0].rate if self.loaders else None
+    def shares_cores(self) -> bool:
+        """True where loader and step run on the same cores, because there is no GPU."""
+        return self.device == "cpu"
+
+    @property
+    def loader_rate(self) -> Rate | None:
+        """Rate of the config's own loader."""
+        return self.loaders[0].images_per_second if self.loaders else None
+
+    @property
+    def known_stages(self) -> dict[str, float]:
+        return {name: seconds for name, seconds in self.seconds_per_image.items() if seconds is not None}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The slowest stage, and the rate that loader and step allow."""
+
+    stage: str
+    expected: float
+    """Images per second: the slower of loader and step beside a GPU; both after each other on a CPU."""
+    share: float
+    """The measured rate of training divided by `expected`."""
+
+
+@dataclass(frozen=True)
+class Tip:
+    """A change that would speed the run up."""
+
+    code: str
+    action: str
+    cause: str
+    gain: float | None = None
+    """Factor on the images per second of training; None where it was not measured."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a budget. Seconds by part, energy in joules of all GPUs, cost in the currency of the price."""
+
+    asked: str
+    kind: str
+    amount: float
+    steps: int | None = None
+    """None for a budget of energy where energy is not measured; 0 where the budget is too small for a step."""
+    epochs: float = 0.0
+    start: float = 0.0
+    compile: float = 0.0
+    train: float = 0.0
+    knn: float = 0.0
+    collapse: float = 0.0
+    saves: float = 0.0
+    knn_times: int = 0
+    collapse_times: int = 0
+    save_times: int = 0
+    total: float = 0.0
+    watts: float | None = None
+    """Mean power in training, assumed for the rest of the run."""
+    kwh: float | None = None
+    cost: float | None = None
+    published: tuple[Published, ...] = ()
+    not_published: str | None = None
+    """The reason why no published number applies."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Measurements and predictions."""
+
+    fastsiam: str
+    torch: str
+    config: str
+    batch_size: int
+    learning_rate: float
+    steps_per_epoch: int
+    epoch_seconds: float
+    """Training alone."""
+    measured: Measured
+    limit: Limit
+    advice: tuple[Tip, ...]
+    """Largest measured gain first."""
+    run: Run
+    """The config's own epochs or budget."""
+    budget: Run | None
+    """`--budget`."""
+
+    def to_json(self) -> str:
+        found = asdict(self)
+        return json.dumps({**found.pop("measured"), **found}, allow_nan=False)
