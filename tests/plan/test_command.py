@@ -71,7 +71,8 @@ def test_images_in_memory_and_no_images_are_planned_too(tiny, tmp_path, resident
     ],
 )
 def test_mistakes_are_answered_while_torch_cannot_be_imported(arguments, expected, tmp_path):
-    done = run_python("-c", MASKED.replace("fastsiam.train", "fastsiam.plan"), *arguments, f"run.dir={tmp_path}/runs")
+    program = MASKED.replace("fastsiam.train", "fastsiam.plan.__main__")
+    done = run_python("-c", program, *arguments, f"run.dir={tmp_path}/runs")
     assert done.returncode == 2
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1
