@@ -28,6 +28,8 @@ setup(
         "pydantic>=2.7",
         "pyyaml",
         "rich",
+        "filelock",
+        "psutil",
         "tensorboard",
         "matplotlib",
         "safetensors",

@@ -5,6 +5,7 @@ authors' transforms, lightly's and solo-learn's. A sample is an epoch from its s
 begins with batches that were made while another was timed.
 """
 
+import contextlib
 import functools
 import gc
 import multiprocessing
@@ -19,6 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import psutil
 import torch
 
 from benchmarks import peers
@@ -41,7 +43,6 @@ DRAWN_IMAGES, IMAGES_PER_WORKER = 256, 256
 BATCH = {"cpu": 64, "cuda": 128}
 REPEATS = 10
 CPU = torch.device("cpu")
-_HERTZ = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -88,28 +89,15 @@ class Row:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of all below it, living (in clock ticks of 10 ms) and reaped. Linux only."""
+    """CPU time of this process and of all below it, living (in clock ticks of 10 ms) and reaped."""
     own = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in own) + sum(map(_ticks, _below(os.getpid()))) / _HERTZ
-
-
-def _below(pid: int) -> list[int]:
-    children = [int(child) for tasks in _read(f"/proc/{pid}/task", "*/children") for child in tasks.split()]
-    return children + [below for child in children for below in _below(child)]
-
-
-def _ticks(pid: int) -> int:
-    """User and system time of a process and of its reaped children: fields 14 to 17 of proc(5)'s stat."""
-    return sum(int(ticks) for text in _read(f"/proc/{pid}", "stat") for ticks in text.rpartition(")")[2].split()[11:15])
-
-
-def _read(folder: str, pattern: str) -> Iterable[str]:
-    """The files' texts, without those of processes that have just ended."""
-    for path in Path(folder).glob(pattern):
-        try:
-            yield path.read_text()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in own)
+    for process in psutil.Process().children(recursive=True):
+        # One may end between the listing and the reading.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            seconds += times.user + times.system + times.children_user + times.children_system
+    return seconds
 
 
 def drain(batches: Iterable, device: torch.device) -> int:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import math
@@ -11,6 +10,8 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from fastsiam.config import Config, load_config
 from fastsiam.config.yaml_file import shortened
@@ -57,7 +58,7 @@ class RunFolder:
         self.metrics_path = self.path / "metrics.jsonl"
         self._metrics = Appender(self.metrics_path)
         self._events = EventFiles(self.path / "tensorboard", warn)
-        self._lock = None
+        self._lock: FileLock | None = None
         self.commit: str | None = None
         """Of the code; None where it is not known, and before `open`."""
 
@@ -108,8 +109,7 @@ class RunFolder:
         """
         with self._refusal():
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "w")  # noqa: SIM115
-            _take(self._lock, self.path)
+            self._lock = _locked(self.path)
             replace_file(self.path / "config.yaml", self.config.to_yaml().encode())
             self.commit = _commit()
             described = json.dumps(environment | {"commit": self.commit}, indent=1)
@@ -125,10 +125,8 @@ class RunFolder:
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             if not os.access(there, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            lock = self.path / "lock"
-            if lock.exists():
-                with open(lock) as file:
-                    _take(file, self.path)
+            if (self.path / "lock").exists():
+                _locked(self.path).release()
 
     def write_header(self) -> None:
         """Begin metrics.jsonl anew."""
@@ -202,7 +200,7 @@ class RunFolder:
                 f"{self.metrics_path} could not be written ({error.strerror or error}): {lost} lines of it are lost"
             )
         if self._lock:
-            self._lock.close()
+            self._lock.release()
 
     def _flush(self) -> None:
         error = self._metrics.flush()
@@ -258,11 +256,15 @@ def _refusal(config, path):
         ) from error
 
 
-def _take(lock, path):
+def _locked(path: Path) -> FileLock:
+    lock = FileLock(path / "lock")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is training in {path}") from None
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise UserError(
+            f"run.name: another process is training in {path}; wait for it or choose another name", "run-locked"
+        ) from None
+    return lock
 
 
 def read_status(folder: Path) -> dict:

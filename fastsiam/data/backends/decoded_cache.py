@@ -1,7 +1,6 @@
 """Decoded stores on disk: a folder for each, with the images as one array and what is known of their files."""
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from fastsiam.data.build import choose_backend, open_backend
 from fastsiam.data.loader import Backend, CropRequest, check_delivery
@@ -78,12 +78,10 @@ class StoreCache:
         # A cache of others may be read-only.
         if self.folder.exists():
             return
-        lock = self.folder.with_name(f"{self.folder.name}.lock")
         with self._writing():
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            lock.touch()
-        with open(lock) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock = FileLock(f"{self.folder}.lock").acquire()
+        with lock:
             if not self.folder.exists():
                 self._decode(source)
 

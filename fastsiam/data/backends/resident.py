@@ -11,6 +11,7 @@ from pathlib import Path
 from weakref import WeakValueDictionary
 
 import numpy as np
+import psutil
 import torch
 
 from fastsiam.data.backends.decoded_cache import StoreCache, gigabytes
@@ -118,9 +119,7 @@ def boxes_in_store(boxes: np.ndarray, sizes: np.ndarray, store_size: int) -> np.
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that nobody uses: of the CUDA device, or of this machine as the kernel estimates it."""
+    """Free memory of the CUDA device; without one, bytes available on this machine by the kernel's estimate."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo", encoding="ascii") as file:
-        kibibytes = next(line.split()[1] for line in file if line.startswith("MemAvailable:"))
-    return int(kibibytes) * 1024
+    return psutil.virtual_memory().available
