@@ -162,8 +162,7 @@ def views_of_rank(config: Config, device: torch.device, dtype: torch.dtype, worl
     views = []
     for seed in range(INPUT_SETS):
         # The synthetic backend has the same numbers for every rank.
-        train = config.train.model_copy(update={"seed": seed + INPUT_SETS * world.rank})
-        seeded = config.model_copy(update={"train": train})
+        seeded = config.with_values({"train.seed": seed + INPUT_SETS * world.rank})
         loader = build_loader(seeded, device=device, dtype=dtype, rank=world.rank, world_size=world.size)
         views.append(next(loader.epoch(0)).views)
     return views

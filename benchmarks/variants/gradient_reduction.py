@@ -62,7 +62,7 @@ def build_step(way: Way, config: Config, device: torch.device, dtype: torch.dtyp
     torch.manual_seed(config.train.seed)
     if way.statistics == "SyncBatchNorm":
         # View by view through plain layers: that class has no statistics per view.
-        config = config.model_copy(update={"model": config.model.model_copy(update={"bn_statistics": "joint"})})
+        config = config.with_values({"model.bn_statistics": "joint"})
         method = nn.SyncBatchNorm.convert_sync_batchnorm(build_method(config))
     else:
         method = build_method(config, world.size if way.statistics == "all ranks" else 1)

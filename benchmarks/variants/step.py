@@ -117,8 +117,7 @@ def build_ablated(switches: Switches, config: Config, weights: dict, device: tor
         return authors.build_step(config, weights, device, precision=precision, memory_format=memory_format)
     # The plain layers see one view a call: their statistics are per view by themselves.
     statistics = "joint" if switches.forward == "two_calls" else "per_view"
-    model = config.model.model_copy(update={"bn_statistics": statistics})
-    method = fastsiam.build_method(config.model_copy(update={"model": model})).to(device)
+    method = fastsiam.build_method(config.with_values({"model.bn_statistics": statistics})).to(device)
     method.load_state_dict(weights)
     method.to(memory_format=memory_format)
     forward = Forward(method, switches)
@@ -144,9 +143,9 @@ def build_ablated(switches: Switches, config: Config, weights: dict, device: tor
 
 def build_sgd(implementation: str, method: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The product's parameter groups and numbers in one of three implementations."""
-    chosen = config.optimizer.model_copy(update={"implementation": "apex" if implementation == "apex" else "torch"})
+    chosen = "apex" if implementation == "apex" else "torch"
     try:
-        optimizer = build_optimizer(method, config.model_copy(update={"optimizer": chosen}))
+        optimizer = build_optimizer(method, config.with_values({"optimizer.implementation": chosen}))
     except ImportError as error:
         raise AbsentError(str(error)) from error
     if implementation != "default":
@@ -158,8 +157,7 @@ def build_sgd(implementation: str, method: nn.Module, config: Config) -> torch.o
 def build_product(config: Config, stack: contextlib.ExitStack) -> Callable:
     """The step of a session, which ends with `stack`; its run folder is a temporary one, and it says nothing."""
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    run = config.run.model_copy(update={"dir": folder, "name": "step"})
-    session = stack.enter_context(Session(config.model_copy(update={"run": run})))
+    session = stack.enter_context(Session(config.with_values({"run.dir": folder, "run.name": "step"})))
     session.journal.console = Console(quiet=True)
     session.start()
     return lambda views: session.step(views)["loss"].detach()
@@ -180,9 +178,7 @@ def check_authors(config: Config, steps: int = 10) -> None:
 def compare(config: Config, dtype: torch.dtype, *, steps: int, rate: float, tolerance: float) -> None:
     """Raise `RuntimeError` where losses or weights of the authors' way and of ours differ by more than `tolerance`."""
     size, batch_size, cpu = min(config.views.size, 64), 8, torch.device("cpu")
-    optimizer = config.optimizer.model_copy(update={"base_lr": rate * 256 / batch_size})
-    train = config.train.model_copy(update={"batch_size": batch_size})
-    config = config.model_copy(update={"optimizer": optimizer, "train": train})
+    config = config.with_values({"optimizer.base_lr": rate * 256 / batch_size, "train.batch_size": batch_size})
     weights = initial_weights(config)
     rows = {name: Switches(forward=name) for name in ("authors", "one_call")}
     both = {name: build_ablated(row, config, weights, cpu) for name, row in rows.items()}
@@ -213,8 +209,7 @@ class Inputs:
     def __init__(self, config: Config, device: torch.device):
         self._views = []
         for seed in range(INPUT_SETS):
-            train = config.train.model_copy(update={"seed": seed})
-            loader = build_loader(config.model_copy(update={"train": train}), device=device)
+            loader = build_loader(config.with_values({"train.seed": seed}), device=device)
             self._views.append(next(loader.epoch(0)).views)
         self.like = functools.cache(self._like)
 

@@ -1,4 +1,4 @@
-"""What a run may spend: epochs, images, time, energy or money."""
+"""Budgets of a run: epochs, images, time, energy or money."""
 
 import math
 import re
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastsiam.config.yaml_file import shown
+from fastsiam.errors import UserError
 
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 JOULES = {"Wh": 3600.0, "kWh": 3.6e6}
@@ -26,34 +27,38 @@ class Budget:
     kind: Literal["epochs", "images", "seconds", "joules"]
     amount: float
     text: str
-    """As it was written."""
+    """The budget as the user wrote it."""
 
     @property
     def counts_steps(self) -> bool:
-        """The same steps on every machine: exact resume is promised."""
+        """True where the number of steps does not depend on the machine: exact resume is promised."""
         return self.kind in ("epochs", "images")
 
 
 def parse_budget(text: str, price_per_hour: float | None = None) -> Budget:
-    """`2h`, `45min`, `10M images`, `0.8kWh`, or `15USD` at `price_per_hour`; raises `ValueError` with the key."""
+    """Parses `2h`, `45min`, `10M images`, `0.8kWh`, or `15USD` at `price_per_hour`.
+
+    Raises `UserError` whose sentence begins with the key.
+    """
     written = text.strip()
     if match := _IMAGES.fullmatch(written):
         return _positive("images", float(match[1]) * COUNTS[match[2]], written)
     match = _QUANTITY.fullmatch(written)
     if not match:
-        raise ValueError(f"budget: {shown(text)} is not an amount with its unit; write {EXAMPLES}")
+        raise UserError(f"budget: {shown(text)} is not an amount with its unit; write {EXAMPLES}", "not-a-budget")
     number, unit = float(match[1]), match[2]
     if unit in SECONDS:
         return _positive("seconds", number * SECONDS[unit], written)
     if unit in JOULES:
         return _positive("joules", number * JOULES[unit], written)
     meant = [known for known in (*SECONDS, *JOULES) if known.casefold() == unit.casefold()]
-    if meant:
-        raise ValueError(f"budget: {shown(text)} has a unit that is not known ({unit}); did you mean {meant[0]}?")
-    if not _CURRENCY.fullmatch(unit):
-        raise ValueError(f"budget: {shown(text)} has a unit that is not known ({unit}); write {EXAMPLES}")
+    if meant or not _CURRENCY.fullmatch(unit):
+        cure = f"did you mean {meant[0]}?" if meant else f"write {EXAMPLES}"
+        raise UserError(f"budget: {shown(text)} has an unknown unit ({unit}); {cure}", "unknown-unit")
     if price_per_hour is None:
-        raise ValueError(f"budget_price_per_hour: null, but budget is {written}; set what an hour costs in {unit}")
+        raise UserError(
+            f"budget_price_per_hour: null, but budget is {written}; set what an hour costs in {unit}", "no-price"
+        )
     return _positive("seconds", 3600 * number / price_per_hour, written)
 
 
@@ -61,5 +66,5 @@ def _positive(kind, amount, text):
     if kind == "images" and math.isfinite(amount):
         amount = round(amount)
     if not 0 < amount < math.inf:
-        raise ValueError(f"budget: {shown(text)} must be more than nothing, and finite")
+        raise UserError(f"budget: {shown(text)} is not a finite amount above 0; write {EXAMPLES}", "empty-budget")
     return Budget(kind, amount, text)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from fastsiam.config.views import ADDED, RECIPES, parse_range, sizes_between
 from fastsiam.config.yaml_file import shown
+from fastsiam.errors import UserError
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -69,18 +70,23 @@ class DataConfig(Section):
     def scale_type_or_a_range(cls, given):
         ends = parse_span(given)
         if given not in ("scale", "type") and (ends is None or not ends[0] < ends[1]):
-            shown = f"'{given[:40]}'"
-            raise ValueError(f"data.deep_pixels: {shown} is not scale, type or a range LOW..HIGH such as -1000..2000")
+            raise UserError(
+                f"data.deep_pixels: {shown(given)} is not scale, type or a range LOW..HIGH such as -1000..2000",
+                "bad-deep-pixels",
+            )
         return given
 
     @model_validator(mode="after")
     def what_there_is_to_read(self):
         if self.train is None and self.backend != "synthetic":
-            raise ValueError("data.train: null is for data.backend=synthetic; give a folder or a list of files")
+            raise UserError(
+                "data.train: null is for data.backend=synthetic; give a folder or a list of files", "no-data"
+            )
         if self.augment == "dali" and self.backend != "dali":
-            raise ValueError(
+            raise UserError(
                 f"data.augment: dali needs data.backend=dali, but it is {self.backend}; set that, or "
-                "data.augment=fastsiam"
+                "data.augment=fastsiam",
+                "augment-without-dali",
             )
         return self
 
@@ -90,14 +96,15 @@ class DataConfig(Section):
             if location is None or self.backend in ("auto", "synthetic"):
                 continue
             if self.backend == "ffcv" and not location.endswith(".beton"):
-                raise ValueError(
-                    f"{key}: data.backend=ffcv reads .beton files, and {location} is none; write one by "
-                    f"python -m fastsiam.prepare ffcv {location} OUT.beton, and set {key}=OUT.beton"
+                raise UserError(
+                    f"{key}: data.backend=ffcv reads .beton files, and {shown(location)} is not one; write one with "
+                    f"fastsiam prepare ffcv {location} OUT.beton, and set {key}=OUT.beton",
+                    "not-a-beton",
                 )
             if self.backend != "ffcv" and location.endswith(".beton"):
-                raise ValueError(
-                    f"{key}: {location} was written by python -m fastsiam.prepare ffcv, and data.backend="
-                    f"{self.backend} cannot read it; set data.backend=ffcv"
+                raise UserError(
+                    f"{key}: data.backend={self.backend} cannot read {shown(location)}; set data.backend=ffcv",
+                    "beton-without-ffcv",
                 )
         return self
 

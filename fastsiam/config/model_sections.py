@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fastsiam.config.data_sections import PositiveFloat, PositiveInt, Section
 from fastsiam.config.yaml_file import shown
+from fastsiam.errors import UserError
 
 TORCHVISION_RESNETS = (
     "resnet18",
@@ -59,18 +60,21 @@ class ModelConfig(Section):
         if name in TORCHVISION_RESNETS:
             return name
         near = difflib.get_close_matches(name, [*TORCHVISION_RESNETS, "cifar_resnet8", "cifar_resnet20"], 1, 0.3)
-        raise ValueError(
+        raise UserError(
             f"model.encoder: {shown(name)} is neither a torchvision ResNet nor cifar_resnetN with N = 8, 14, 20, ..."
-            + (f"; did you mean {near[0]}?" if near else "")
+            + (f"; did you mean {near[0]}?" if near else ""),
+            "unknown-encoder",
         )
 
     @model_validator(mode="after")
     def width_and_stem(self):
         if self.encoder.startswith("cifar_resnet"):
             if self.stem != "cifar" or self.width is None:
-                raise ValueError(f"model.encoder: {self.encoder} needs model.stem=cifar and a model.width")
+                raise UserError(f"model.encoder: {self.encoder} needs model.stem=cifar and a model.width", "no-width")
         elif self.width is not None:
-            raise ValueError(f"model.width: only cifar_resnetN has a width to choose; set null for {self.encoder}")
+            raise UserError(
+                f"model.width: only cifar_resnetN has a width to choose; set null for {self.encoder}", "width-is-fixed"
+            )
         return self
 
 
@@ -101,12 +105,14 @@ class OptimizerConfig(Section):
     @model_validator(mode="after")
     def options_of_the_optimizer(self):
         if self.name == "lars" and self.implementation == "apex":
-            raise ValueError(
-                "optimizer.implementation: apex has no LARS; set optimizer.implementation=torch, or optimizer.name=sgd"
+            raise UserError(
+                "optimizer.implementation: apex has no LARS; set optimizer.implementation=torch, or optimizer.name=sgd",
+                "apex-with-lars",
             )
         if self.name == "sgd" and self.lars_trust != LARS_TRUST:
-            raise ValueError(
+            raise UserError(
                 f"optimizer.lars_trust: {self.lars_trust:g} has no effect with optimizer.name=sgd; set "
-                f"optimizer.name=lars, or optimizer.lars_trust={LARS_TRUST:g}"
+                f"optimizer.name=lars, or optimizer.lars_trust={LARS_TRUST:g}",
+                "trust-without-lars",
             )
         return self

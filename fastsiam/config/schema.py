@@ -1,15 +1,8 @@
-"""Every knob of a run, typed and checked before torch is imported.
+"""Sections and keys of a config, typed and checked before torch is imported."""
 
-One YAML holds a whole run. `load_config` reads it, applies `key.sub=value` overrides through the same checks,
-and answers every mistake with one sentence that names the key and the nearest right one.
-"""
-
-import difflib
-import hashlib
-import json
+import functools
 import os
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import yaml
@@ -18,15 +11,13 @@ from pydantic import Field, field_validator, model_validator
 from fastsiam.config.budget import EXAMPLES, Budget, parse_budget
 from fastsiam.config.data_sections import DataConfig, PositiveFloat, PositiveInt, Section, ViewsConfig
 from fastsiam.config.model_sections import MethodConfig, ModelConfig, OptimizerConfig
-from fastsiam.config.yaml_file import apply_override, check, expand_home, flat, one_sentence, read, shortened
+from fastsiam.config.yaml_file import check, set_value
 from fastsiam.errors import UserError
-
-CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 class TrainConfig(Section):
-    epochs: PositiveInt | None
-    """null where there is a budget."""
+    epochs: PositiveInt | None = None
+    """Epochs to train; null with a budget."""
     max_steps: PositiveInt | None = None
     """Stop after so many steps; the schedule still spans the epochs or the budget."""
     batch_size: Annotated[int, Field(gt=1)]
@@ -89,7 +80,7 @@ class Config(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     collapse: CollapseConfig = CollapseConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    run: RunConfig
+    run: RunConfig = RunConfig()
     budget: str | None = None
     """Instead of train.epochs: 2h, 45min, 10M images, 0.8kWh (NVML's), 15USD (hours times budget_price_per_hour)."""
     budget_price_per_hour: PositiveFloat | None = None
@@ -99,155 +90,54 @@ class Config(Section):
     @classmethod
     def with_its_unit(cls, given):
         if isinstance(given, int | float):
-            raise ValueError(f"budget: {given} has no unit; write {EXAMPLES}")
+            raise UserError(f"budget: {given} has no unit; write {EXAMPLES}", "budget-without-unit")
         return given
 
     @model_validator(mode="after")
     def epochs_or_a_budget(self):
-        if self.budget is not None:
-            parse_budget(self.budget, self.budget_price_per_hour)
-            if self.train.epochs is not None:
-                raise ValueError(
-                    f"budget: {self.budget} and train.epochs: {self.train.epochs} are both given; set one of them null"
-                )
-        elif self.train.epochs is None:
-            raise ValueError("train.epochs: null, and there is no budget; set train.epochs=100 or budget=2h")
-        return self
+        if self.budget is None and self.train.epochs is None:
+            raise UserError(
+                "train.epochs: null, and there is no budget; set train.epochs=100 or budget=2h", "no-epochs-no-budget"
+            )
+        if self.budget is not None and self.train.epochs is not None:
+            raise UserError(
+                f"budget: {self.budget} and train.epochs: {self.train.epochs} are both given; set one of them null",
+                "epochs-and-budget",
+            )
+        # Its property raises for a budget that cannot be parsed.
+        return self.to_spend and self
 
     @model_validator(mode="after")
     def scaled_gradients_have_their_optimizer(self):
         if self.train.precision == "fp16" and self.optimizer.implementation == "apex":
-            raise ValueError(
+            raise UserError(
                 "optimizer.implementation: apex does not take the scaled gradients of train.precision=fp16; set "
-                "optimizer.implementation=torch, or train.precision=bf16"
+                "optimizer.implementation=torch, or train.precision=bf16",
+                "apex-with-fp16",
             )
         return self
 
-    @property
+    @functools.cached_property
     def to_spend(self) -> Budget:
-        """The epochs or the budget, whichever is given."""
+        """Epochs or budget of the run, whichever is given."""
         if self.train.epochs is not None:
             return Budget("epochs", self.train.epochs, f"{self.train.epochs} epochs")
         return parse_budget(self.budget, self.budget_price_per_hour)
 
     @property
     def learning_rate(self) -> float:
-        """The rate of the whole batch: base_lr * batch_size / 256 (paper, section 4)."""
+        """Learning rate of the whole batch: base_lr * batch_size / 256 (paper, section 4)."""
         return self.optimizer.base_lr * self.train.batch_size / 256
+
+    def with_values(self, values: Mapping[str, object]) -> "Config":
+        """Returns a config with other values, `{"train.batch_size": 8}`, checked as those of a file are.
+
+        Raises `UserError` as `load_config` does.
+        """
+        changed = self.model_dump()
+        for key, value in values.items():
+            set_value(Config, changed, key, value)
+        return check(Config, changed)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
-
-
-# What may differ between two starts of one run: where things lie and how they are watched, not what is computed.
-OPERATIONAL = (
-    "data.train",
-    "data.val",
-    "data.workers",
-    "data.max_bad_fraction",
-    "data.manifest",
-    "data.demo_seed",
-    "train.max_steps",
-    "train.log_every_steps",
-    "train.watchdog_seconds",
-    "evaluate.knn_every_epochs",
-    "evaluate.controls",
-    "collapse.action",
-    "checkpoint.every_seconds",
-    "checkpoint.keep",
-    "run.dir",
-    "run.name",
-    "run.fresh",
-)
-
-
-def load_config(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """The checked configuration of a YAML file with overrides applied.
-
-    `name_or_path`: a path, or the name of a file in `configs/` with or without `.yaml`. `overrides`: strings
-    `section.key=value`, the value in YAML; a budget there takes the place of the file's epochs, and epochs that of its
-    budget; with another data.train no demo images are drawn. Raises `UserError` (a `ValueError`) of one sentence.
-    """
-    try:
-        return _load(name_or_path, list(overrides))
-    except UserError as error:
-        raise one_sentence(error) from error.__cause__
-
-
-def _load(name_or_path, overrides):
-    path = find_config(name_or_path)
-    values = read(path)
-    demo_folder = _folder_of_demo(values)
-    for override in overrides:
-        apply_override(Config, values, override)
-    overridden = {override.partition("=")[0] for override in overrides}
-    _let_the_override_win(values, overridden)
-    if demo_folder and demo_folder != _folder_of_demo(values) and not overridden & {"data", "data.demo_seed"}:
-        # The file asks for demo images in its own folder, not in that of somebody's images.
-        values["data"]["demo_seed"] = None
-    if not values.get("run"):
-        values["run"] = {}
-    config = check(Config, values)
-    if config.run.name is None:
-        config = _named(config, path, changed=bool(overrides))
-    return config
-
-
-def find_config(name_or_path: str | Path) -> Path:
-    """The file that a `--config` argument means; raises `UserError` with the names that exist."""
-    path = expand_home(name_or_path)
-    for candidate in (path, CONFIGS / path.name, CONFIGS / f"{path.name}.yaml"):
-        if os.path.isfile(candidate) and (candidate == path or path.name == str(name_or_path)):
-            return candidate
-    known = sorted(file.name for file in CONFIGS.glob("*.yaml"))
-    near = difflib.get_close_matches(path.name, known, 1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    asked = shortened(str(name_or_path), 60)
-    raise UserError(f"--config {asked}: no such file, and configs/ holds only {', '.join(known)}{hint}")
-
-
-def differing_keys(one: Config, other: Config) -> list[str]:
-    """Dotted keys in which two configs compute something else, as `key (a, now b)`."""
-    return [f"{key} ({a}, now {b})" for key, (a, b) in differences(one, other).items()]
-
-
-def differences(one: Config, other: Config) -> dict[str, tuple]:
-    """Dotted keys in which two configs compute something else, sorted, with both values."""
-    a, b = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
-    without_effect = {"views.blur_kind"} if not one.views.blur and not other.views.blur else set()
-    return {
-        key: (a.get(key), b.get(key))
-        for key in sorted(a.keys() | b.keys())
-        if key not in OPERATIONAL and key not in without_effect and a.get(key) != b.get(key)
-    }
-
-
-def _let_the_override_win(values: dict, overridden: set[str]) -> None:
-    train = values.get("train")
-    if not isinstance(train, dict):
-        return
-    if "budget" in overridden and "train.epochs" not in overridden and values["budget"] is not None:
-        train["epochs"] = None
-    if "train.epochs" in overridden and "budget" not in overridden and train["epochs"] is not None:
-        values["budget"] = None
-
-
-def _folder_of_demo(values: dict) -> str | None:
-    """Where data.train is, if data.demo_seed asks for the demo images there."""
-    data = values.get("data")
-    if not isinstance(data, dict) or data.get("demo_seed") is None or not isinstance(data.get("train"), str):
-        return None
-    return os.path.normpath(os.path.expanduser(data["train"]))
-
-
-def _named(config: Config, path: Path, changed: bool) -> Config:
-    name = path.stem
-    if changed:
-        function = flat(config.model_dump(mode="json"))
-        written = flat(check(Config, {"run": {}, **read(path)}).model_dump(mode="json"))
-        # data.train is operational (a data set may move) but another folder is by default another run.
-        kept = {k: v for k, v in function.items() if k not in OPERATIONAL or k in ("data.train", "data.val")}
-        overridden = {k: v for k, v in kept.items() if written.get(k, v) != v}
-        if overridden:
-            name += "-" + hashlib.sha256(json.dumps(overridden, sort_keys=True).encode()).hexdigest()[:8]
-    return config.model_copy(update={"run": config.run.model_copy(update={"name": name})})

@@ -1,4 +1,4 @@
-"""Reading a config file and overrides, and saying in one sentence what is wrong with them."""
+"""Reads config files and overrides, and explains in one sentence what is wrong with them."""
 
 import difflib
 import json
@@ -13,17 +13,17 @@ from fastsiam.errors import UserError
 
 
 def expand_home(path: Path | str) -> Path:
-    """A path with a leading `~` or `~user` as the home folder, which a shell leaves alone in `key=~/x`."""
+    """Returns a path with a leading `~` or `~user` expanded, which a shell does not do in `key=~/x`."""
     # pathlib's own raises where there is no home folder; there the name stays as it is.
     return Path(os.path.expanduser(path))
 
 
-# Of a sentence, and of a value in it.
+# Characters of a sentence, and of a value in it.
 _LONGEST, _LONGEST_VALUE = 300, 60
 
 
 def shown(value: object) -> str:
-    """A value as a sentence quotes it: in one line, without control characters, shortened in the middle."""
+    """Returns a value as a sentence quotes it: on one line, without control characters, shortened in the middle."""
     if value is None:
         return "null"
     try:
@@ -36,7 +36,7 @@ def shown(value: object) -> str:
 
 
 def shortened(text: str, longest: int) -> str:
-    """`text` in at most `longest` printable characters; what is cut out of its middle becomes three dots."""
+    """Returns `text` in at most `longest` printable characters, with three dots in place of its middle."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
     if len(text) <= longest:
         return text
@@ -45,7 +45,7 @@ def shortened(text: str, longest: int) -> str:
 
 
 def one_sentence(error: UserError) -> UserError:
-    """The same error, short enough to read on a screen whatever the user has typed."""
+    """Returns the same error, short enough to read on a screen whatever the user has typed."""
     return UserError(shortened(str(error), _LONGEST), error.code)
 
 
@@ -75,75 +75,109 @@ _Loader.add_implicit_resolver(
 
 
 def read(path: Path) -> dict:
+    """Returns the sections of a config file, not checked yet; raises `UserError` for what is not YAML."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"{path} cannot be read: {error.strerror}", "unreadable-config") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} is not readable as YAML: {' '.join(str(error).split())}", "not-yaml") from error
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no sections; start from one of the files in configs/")
+        raise UserError(f"{path} holds no sections; start from one of the files in configs/", "no-sections")
     return values
 
 
-def apply_override(model: type[BaseModel], values: dict, override: str) -> None:
+def apply_override(model: type[BaseModel], values: dict, override: str) -> str:
+    """Sets the key of `section.key=value`, the value in YAML, in the nested `values`; returns the key."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"{shown(override)} is not an override; write section.key=value, for example train.epochs=10")
+        raise UserError(
+            f"{shown(override)} is not an override; write section.key=value, for example train.epochs=10",
+            "not-an-override",
+        )
     try:
         value = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{key}: {shown(text)} is not readable as YAML") from error
+        raise UserError(f"{key}: {shown(text)} is not readable as YAML", "not-yaml") from error
+    set_value(model, values, key, value)
+    return key
+
+
+def set_value(model: type[BaseModel], values: dict, key: str, value: object) -> None:
+    """Sets a dotted key in the nested `values`; sections that are not there are made."""
     *sections, last = key.split(".")
     node = values
     for section in sections:
         node = node.setdefault(section, {})
         if not isinstance(node, dict):
-            raise UserError(f"{key}: {section} is a value, not a section{_did_you_mean(model, key)}")
+            raise UserError(f"{key}: {section} is a value, not a section{did_you_mean(model, key)}", "not-a-section")
     node[last] = value
 
 
 def check(model: type[BaseModel], values: dict) -> BaseModel:
+    """Returns the model of `values`; raises `UserError` for the first problem, with the number of the others."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         problems = error.errors(include_url=False)
+        first = _explained(model, problems[0])
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(_sentence(model, problems[0]) + more) from None
+        raise UserError(f"{first}{more}", first.code) from None
 
 
-def _sentence(model, problem: dict) -> str:
+_CODES = {
+    "literal_error": "unknown-choice", "finite_number": "out-of-range", "multiple_of": "out-of-range",
+    "greater_than": "out-of-range", "greater_than_equal": "out-of-range",
+    "less_than": "out-of-range", "less_than_equal": "out-of-range",
+}  # fmt: skip
+
+
+def _explained(model, problem: dict) -> UserError:
     known = schema_keys(model)
     parts = [str(part) for part in problem["loc"]]
     while parts and ".".join(parts) not in known and problem["type"] != "extra_forbidden":
         parts.pop()
-    key, value = ".".join(parts), problem["input"]
-    if problem["type"] == "extra_forbidden":
-        return f"{key} is not a key{_did_you_mean(model, key)}"
-    if problem["type"] == "missing":
-        return f"{'.'.join(map(str, problem['loc']))} is missing"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    if problem["type"] == "model_type":
-        return f"{key}: {shown(value)} is a value, and {key} is a section; write {key}.KEY=VALUE"
+    key, value, kind = ".".join(parts), problem["input"], problem["type"]
+    if kind == "extra_forbidden":
+        return UserError(f"{key} is not a key{did_you_mean(model, key)}", "unknown-key")
+    if kind == "missing":
+        return UserError(f"{'.'.join(map(str, problem['loc']))} is missing", "missing-key")
+    if kind == "value_error":
+        error = problem["ctx"]["error"]
+        return UserError(str(error), getattr(error, "code", None))
+    if kind == "model_type":
+        return UserError(
+            f"{key}: {shown(value)} is a value, and {key} is a section; write {key}.KEY=VALUE", "not-a-section"
+        )
     message = problem["msg"].replace("Input should be", "should be")
-    return f"{key}: {shown(value)} {message}"
+    return UserError(f"{key}: {shown(value)} {message}", _CODES.get(kind, "wrong-type"))
 
 
-def _did_you_mean(model, key: str) -> str:
+def nearest_key(model: type[BaseModel], key: str) -> str | None:
+    """Returns the key of a model that is probably meant by one that does not exist."""
     known = list(schema_keys(model))
-    same_level = [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
     near = (
-        difflib.get_close_matches(key, same_level, 1, 0.8)
+        difflib.get_close_matches(key, _beside(known, key), 1, 0.8)
         or [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
         or difflib.get_close_matches(key, known, 1, 0.5)
     )
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; its section has {', '.join(n.rpartition('.')[2] for n in same_level)}" if same_level else ""
+    return near[0] if near else None
+
+
+def did_you_mean(model: type[BaseModel], key: str) -> str:
+    """Ends a sentence on a key that does not exist: names the nearest one, or those of its section."""
+    if near := nearest_key(model, key):
+        return f"; did you mean {near}?"
+    beside = _beside(schema_keys(model), key)
+    return f"; its section has {', '.join(name.rpartition('.')[2] for name in beside)}" if beside else ""
+
+
+def _beside(known, key):
+    return [name for name in known if name.rpartition(".")[0] == key.rpartition(".")[0]]
 
 
 def schema_keys(model: type[BaseModel], prefix: str = "") -> dict[str, None]:
+    """Dotted names of all sections and keys of a model, in order."""
     keys: dict[str, None] = {}
     for name, field in model.model_fields.items():
         keys[prefix + name] = None
@@ -153,7 +187,7 @@ def schema_keys(model: type[BaseModel], prefix: str = "") -> dict[str, None]:
 
 
 def flat(values: dict, prefix: str = "") -> dict:
-    """Nested sections as one dict with dotted keys."""
+    """Returns nested sections as one dict with dotted keys."""
     found = {}
     for key, value in values.items():
         found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})

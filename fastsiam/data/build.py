@@ -165,4 +165,4 @@ def with_its_cores(config: Config, world: World) -> Config:
     if sharing == 1 or config.data.workers is not None:
         return config
     workers = max(1, usable_cores() // sharing)
-    return config.model_copy(update={"data": config.data.model_copy(update={"workers": workers})})
+    return config.with_values({"data.workers": workers})

@@ -65,9 +65,8 @@ def _budget(text: str | None, config: Config) -> Budget | None:
         return None
     try:
         return parse_budget(text, config.budget_price_per_hour)
-    except ValueError as error:
-        sentence = str(error)
-        raise UserError(f"--{sentence}" if sentence.startswith("budget:") else sentence) from error
+    except UserError as error:
+        raise UserError(f"--{error}" if error.key == "budget" else str(error), error.code) from error
 
 
 def _parser():

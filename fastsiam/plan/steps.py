@@ -212,4 +212,4 @@ def communication(bench: Bench, batch_size: int, step: Rate, seconds: float) -> 
 
 
 def with_batch_size(config: Config, batch_size: int) -> Config:
-    return config.model_copy(update={"train": config.train.model_copy(update={"batch_size": batch_size})})
+    return config.with_values({"train.batch_size": batch_size})

@@ -24,7 +24,7 @@ def with_its_store(config: Config, source: ImageSource | None, say=lambda line: 
         return config
     size = choose_store_size(source, config.views)
     say(f"store     squares of {size} px, by the sizes of images and views; data.store_size=N sets another")
-    return config.model_copy(update={"data": data.model_copy(update={"store_size": size})})
+    return config.with_values({"data.store_size": size})
 
 
 def choose_store_size(source: ImageSource, views: ViewsConfig) -> int:
