@@ -70,7 +70,7 @@ def under_load(arguments, device: torch.device) -> int:
     """
     from benchmarks.loader import files_of, source_of
     from fastsiam.config.views import view_specs
-    from fastsiam.data.build import open_backend
+    from fastsiam.data.backends.choose import open_backend
     from fastsiam.data.loader import Loader
 
     files, images, batch = files_of(arguments.images), *((128, 32) if arguments.tiny else (1024, 128))

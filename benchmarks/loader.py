@@ -30,7 +30,7 @@ from benchmarks.harness.timing import Results, interleave
 from benchmarks.peers import AbsentError, authors, lightly, solo_learn
 from fastsiam.config import load_config
 from fastsiam.config.views import ViewSpec, view_specs
-from fastsiam.data.build import choose_backend, open_backend
+from fastsiam.data.backends.choose import choose_backend, open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources.folder import Files
 from fastsiam.data.sources.open import of_files, open_source

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from fastsiam.config import Config
+from fastsiam.data.backends.choose import dali_installed
 from fastsiam.data.backends.resident import free_bytes
-from fastsiam.data.build import dali_installed
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.runtime.cores import usable_cores
 

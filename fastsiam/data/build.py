@@ -1,18 +1,17 @@
-"""Which backend decodes and crops, and the loaders of a config over it."""
+"""Loaders of a config: for training and for evaluation."""
 
-from importlib import import_module, util
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
 from fastsiam.config import Config
 from fastsiam.config.views import view_specs
+from fastsiam.data.backends.choose import choose_backend, open_backend
 from fastsiam.data.backends.store_size import with_its_store
-from fastsiam.data.loader import Backend, EvaluationLoader, Loader, check_divides
+from fastsiam.data.loader import EvaluationLoader, Loader, check_divides
 from fastsiam.data.skip_list import SkipList
-from fastsiam.data.sources.beton import is_beton
 from fastsiam.data.sources.source import ImageSource
-from fastsiam.errors import MissingLibraryError, UserError
+from fastsiam.errors import UserError
 from fastsiam.runtime.cores import usable_cores
 from fastsiam.runtime.distributed import World
 
@@ -26,11 +25,12 @@ def build_loader(
     dtype=torch.float32,
     rank: int = 0,
     world_size: int = 1,
+    say: Callable[[str], None] = lambda line: None,
 ):
     """The training loader of a config: a `Loader`, or `SyntheticLoader` with `data.backend=synthetic`.
 
-    Raises `UserError` for a batch larger than the data, `MissingLibraryError` naming the extra for a backend asked for
-    that is not installed.
+    Raises `UserError` for a batch larger than the data, `MissingLibraryError` naming the extra for a backend
+    that is not installed. `say` prints a line while the backend `resident` decodes its images.
     """
     device = torch.device(device)
     specs = view_specs(config.views)
@@ -61,7 +61,7 @@ def build_loader(
         backend = open_recipe(source, specs, share, config.data.workers, device, dtype)
     else:
         data, size = config.data, config.views.full_size
-        backend = open_backend(name, source, size, len(specs), share, data.workers, device, data.store_size)
+        backend = open_backend(name, source, size, len(specs), share, data.workers, device, data.store_size, say)
     return Loader(
         source,
         specs,
@@ -84,6 +84,7 @@ def build_evaluation_loader(
     device="cpu",
     dtype=torch.float32,
     world_size: int = 1,
+    say: Callable[[str], None] = lambda line: None,
 ):
     """The loader of kNN and of the collapse guard: the training backend and normalisation, no augmentation.
 
@@ -92,8 +93,8 @@ def build_evaluation_loader(
     name, _ = choose_backend(config.data.backend, source.root)
     batch_size = min(config.train.batch_size // world_size, len(source))
     config = with_its_store(config, source)
-    data, device = config.data, torch.device(device)
-    backend = open_backend(name, source, config.views.full_size, 1, batch_size, data.workers, device, data.store_size)
+    data, size, device = config.data, config.views.full_size, torch.device(device)
+    backend = open_backend(name, source, size, 1, batch_size, data.workers, device, data.store_size, say)
     return EvaluationLoader(
         source,
         view_specs(config.views)[0],
@@ -103,47 +104,6 @@ def build_evaluation_loader(
         dtype=dtype,
         skip=skip,
     )
-
-
-def open_backend(
-    name: str,
-    source: ImageSource,
-    size: int,
-    num_views: int,
-    batch_size: int,
-    workers: int | None,
-    device: torch.device,
-    store_size: int | None = None,
-) -> Backend:
-    """One backend by its config name, `dali`, `pil`, `ffcv` or `resident`, which alone has use for a `store_size`."""
-    module = import_module(f"fastsiam.data.backends.{name}")
-    more = (store_size,) if name == "resident" else ()
-    return module.open_backend(source, size, num_views, batch_size, workers, device, *more)
-
-
-def choose_backend(asked: str, location: str | Path | None = None) -> tuple[str, str]:
-    """The backend that `data.backend` leads to for the images at `location`, and the reason in words."""
-    if asked == "ffcv" or (asked == "auto" and is_beton(location)):
-        if util.find_spec("ffcv") is None:
-            # Says what to install.
-            import_module("fastsiam.data.backends.ffcv_imports")
-        return "ffcv", "asked for" if asked == "ffcv" else "auto: a .beton"
-    if asked != "auto":
-        if asked == "dali" and not dali_installed():
-            raise MissingLibraryError(
-                "data.backend: dali is not installed; pip install nvidia-dali-cuda120 (CUDA 12, and machines "
-                "without a GPU) or nvidia-dali-cuda130 (CUDA 13), or set data.backend=pil",
-                "no-dali",
-                name="nvidia.dali",
-            )
-        return asked, "asked for"
-    if dali_installed():
-        return "dali", "auto: DALI is installed"
-    return "pil", "auto: DALI is not installed (pip install nvidia-dali-cuda120 for speed)"
-
-
-def dali_installed() -> bool:
-    return util.find_spec("nvidia") is not None and util.find_spec("nvidia.dali") is not None
 
 
 def check_grows(config: Config, steps_per_epoch: int) -> None:

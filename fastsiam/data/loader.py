@@ -6,11 +6,9 @@ count of what was delivered are here, the same for all of them.
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,63 +16,12 @@ import torch
 from fastsiam.config.views import ViewSpec
 from fastsiam.data import rng
 from fastsiam.data.augment import augment
-from fastsiam.data.skip_list import SkipList, UndecodableError
+from fastsiam.data.backends.base import Backend, Batch, CropRequest, LoaderError, UndecodableError, check_delivery
+from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.image_header import UNREADABLE
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.kernels.reference import normalize, to_unit
-
-
-class LoaderError(RuntimeError):
-    """A backend delivered something else than it was asked for."""
-
-
-@dataclass(frozen=True)
-class CropRequest:
-    """One batch for a backend: N images and V boxes of each."""
-
-    indices: np.ndarray
-    """[N] int64 into the source."""
-    boxes: np.ndarray
-    """[V, N, 4] int32: top, left, height, width in pixels of the displayed image."""
-    sizes: np.ndarray
-    """[N, 2] int32: height and width of the displayed image, as the boxes were drawn for."""
-    drawn: tuple[rng.AugmentDraws, ...] = ()
-    """V times N rows; none for evaluation."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """V views of N images: view v of image n is `views[v * N + n]`."""
-
-    views: torch.Tensor
-    """[V*N, 3, S, S], channels-last, normalised, in the compute dtype on the compute device."""
-    labels: torch.Tensor
-    """[N] int64 on the host; -1 without labels."""
-    indices: np.ndarray
-    """[N] int64 into the source."""
-    cold: bool = False
-    """The backend was started for it: graphs built, kernels compiled, processes spawned."""
-
-
-class Backend(Protocol):
-    """Decodes each image once and crops it V times."""
-
-    description: str
-    """Decoder with its version, printed and recorded with the run."""
-
-    def resize(self, size: int) -> None:
-        """Crops are of `size` pixels from the next call of `crops` on; frees what was built for another size."""
-
-    def crops(self, requests: Iterable[CropRequest]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """For each request in turn its indices, as they went through the backend, and uint8 [V*N, S, S, 3].
-
-        A backend that augments gives finished views instead, [V*N, 3, S, S] as `Batch` holds them.
-        Raises `UndecodableError` for the first request with files that cannot be decoded.
-        """
-
-    def close(self) -> None:
-        """Free threads, processes and memory; the next call of `crops` begins anew."""
 
 
 class Loader:
@@ -276,20 +223,6 @@ def _thread():
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def check_delivery(
-    pending: deque[CropRequest], indices: np.ndarray, crops: torch.Tensor, num_views: int
-) -> CropRequest | None:
-    """The oldest pending request; `LoaderError` unless `indices` and the number of `crops` are its own."""
-    request = pending.popleft() if pending else None
-    asked = request.indices if request else np.empty(0, np.int64)
-    if not np.array_equal(asked, indices) or len(crops) != num_views * len(asked):
-        raise LoaderError(
-            f"asked for {num_views} views of the images {asked[:8].tolist()}... ({len(asked)}), "
-            f"got {len(crops)} crops of {np.asarray(indices)[:8].tolist()}... ({len(indices)})"
-        )
-    return request
 
 
 def check_divides(batch_size: int, world_size: int) -> None:

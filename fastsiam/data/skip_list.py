@@ -13,15 +13,6 @@ from fastsiam.errors import UserError
 _SHOWN = 10
 
 
-class UndecodableError(Exception):
-    """What a backend raises for a batch with files that it cannot decode; it can be asked again then."""
-
-    def __init__(self, reasons: dict[int, str]):
-        super().__init__("; ".join(reasons.values()))
-        self.reasons = reasons
-        """Sentences that name the file, by index into the source."""
-
-
 class SkipList:
     """Which images are left out. `found` counts towards the limit, what was known before does not."""
 

@@ -75,7 +75,7 @@ def probe_backend() -> dict:
     """name and reason of what data.backend=auto leads to; torchvision's version, which its modules import."""
     import torchvision
 
-    from fastsiam.data.build import choose_backend
+    from fastsiam.data.backends.choose import choose_backend
 
     name, reason = choose_backend("auto")
     return {"name": name, "reason": reason, "torchvision": torchvision.__version__}

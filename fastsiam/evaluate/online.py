@@ -38,6 +38,7 @@ class Monitor:
         skips,
         world: World = World(),  # noqa: B008
         beat: Callable[[], None] = lambda: None,
+        say: Callable[[str], None] = lambda line: None,
     ):
         """`skips`: a `SkipList` for the images of `train` and one for those of `val`.
 
@@ -45,11 +46,11 @@ class Monitor:
         """
         self._config, self._precision, self._world, self._beat = config, precision, world, beat
         self._device = device
-        size = world.size
-        self._train = build_evaluation_loader(config, train, skip=skips[0], device=device, dtype=dtype, world_size=size)
+        options = {"device": device, "dtype": dtype, "world_size": world.size, "say": say}
+        self._train = build_evaluation_loader(config, train, skip=skips[0], **options)
         self._val = None
         if val is not None:
-            self._val = build_evaluation_loader(config, val, skip=skips[1], device=device, dtype=dtype, world_size=size)
+            self._val = build_evaluation_loader(config, val, skip=skips[1], **options)
             self._val_label = torch.tensor([train.classes.index(name) for name in val.classes])
         self._probe_indices = rng.probe_indices(config.train.seed, len(train), PROBE_IMAGES)
         self._probe = None

@@ -12,10 +12,12 @@ import torch
 
 from fastsiam.config import Config
 from fastsiam.config.views import view_specs
+from fastsiam.data.backends.base import Batch
+from fastsiam.data.backends.choose import choose_backend
 from fastsiam.data.backends.store_size import with_its_store
 from fastsiam.data.backends.synthetic import IMAGENET_TRAIN_IMAGES
-from fastsiam.data.build import choose_backend, with_its_cores
-from fastsiam.data.loader import Batch, check_batch_size, check_divides
+from fastsiam.data.build import with_its_cores
+from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.image_header import UNREADABLE
 from fastsiam.data.sources.open import open_sources

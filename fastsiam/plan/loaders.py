@@ -13,10 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fastsiam.data import rng
-from fastsiam.data.backends.decoded_cache import StoreCache
+from fastsiam.data.backends.choose import dali_installed, open_backend, open_cache
 from fastsiam.data.backends.resident import ResidentBackend, Store
 from fastsiam.data.bottleneck import Loading
-from fastsiam.data.build import build_loader, dali_installed, open_backend
+from fastsiam.data.build import build_loader
 from fastsiam.data.loader import EvaluationLoader, Loader
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.beton import is_beton
@@ -161,13 +161,11 @@ class Loaders:
         if side not in self._resident:
             bench, source = self._bench, self.sample.source
             workers = self.config.data.workers
-            whole = StoreCache.of(bench.source, side, workers, bench.device)
+            whole = open_cache(bench.source, side, workers, bench.device)
             folder = self._stack.enter_context(tempfile.TemporaryDirectory())
-            cache = replace(StoreCache.of(source, side, workers, bench.device), folder=Path(folder) / "store")
+            cache = replace(open_cache(source, side, workers, bench.device), folder=Path(folder) / "store")
             began = time.perf_counter()
-            # Its lines are those of a run that decodes all images.
-            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-                store = Store(cache, source, bench.device)
+            store = Store(cache, source, bench.device)
             seconds = (time.perf_counter() - began) / len(source)
             cache.recall_headers(source)
             self._resident[side] = Resident(ResidentBackend(bench.specs[0].size, store), seconds, whole.folder.exists())

@@ -189,7 +189,7 @@ class _Encoder:
         }
 
     def __call__(self, index: int) -> _Sample:
-        from fastsiam.data.backends.pil import decode_image
+        from fastsiam.data.decode import decode_image
 
         try:
             pixels, bad = np.asarray(decode_image(self._source, index)), None

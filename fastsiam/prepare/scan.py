@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fastsiam.data.backends.pil import decode
+from fastsiam.data.decode import decode
 from fastsiam.data.sources import scan_manifest
 from fastsiam.data.sources.deep_pixels import UnsupportedError, kind_of, open_picture
 from fastsiam.data.sources.formats import begins_as_image

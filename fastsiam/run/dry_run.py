@@ -5,8 +5,9 @@ import sys
 
 from fastsiam.config import Config
 from fastsiam.data import demo_images
+from fastsiam.data.backends.choose import choose_backend, open_cache
 from fastsiam.data.backends.store_size import with_its_store
-from fastsiam.data.build import check_grows, choose_backend, with_its_cores
+from fastsiam.data.build import check_grows, with_its_cores
 from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.sources.open import demo_folder, open_sources
 from fastsiam.data.sources.source import ImageSource
@@ -70,11 +71,10 @@ def _before_its_first_start(
 
 
 def _resident_text(config: Config, source: ImageSource, device) -> str:
-    from fastsiam.data.backends.decoded_cache import StoreCache
     from fastsiam.data.backends.resident import check_memory
 
     data = with_its_store(config, source, print).data
-    cache = StoreCache.of(source, data.store_size, data.workers, device)
+    cache = open_cache(source, data.store_size, data.workers, device)
     check_memory(cache, device)
     return f"resident ({cache.number:,} images of {cache.size} px, decoded by {cache.decoder})"
 

@@ -10,8 +10,9 @@ import torch
 
 from fastsiam.config import Config
 from fastsiam.config.views import specs_of_run, view_specs
+from fastsiam.data.backends.choose import choose_backend
 from fastsiam.data.backends.store_size import with_its_store
-from fastsiam.data.build import build_loader, choose_backend, with_its_cores
+from fastsiam.data.build import build_loader, with_its_cores
 from fastsiam.data.sources.open import open_sources
 from fastsiam.errors import UserError
 from fastsiam.evaluate.gallery import Pictures
@@ -107,6 +108,7 @@ class Session:
             dtype=self.dtype,
             rank=world.rank,
             world_size=world.size,
+            say=self.journal.say,
         )
         self.identity = checkpoint.identity(self.source, specs_of_run(config.views), self.backend_name)
         if self._saved:
@@ -178,6 +180,7 @@ class Session:
                     self.skips,
                     world,
                     self.watchdog.beat,
+                    journal.say,
                 )
             self._stack.callback(self.monitor.close)
         spec = view_specs(config.views)[0]

@@ -18,7 +18,7 @@ from benchmarks.harness.timing import Results, Samples
 from benchmarks.loader import Case, Row, cpu_seconds, decoded_twice, files_of, ours, peer, source_of
 from benchmarks.peers import AbsentError, authors
 from fastsiam.data.backends import pil
-from fastsiam.data.build import dali_installed
+from fastsiam.data.backends.choose import dali_installed
 
 CPU = torch.device("cpu")
 

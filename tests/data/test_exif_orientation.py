@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastsiam.data.backends.pil import decode
-from fastsiam.data.build import open_backend
-from fastsiam.data.loader import CropRequest
+from fastsiam.data.backends.base import CropRequest
+from fastsiam.data.backends.choose import open_backend
+from fastsiam.data.decode import decode
 from fastsiam.data.sources.image_header import ODD, read_header
 from fastsiam.data.sources.open import open_source
 from tests.support.ffcv_files import beton_of

@@ -15,9 +15,9 @@ from PIL import Image
 
 from fastsiam.config.views import ViewSpec
 from fastsiam.data import rng
+from fastsiam.data.backends.base import CropRequest
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.backends.resident import boxes_in_store
-from fastsiam.data.build import open_backend
-from fastsiam.data.loader import CropRequest
 from fastsiam.data.sources.open import open_source
 
 SEED, EPOCH = 7, 3

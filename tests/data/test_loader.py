@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastsiam.data import build, rng
-from fastsiam.data.backends import pil
+from fastsiam.data import rng
+from fastsiam.data.backends import choose, pil
+from fastsiam.data.backends.base import LoaderError
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.backends.synthetic import SyntheticLoader
-from fastsiam.data.build import open_backend
-from fastsiam.data.loader import EvaluationLoader, LoaderError
+from fastsiam.data.loader import EvaluationLoader
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from tests.support.loaders import CPU, SIZE, SPEC, STORE, count_decoders, make, source_of
@@ -234,13 +235,13 @@ def test_synthetic_is_one_fixed_batch_for_an_epoch_of_imagenet():
 
 
 def test_auto_takes_dali_where_it_is_installed_and_says_what_else_it_took(monkeypatch):
-    assert build.choose_backend("auto") == ("dali", "auto: DALI is installed")
-    monkeypatch.setattr(build, "dali_installed", lambda: False)
-    name, reason = build.choose_backend("auto")
+    assert choose.choose_backend("auto") == ("dali", "auto: DALI is installed")
+    monkeypatch.setattr(choose, "dali_installed", lambda: False)
+    name, reason = choose.choose_backend("auto")
     assert name == "pil"
     assert "nvidia-dali-cuda120" in reason
     with pytest.raises(ImportError, match="nvidia-dali-cuda120"):
-        build.choose_backend("dali")
+        choose.choose_backend("dali")
 
 
 def test_decoding_processes_outlive_the_signals_of_their_group(photos):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsiam.data.build import open_backend
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.sources.image_header import ODD, PLAIN, UNKNOWN, UNREADABLE
 from fastsiam.data.sources.open import open_source
 from fastsiam.run.session import Session
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from fastsiam.data import draws
-from fastsiam.data.backends import open_backend
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.skip import SkipList
 from fastsiam.data.sources import open_source

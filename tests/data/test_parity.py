@@ -16,8 +16,9 @@ from PIL import Image
 from fastsiam.config import load_config
 from fastsiam.config.views import RECIPES
 from fastsiam.data import rng
-from fastsiam.data.build import open_backend
-from fastsiam.data.loader import CropRequest, EvaluationLoader, Loader
+from fastsiam.data.backends.base import CropRequest
+from fastsiam.data.backends.choose import open_backend
+from fastsiam.data.loader import EvaluationLoader, Loader
 from fastsiam.data.sources.image_header import ODD, PLAIN
 from fastsiam.data.sources.open import open_source
 from fastsiam.run.session import Session

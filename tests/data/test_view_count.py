@@ -12,7 +12,8 @@ from fastsiam.config import load_config
 from fastsiam.config.views import RECIPES
 from fastsiam.data import rng
 from fastsiam.data.backends import pil
-from fastsiam.data.build import build_loader, open_backend
+from fastsiam.data.backends.choose import open_backend
+from fastsiam.data.build import build_loader
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError

@@ -11,9 +11,10 @@ from torch.utils import data as torch_data
 
 from fastsiam.config import load_config
 from fastsiam.config.views import RECIPES, size_at, sizes_between, specs_of_run, view_specs
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.backends.synthetic import SyntheticLoader
 from fastsiam.data.bottleneck import describe
-from fastsiam.data.build import build_loader, check_grows, open_backend
+from fastsiam.data.build import build_loader, check_grows
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError

@@ -15,7 +15,7 @@ from torch import nn
 import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data.augment import augment
-from fastsiam.data.build import dali_installed, open_backend
+from fastsiam.data.backends.choose import dali_installed, open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.rng import augment_draws
 from fastsiam.data.sources.open import open_source

@@ -10,7 +10,7 @@ import yaml
 import fastsiam
 from fastsiam.config import Config, load_config
 from fastsiam.config.yaml_file import flat, schema_keys
-from fastsiam.data import build as backends_module
+from fastsiam.data.backends import choose
 from fastsiam.run import session as session_module
 from fastsiam.runtime import device as device_module
 from fastsiam.train import main
@@ -89,7 +89,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tmp_path, capsys, mo
     assert "it holds 1 entry (notes.txt)" in said(f"data.train={tmp_path}/bare")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "sees no CUDA device" in said("train.device=cuda")
-    monkeypatch.setattr(backends_module, "dali_installed", lambda: False)
+    monkeypatch.setattr(choose, "dali_installed", lambda: False)
     assert "nvidia-dali-cuda120" in said("data.backend=dali")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "WORLD_SIZE is 2" in said()

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsiam
 from fastsiam.config import load_config
-from fastsiam.data.loader import Batch
+from fastsiam.data.backends.base import Batch
 from fastsiam.errors import UserError
 from fastsiam.evaluate import knn, online
 from fastsiam.evaluate.knn import count_correct, extract, knn_accuracy

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsiam.data.backends.pil import decode_image
-from fastsiam.data.build import open_backend
+from fastsiam.data.backends.choose import open_backend
+from fastsiam.data.decode import decode_image
 from fastsiam.data.sources.beton import index_path
 from fastsiam.data.sources.image_header import PLAIN, UNREADABLE, UNWANTED
 from fastsiam.data.sources.open import open_source

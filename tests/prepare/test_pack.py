@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastsiam.config.views import RECIPES
-from fastsiam.data.build import open_backend
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources.image_header import UNKNOWN, UNWANTED
 from fastsiam.data.sources.index_cache import PACK_INCOMPLETE, PACK_INDEX

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from fastsiam.config.views import RECIPES
-from fastsiam.data.build import build_loader, open_backend
+from fastsiam.data.backends.choose import open_backend
+from fastsiam.data.build import build_loader
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources import open as sources
 from fastsiam.data.sources import scan_manifest

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastsiam.data import rng
-from fastsiam.data.build import open_backend
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import EvaluationLoader, Loader
 from fastsiam.data.skip_list import SkipFile, SkipList
 from fastsiam.data.sources.image_header import UNREADABLE

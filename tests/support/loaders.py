@@ -5,7 +5,7 @@ import dataclasses
 import torch
 
 from fastsiam.config.views import RECIPES
-from fastsiam.data.build import open_backend
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources.open import open_source
 from tests.support.ffcv_files import beton_of

@@ -24,11 +24,10 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 
+from fastsiam.data.backends.base import CropRequest, UndecodableError
 from fastsiam.data.backends.cuda_stream import Passed, lane_to
 from fastsiam.data.backends.dali_convert import Converted
-from fastsiam.data.backends.pil import decode_image
-from fastsiam.data.loader import CropRequest
-from fastsiam.data.skip_list import UndecodableError
+from fastsiam.data.decode import decode_image
 from fastsiam.data.sources.image_header import ODD, UNKNOWN, UNREADABLE, BadImageError, other_size
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.kernels.crop_numba import crop_on_cpu

@@ -6,7 +6,7 @@ import tempfile
 from collections import deque
 from pathlib import Path
 
-from fastsiam.data.backends.pil import decode_image
+from fastsiam.data.decode import decode_image
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +14,14 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from fastsiam.data.build import choose_backend, open_backend
-from fastsiam.data.loader import Backend, CropRequest, check_delivery
-from fastsiam.data.skip_list import UndecodableError
+from fastsiam.data.backends.base import Backend, CropRequest, UndecodableError, check_delivery
 from fastsiam.data.sources.image_header import UNKNOWN, UNREADABLE, UNWANTED
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.runtime.cache_dirs import cache_root
 
-_BATCH = 64
+# Images in a batch of the decoding backend.
+BATCH = 64
 _SECONDS_BETWEEN_LINES = 60
 
 
@@ -42,9 +42,8 @@ class StoreCache:
     """Decodes and squashes."""
 
     @classmethod
-    def of(cls, source: ImageSource, size: int, workers: int | None, device: torch.device) -> "StoreCache":
-        """Decoding is the work of the backend that data.backend=auto leads to."""
-        backend = open_backend(choose_backend("auto")[0], source, size, 1, _BATCH, workers, device)
+    def of(cls, source: ImageSource, size: int, backend: Backend, device: torch.device) -> "StoreCache":
+        """Returns the store that `backend` would fill, which decodes one crop of `size` an image, `BATCH` at a time."""
         # Without the number of workers, which changes nothing.
         decoder = f"{backend.description.partition(' (')[0]} on {device.type}"
         name = "-".join((source.fingerprint(), f"{size}px", *decoder.split(" "), *filter(None, [source.levels.tag()])))
@@ -70,7 +69,7 @@ class StoreCache:
             known = (source.kinds == UNKNOWN) & (headers["kinds"] < UNREADABLE)
             source.image_sizes[known], source.kinds[known] = headers["sizes"][known], headers["kinds"][known]
 
-    def decode_once(self, source: ImageSource) -> None:
+    def decode_once(self, source: ImageSource, say: Callable[[str], None]) -> None:
         """Fill the folder unless it is there; a process that finds another one at it waits.
 
         Raises `UserError` where the folder cannot be written.
@@ -83,7 +82,7 @@ class StoreCache:
             lock = FileLock(f"{self.folder}.lock").acquire()
         with lock:
             if not self.folder.exists():
-                self._decode(source)
+                self._decode(source, say)
 
     @contextlib.contextmanager
     def _writing(self):
@@ -95,12 +94,11 @@ class StoreCache:
                 f"which cannot be written ({error}); set XDG_CACHE_HOME to a folder that can"
             ) from error
 
-    def _decode(self, source):
+    def _decode(self, source, say):
         partial = self.folder.with_name(f"{self.folder.name}.partial")
-        print(
+        say(
             f"decoding  {self.number:,} images once, to {self.size} px: {gigabytes(self.bytes)} of memory, and as much "
-            f"of the disk under {self.folder.parent}",
-            flush=True,
+            f"of the disk under {self.folder.parent}"
         )
         began = time.monotonic()
         try:
@@ -110,7 +108,7 @@ class StoreCache:
                 partial.mkdir()
                 images = self._allocate(partial / "images.npy")
             with _without_verdicts(source):
-                bad = self._fill(images, source)
+                bad = self._fill(images, source, say)
                 headers = {"sizes": source.image_sizes.copy(), "kinds": source.kinds.copy()}
             with self._writing():
                 images.flush()
@@ -121,7 +119,7 @@ class StoreCache:
                 partial.rename(self.folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        print(f"decoded   in {time.monotonic() - began:.0f} s; {len(bad)} images are unusable", flush=True)
+        say(f"decoded   in {time.monotonic() - began:.0f} s; {len(bad)} images are unusable")
 
     def _allocate(self, path):
         images = np.lib.format.open_memmap(path, "w+", np.uint8, (self.number, self.size, self.size, 3))
@@ -130,7 +128,7 @@ class StoreCache:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         return images
 
-    def _fill(self, images, source) -> dict[int, str]:
+    def _fill(self, images, source, say) -> dict[int, str]:
         everything = np.arange(self.number)
         unreadable = source.look(everything)
         left_out = everything[source.kinds >= UNREADABLE].tolist()
@@ -145,7 +143,7 @@ class StoreCache:
                     rest = rest[len(indices) :]
                     if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                         said = time.monotonic()
-                        print(f"decoding  {self.number - len(rest):,} of {self.number:,} images", flush=True)
+                        say(f"decoding  {self.number - len(rest):,} of {self.number:,} images")
             except UndecodableError as error:
                 bad |= error.reasons
                 rest = rest[~np.isin(rest, list(error.reasons))]
@@ -167,8 +165,8 @@ def _without_verdicts(source):
 
 
 def _whole_images(source, indices, pending):
-    for first in range(0, len(indices), _BATCH):
-        part = indices[first : first + _BATCH]
+    for first in range(0, len(indices), BATCH):
+        part = indices[first : first + BATCH]
         sizes = source.sizes(part)
         request = CropRequest(part, np.concatenate([np.zeros_like(sizes), sizes], 1)[None], sizes)
         pending.append(request)

@@ -18,6 +18,7 @@ import numba
 import numpy as np
 import torch
 
+from fastsiam.data.backends.base import UndecodableError
 from fastsiam.data.backends.cuda_stream import Passed, lane_to
 from fastsiam.data.backends.ffcv_imports import (
     IMAGE_MODES,
@@ -29,7 +30,6 @@ from fastsiam.data.backends.ffcv_imports import (
     allocate_query,
     imdecode,
 )
-from fastsiam.data.skip_list import UndecodableError
 from fastsiam.data.sources.beton import index_path
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError

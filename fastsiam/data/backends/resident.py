@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import torch
 
+from fastsiam.data.backends.base import UndecodableError
 from fastsiam.data.backends.decoded_cache import StoreCache, gigabytes
-from fastsiam.data.skip_list import UndecodableError
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.kernels import crop_resize
@@ -28,12 +28,11 @@ _COPY_BYTES = 256 << 20
 _stores: "WeakValueDictionary[tuple[Path, str], Store]" = WeakValueDictionary()
 
 
-def open_backend(source, size, num_views, batch_size, workers, device, store_size) -> "ResidentBackend":
-    """Decodes the images now, if no start before has; see `Store`."""
-    cache = StoreCache.of(source, store_size, workers, device)
+def open_backend(cache: StoreCache, source: ImageSource, size: int, device, say) -> "ResidentBackend":
+    """Decodes the images into the cache first, unless an earlier start has; `say` prints a line about it."""
     store = _stores.get((cache.folder, str(device)))
     if store is None:
-        store = Store(cache, source, device)
+        store = Store(cache, source, device, say)
         _stores[cache.folder, str(device)] = store
     cache.recall_headers(source)
     return ResidentBackend(size, store)
@@ -42,12 +41,12 @@ def open_backend(source, size, num_views, batch_size, workers, device, store_siz
 class Store:
     """The images of a source as uint8 [N, S, S, 3] on a device."""
 
-    def __init__(self, cache: StoreCache, source: ImageSource, device: torch.device):
+    def __init__(self, cache: StoreCache, source: ImageSource, device: torch.device, say=lambda line: None):
         """Raises `UserError` where it would not fit beside the stores that are there or coming."""
         self.cache, self.device = cache, device
         self._images = None
         check_memory(cache, device)
-        cache.decode_once(source)
+        cache.decode_once(source, say)
         self.bad = cache.bad()
         """Why some images are not in it, by index."""
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fastsiam.data.loader import Batch
+from fastsiam.data.backends.base import Batch
 
 IMAGENET_TRAIN_IMAGES = 1_281_167
 

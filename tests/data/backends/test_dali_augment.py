@@ -12,7 +12,7 @@ import fastsiam
 from fastsiam.config import load_config
 from fastsiam.config.views import RECIPES
 from fastsiam.data import rng
-from fastsiam.data.build import open_backend
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.open import open_source

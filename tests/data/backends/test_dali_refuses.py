@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsiam.data.build import open_backend
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import EvaluationLoader
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources import index_cache

@@ -14,8 +14,9 @@ import torch
 
 from fastsiam.config import load_config
 from fastsiam.config.views import RECIPES
-from fastsiam.data import build, rng
-from fastsiam.data.build import open_backend
+from fastsiam.data import rng
+from fastsiam.data.backends import choose
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources.beton import index_path
 from fastsiam.data.sources.open import open_source
@@ -152,8 +153,8 @@ def test_torch_keeps_its_threads(photos):
     script = """
 import sys, numpy as np, torch
 torch.set_num_threads(3)
-from fastsiam.data.backends import open_backend
-from fastsiam.data.loader import CropRequest
+from fastsiam.data.backends.choose import open_backend
+from fastsiam.data.backends.base import CropRequest
 from fastsiam.data.sources import open_source
 source = open_source(sys.argv[1])
 backend = open_backend("ffcv", source, 8, 1, 4, 1, torch.device("cpu"))
@@ -197,9 +198,9 @@ def test_a_backend_and_data_that_do_not_go_together_are_one_sentence(overrides, 
 
 
 def test_auto_takes_ffcv_for_a_beton_alone():
-    assert build.choose_backend("auto", "x.beton") == ("ffcv", "auto: a .beton")
-    assert build.choose_backend("ffcv", "x.beton") == ("ffcv", "asked for")
-    assert build.choose_backend("auto", "images")[0] == "dali"
+    assert choose.choose_backend("auto", "x.beton") == ("ffcv", "auto: a .beton")
+    assert choose.choose_backend("ffcv", "x.beton") == ("ffcv", "asked for")
+    assert choose.choose_backend("auto", "images")[0] == "dali"
 
 
 @pytest.mark.parametrize("reason", ["No module named 'ffcv'", "libopencv_core.so.406: cannot open shared object file"])
@@ -216,9 +217,9 @@ def test_without_ffcv_the_extra_and_the_system_packages_are_named(monkeypatch, r
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
     absent = reason.startswith("No module")
-    monkeypatch.setattr(build.util, "find_spec", lambda name: None if absent and name == "ffcv" else object())
+    monkeypatch.setattr(choose.util, "find_spec", lambda name: None if absent and name == "ffcv" else object())
     with pytest.raises(ImportError, match=r"pkg-config libopencv-dev libturbojpeg0-dev .*pip install .*ffcv") as error:
-        open_backend(build.choose_backend("ffcv")[0], None, SIZE, 2, 5, 1, CPU)
+        open_backend(choose.choose_backend("ffcv")[0], None, SIZE, 2, 5, 1, CPU)
     assert reason in str(error.value)
 
 

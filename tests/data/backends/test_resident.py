@@ -14,7 +14,7 @@ import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data import build, rng
 from fastsiam.data.backends import decoded_cache, pil, resident
-from fastsiam.data.build import open_backend
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import EvaluationLoader, Loader
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.image_header import PLAIN, UNREADABLE, UNWANTED
@@ -186,7 +186,7 @@ def test_a_start_that_was_stopped_while_decoding_leaves_nothing_to_use(photos, d
             yield found
 
     crops = pil.PilBackend.crops
-    monkeypatch.setattr(decoded_cache, "_BATCH", 4)
+    monkeypatch.setattr(decoded_cache, "BATCH", 4)
     source = open_source(str(photos))
     with monkeypatch.context() as patch:
         patch.setattr(pil.PilBackend, "crops", stopped)

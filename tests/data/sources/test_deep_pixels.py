@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from fastsiam.config import load_config
-from fastsiam.data.backends.pil import decode
-from fastsiam.data.build import open_backend
-from fastsiam.data.loader import CropRequest
+from fastsiam.data.backends.base import CropRequest
+from fastsiam.data.backends.choose import open_backend
+from fastsiam.data.decode import decode
 from fastsiam.data.sources import deep_pixels, scan_manifest
 from fastsiam.data.sources.deep_pixels import Deep
 from fastsiam.data.sources.image_header import ODD, BadImageError, read_header

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fastsiam.config.views import RECIPES
-from fastsiam.data.build import open_backend
+from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources import formats, index_cache
 from fastsiam.data.sources import source as source_module

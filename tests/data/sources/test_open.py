@@ -9,7 +9,7 @@ from PIL import Image
 
 from fastsiam.config import load_config
 from fastsiam.data import demo_images
-from fastsiam.data.backends.pil import decode
+from fastsiam.data.decode import decode
 from fastsiam.data.sources.image_header import BadImageError, read_header
 from fastsiam.data.sources.open import check_labels, open_source, open_sources
 from fastsiam.errors import UserError

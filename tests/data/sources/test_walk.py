@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastsiam.data.backends.pil import decode, decode_image
+from fastsiam.data.decode import decode, decode_image
 from fastsiam.data.sources import excluded, formats, walk
 from fastsiam.data.sources.excluded import COPIES, HIDDEN_FILES, SYSTEM, UNFINISHED, check, in_words
 from fastsiam.data.sources.image_header import BadImageError, read_header
