@@ -155,7 +155,7 @@ import sys, numpy as np, torch
 torch.set_num_threads(3)
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.backends.base import CropRequest
-from fastsiam.data.sources import open_source
+from fastsiam.data.sources.open import open_source
 source = open_source(sys.argv[1])
 backend = open_backend("ffcv", source, 8, 1, 4, 1, torch.device("cpu"))
 indices = np.arange(4)
