@@ -17,7 +17,7 @@ from benchmarks.end_to_end import EndToEnd, in_turns
 from benchmarks.harness.timing import Results, Samples
 from benchmarks.loader import Case, Row, cpu_seconds, decoded_twice, files_of, ours, peer, source_of
 from benchmarks.peers import AbsentError, authors
-from fastsiam.data.backends import pil
+from fastsiam.data import decode
 from fastsiam.data.backends.choose import dali_installed
 
 CPU = torch.device("cpu")
@@ -74,8 +74,8 @@ def test_prepared_images_are_read_from_a_folder_that_goes_with_the_row(case, nam
 
 
 def test_decoding_twice_is_what_it_says(case, monkeypatch):
-    decoded, decode = [], pil.decode
-    monkeypatch.setattr(pil, "decode", lambda *arguments: decoded.append(arguments[0]) or decode(*arguments))
+    decoded, real = [], decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *arguments: decoded.append(arguments[0]) or real(*arguments))
     ours(case, "pil")[0](0)
     assert len(decoded) == 24
     decoded_twice(case, "pil")[0](0)

@@ -8,9 +8,10 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fastsiam.data import rng
-from fastsiam.data.backends import choose, pil
+from fastsiam.data import decode, rng
+from fastsiam.data.backends import choose
 from fastsiam.data.backends.base import LoaderError
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.backends.synthetic import SyntheticLoader
@@ -78,8 +79,8 @@ def test_pil_crops_as_torchvision_does(photos):
     for view in range(2):
         for row, index in enumerate(request.indices):
             top, left, height, width = request.boxes[view, row].tolist()
-            image = pil.decode(made.source.path(index)).crop((left, top, left + width, top + height))
-            expected = np.asarray(image.resize((SIZE, SIZE), pil.Image.Resampling.BILINEAR))
+            image = decode.decode(made.source.path(index)).crop((left, top, left + width, top + height))
+            expected = np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
             assert (crops[view, row].numpy() == expected).all()
 
 
@@ -136,8 +137,8 @@ def test_the_number_of_workers_changes_nothing(photos, backend, workers):
 
 def test_pil_decodes_each_image_once(photos, monkeypatch):
     calls = []
-    real = pil.decode
-    monkeypatch.setattr(pil, "decode", lambda *arguments: calls.append(arguments[0]) or real(*arguments))
+    real = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *arguments: calls.append(arguments[0]) or real(*arguments))
     made = make(photos, "pil")
     list(made.epoch(0))
     assert sorted(calls) == sorted(made.source.path(i) for i in rng.epoch_order(0, 0, 16)[:15])
@@ -213,10 +214,10 @@ def test_evaluation_gives_each_image_once_in_order_centred_and_plain(photos, bac
     views = torch.cat([batch.views for batch in made.batches(subset)])
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (SPEC.mean, SPEC.std))
     for row, index in enumerate(subset):
-        image = pil.decode(originals.path(index))
+        image = decode.decode(originals.path(index))
         side = round(0.875 * min(image.size))
         left, top = (image.size[0] - side) // 2, (image.size[1] - side) // 2
-        image = image.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), pil.Image.Resampling.BILINEAR)
+        image = image.crop((left, top, left + side, top + side)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
         expected = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
         assert (views[row] - expected).abs().mean() < 1.0 / 255 / min(SPEC.std)
 

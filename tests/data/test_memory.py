@@ -18,13 +18,13 @@ import gc, sys
 from pathlib import Path
 import numpy as np
 import torch
-from fastsiam.data import draws
+from fastsiam.data import rng
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
-from fastsiam.data.skip import SkipList
-from fastsiam.data.sources import open_source
+from fastsiam.data.skip_list import SkipList
+from fastsiam.data.sources.open import open_source
 from fastsiam.run.session import Session
-from fastsiam.data.views import RECIPES
+from fastsiam.config.views import RECIPES
 import dataclasses
 
 torch.set_num_threads(1)

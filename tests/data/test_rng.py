@@ -314,7 +314,8 @@ try:
 except ImportError:
     print("masked")
 import numpy as np
-from fastsiam.data import draws, views
+from fastsiam.config import views
+from fastsiam.data import rng
 spec = views.RECIPES["simsiam"]
 print(rng.augment_draws(spec, 0, 0, np.arange(3), 0).factors.shape)
 """

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 
 from fastsiam.config import load_config
 from fastsiam.config.views import RECIPES
-from fastsiam.data import rng
-from fastsiam.data.backends import pil
+from fastsiam.data import decode, rng
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.build import build_loader
 from fastsiam.data.loader import Loader
@@ -156,8 +155,8 @@ def test_draws_of_further_views_are_spread_as_those_of_the_first():
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_pil_decodes_an_image_once_for_all_its_views(photos, monkeypatch, count):
     calls = []
-    real = pil.decode
-    monkeypatch.setattr(pil, "decode", lambda path, *more: calls.append(path) or real(path, *more))
+    real = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda path, *more: calls.append(path) or real(path, *more))
     made = make(photos, "pil", count)
     assert sum(len(batch.views) for batch in made.epoch(0)) == 16 * count
     assert sorted(calls) == sorted(made.source.path(index) for index in range(16))

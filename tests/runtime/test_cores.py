@@ -17,7 +17,7 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
 from fastsiam.data.dali import open_backend as dali
 from fastsiam.data.pil import open_backend as pil
-from fastsiam.data.sources import open_source
+from fastsiam.data.sources.open import open_source
 source = open_source(%r)
 for open_backend in (dali, pil):
     for workers in (None, 0, 3):

@@ -13,7 +13,7 @@ from PIL import Image
 import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data import build, rng
-from fastsiam.data.backends import decoded_cache, pil, resident
+from fastsiam.data.backends import choose, decoded_cache, pil, resident
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import EvaluationLoader, Loader
 from fastsiam.data.skip_list import SkipList
@@ -39,7 +39,7 @@ def stores_of_other_tests_are_gone():
 def decoded(monkeypatch):
     """The indices that PIL decodes, in a world without DALI."""
     calls, real = [], pil.decode_image
-    monkeypatch.setattr(build, "dali_installed", lambda: False)
+    monkeypatch.setattr(choose, "dali_installed", lambda: False)
     monkeypatch.setattr(pil, "decode_image", lambda source, index: calls.append(index) or real(source, index))
     return calls
 
