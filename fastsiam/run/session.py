@@ -217,8 +217,8 @@ class Session:
             self.journal.doing("compiling the first step" if self.compiles else "the first step")
         out = self._step(views, number)
         self.watchdog.beat()
-        if self._step.compiled is not None and self._step.compiled.changed():
-            self._report_compilation()
+        if self._step.compiled is not None and (news := self._step.compiled.take_news()):
+            self.journal.write("compile", **news)
         return out
 
     def agree(self, received: int | None) -> tuple[int | None, bool, bool]:
@@ -335,9 +335,3 @@ class Session:
     def _failed(self, reason, **details):
         """Any rank may have to say so, for the first may be the one that has gone."""
         self.folder.set_status("failed", step=self.state.step, reason=reason, **details)
-
-    def _report_compilation(self):
-        report = self._step.compiled.report()
-        self.journal.write("compile", **report)
-        if report["fallback"]:
-            self.journal.warn(f"torch.compile failed, and the run goes on in eager mode: {report['fallback']}")

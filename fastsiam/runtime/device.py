@@ -6,6 +6,7 @@ import torch
 
 from fastsiam.config.published import TABLE_2
 from fastsiam.errors import UserError
+from fastsiam.runtime.compile import eager_reason
 from fastsiam.runtime.environment import cpu_flags
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -47,7 +48,8 @@ def autocast(device: torch.device, dtype: torch.dtype):
 
 
 def choose_compile(asked: str, device: torch.device) -> bool:
-    return asked == "on" or (asked == "auto" and device.type == "cuda")
+    """True where the step is compiled: for `on`, and for `auto` where `eager_reason` finds nothing missing."""
+    return asked == "on" or (asked == "auto" and eager_reason(device) is None)
 
 
 def out_of_memory_advice(batch_size: int, step_fits) -> str:

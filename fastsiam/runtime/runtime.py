@@ -7,6 +7,7 @@ import torch
 
 from fastsiam.config.schema import TrainConfig
 from fastsiam.runtime import malloc
+from fastsiam.runtime.compile import eager_reason
 from fastsiam.runtime.device import DTYPES, choose_compile, choose_device, choose_precision, multiplies_bf16
 from fastsiam.runtime.distributed import World
 
@@ -50,7 +51,7 @@ class Runtime:
             if "dtype" in before and (before["dtype"] != "bf16" or native):
                 precision, reasons["dtype"] = before["dtype"], _AS_BEFORE
         if compiling == "auto":
-            reasons["compile"] = f"auto: {device.type.upper()}"
+            reasons["compile"] = f"auto: {eager_reason(device) or 'CUDA, Triton and a C++ compiler found'}"
             if "compile" in before and before.get("device") == device.type:
                 compiling, reasons["compile"] = "on" if before["compile"] else "off", _AS_BEFORE
         return cls(world, device, choose_precision(precision, device), choose_compile(compiling, device), reasons)

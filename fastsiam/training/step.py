@@ -52,7 +52,7 @@ class TrainingStep:
         views = config.views
         self._batch_size, self._num_views, self._full_size = config.train.batch_size, views.count, views.full_size
         self._grows = len(views.sizes) > 1
-        self.compiled = Compiled(method, world, sizes=views.sizes, paused=compiling) if compiling else None
+        self.compiled = Compiled(method, sizes=views.sizes, paused=compiling) if compiling else None
         self._forward = self.compiled or method
         if world.size > 1:
             self._forward = _averaging_gradients(method, self._forward)

@@ -20,7 +20,7 @@ pwd.getpwuid = missing
 """
 CROP = """
 import os, numpy as np
-from fastsiam.data.index import cache_folder
+from fastsiam.data.sources.index_cache import cache_folder
 from fastsiam.runtime.cache_dirs import cache_root
 from fastsiam.kernels import numba_cache
 from fastsiam.kernels.crop_numba import crop_on_cpu

@@ -1,20 +1,18 @@
-"""Compilation is counted, may fail, and fails on all ranks together."""
+"""Compilation: chosen where its tools are, counted, paused for, and refused in one sentence where it fails."""
 
 import contextlib
-import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch._dynamo.backends.common import aot_autograd
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
 
-from fastsiam.runtime.compile import Compiled
-from fastsiam.runtime.distributed import World
+from fastsiam.errors import UserError
+from fastsiam.runtime import compile as compiling
+from fastsiam.runtime.compile import Compiled, eager_reason
+from fastsiam.runtime.device import choose_compile
 from tests.support.compiling import Net, batch, compare, replaced_backend, seeded
-from tests.support.processes import run_python
 
 
 class Broken(Net):
@@ -32,104 +30,85 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def test_the_numbers_are_those_of_eager_and_each_compilation_is_counted():
+@pytest.mark.parametrize("missing", [None, "cuda", "triton", "g++", "CXX"])
+def test_auto_compiles_where_cuda_triton_and_a_compiler_are_found(monkeypatch, missing):
+    device = torch.device("cpu" if missing == "cuda" else "cuda")
+    monkeypatch.delenv("CXX", raising=False)
+    if missing == "CXX":
+        monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None if name == missing else name)
+    real = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name: real(name) if name != "g++" else missing != "g++" or None)
+    assert (eager_reason(device) is None) == (missing is None)
+    assert choose_compile("auto", device) == (missing is None)
+    assert choose_compile("on", device)
+    assert not choose_compile("off", device)
+
+
+@pytest.mark.slow
+def test_inductor_compiles_one_graph_that_steps_as_the_module_does():
     module = seeded(Net)
-    compiled = Compiled(module, World())
-    assert not compiled.changed()
+    compiled = Compiled(module)
     compare(compiled, module)
     report = compiled.report()
-    seconds = report.pop("seconds")
-    assert 0 < seconds < 300
-    assert report == {"graphs": 1, "recompiles": 0, "graph_breaks": 0, "fallback": None}
-    assert (compiled.changed(), compiled.changed()) == (True, False)
-    compare(compiled, module, sizes=(8, 10, 8))
-    assert compiled.report() | {"seconds": 0} == report | {"graphs": 2, "recompiles": 1, "seconds": 0}
-    assert compiled.report()["seconds"] > seconds
-    assert (compiled.changed(), compiled.changed()) == (True, False)
-
-
-def test_backward_is_compiled_before_anything_runs(monkeypatch):
-    def fails(graph, inputs):
-        raise RuntimeError("no backward kernel\nand more lines")
-
-    replaced_backend(monkeypatch, aot_autograd(fw_compiler=lambda graph, inputs: graph.forward, bw_compiler=fails))
-    module = seeded(Net)
-    compiled = Compiled(module, World())
-    compare(compiled, module)
-    assert compiled.fallback == "RuntimeError: no backward kernel"
+    assert (report["graphs"], report["recompiles"]) == (1, 0)
+    assert report["seconds"] > 0
     assert module.norm.num_batches_tracked == 3
 
 
-def test_a_module_that_cannot_be_traced_runs_as_it_is():
-    module = seeded(Broken)
-    compiled = Compiled(module, World())
-    compare(compiled, module)
-    report = compiled.report()
-    assert report["fallback"].startswith("Unsupported: ")
-    assert "graph_break()" in report["fallback"]
-    assert report["graphs"] == report["recompiles"] == 0
-    assert (compiled.changed(), compiled.changed()) == (True, False)
-
-
-def test_a_frame_that_inductor_refuses_is_told(monkeypatch):
-    """Where Inductor raises this (bf16 on a GPU without it), Dynamo would run the frame eagerly in silence."""
-
-    def refuses(graph, inputs):
-        raise torch._dynamo.exc.SkipFrame("BF16 is not supported")
-
-    replaced_backend(monkeypatch, refuses)
+def test_each_new_graph_is_reported_once(monkeypatch):
+    replaced_backend(monkeypatch, lambda graph, inputs: graph.forward)
     module = seeded(Net)
-    compiled = Compiled(module, World())
-    compare(compiled, module)
-    assert compiled.fallback == "RuntimeError: Inductor refuses the graph: BF16 is not supported"
+    compiled = Compiled(module)
+    assert compiled.take_news() is None
+    compare(compiled, module, sizes=(8, 8))
+    assert compiled.take_news()["graphs"] == 1
+    compare(compiled, module, sizes=(8, 10))
+    assert compiled.take_news()["recompiles"] == 1
+    assert compiled.take_news() is None
 
 
-def test_a_compiler_that_is_switched_off_is_told():
-    module = seeded(Net)
-    compiled = Compiled(module, World())
+def raises(error):
+    def backend(graph, inputs):
+        raise error
+
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        (Broken, None),
+        (Net, raises(RuntimeError("no working compiler\nat all"))),
+        # Dynamo runs a frame that Inductor skips (bf16 on a GPU without it) as it is, and says nothing.
+        (Net, raises(torch._dynamo.exc.SkipFrame("BF16 is not supported"))),
+    ],
+)
+def test_a_compiler_that_fails_is_one_sentence(monkeypatch, kind, backend):
+    if backend:
+        replaced_backend(monkeypatch, backend)
+    with pytest.raises(UserError) as raised:
+        Compiled(seeded(kind))(batch(0))
+    assert (raised.value.key, raised.value.code) == ("train.compile", "compile-failed")
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) <= 160
+
+
+def test_a_compiler_that_is_switched_off_is_one_sentence():
     torch.compiler.set_stance("force_eager")
     try:
-        compare(compiled, module)
+        with pytest.raises(UserError) as raised:
+            Compiled(seeded(Net))(batch(0))
     finally:
         torch.compiler.set_stance("default")
-    assert compiled.fallback == "torch.compile compiled nothing; is it switched off (TORCHDYNAMO_DISABLE)?"
-
-
-WITHOUT_COMPILER = """
-import json
-from fastsiam.runtime.compile import Compiled
-from fastsiam.runtime.distributed import World
-from tests.support.compiling import Net, compare, seeded
-module = seeded(Net)
-compiled = Compiled(module, World())
-compare(compiled, module)
-print(json.dumps(compiled.report()))
-"""
-
-
-def test_without_a_cpp_compiler_the_module_runs_as_it_is(tmp_path):
-    done = run_python("-c", WITHOUT_COMPILER, CXX="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["fallback"].startswith("InvalidCxxCompiler: No working C++ compiler found"), report
-    assert report["graphs"] == 0
-
-
-def test_an_error_of_the_step_is_raised_in_its_own_words():
-    compiled = Compiled(seeded(Net), World())
-    with pytest.raises(RuntimeError, match="running_mean should contain 5 elements not 6") as raised:
-        compiled(torch.randn(8, 5))
-    assert not isinstance(raised.value, torch._dynamo.exc.TorchDynamoException)
+    assert raised.value.code == "compile-failed"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError("none left")])
-def test_out_of_memory_is_no_missing_compiler(monkeypatch, error):
-    def fails(graph, inputs):
-        raise error
-
-    replaced_backend(monkeypatch, fails)
+def test_out_of_memory_is_not_a_compiler_that_fails(monkeypatch, error):
+    replaced_backend(monkeypatch, raises(error))
     with pytest.raises(type(error), match=str(error)):
-        Compiled(seeded(Net), World())(batch(0))
+        Compiled(seeded(Net))(batch(0))
 
 
 WHEN_RUN = SimpleNamespace(call=None)
@@ -150,20 +129,6 @@ class Probed(nn.Module):
         return probe(x)
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, torch._dynamo.exc.InternalTorchDynamoError])
-def test_an_error_of_the_running_step_is_no_failed_compilation(monkeypatch, kind):
-    def fails():
-        raise kind("device lost")
-
-    monkeypatch.setattr(WHEN_RUN, "call", fails)
-    compiled = Compiled(Probed(), World())
-    for _ in range(2):
-        with pytest.raises(kind, match="device lost"):
-            compiled(torch.ones(3))
-    assert compiled.fallback is None
-    assert compiled.report()["graphs"] == 1
-
-
 def test_the_pause_covers_the_compilation_and_not_the_step(monkeypatch):
     depth, seen = [0], []
 
@@ -174,90 +139,19 @@ def test_the_pause_covers_the_compilation_and_not_the_step(monkeypatch):
         depth[0] -= 1
 
     def backend(graph, inputs):
-        seen.append(("compiles", depth[0] > 0))
+        seen.append(("compiles", depth[0]))
         return graph.forward
 
     replaced_backend(monkeypatch, backend)
-    monkeypatch.setattr(WHEN_RUN, "call", lambda: seen.append(("runs", depth[0] > 0)))
-
-    class Watched(World):
-        def collect(self, value):
-            seen.append(("agrees", depth[0] > 0))
-            return super().collect(value)
-
-    compiled = Compiled(Probed(), Watched(), paused=paused)
+    monkeypatch.setattr(WHEN_RUN, "call", lambda: seen.append(("runs", depth[0])))
+    compiled = Compiled(Probed(), paused=paused)
     for shape in (3, 3, (2, 2)):
         compiled(torch.ones(shape))
-    assert seen == [
-        ("compiles", True),
-        ("agrees", True),
-        ("runs", False),
-        ("runs", False),
-        ("compiles", True),
-        ("runs", False),
-    ]
-    assert depth == [0]
+    assert seen == [("compiles", 1), ("runs", 0), ("runs", 0), ("compiles", 1), ("runs", 0)]
 
 
-class Together(Net):
-    """With a collective in its forward, which a rank alone would wait in for ever."""
-
-    def __init__(self, broken):
-        super().__init__()
-        self.broken = broken
-        self.uncompiled_calls = 0
-
-    def forward(self, x):
-        if not torch.compiler.is_compiling():
-            self.uncompiled_calls += 1
-        if self.broken:
-            torch._dynamo.graph_break()
-        everybody = all_gather_tensor_autograd(x, gather_dim=0, group=dist.group.WORLD.group_name)
-        return super().forward(everybody)
-
-
-def three_steps(fails, how):
-    """Rank `fails` cannot trace, or cannot compile; the steps, and why they ran uncompiled."""
-    torch._dynamo.reset()
-    rank = dist.get_rank()
-    mine = rank == fails
-    torch.manual_seed(0)
-    module = Together(broken=mine and how == "tracing")
-    exchanged = []
-
-    class Counted(World):
-        def collect(self, value):
-            exchanged.append(value)
-            return super().collect(value)
-
-    without = {"cpp.cxx": (None, "/nonexistent"), "force_disable_caches": True} if mine and how == "backend" else {}
-    with torch._inductor.config.patch(without):
-        compiled = Compiled(module, Counted(rank, 2, rank, 2))
-        found = []
-        for step in range(3):
-            x = batch(10 * step + rank)
-            out = compiled(x)
-            out["loss"].backward()
-            found.append(out["loss"].item())
-    return found, module.norm.running_mean, compiled.fallback, module.uncompiled_calls, len(exchanged)
-
-
-@pytest.mark.parametrize(
-    ("fails", "how", "reason"),
-    [(1, "tracing", "Unsupported: "), (1, "backend", "InvalidCxxCompiler: "), (None, None, None)],
-)
-def test_ranks_fall_back_together(ranks, fails, how, reason):
-    first, second = ranks(2, three_steps, fails, how)
-    torch.manual_seed(0)
-    whole = Net()
-    losses = [whole(torch.cat([batch(10 * step), batch(10 * step + 1)]))["loss"].item() for step in range(3)]
-    for found, running_mean, _, uncompiled_calls, exchanges in (first, second):
-        assert found == pytest.approx(losses, rel=1e-5)
-        torch.testing.assert_close(running_mean, whole.norm.running_mean)
-        assert uncompiled_calls == (3 if reason else 0)
-        assert exchanges == 1
-    if reason is None:
-        assert first[2] is second[2] is None
-    else:
-        assert second[2].startswith(reason)
-        assert first[2] == f"{second[2]} (on rank 1)"
+def test_an_error_of_the_running_step_is_raised_as_it_is(monkeypatch):
+    monkeypatch.setattr(WHEN_RUN, "call", lambda: (_ for _ in ()).throw(RuntimeError("device lost")))
+    replaced_backend(monkeypatch, lambda graph, inputs: graph.forward)
+    with pytest.raises(RuntimeError, match="^device lost$"):
+        Compiled(Probed())(torch.ones(3))
