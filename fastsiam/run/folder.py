@@ -132,8 +132,8 @@ class RunFolder:
         """Begin metrics.jsonl anew."""
         with self._refusal():
             self.metrics_path.write_text("", encoding="utf-8")
-        self._events.begin()
         self.write({"kind": "header", "schema": SCHEMA, "name": self.config.run.name})
+        self._events.begin()
 
     def write(self, line: dict) -> None:
         """Append one line to metrics.jsonl, and its numbers to TensorBoard's files; those not finite become null.
