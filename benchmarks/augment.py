@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from benchmarks.harness.cli import command
+from benchmarks.harness.results import Results
 from benchmarks.harness.time_kernel import time_kernel
-from benchmarks.harness.timing import Results, copy_bandwidth
+from benchmarks.harness.timing import copy_bandwidth
 from fastsiam.config.views import ViewSpec
 from fastsiam.data.augment import host_draws
 from fastsiam.data.rng import augment_draws

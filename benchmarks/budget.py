@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.harness.checkout import CHECKOUT
 from benchmarks.harness.cli import command
-from benchmarks.harness.timing import Results
+from benchmarks.harness.results import Results
 from fastsiam.config.budget import parse_budget
 
 CONFIG = "quickstart.yaml"

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from benchmarks.harness.cli import command
+from benchmarks.harness.results import Results
 from benchmarks.harness.time_kernel import time_kernel
-from benchmarks.harness.timing import Results, copy_bandwidth
+from benchmarks.harness.timing import copy_bandwidth
 from fastsiam.config.views import ViewSpec
 from fastsiam.data.backends.resident import boxes_in_store
 from fastsiam.data.rng import crop_boxes

@@ -18,7 +18,8 @@ from torch._inductor.utils import fresh_cache
 
 from benchmarks.harness.cli import command
 from benchmarks.harness.ranks import in_ranks, in_turns, threads_of_each
-from benchmarks.harness.timing import MIN_ROUNDS, Results, Samples
+from benchmarks.harness.results import Results
+from benchmarks.harness.timing import MIN_ROUNDS, Samples
 from benchmarks.peers import AbsentError
 from benchmarks.variants.gradient_reduction import ONE_GRAPH, PIECES, Step, Way, all_reduce, build_step
 from fastsiam.config import Config, load_config

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from benchmarks.harness.cli import command
 from benchmarks.harness.images import photographs
-from benchmarks.harness.timing import MIN_ROUNDS, Results, Samples
+from benchmarks.harness.results import Results
+from benchmarks.harness.timing import Samples, take_turns
 from benchmarks.loader import DRAWN_IMAGES, files_of
 from fastsiam.config import load_config
 from fastsiam.run.session import Session
@@ -67,19 +68,12 @@ class EndToEnd:
 
 
 def in_turns(ways: dict[str, Callable[[int], float]], seconds: float) -> dict[str, Samples]:
-    """An untimed call of each, then rounds within `seconds` (at least 3), the order rotated from round to round."""
+    """Times each way in turns after an untimed call of each; its argument counts the calls."""
     deadline = time.perf_counter() + seconds
-    taken, names, longest = {name: [] for name in ways}, list(ways), 0.0
-    for number in range(1 + REPEATS):
-        begun = time.perf_counter()
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            taken[name].append(ways[name](number))
-        now = time.perf_counter()
-        longest = max(longest, now - begun) if number else 0.0
-        if number >= MIN_ROUNDS and now + longest > deadline:
-            break
-    return {name: Samples(tuple(values[1:])) for name, values in taken.items()}
+    for way in ways.values():
+        way(0)
+    left = deadline - time.perf_counter()
+    return take_turns(list(ways), lambda name, number: ways[name](number + 1), REPEATS, left)
 
 
 def run(results: Results, *, device: torch.device, minutes: float, images: Path | None = None) -> None:

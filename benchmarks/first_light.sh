@@ -18,7 +18,7 @@
 #   If the first failed early, read summary.txt, mend, and run again with ONLY="name name" for what is missing.
 #   $OUT holds first_light.tgz (logs, JSON lines, profiles) and summary.txt; save them before the next call.
 #   Afterwards: unpack, put results/*.jsonl into benchmarks/results/<date>_<machine>/, write predicted, measured and why
-#   into benchmarks/NOTES.md, and run python -m benchmarks.tables.
+#   into benchmarks/LOG.md, and run python -m benchmarks.tables.
 #
 # Variables: MINUTES (8.5; of this call), ONLY ("step50 loss", names of parts), DEVICE (cuda; cpu for a trial), TINY (1:
 # smallest sizes), PATIENCE (1; so many times each limit, for a trial on a slow machine), WORK (/tmp/first_light), PYTHON.

@@ -26,7 +26,8 @@ import torch
 from benchmarks import peers
 from benchmarks.harness.cli import command
 from benchmarks.harness.images import SUFFIXES, photographs
-from benchmarks.harness.timing import Results, interleave
+from benchmarks.harness.results import Results
+from benchmarks.harness.timing import interleave
 from benchmarks.peers import AbsentError, authors, lightly, solo_learn
 from fastsiam.config import load_config
 from fastsiam.config.views import ViewSpec, view_specs

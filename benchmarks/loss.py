@@ -16,8 +16,9 @@ from torch._functorch import config as functorch_config
 
 from benchmarks.harness.cli import command
 from benchmarks.harness.environment import last_level_cache_bytes
+from benchmarks.harness.results import Results
 from benchmarks.harness.time_kernel import time_kernel
-from benchmarks.harness.timing import Results, copy_bandwidth
+from benchmarks.harness.timing import copy_bandwidth
 from fastsiam.kernels import negative_cosine
 from fastsiam.kernels.reference import negative_cosine_ref
 

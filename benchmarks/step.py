@@ -17,7 +17,8 @@ import torch
 
 from benchmarks.harness.cli import command
 from benchmarks.harness.flops import flops_per_image
-from benchmarks.harness.timing import MIN_ROUNDS, Results, Samples, count_launches, interleave, peak_memory
+from benchmarks.harness.results import Results
+from benchmarks.harness.timing import MIN_ROUNDS, Samples, count_launches, interleave, peak_memory
 from benchmarks.harness.worker_process import Aside
 from benchmarks.peers import AbsentError, lightly, solo_learn
 from benchmarks.variants.step import Inputs, Switches, ablation, build_ablated, build_product, initial_weights, product

@@ -1,9 +1,9 @@
-"""The README's tables, made from `results/<date>_<machine>/<benchmark>.jsonl` and from nothing else.
+"""Tables of README.md and RESULTS.md, made from `results/<date>_<machine>/<benchmark>.jsonl` and nothing else.
 
 A table stands between `<!-- table: NAME -->` and `<!-- /table -->`; `gpu_tests` stands for the sentence that names the
-last commit verified on a GPU. `python -m benchmarks.tables` writes what is between, `--check` exits with 1 where that
-would change the README. Of every machine the newest folder that holds the benchmark is shown. A line from a checkout
-with changes is refused: nobody could measure it again.
+last commit verified on a GPU. `python -m benchmarks.tables` writes what is between; with `--check` it writes nothing
+and exits with 1 where a page would change. Each machine shows its newest folder that holds the benchmark. A line from a
+checkout with changes is refused, because nobody could measure it again.
 """
 
 import argparse
@@ -15,25 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness.checkout import CHECKOUT
-from benchmarks.harness.timing import SCHEMA
+from benchmarks.harness.results import read_results
 from benchmarks.race import standings
 from benchmarks.readme import summary
 from benchmarks.readme.captions import ABSENT, NOTHING, VERSIONS, caption, number, param
-from benchmarks.readme.tree import tree
 from fastsiam.errors import UserError
 
 MARKER = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 OPENING = "<!-- table:"
+PAGES = (CHECKOUT / "README.md", CHECKOUT / "benchmarks/RESULTS.md")
 FOLDER = re.compile(r"\d{4}-\d{2}-\d{2}_(.+)")
 GPU_TESTS = "gpu_tests"
 
-# What the lines of one file must share, since the caption says it once.
+# Keys that the lines of one file must share, because the caption has them once.
 _ONE_RUN = ("gpu", "driver", "cpu", "cores", "threads", "commit", "python", *VERSIONS)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a result line. `spread` adds [p20, p80]: of a time, or of a rate that goes with 1 / time."""
+    """Number of a result line. `spread` adds [p20, p80], of a time or of a rate that is proportional to 1 / time."""
 
     header: str
     key: str
@@ -61,20 +61,20 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """One table of the README: which benchmark, which rows in which order, which columns."""
+    """One table: its benchmark, its rows in their order, its columns."""
 
     benchmark: str
     columns: tuple[Column, ...]
     baseline: str | None = None
-    """The variant that a last column compares with, within equal params."""
+    """The variant that a last column compares with, among rows of equal params."""
     rows: tuple[str, ...] | None = None
-    """Variants in order, each of them shown though it be absent; None: all of the file, in its order."""
+    """Variants in order, absent ones included; None: all of the file, in its order."""
     without: tuple[str, ...] = ()
-    """Variants that another table shows; for `rows` None."""
+    """Variants that another table shows; used where `rows` is None."""
     rows_of: Callable[[list[dict]], list[dict]] | None = None
-    """Makes the rows out of the lines, where they are not the lines."""
+    """Makes rows out of lines, where a row is not a line."""
     speed: str | None = None
-    """The number that the last column is a ratio of; None: 1 / median_seconds."""
+    """The number whose ratio the last column shows; None: 1 / median_seconds."""
 
 
 MS = Column("ms [p20, p80]", "median_seconds", scale=1000, spread=True)
@@ -144,46 +144,38 @@ TABLES = {
 
 
 def read(path: Path) -> list[dict]:
-    """The result lines of a file; raises `UserError` naming file and line number where one is not ours."""
-    lines, seen = [], {}
-    for place, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        where = f"{path}:{place}"
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON: {error.msg}") from None
-        if not isinstance(line, dict) or line.get("schema") != SCHEMA:
-            raise UserError(f"{where}: the line is not of schema {SCHEMA}")
-        if line["benchmark"] != path.stem:
-            raise UserError(f"{where}: a line of benchmark '{line['benchmark']}'")
-        row = line["variant"], _key(line)
+    """Returns the lines of one run; raises `UserError` where two describe one row or the machine changes."""
+    lines, seen = read_results(path), {}
+    for place, line in enumerate(lines, 1):
+        where, row = f"{path}:{place}", (line["variant"], _key(line))
         if row in seen:
-            raise UserError(f"{where}: {line['variant']} {line['params']} is already in line {seen[row]}")
+            message = f"{where}: {line['variant']} {line['params']} is already in line {seen[row]}"
+            raise UserError(message, code="same-row-twice")
         seen[row] = place
-        first = lines[0] if lines else line
-        differing = [key for key in _ONE_RUN if line["environment"].get(key) != first["environment"].get(key)]
+        differing = [key for key in _ONE_RUN if line["environment"].get(key) != lines[0]["environment"].get(key)]
         if differing:
-            raise UserError(f"{where}: {', '.join(differing)} differ from line 1; a file is one run")
-        lines.append(line)
+            message = f"{where}: {', '.join(differing)} differ from line 1; a file holds one run"
+            raise UserError(message, code="several-runs")
     return lines
 
 
 def refuse_unrepeatable(path: Path, lines: list[dict]) -> None:
-    """Raise `UserError` at the first line whose code cannot be checked out again."""
+    """Raises `UserError` at the first line whose code cannot be checked out again."""
     for place, line in enumerate(lines, 1):
         if not line["environment"].get("commit"):
-            raise UserError(f"{path}:{place}: no commit")
+            raise UserError(f"{path}:{place}: no commit is recorded", code="no-commit")
         if line["environment"].get("dirty") is not False:
-            raise UserError(f"{path}:{place}: measured from a checkout with changes (dirty)")
+            raise UserError(f"{path}:{place}: the checkout had changes (dirty)", code="dirty")
 
 
 def read_all(results: Path) -> dict[str, list[list[dict]]]:
-    """By benchmark: the lines of each machine's newest run, machines in the order of their names."""
+    """Returns, by benchmark, the lines of each machine's newest run; machines are in the order of their names."""
     newest = {}
     for path in sorted(results.glob("*/*.jsonl")):
         folder = FOLDER.fullmatch(path.parent.name)
         if not folder:
-            raise UserError(f"{path.parent}: a folder of results is named <date>_<machine>, as in 2026-01-31_h200")
+            message = f"{path.parent}: the name is not <date>_<machine>; rename the folder, as in 2026-01-31_h200"
+            raise UserError(message, code="folder-name")
         lines = read(path)
         refuse_unrepeatable(path, lines)
         if lines:
@@ -220,30 +212,34 @@ def render(table: Table, lines: list[dict]) -> str:
     return f"{caption(shown, constant)}\n\n{text}\n"
 
 
-def fill(readme: str, found: dict[str, list[list[dict]]]) -> str:
-    """The README's text with every marked table made anew; raises `UserError` where one cannot be made."""
-    if readme.count(OPENING) != len(MARKER.findall(readme)) or any(
-        OPENING in body for _, body in MARKER.findall(readme)
-    ):
-        raise UserError("README: a '<!-- table: NAME -->' has no '<!-- /table -->' after it, each on its own line")
+def fill(page: str, found: dict[str, list[list[dict]]], name: str) -> str:
+    """Returns the text of a page with every marked table made anew; `name` is the page in error messages.
+
+    Raises `UserError` for a marker without an end, an unknown table, or a table without results.
+    """
+    tables = MARKER.findall(page)
+    if page.count(OPENING) != len(tables) or any(OPENING in body for _, body in tables):
+        raise UserError(f"{name}: a '{OPENING} NAME -->' lacks its '<!-- /table -->'", code="marker-without-end")
 
     def replacement(match: re.Match) -> str:
-        name = match[1]
-        if name in SPECIAL:
-            return f"<!-- table: {name} -->\n{SPECIAL[name](found)}\n<!-- /table -->"
-        if name not in TABLES:
-            raise UserError(f"README: there is no table '{name}'; there are {', '.join([*TABLES, *SPECIAL])}")
-        table = TABLES[name]
-        if not found.get(table.benchmark):
-            raise UserError(f"README: table '{name}' has no lines in results/*/{table.benchmark}.jsonl")
-        text = "\n".join(render(table, lines) for lines in found[table.benchmark])
-        return f"<!-- table: {name} -->\n{text}<!-- /table -->"
+        asked = match[1]
+        if asked in SPECIAL:
+            text = f"{SPECIAL[asked](found)}\n"
+        elif asked not in TABLES:
+            known = ", ".join([*TABLES, *SPECIAL])
+            raise UserError(f"{name}: there is no table '{asked}'; write one of {known}", code="unknown-table")
+        elif not found.get(TABLES[asked].benchmark):
+            message = f"{name}: table '{asked}' has no lines in results/*/{TABLES[asked].benchmark}.jsonl"
+            raise UserError(message, code="no-results")
+        else:
+            text = "\n".join(render(TABLES[asked], lines) for lines in found[TABLES[asked].benchmark])
+        return f"<!-- table: {asked} -->\n{text}<!-- /table -->"
 
-    return MARKER.sub(replacement, readme)
+    return MARKER.sub(replacement, page)
 
 
 def last_verified(found: dict[str, list[list[dict]]]) -> str:
-    """The newest commit on which no test marked gpu failed or was skipped, as a sentence."""
+    """Returns a sentence on the newest commit on which no test marked gpu failed or was skipped."""
     machines = found.get(GPU_TESTS, [])
     whole = [line for lines in machines for line in lines if line["passed"] and not line["failed"] + line["skipped"]]
     if not whole:
@@ -257,12 +253,8 @@ def last_verified(found: dict[str, list[list[dict]]]) -> str:
     )
 
 
-SPECIAL = {
-    GPU_TESTS: last_verified,
-    "summary": summary.text,
-    "tree": lambda found: f"```\n{tree(CHECKOUT)}\n```",
-}
-"""Blocks that are no table of one benchmark's lines."""
+SPECIAL = {GPU_TESTS: last_verified, "summary": summary.text}
+"""Blocks that do not show the lines of one benchmark."""
 
 
 def _key(line: dict) -> str:
@@ -270,7 +262,7 @@ def _key(line: dict) -> str:
 
 
 def _rows(table: Table, group: dict[str, dict]) -> list[dict]:
-    """The lines of one group of equal params in the table's order; a row asked for and not there is absent."""
+    """Returns the lines of one group of equal params in the table's order; a missing row of the table is absent."""
     if table.rows is None:
         return [line for variant, line in group.items() if variant not in table.without]
     like = next(iter(group.values()))
@@ -279,7 +271,7 @@ def _rows(table: Table, group: dict[str, dict]) -> list[dict]:
 
 
 def _ratio(table: Table, line: dict, baseline: dict | None) -> str:
-    """How many times as fast as the baseline."""
+    """Returns how many times as fast as the baseline the line is."""
     if ABSENT in line or baseline is None or ABSENT in baseline:
         return ABSENT
     if table.speed is None:
@@ -288,24 +280,28 @@ def _ratio(table: Table, line: dict, baseline: dict | None) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="Write the README's tables.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README would change")
-    parser.add_argument("--readme", type=Path, default=CHECKOUT / "README.md")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="Write the tables of results.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page would change")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="Markdown files (README.md, RESULTS.md)")
     parser.add_argument("--results", type=Path, default=CHECKOUT / "benchmarks" / "results")
     arguments = parser.parse_args(argv)
-    before = arguments.readme.read_text(encoding="utf-8")
     try:
-        after = fill(before, read_all(arguments.results))
+        found = read_all(arguments.results)
+        changed = {}
+        for page in arguments.pages:
+            before = page.read_text(encoding="utf-8")
+            after = fill(before, found, page.name)
+            if after != before:
+                changed[page] = after
     except UserError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
+        print(f"benchmarks: {error} [{error.code}]", file=sys.stderr)
         return 2
-    if after == before:
-        return 0
-    if arguments.check:
-        print(f"{arguments.readme} is not what {arguments.results} gives: python -m benchmarks.tables", file=sys.stderr)
-        return 1
-    arguments.readme.write_text(after, encoding="utf-8")
-    return 0
+    for page, text in changed.items():
+        if arguments.check:
+            print(f"{page} differs from {arguments.results}; run python -m benchmarks.tables", file=sys.stderr)
+        else:
+            page.write_text(text, encoding="utf-8")
+    return 1 if arguments.check and changed else 0
 
 
 if __name__ == "__main__":

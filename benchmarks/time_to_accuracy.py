@@ -29,7 +29,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.harness.cli import command
-from benchmarks.harness.timing import Results
+from benchmarks.harness.results import Results
 from benchmarks.peers import AbsentError
 from benchmarks.race import plot
 from benchmarks.race.contestants import CONTESTANTS, FASTSIAM, OURS, PLAIN, Loading, overrides_of

@@ -32,7 +32,7 @@ def let_threads_sleep() -> None:
     Threads that spin there starve the decoder's on small machines: with both cores of a 2-core CPU busy, a step of the
     quickstart takes 1.3 to 3.1 s spinning and 0.4 to 0.5 s sleeping. Most waits there are shorter than falling asleep
     takes: where nothing else runs, 1,000 turns before it gave 981 to 1,134 images/s in place of 836 to 975, and beside
-    other jobs no fewer (benchmarks/NOTES.md).
+    other jobs no fewer (benchmarks/LOG.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.harness.timing import Results
+from benchmarks.harness.results import Results
 from fastsiam.errors import UserError
 from fastsiam.runtime.device import choose_device
 

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import step as bench
 from benchmarks.harness.cli import row_names
-from benchmarks.harness.timing import Results
+from benchmarks.harness.results import Results
 from fastsiam.config import load_config
 from fastsiam.errors import UserError
 from fastsiam.runtime.device import choose_device

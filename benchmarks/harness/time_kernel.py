@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from benchmarks.harness.environment import last_level_cache_bytes
-from benchmarks.harness.timing import Results, count_launches, interleave, peak_memory
+from benchmarks.harness.results import Results
+from benchmarks.harness.timing import count_launches, interleave, peak_memory
 
 
 def time_kernel(

@@ -1,7 +1,7 @@
-"""How everything here is timed: variants in turns, cold caches, device events, raw samples kept.
+"""Timers of all benchmarks: variants take turns, caches are cold, CUDA events time the device, raw samples are kept.
 
-One surprising thing: an event pair on an idle CUDA stream times the host that enqueues, not the device. Before a
-sample the stream is therefore kept busy for longer than enqueuing takes, unless a benchmark asks to include it.
+An event pair on an idle CUDA stream times the host that enqueues, not the device. Before a sample the stream is
+therefore kept busy for longer than enqueuing takes, unless a benchmark asks to include it.
 """
 
 import json
@@ -9,15 +9,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.harness.environment import clocks, environment, last_level_cache_bytes
+from benchmarks.harness.environment import last_level_cache_bytes
 
-SCHEMA = 1
 MIN_ROUNDS = 3
 
 # The device spins for twice as long as the host took to enqueue a sample in warm-up, and no longer than this: a call
@@ -61,14 +59,13 @@ def interleave(
     seconds: float | None = None,
     hide_enqueue: bool = True,
 ) -> dict[str, Samples]:
-    """Time variants in turns, so that a machine that gets slower or faster does so for all of them.
+    """Times variants in turns, so that a machine that gets slower or faster does so for all of them.
 
-    Each variant is called as f(i), where i counts its own calls from 0 (warm-up included), so that it can choose one
-    of several input sets. `warmup` untimed calls of each come first; then `repeats` rounds, in each of them one sample
-    of every variant, the order rotated by one from round to round. A sample is `calls` calls, given as seconds per
-    call. Before it the last-level cache is overwritten. `seconds` limits the whole, warm-up included: a round that
-    would not end within it is not begun, but at least 3 are taken. On a CUDA device `hide_enqueue=False` leaves the
-    time that the host needs to enqueue in the sample: a training step has it, a kernel has not.
+    Each variant is called as f(i), where i counts its own calls from 0, warm-up included, so that it can choose one
+    of several input sets. `warmup` untimed calls of each come first, then `repeats` rounds with one sample of every
+    variant (`take_turns`). A sample is the seconds per call of `calls` calls; before it the last-level cache is
+    overwritten. `seconds` limits the whole, warm-up included. On a CUDA device `hide_enqueue=False` keeps the host's
+    time to enqueue in the sample: a training step has it, a kernel does not.
     """
     if not variants or repeats < 1 or calls < 1 or warmup < 1:
         raise ValueError("interleave: at least one variant, one repeat, one call and one warm-up call are needed")
@@ -76,12 +73,28 @@ def interleave(
     timer = _CudaTimer(device, hide_enqueue) if device.type == "cuda" else _HostTimer(device)
     for name, function in variants.items():
         timer.warm_up(name, function, warmup, calls)
-    names, taken, longest = list(variants), {name: [] for name in variants}, 0.0
-    for number in range(repeats):
+
+    def sample(name, number):
+        return timer.sample(name, variants[name], warmup + number * calls, calls)
+
+    left = None if seconds is None else seconds - (time.perf_counter() - started)
+    return take_turns(list(variants), sample, repeats, left)
+
+
+def take_turns(
+    names: list[str], sample: Callable[[str, int], float], rounds: int, seconds: float | None
+) -> dict[str, Samples]:
+    """Calls `sample(name, round)`, which returns seconds, for every name in each of `rounds` rounds.
+
+    The order of names rotates by one from round to round. A round that would end after `seconds` does not begin, but
+    at least 3 rounds are taken.
+    """
+    taken, longest, started = {name: [] for name in names}, 0.0, time.perf_counter()
+    for number in range(rounds):
         begun = time.perf_counter()
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            taken[name].append(timer.sample(name, variants[name], warmup + number * calls, calls))
+            taken[name].append(sample(name, number))
         now = time.perf_counter()
         longest = max(longest, now - begun)
         if seconds is not None and number + 1 >= MIN_ROUNDS and now - started + longest > seconds:
@@ -189,62 +202,3 @@ def count_launches(function: Callable[[], object], device: torch.device) -> int 
         trace = json.loads(Path(file.name).read_text(encoding="utf-8"))
     # The trace's categories keep kernels apart from annotations that the profiler also places on the device.
     return sum(event.get("cat") == "kernel" for event in trace["traceEvents"])
-
-
-class Results:
-    """Result lines: JSON in `folder`/<benchmark>.jsonl (nowhere where `folder` is None), and one line for people.
-
-    Versions and commit are read once, before the first measurement.
-    """
-
-    def __init__(self, folder: Path | str | None, device: torch.device):
-        self.folder = None if folder is None else Path(folder)
-        self._device = device
-        self._environment = environment(device)
-
-    def add(self, benchmark: str, variant: str, params: dict, samples: Samples | None, **numbers) -> dict:
-        """Write one result and return its line; `samples` is None for a variant that is absent.
-
-        `params` tells apart what is measured (batch, dtype, mode): rows of a table are compared within equal params.
-        `numbers` are further columns; a number that is not finite raises `ValueError`.
-        """
-        line = self.write(benchmark, variant, params, samples, **numbers)
-        print(readable(line), flush=True)
-        return line
-
-    def write(self, benchmark: str, variant: str, params: dict, samples: Samples | None, **numbers) -> dict:
-        """`add` without a word."""
-        timed = samples is not None
-        line = {
-            "schema": SCHEMA,
-            "benchmark": benchmark,
-            "variant": variant,
-            "params": params,
-            "samples_seconds": list(samples.seconds) if timed else [],
-            "median_seconds": samples.median if timed else None,
-            "p20_seconds": samples.p20 if timed else None,
-            "p80_seconds": samples.p80 if timed else None,
-        }
-        assert not line.keys() & numbers.keys(), f"{sorted(line.keys() & numbers.keys())} are the protocol's own"
-        moment = {"date": datetime.now(UTC).isoformat(timespec="seconds"), **clocks(self._device)}
-        line |= {**numbers, "environment": {**self._environment, **moment}}
-        text = json.dumps(line, allow_nan=False)
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / f"{benchmark}.jsonl", "a", encoding="utf-8") as file:
-                file.write(text + "\n")
-        return line
-
-
-def readable(line: dict) -> str:
-    """One result as a line of text: what, then the median with [p20, p80] and n, then its other numbers."""
-    known = {"schema", "benchmark", "variant", "params", "samples_seconds", "environment"}
-    known |= {"median_seconds", "p20_seconds", "p80_seconds"}
-    words = [f"{line['benchmark']} {line['variant']}", *(f"{key}={value}" for key, value in line["params"].items())]
-    if line["samples_seconds"]:
-        median, p20, p80 = (line[f"{key}_seconds"] * 1000 for key in ("median", "p20", "p80"))
-        words.append(f" {median:.4g} ms [{p20:.4g}, {p80:.4g}] n={len(line['samples_seconds'])} ")
-    for key, value in line.items():
-        if key not in known and value is not None:
-            words.append(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}")
-    return " ".join(words)

@@ -11,8 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.harness.timing import SCHEMA, Results
-from fastsiam.errors import UserError
+from benchmarks.harness.results import Results, read_results
 
 BENCHMARK = "time_to_accuracy"
 # Params in which the runs of one contestant differ.
@@ -50,16 +49,7 @@ def read(path: Path) -> list[dict]:
     whole = text[: text.rfind(b"\n") + 1]
     if len(whole) < len(text):
         path.write_bytes(whole)
-    lines = []
-    for place, written in enumerate(whole.decode("utf-8").splitlines(), 1):
-        try:
-            line = json.loads(written)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{place}: not JSON: {error.msg}") from None
-        if line.get("schema") != SCHEMA or line.get("benchmark") != BENCHMARK:
-            raise UserError(f"{path}:{place}: not a line of {BENCHMARK} in schema {SCHEMA}")
-        lines.append(line)
-    return lines
+    return read_results(path)
 
 
 def seconds_to(curve: Iterable[tuple[float, int, float]], target: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Numbers as tables show them, and what a caption says of where they are from."""
+"""Text of tables: numbers, and captions that name machine, versions, commit and days."""
 
 import math
 
@@ -7,7 +7,7 @@ VERSIONS = ("torch", "cuda", "triton", "torchvision", "numba", "dali", "lightly"
 
 
 def number(value: float) -> str:
-    """Three significant digits, whole numbers from 1,000 on; integers in full."""
+    """Returns three significant digits, a whole number from 1,000 on; integers in full."""
     if isinstance(value, int) or value == 0:
         return f"{value:,.0f}"
     value = float(f"{value:.3g}") if abs(value) < 1000 else value
@@ -15,7 +15,7 @@ def number(value: float) -> str:
 
 
 def caption(lines: list[dict], constant: dict, commit: str | None = None) -> str:
-    """Machine, versions, what all rows share, n, commit and days, and how to get what is absent."""
+    """Returns machine, versions, shared params, n, commit and days, then why each absent row is absent."""
     machine = lines[0]["environment"]
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
     if machine["gpu"]:
@@ -37,5 +37,5 @@ def caption(lines: list[dict], constant: dict, commit: str | None = None) -> str
 
 
 def param(value) -> str:
-    """Of a benchmark's params."""
+    """Returns a param of a benchmark as text."""
     return NOTHING if value is None else number(value) if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""The README's first table: what a stranger asks, answered for fastsiam and its peers from the newest results."""
+"""Table of the README: five questions, answered for fastsiam and its peers from the newest results."""
 
 from dataclasses import dataclass, field
 
@@ -10,16 +10,16 @@ CONTESTANTS = ("fastsiam", "authors", "lightly", "solo-learn")
 
 @dataclass(frozen=True)
 class Question:
-    """One row: a number of a benchmark's lines with these params."""
+    """One row: a number of the benchmark's lines that have these params."""
 
     text: str
     benchmark: str
     key: str
     params: dict
     variants: dict[str, str] = field(default_factory=dict)
-    """What stands for a contestant whose variant has another name."""
+    """The variant of a contestant where it has another name."""
     percents: str | None = None
-    """The number behind a `key` that is text; percentages are compared by their difference."""
+    """The number behind a `key` that is text; percentages are compared by difference."""
 
 
 QUESTIONS = (
@@ -42,7 +42,7 @@ QUESTIONS = (
 
 
 def machines(found: dict[str, list[list[dict]]]) -> list[list[dict]]:
-    """The lines of all benchmarks that QUESTIONS ask, by machine."""
+    """Returns the lines of all benchmarks of QUESTIONS, one list a machine."""
     asked = dict.fromkeys(question.benchmark for question in QUESTIONS)
     by_name = {}
     for benchmark in asked:
@@ -55,7 +55,7 @@ def machines(found: dict[str, list[list[dict]]]) -> list[list[dict]]:
 
 
 def text(found: dict[str, list[list[dict]]]) -> str:
-    """Caption and table for each machine."""
+    """Returns caption and table of each machine."""
     header = ["", *CONTESTANTS, "fastsiam against authors"]
     rule = ["---", *["---:"] * (len(header) - 1)]
     texts = []
@@ -70,7 +70,7 @@ def text(found: dict[str, list[list[dict]]]) -> str:
 
 
 def answers(lines: list[dict]) -> tuple[list[list[str]], list[dict]]:
-    """Rows of text for one machine (question, a cell a contestant, ours against the authors'), and the lines used."""
+    """Returns rows of text for one machine (question, contestants, ours against the authors') and their lines."""
     rows, used = [], []
     for question in QUESTIONS:
         told = {name: _line(question, question.variants.get(name, name), lines) for name in CONTESTANTS}

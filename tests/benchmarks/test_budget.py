@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import budget
-from benchmarks.harness.timing import Results
+from benchmarks.harness.results import Results
 from fastsiam.config import load_config
 
 

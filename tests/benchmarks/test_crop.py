@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import crop
 from benchmarks.harness import timing
-from benchmarks.harness.timing import Results
+from benchmarks.harness.results import Results
 from fastsiam.kernels import crop_resize
 from fastsiam.kernels.reference import crop_resize_ref
 

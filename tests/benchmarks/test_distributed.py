@@ -18,7 +18,8 @@ from benchmarks import distributed as benchmark
 from benchmarks.harness import ranks as ranks_module
 from benchmarks.harness.cli import command
 from benchmarks.harness.ranks import in_ranks, in_turns
-from benchmarks.harness.timing import Results, Samples
+from benchmarks.harness.results import Results
+from benchmarks.harness.timing import Samples
 from benchmarks.peers import AbsentError
 from benchmarks.variants import gradient_reduction
 from benchmarks.variants.gradient_reduction import Way, build_step

@@ -14,7 +14,8 @@ import torch
 
 from benchmarks import end_to_end, loader
 from benchmarks.end_to_end import EndToEnd, in_turns
-from benchmarks.harness.timing import Results, Samples
+from benchmarks.harness.results import Results
+from benchmarks.harness.timing import Samples
 from benchmarks.loader import Case, Row, cpu_seconds, decoded_twice, files_of, ours, peer, source_of
 from benchmarks.peers import AbsentError, authors
 from fastsiam.data import decode
@@ -165,7 +166,7 @@ def test_turns_rotate_and_begin_untimed():
         return lambda number: calls.append(name) or float(number)
 
     taken = in_turns({name: way(name) for name in "abc"}, seconds=0)
-    assert "".join(calls) == "abcbcacababc"
+    assert "".join(calls) == "abcabcbcacab"
     assert {name: samples.seconds for name, samples in taken.items()} == dict.fromkeys("abc", (1.0, 2.0, 3.0))
 
 

@@ -12,7 +12,7 @@ import torch
 import benchmarks.variants.step as ablation_module
 from benchmarks import step as step_benchmark
 from benchmarks.harness.flops import flops_per_image
-from benchmarks.harness.timing import Results
+from benchmarks.harness.results import Results
 from benchmarks.harness.worker_process import Aside
 from benchmarks.variants.step import (
     Inputs,

@@ -1,13 +1,12 @@
-"""The README's tables are what the result files give, digit by digit."""
+"""Tables of the pages equal the result files, digit by digit."""
 
 import json
+import re
 
 import pytest
 
 from benchmarks import tables
-from benchmarks.harness.checkout import CHECKOUT
 from benchmarks.readme.captions import number
-from benchmarks.readme.tree import tree
 from benchmarks.tables import Column, Table, main, render
 from tests.support.bench_configs import MACHINE
 
@@ -60,7 +59,7 @@ LINES = [
 
 @pytest.fixture
 def folder(tmp_path):
-    """A function that writes result files and a README, and gives the arguments of `main`."""
+    """Returns a function that writes result files and a page, and returns the arguments of `main`."""
 
     def make(files, readme=README):
         for name, lines in files.items():
@@ -68,7 +67,7 @@ def folder(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
         (tmp_path / "README.md").write_text(readme)
-        return ["--readme", str(tmp_path / "README.md"), "--results", str(tmp_path / "results")]
+        return ["--pages", str(tmp_path / "README.md"), "--results", str(tmp_path / "results")]
 
     return make
 
@@ -106,55 +105,55 @@ def test_the_newest_folder_of_each_machine_is_shown(folder, tmp_path):
     assert "NVIDIA H200 (driver 580.1, 700 W), AMD EPYC, 2 cores" in text
 
 
+def refused(arguments, capsys) -> tuple[str, str]:
+    """Returns what `main` names first, a file and line or a page, and the code of its error."""
+    assert main(arguments) == 2
+    place, code = re.fullmatch(r"benchmarks: (.*?): .* \[(\S+)\]\n", capsys.readouterr().err).groups()
+    return place.rpartition("/")[2], code
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "code"),
     [
-        (lambda entry: entry["environment"].update(dirty=True), ":2: measured from a checkout with changes"),
-        (lambda entry: entry["environment"].update(dirty=None), ":2: measured from a checkout with changes"),
-        (lambda entry: entry.update(environment={**MACHINE, "commit": "f" * 40}), ":2: commit differ from line 1"),
-        (lambda entry: entry.update(environment={**GPU}), ":2: gpu, driver differ from line 1"),
-        (lambda entry: entry.update(schema=2), ":2: the line is not of schema 1"),
-        (lambda entry: entry.pop("schema"), ":2: the line is not of schema 1"),
-        (lambda entry: entry.update(benchmark="step"), ":2: a line of benchmark 'step'"),
-        (lambda entry: entry.update(LINES[0]), ":2: compile {'batch': 512, 'mode': 'forward'} is already in line 1"),
+        (lambda entry: entry["environment"].update(dirty=True), "dirty"),
+        (lambda entry: entry["environment"].update(dirty=None), "dirty"),
+        (lambda entry: entry["environment"].update(commit="f" * 40), "several-runs"),
+        (lambda entry: entry.update(environment={**GPU}), "several-runs"),
+        (lambda entry: entry.update(schema=2), "other-schema"),
+        (lambda entry: entry.pop("schema"), "other-schema"),
+        (lambda entry: entry.update(benchmark="step"), "other-benchmark"),
+        (lambda entry: entry.update(LINES[0]), "same-row-twice"),
     ],
 )
-def test_a_line_that_cannot_be_trusted_is_refused(folder, tmp_path, capsys, change, message):
+def test_a_line_that_cannot_be_trusted_is_refused(folder, tmp_path, capsys, change, code):
     lines = json.loads(json.dumps(LINES))
     change(lines[1])
-    assert main(folder({"2026-01-31_epyc/loss.jsonl": lines})) == 2
-    assert f"2026-01-31_epyc/loss.jsonl{message}" in capsys.readouterr().err
+    assert refused(folder({"2026-01-31_epyc/loss.jsonl": lines}), capsys) == ("loss.jsonl:2", code)
     assert (tmp_path / "README.md").read_text() == README
 
 
-def test_no_commit_no_table(folder, capsys):
+def test_other_files_of_results_are_refused(folder, tmp_path, capsys):
     lines = [{**entry, "environment": {**MACHINE, "commit": None, "dirty": None}} for entry in LINES]
-    assert main(folder({"2026-01-31_epyc/loss.jsonl": lines})) == 2
-    assert "2026-01-31_epyc/loss.jsonl:1: no commit" in capsys.readouterr().err
-
-
-def test_what_is_no_json_and_what_is_no_folder_of_results(folder, tmp_path, capsys):
+    assert refused(folder({"2026-01-31_epyc/loss.jsonl": lines}), capsys) == ("loss.jsonl:1", "no-commit")
     arguments = folder({"2026-01-31_epyc/loss.jsonl": LINES})
     with open(tmp_path / "results/2026-01-31_epyc/loss.jsonl", "a") as file:
         file.write('{"schema": 1')
-    assert main(arguments) == 2
-    assert "loss.jsonl:4: not JSON" in capsys.readouterr().err
-    assert main(folder({"2026-01-31_epyc/loss.jsonl": LINES, "mine/loss.jsonl": LINES})) == 2
-    assert "mine: a folder of results is named <date>_<machine>" in capsys.readouterr().err
+    assert refused(arguments, capsys) == ("loss.jsonl:4", "not-json")
+    arguments = folder({"2026-01-31_epyc/loss.jsonl": LINES, "mine/loss.jsonl": LINES})
+    assert refused(arguments, capsys) == ("mine", "folder-name")
 
 
 @pytest.mark.parametrize(
-    ("readme", "message"),
+    ("readme", "code"),
     [
-        ("<!-- table: loss -->\n", "has no '<!-- /table -->' after it"),
-        ("<!-- table: loss -->\n<!-- table: loss -->\n<!-- /table -->\n", "has no '<!-- /table -->' after it"),
-        ("<!-- table: lost -->\n<!-- /table -->\n", "there is no table 'lost'; there are step, peers, "),
-        ("<!-- table: augment -->\n<!-- /table -->\n", "table 'augment' has no lines in results/*/augment.jsonl"),
+        ("<!-- table: loss -->\n", "marker-without-end"),
+        ("<!-- table: loss -->\n<!-- table: loss -->\n<!-- /table -->\n", "marker-without-end"),
+        ("<!-- table: lost -->\n<!-- /table -->\n", "unknown-table"),
+        ("<!-- table: augment -->\n<!-- /table -->\n", "no-results"),
     ],
 )
-def test_a_marker_without_a_table_is_an_error(folder, capsys, readme, message):
-    assert main(folder({"2026-01-31_epyc/loss.jsonl": LINES}, readme)) == 2
-    assert message in capsys.readouterr().err
+def test_a_marker_without_a_table_is_an_error(folder, capsys, readme, code):
+    assert refused(folder({"2026-01-31_epyc/loss.jsonl": LINES}, readme), capsys) == ("README.md", code)
 
 
 def test_what_is_absent_is_shown():
@@ -218,7 +217,7 @@ def gpu_tests(commit, date, passed=16, failed=0, skipped=0, mixed=True, gpu="NVI
     return [{**line("pytest -m gpu", (None, None, None), 0, "gpu_tests", machine), **counts}]
 
 
-def test_the_readme_names_the_last_commit_that_passed_on_a_gpu(folder, tmp_path):
+def test_a_page_names_the_last_commit_that_passed_on_a_gpu(folder, tmp_path):
     marker = "<!-- table: gpu_tests -->\n<!-- /table -->\n"
 
     def sentence(files):
@@ -241,7 +240,7 @@ def test_the_readme_names_the_last_commit_that_passed_on_a_gpu(folder, tmp_path)
     assert "verified on a GPU: aaaaaaaaaaaa on NVIDIA H200" in sentence(skips)
 
 
-def test_the_readme_here_is_what_the_results_give():
+def test_the_pages_here_equal_the_results():
     assert main(["--check"]) == 0
 
 
@@ -305,22 +304,3 @@ def test_a_race_is_compared_in_points_of_its_seeds_means(folder, tmp_path):
     row = (tmp_path / "README.md").read_text().splitlines()[5]
     question = "kNN after 5 minutes on 10,000 CIFAR-10 images, ResNet-8, %"
     assert row == f"| {question} | 48.0 ± 1.4 | 40.8 ± 1.1 | - | 46.0 | +7.2 points |"
-
-
-def test_the_tree_has_a_phrase_for_every_file():
-    lines = {text.split("  ", 1)[0].strip(): text for text in tree(CHECKOUT).splitlines()}
-    files = {
-        path.relative_to(CHECKOUT).as_posix()
-        for folder, pattern in (
-            ("fastsiam", "*.py"),
-            ("kernels", "*.py"),
-            ("benchmarks", "*.py"),
-            ("configs", "*.yaml"),
-        )
-        for path in (CHECKOUT / folder).rglob(pattern)
-    }
-    assert lines.keys() == files
-    assert max(map(len, lines.values())) <= 120
-    assert all(len(text.partition("  ")[2].strip()) > 3 for text in lines.values())
-    phrase = lines["fastsiam/config/budget.py"].removeprefix("fastsiam/config/budget.py").strip()
-    assert phrase == "What a run may spend: epochs, images, time, energy or money"

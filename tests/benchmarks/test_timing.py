@@ -13,7 +13,8 @@ from benchmarks import loss
 from benchmarks.harness import environment as environment_module
 from benchmarks.harness import timing
 from benchmarks.harness.environment import environment
-from benchmarks.harness.timing import Results, Samples, copy_bandwidth, interleave
+from benchmarks.harness.results import SCHEMA, Results
+from benchmarks.harness.timing import Samples, copy_bandwidth, interleave
 
 CPU = torch.device("cpu")
 
@@ -149,7 +150,7 @@ def test_a_line_survives_the_file(tmp_path, capsys):
     results.add("loss", "peer", params, None, absent="pip install peer")
     first, second = map(json.loads, (tmp_path / "loss.jsonl").read_text().splitlines())
     assert first == line
-    assert first["schema"] == timing.SCHEMA
+    assert first["schema"] == SCHEMA
     assert (first["benchmark"], first["variant"], first["params"]) == ("loss", "eager", params)
     assert first["samples_seconds"] == [0.004, 0.001, 0.002]
     assert first["median_seconds"] == 0.002
@@ -175,7 +176,7 @@ def test_environment_of_a_cpu():
     assert found["cores"] >= 1
     assert found["cpu"]
     assert ("avx2" in found["isa"]) == ("AVX" in torch.backends.cpu.get_cpu_capability())
-    assert timing.clocks(CPU) == {"sm_clock_mhz": None, "memory_clock_mhz": None}
+    assert environment_module.clocks(CPU) == {"sm_clock_mhz": None, "memory_clock_mhz": None}
 
 
 def test_what_a_card_does_not_tell_is_null():
@@ -282,7 +283,7 @@ def test_counts_on_a_gpu():
     assert timing.count_launches(lambda: y.copy_(x.add_(1).mul_(2)), device) == 2
     x.zero_()
     assert timing.peak_memory(lambda: torch.empty(3 << 20, dtype=torch.uint8, device=device), device) == 3 << 20
-    found = {**environment(device), **timing.clocks(device)}
+    found = {**environment(device), **environment_module.clocks(device)}
     assert found["gpu"] == torch.cuda.get_device_name(device)
     if environment_module._nvml(device)[1] is not None:
         assert all(found[key] for key in ("driver", "power_limit_watts", "sm_clock_mhz", "memory_clock_mhz"))

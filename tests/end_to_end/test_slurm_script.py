@@ -1,4 +1,4 @@
-"""README's batch script, run by a bash among commands that do what SLURM's would."""
+"""The batch script of runtime/README.md, run by a bash among commands that do what SLURM's would."""
 
 import contextlib
 import json
@@ -33,8 +33,9 @@ REQUEUED = "requeue {}\n"
 
 
 def script():
-    """The README's only block that begins like a batch script."""
-    (found,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    """Returns the only block of the page that begins like a batch script."""
+    page = (REPOSITORY / "fastsiam/runtime/README.md").read_text()
+    (found,) = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH.*?)```", page, re.DOTALL)
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.harness.checkout import CHECKOUT
-from benchmarks.harness.timing import Results
+from benchmarks.harness.results import Results
 from benchmarks.tables import GPU_TESTS
 
 RESULTS = CHECKOUT / "benchmarks" / "results"
