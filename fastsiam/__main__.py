@@ -8,6 +8,7 @@ import fastsiam
 
 COMMANDS = {
     "train": "pretrain an encoder, or resume a run",
+    "config": "print what the keys of a config mean, with range and default",
     "plan": "measure for a minute, and predict time, memory and cost of a run",
     "prepare": "scan, pack or convert images",
     "report": "write one HTML page of one run or several",

@@ -1,4 +1,4 @@
-"""The sections data and views of a config: what images there are, who reads them, and what a view of one is."""
+"""Sections data and views of a config: the images, the backend that reads them, and the views made of them."""
 
 import os
 import re
@@ -20,7 +20,7 @@ _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def parse_span(text: str) -> tuple[float, float] | None:
-    """Both ends of LOW..HIGH, which may be negative and have a fraction; None for another text."""
+    """Returns both ends of LOW..HIGH, which may be negative and have a fraction; None for another text."""
     match = re.fullmatch(rf"\s*({_NUMBER})\.\.({_NUMBER})\s*", text)
     return (float(match[1]), float(match[2])) if match else None
 
@@ -33,32 +33,34 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     train: str | None
-    """Folder of images (labelled `class/x.jpg`, nested or flat) or tar shards, text list, .beton; null: synthetic."""
+    """Training images: a folder of images (labelled `class/x.jpg`, nested or flat) or of tar shards, a text list, or a
+    .beton; null for data.backend=synthetic."""
     val: str | None = None
-    """Labelled images for kNN; null trains without."""
+    """Labelled images for kNN; null: no kNN."""
     backend: Literal["auto", "dali", "pil", "ffcv", "resident", "synthetic"] = "auto"
-    """Who decodes and crops. auto: ffcv for a .beton, else DALI where installed, else PIL; the choice is printed.
-    resident: all images lie decoded in the memory of the compute device."""
+    """Library that decodes and crops. auto: ffcv for a .beton, else DALI where installed, else PIL; the choice is
+    printed. resident: all images lie decoded in the memory of the device. synthetic: random images, to measure
+    steps."""
     augment: Literal["fastsiam", "dali"] = "fastsiam"
-    """dali: DALI's own operators in its own order make the views, with our draws; needs data.backend=dali."""
+    """Library that makes the views. dali: DALI's operators in DALI's order, with our draws; needs data.backend=dali."""
     store_size: PositiveInt | None = None
-    """Side in pixels of the squares that resident stores the images as: 3 * store_size^2 bytes an image; null: chosen
-    by the sizes of images and views."""
+    """Side in pixels of the squares that data.backend=resident stores, 3 * store_size^2 bytes an image; null: chosen by
+    the sizes of images and views."""
     workers: Annotated[int, Field(ge=0)] | None = None
-    """Decoding threads (dali, ffcv) or processes (pil) a rank; null: its share of the cores, 0: none (pil)
-    or one (dali, ffcv)."""
+    """Decoding threads (dali, ffcv) or processes (pil) of a rank; null: its share of the cores; 0: one thread (dali,
+    ffcv) or no process (pil)."""
     max_bad_fraction: Probability = 0.001
-    """A run stops when more than this share of the images could not be decoded; what a scan found does not count. Nor
-    does it begin where more is left out of a folder: dead links, empty files, formats without an installed decoder."""
+    """Share of the images that may fail to decode before a run stops; images that a scan found do not count. It is also
+    the share of a folder that may be excluded: dead links, empty files, formats without a decoder."""
     deep_pixels: str = "scale"
-    """Of pixels with more than 8 bits the values that become 0..255. scale: the 0.1 to 99.9 % percentiles of the
-    training images, by kind of file (what fills half of its type: its type); type: the range of the type, 0..1 of
-    floats; or LOW..HIGH, as -1000..2000."""
+    """Values that become 0..255 where pixels have more than 8 bits. scale: the 0.1 to 99.9 % percentiles of the
+    training images of each kind of file, or its type's range where they fill half of it; type: the range of the type,
+    0..1 of floats; or LOW..HIGH, for example -1000..2000."""
     manifest: str | None = None
-    """What a scan has found in data.train, if it was written elsewhere than the index cache, where it is looked for."""
+    """Manifest that `fastsiam prepare scan --out` has written; null: the one in the index cache, if there is one."""
     demo_seed: Annotated[int, Field(ge=0)] | None = None
-    """Draw the demo images of this seed to FOLDER/train, FOLDER/val where data.train is FOLDER/train and there is no
-    FOLDER; null never draws. Another data.train on the command line makes it null, unless it is given there, too."""
+    """Seed of the demo images, drawn to FOLDER/train and FOLDER/val where data.train is FOLDER/train and FOLDER does
+    not exist; null: never. Another data.train on the command line makes it null, unless it is set there as well."""
 
     @field_validator("train", "val", "manifest")
     @classmethod
@@ -113,31 +115,43 @@ class ViewsConfig(Section):
     """One recipe for all views; what is not written is filled in from the recipe."""
 
     recipe: Literal[tuple(RECIPES)]
+    """Augmentation whose numbers fill in the keys that are not written; config/views.py names the sources."""
     count: Annotated[int, Field(ge=2)] = 2
     """Views of each image, all from one decode. 2 is the paper's loss; above, its mean over all ordered pairs."""
     size: int | str
     """Side of a view in pixels, or LOW..HIGH (as 128..224): it grows over the first 80 % of the run, from epoch to
     epoch and in at most five sizes; kNN and collapse are measured at HIGH."""
     color: Literal["matrix", "exact"]
-    """exact: torchvision's jitter, operation by operation; matrix: the same jitter as one 3x4 matrix a view."""
+    """Way to compute colour jitter. exact: torchvision's, operation by operation; matrix: as one 3x4 matrix a view."""
     crop_scale: Pair
     """Range of the crop's area as a share of the image."""
     flip: Probability
+    """Probability of a horizontal flip."""
     jitter: Probability
+    """Probability of colour jitter."""
     brightness: Probability
+    """Brightness is multiplied by a factor from [1 - brightness, 1 + brightness]."""
     contrast: Probability
+    """Contrast is multiplied by a factor from [1 - contrast, 1 + contrast]."""
     saturation: Probability
+    """Saturation is multiplied by a factor from [1 - saturation, 1 + saturation]."""
     hue: Annotated[float, Field(ge=0, le=0.5)]
+    """Hue is turned by a share of the circle from [-hue, hue]."""
     grayscale: Probability
+    """Probability of a grey view."""
     blur: Probability
+    """Probability of a blur."""
     blur_sigma: Pair
     """Range of the blur's standard deviation in pixels of the view."""
     blur_kind: Literal["pil", "gaussian"]
-    """pil: the three boxes of Pillow's GaussianBlur, as the paper's code; gaussian: a sampled Gaussian, as torchvision
-    and runs before there was this key. data.augment=dali samples a Gaussian whatever this says."""
+    """Blur kernel. pil: the three boxes of Pillow's GaussianBlur, as in the paper's code; gaussian: a sampled Gaussian,
+    as in torchvision and in runs older than this key. data.augment=dali always samples a Gaussian."""
     solarize: Probability
+    """Probability that values above one half are inverted."""
     mean: Annotated[tuple[float, float, float], Field(strict=False)]
+    """Mean of the red, green and blue channel in [0, 1], which normalisation subtracts."""
     std: Annotated[tuple[float, float, float], Field(strict=False)]
+    """Standard deviation of the channels, by which normalisation divides."""
 
     @model_validator(mode="before")
     @classmethod

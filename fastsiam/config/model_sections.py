@@ -1,4 +1,4 @@
-"""The sections model, method and optimizer of a config."""
+"""Sections model, method and optimizer of a config."""
 
 import difflib
 import re
@@ -29,27 +29,34 @@ LARS_TRUST = 0.001
 
 class ProjectorConfig(Section):
     layers: Annotated[int, Field(ge=1)]
+    """Linear layers of the projector; the paper has 3, and 2 for CIFAR-10."""
     hidden: PositiveInt
+    """Width of the layers before the last one."""
     out: PositiveInt
+    """Dimensions of the projection, and of the prediction."""
 
 
 class PredictorConfig(Section):
     hidden: PositiveInt
+    """Width of the predictor's bottleneck; the paper has a quarter of projector.out."""
 
 
 class ModelConfig(Section):
     encoder: str
-    """A torchvision ResNet (resnet50, resnext50_32x4d, ...) or cifar_resnetN with N = 6n+2 (He et al., 4.2)."""
+    """Architecture: a torchvision ResNet (resnet50, resnext50_32x4d, ...) or cifar_resnetN with N = 6n+2 (He et al.,
+    section 4.2)."""
     stem: Literal["imagenet", "cifar"]
-    """imagenet: 7x7 stride 2 and max-pool; cifar: 3x3 stride 1."""
+    """First layers of the encoder. imagenet: 7x7 with stride 2 and max-pool; cifar: 3x3 with stride 1."""
     # Below 8 channels oneDNN's channels-last backward writes out of bounds (seen at 4: torch 2.15, AVX2).
     width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
     """Channels of a cifar_resnet's first stage (16 in He et al.), a multiple of 8; null for torchvision's."""
     zero_init_residual: bool
+    """Starts the last batch norm of each residual block at 0, so that the block begins as the identity."""
     projector: ProjectorConfig
     predictor: PredictorConfig
     bn_statistics: Literal["per_view", "joint"] = "per_view"
-    """per_view is the paper's model; joint takes one set of statistics over both views: another model."""
+    """Images over which batch norm averages. per_view: each view apart, the paper's model; joint: all views together,
+    another model."""
 
     @field_validator("encoder")
     @classmethod
@@ -80,27 +87,34 @@ class ModelConfig(Section):
 
 class MethodConfig(Section):
     name: Literal["simsiam"]
+    """Training method."""
     stop_gradient: bool = True
-    """false is the paper's Figure 2: the run collapses."""
+    """Stops the gradient at the target branch; false is the paper's Figure 2, where the run collapses."""
 
 
 class OptimizerConfig(Section):
     name: Literal["sgd", "lars"]
-    """lars (arXiv 1708.03888) is for batches above 1024 and wants other rates: r50_100ep_b4096.yaml."""
+    """Optimizer. lars (arXiv 1708.03888) is for batches above 1024 and needs other rates, see r50_100ep_b4096.yaml."""
     implementation: Literal["torch", "apex"] = "torch"
-    """apex: NVIDIA's FusedSGD, the same mathematics; as with train.compile the last bits differ, so a run keeps it."""
+    """Library of the optimizer. apex: NVIDIA's FusedSGD, the same mathematics with other last bits, so a run keeps
+    it."""
     base_lr: PositiveFloat
     """Learning rate for a batch of 256; the rate used is base_lr * batch_size / 256."""
     momentum: Annotated[float, Field(ge=0, lt=1)]
+    """Momentum of SGD and of LARS."""
     weight_decay: Annotated[float, Field(ge=0)]
-    """sgd: on every parameter, batch norm and biases included, as in the paper; lars: not on those of one dimension."""
+    """Weight decay. sgd: on all parameters, batch norm and biases included (paper); lars: not on those of one
+    dimension."""
     lars_trust: PositiveFloat = LARS_TRUST
-    """LARS moves a tensor w by at most lr * lars_trust * |w|, before momentum; sgd has no use for it."""
+    """LARS moves a tensor w by at most lr * lars_trust * |w|, before momentum; sgd does not use it."""
     schedule: Literal["cosine_per_epoch", "cosine", "constant"]
+    """Learning rate over the run. cosine_per_epoch: a cosine to 0 that changes between epochs (the paper's code);
+    cosine: the same, changed at each step; constant."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the run in which the rate rises linearly from zero."""
+    """Share of the run in which the learning rate rises linearly from 0."""
     predictor_lr: Literal["fixed", "scheduled"]
-    """fixed: after the warm-up the predictor keeps its rate (paper, Table 1, which has no warm-up)."""
+    """Learning rate of the predictor. fixed: constant after the warm-up (paper, Table 1); scheduled: as that of the
+    rest."""
 
     @model_validator(mode="after")
     def options_of_the_optimizer(self):

@@ -19,50 +19,58 @@ class TrainConfig(Section):
     epochs: PositiveInt | None = None
     """Epochs to train; null with a budget."""
     max_steps: PositiveInt | None = None
-    """Stop after so many steps; the schedule still spans the epochs or the budget."""
+    """Stops the run after so many steps; the schedule still spans the epochs or the budget."""
     batch_size: Annotated[int, Field(gt=1)]
-    """Images in a step over all processes; each gives views.count views."""
+    """Images in a step over all ranks; each gives views.count views."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device that trains. auto: cuda where torch sees a GPU, else cpu."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """auto: bf16 where the hardware multiplies it natively, else fp32. fp16 scales the loss (GradScaler)."""
+    """Number format of the step. auto: bf16 where the hardware multiplies it natively, else fp32. fp16 scales the loss
+    (GradScaler)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """auto: on with CUDA where Triton and a C++ compiler are found. A compiler that fails ends the run."""
     channels_last: bool = True
+    """Memory format of images and convolutions; it changes the last bits of the results and the speed."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of the weights, the order of the images, the crops and the augmentation."""
     log_every_steps: PositiveInt = 50
+    """Steps between two lines of metrics.jsonl; each of them waits for the device."""
     watchdog_seconds: PositiveFloat = 600.0
-    """A run that comes to no step for so long writes the stacks of all its threads and ends with exit code 5."""
+    """Seconds without a training step after which a run writes the stacks of its threads and ends with exit code 5."""
 
 
 class EvaluateConfig(Section):
     knn_every_epochs: PositiveInt | None = None
-    """kNN at every so many epochs; null: only at the end."""
+    """Epochs between two kNN evaluations; null: only at the end."""
     knn_k: PositiveInt = 200
+    """Neighbours of the kNN classifier; the paper's authors take 200."""
     knn_temperature: PositiveFloat = 0.2
-    """200 neighbours weighted by exp(sim / 0.2) is the setting of the paper's authors."""
+    """Neighbours are weighted by exp(similarity / temperature); the paper's authors take 0.2."""
     crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
-    """Side of the centred evaluation crop as a share of the image's short side (224 / 256 = 0.875)."""
+    """Side of the centred evaluation crop as a share of the image's short side; 0.875 is 224 / 256."""
     controls: bool = False
-    """Before training, kNN of raw pixels and of the untrained encoder with filled batch-norm statistics."""
+    """Before training, also measure the kNN accuracy of raw pixels and of the untrained encoder."""
 
 
 class CollapseConfig(Section):
     action: Literal["stop", "warn", "off"] = "stop"
+    """Reaction to a detected collapse of the outputs. stop: ends the run with exit code 3; off: does not measure."""
 
 
 class CheckpointConfig(Section):
     every_seconds: Annotated[float, Field(gt=0, allow_inf_nan=True)] = 300.0
-    """.inf: only at the end, or when a signal asks for it."""
+    """Seconds between two checkpoints; .inf: only at the end, or when a signal asks for one."""
     keep: Annotated[int, Field(ge=1)] = 2
-    """How many of the newest checkpoints stay; with 1 a damaged file leaves none to fall back to."""
+    """Number of newest checkpoints to keep; with 1 a damaged file leaves none to fall back to."""
 
 
 class RunConfig(Section):
     dir: str = "runs"
+    """Folder that holds the run folders."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=-]*$", max_length=200)] | None = None
-    """Folder under run.dir; null: the config's name plus a hash of what the overrides change."""
+    """Name of the run folder; null: the config's name plus a hash of what the overrides change."""
     fresh: bool = False
-    """Start over in a new folder."""
+    """Starts over in a new folder in place of resuming."""
 
     @field_validator("dir")
     @classmethod
@@ -82,9 +90,9 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     run: RunConfig = RunConfig()
     budget: str | None = None
-    """Instead of train.epochs: 2h, 45min, 10M images, 0.8kWh (NVML's), 15USD (hours times budget_price_per_hour)."""
+    """Limit in place of train.epochs: 2h, 45min, 10M images, 0.8kWh (by NVML) or 15USD (at budget_price_per_hour)."""
     budget_price_per_hour: PositiveFloat | None = None
-    """What an hour of all machines of the run costs, in the currency of the budget."""
+    """Cost of an hour of all machines of the run, in the currency of the budget."""
 
     @field_validator("budget", mode="before")
     @classmethod
