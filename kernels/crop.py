@@ -5,7 +5,7 @@ import torch
 
 from fastsiam.kernels.crop_numba import check_boxes, crop_on_cpu
 from fastsiam.kernels.crop_triton import crop_on_cuda
-from fastsiam.kernels.reference import send
+from fastsiam.kernels.transfer import send
 
 
 def crop_resize(images, boxes, size, indices=None):

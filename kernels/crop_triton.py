@@ -15,6 +15,7 @@ import triton.language as tl
 
 from fastsiam.kernels import reference
 from fastsiam.kernels.crop_numba import check_boxes
+from fastsiam.kernels.transfer import send
 
 EDGE = tl.constexpr(reference.CROP_EDGE)
 # Elements of a tile, 8 a thread, and the most of them in a row.
@@ -41,8 +42,8 @@ def crop_scattered(
     table = np.empty((num_views, num_images, 3), np.int64)
     table[:, :, 0], table[:, :, 1:] = addresses, sizes
     like = torch.empty(0, dtype=torch.uint8, device=device)
-    table = reference.send(torch.from_numpy(table.reshape(-1, 3)), like)
-    boxes = reference.send(torch.from_numpy(boxes.reshape(-1, 4).astype(np.float32)), like)
+    table = send(torch.from_numpy(table.reshape(-1, 3)), like)
+    boxes = send(torch.from_numpy(boxes.reshape(-1, 4).astype(np.float32)), like)
     return _crop(table, boxes, size, boxes, (0, 0), {"INDEXED": False, "SCATTERED": True})
 
 

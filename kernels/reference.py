@@ -10,6 +10,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from fastsiam.kernels.transfer import send
+
 # Thirteen taps reach three standard deviations at sigma 2, the largest that the paper draws, and hold Pillow's three
 # boxes up to sigma 2.4.
 BLUR_TAPS = 13
@@ -295,8 +297,3 @@ def crop_weights(begin, length, limit: int, size: int):
     weights = (1 - (place + 0.5 - center).abs() / scale.clamp(min=1)).clamp(min=0)
     weights = weights * ((place >= low.view(-1, 1, 1)) & (place < high))
     return weights / weights.sum(2, keepdim=True)
-
-
-def send(tensor, like):
-    """A host tensor on the device of `like`, through pinned memory: a copy from pageable memory waits for it."""
-    return tensor.pin_memory().to(like.device, non_blocking=True) if like.is_cuda and not tensor.is_cuda else tensor

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastsiam.kernels import cosine, reference
+from fastsiam.kernels import cosine_triton, reference
 from tests.support.numerics import algorithm_1, gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,7 +26,7 @@ def draw(count, dim, dtype=torch.float32, seed=0, scale=1.0, copies=4):
 
 
 def fused(p1, p2, z1, z2, stop_gradient=False):
-    return cosine.fused([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)], stop_gradient)
+    return cosine_triton.fused([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)], stop_gradient)
 
 
 def plain(p1, p2, z1, z2, stop_gradient=False):
@@ -86,21 +86,21 @@ def test_the_target_may_be_the_mean_of_several(targets):
     z = torch.stack(z).detach().requires_grad_()
     assert_no_worse_than_twice_plain(
         [p, z],
-        lambda p, z: cosine.fused([p], [z], False),
+        lambda p, z: cosine_triton.fused([p], [z], False),
         lambda p, z: reference.negative_cosine_mean_target_ref(p, z, stop_gradient=False),
     )
     one_by_one = p.detach().double(), sum(z.detach().double()) / targets
     expected = -sum((a @ b) / (a.norm() * b.norm()) for a, b in zip(*one_by_one, strict=True)) / 6
-    assert cosine.fused([p], [z]).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert cosine_triton.fused([p], [z]).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_the_asymmetric_form_is_one_half_of_the_symmetric_one():
     p1, p2, z1, z2 = draw(8, 30)
-    halves = cosine.fused([p1], [z2.unsqueeze(0)]).item(), cosine.fused([p2], [z1.unsqueeze(0)]).item()
+    halves = cosine_triton.fused([p1], [z2.unsqueeze(0)]).item(), cosine_triton.fused([p2], [z1.unsqueeze(0)]).item()
     assert fused(p1, p2, z1, z2).item() == pytest.approx(sum(halves) / 2, abs=1e-7)
     assert_no_worse_than_twice_plain(
         [p1, z2],
-        lambda p, z: cosine.fused([p], [z.unsqueeze(0)], False),
+        lambda p, z: cosine_triton.fused([p], [z.unsqueeze(0)], False),
         lambda p, z: reference.negative_cosine_asymmetric_ref(p, z, stop_gradient=False),
     )
 
@@ -164,7 +164,7 @@ def test_a_scaled_gradient_in_fp16_is_stored_after_the_scale():
 
 
 def test_many_programs_sum_up_in_the_same_order_every_time(monkeypatch):
-    monkeypatch.setattr(cosine, "PARTIALS_BLOCK", 4)
+    monkeypatch.setattr(cosine_triton, "PARTIALS_BLOCK", 4)
     inputs = draw(300, 5)
     first = fused(*inputs)
     assert first.item() == pytest.approx(plain(*inputs).item(), abs=1e-7)
@@ -175,7 +175,7 @@ def test_one_launch_each_way(monkeypatch):
     launches = []
 
     def counting(name):
-        kernel = getattr(cosine, name)
+        kernel = getattr(cosine_triton, name)
 
         class Counting:
             def __getitem__(self, grid):
@@ -185,7 +185,7 @@ def test_one_launch_each_way(monkeypatch):
         return Counting()
 
     for name in ("_forward_kernel", "_backward_kernel"):
-        monkeypatch.setattr(cosine, name, counting(name))
+        monkeypatch.setattr(cosine_triton, name, counting(name))
     inputs = draw(40, 2048)
     gradients(fused(*inputs), inputs)
     assert launches == ["_forward_kernel", "_backward_kernel"]
@@ -197,7 +197,7 @@ def test_a_counter_that_is_kept_is_left_at_zero_and_changes_nothing():
     p1, p2, z1, z2 = inputs
     expected = fused(*inputs)
     for _ in range(3):
-        loss = cosine.fused([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)], False, counter)
+        loss = cosine_triton.fused([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)], False, counter)
         assert torch.equal(loss, expected)
         assert counter.item() == 0
     for ours, theirs in zip(gradients(loss, inputs), gradients(expected, inputs), strict=True):
@@ -206,15 +206,17 @@ def test_a_counter_that_is_kept_is_left_at_zero_and_changes_nothing():
 
 def test_opcheck():
     p1, p2, z1, z2 = draw(5, 12)
-    checks = torch.library.opcheck(cosine.negative_cosine_op, ([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)]))
+    checks = torch.library.opcheck(cosine_triton.negative_cosine_op, ([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)]))
     assert set(checks.values()) == {"SUCCESS"}
     counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    checks = torch.library.opcheck(cosine.negative_cosine_op, ([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)], counter))
+    checks = torch.library.opcheck(
+        cosine_triton.negative_cosine_op, ([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)], counter)
+    )
     assert set(checks.values()) == {"SUCCESS"}
-    loss, statistics = cosine.negative_cosine_op([p1], [z2.detach().unsqueeze(0)])
+    loss, statistics = cosine_triton.negative_cosine_op([p1], [z2.detach().unsqueeze(0)])
     arguments = (torch.ones_like(loss), [p1.detach()], [z2.detach().unsqueeze(0)], statistics.detach())
     for to_z in (False, True):
-        checks = torch.library.opcheck(cosine.negative_cosine_backward_op, (*arguments, to_z))
+        checks = torch.library.opcheck(cosine_triton.negative_cosine_backward_op, (*arguments, to_z))
         assert set(checks.values()) == {"SUCCESS"}
 
 

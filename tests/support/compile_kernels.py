@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsiam.kernels import augment_triton, cosine, crop_triton
+from fastsiam.kernels import augment_triton, cosine_triton, crop_triton
 
 # What a launch passes for the paper's shapes: [N, 2048] bf16 rows, contiguous, and uint8 crops of 224 px. The kernel
 # that crops is that of 224 px out of 256.
@@ -25,14 +25,14 @@ CROP_POINTERS = {"images": "*u8", "boxes": "*fp32", "indices": "*i64", "out": "*
 
 def variants(dim=2048):
     """Name, kernel, types of the arguments by name (bf16 pointers else), constants, warps."""
-    block, rows = cosine._tiling(dim)
+    block, rows = cosine_triton._tiling(dim)
     shape = {"D": dim, "TARGETS": 1, "ROWS": rows, "BLOCK": block}
     shape |= dict.fromkeys(("p_a_col", "p_b_col", "z_a_col", "z_b_col"), 1)
-    forward = {**shape, "PARTIALS_BLOCK": cosine.PARTIALS_BLOCK}
-    yield "cosine_forward", cosine._forward_kernel, COSINE_POINTERS, forward, cosine.NUM_WARPS
+    forward = {**shape, "PARTIALS_BLOCK": cosine_triton.PARTIALS_BLOCK}
+    yield "cosine_forward", cosine_triton._forward_kernel, COSINE_POINTERS, forward, cosine_triton.NUM_WARPS
     for to_z in (False, True):
         name = "cosine_backward_to_z" if to_z else "cosine_backward"
-        yield name, cosine._backward_kernel, COSINE_POINTERS, {**shape, "TO_Z": to_z}, cosine.NUM_WARPS
+        yield name, cosine_triton._backward_kernel, COSINE_POINTERS, {**shape, "TO_Z": to_z}, cosine_triton.NUM_WARPS
     for exact in (False, True):
         for name, kernel in (("contrast", augment_triton._contrast_kernel), ("views", augment_triton._views_kernel)):
             rows = augment_triton.ROWS if exact or name == "views" else augment_triton.CONTRAST_ROWS
