@@ -1,4 +1,4 @@
-"""The demo images of the quickstart: ten families of patterns, drawn by a seed.
+"""Demo images of the quickstart: ten families of patterns, drawn by a seed.
 
 A class is a family (stripes, checks, ...). Angle, place, period, phase, warp, sign of the contrast and colour
 are drawn anew for every image and say nothing about the class:
@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from fastsiam.errors import UserError
 
 SIDE = 48
 TRAIN_PER_CLASS, VAL_PER_CLASS = 400, 100
@@ -143,7 +145,7 @@ CLASSES: tuple[str, ...] = tuple(_FAMILIES)
 
 
 def draw_image(seed: int, label: int, index: int) -> np.ndarray:
-    """Draw one image.
+    """Draws one image.
 
     Args:
         seed: of the whole set, 0 <= seed < 2**64.
@@ -154,12 +156,13 @@ def draw_image(seed: int, label: int, index: int) -> np.ndarray:
         uint8 [48, 48, 3], RGB; a pure function of the arguments.
 
     Raises:
-        ValueError: an argument is outside its range.
+        UserError: an argument is outside its range.
     """
     if not (0 <= seed < 1 << 64 and 0 <= label < len(CLASSES) and 0 <= index < 1 << 32):
-        raise ValueError(
+        raise UserError(
             f"seed, label, index = {seed}, {label}, {index}: allowed are 0 to 2**64 - 1, "
-            f"0 to {len(CLASSES) - 1}, 0 to 2**32 - 1"
+            f"0 to {len(CLASSES) - 1}, 0 to 2**32 - 1",
+            "out-of-range",
         )
     rng = np.random.Generator(np.random.Philox(key=np.array([seed, label << 32 | index], dtype=np.uint64)))
     angle = rng.uniform(0, 2 * np.pi)
@@ -185,7 +188,7 @@ def draw_demo(
     val_per_class: int = VAL_PER_CLASS,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the demo set: root/{train,val}/CLASS/00000.jpg, ... and root/demo.json.
+    """Writes the demo set: root/{train,val}/CLASS/00000.jpg, ... and root/demo.json.
 
     The set is written to a hidden sibling folder and renamed, so root is either absent or whole. The same
     arguments give the same bytes with the same numpy and Pillow. A root that already holds the set asked for
@@ -198,13 +201,13 @@ def draw_demo(
         progress: called as progress(images done, images in all) after every image.
 
     Raises:
-        ValueError: root exists and is not the set asked for, or an argument is outside its range.
+        UserError: root exists and is another set, or an argument is outside its range.
     """
     root = Path(root)
     counts = {"train_per_class": train_per_class, "val_per_class": val_per_class}
     asked = {"version": VERSION, "seed": seed, **counts}
     if not all(0 <= count < _VAL_START for count in counts.values()):
-        raise ValueError(f"{counts}: each must be 0 to {_VAL_START - 1}")
+        raise UserError(f"{counts}: each must be 0 to {_VAL_START - 1}", "out-of-range")
     if root.exists():
         _require_equal(root, asked)
         return
@@ -221,7 +224,7 @@ def draw_demo(
 
 
 def _write_set(folder: Path, asked: dict[str, int], progress: Callable[[int, int], None] | None) -> None:
-    """Write train, val and demo.json into `folder`, which does not exist yet."""
+    """Writes train, val and demo.json into `folder`, which does not exist yet."""
     parts = (("train", 0, asked["train_per_class"]), ("val", _VAL_START, asked["val_per_class"]))
     done, total = 0, len(CLASSES) * sum(count for _, _, count in parts)
     for part, start, count in parts:
@@ -237,14 +240,14 @@ def _write_set(folder: Path, asked: dict[str, int], progress: Callable[[int, int
 
 
 def _require_equal(root: Path, asked: dict[str, int]) -> None:
-    """Raise ValueError unless root/demo.json says what is asked."""
+    """Raises UserError unless root/demo.json holds what is asked."""
     advice = "name another folder, or delete this one"
     note = root / NOTE
     if not note.is_file():
-        raise ValueError(f"{root} exists without a demo.json, asked for is {asked}: {advice}")
+        raise UserError(f"{root} exists without a demo.json, but {asked} is needed; {advice}", "other-demo")
     try:
         found = json.loads(note.read_text(encoding="utf-8"))
     except ValueError:
         found = "an unreadable demo.json"
     if found != asked:
-        raise ValueError(f"{root} holds {found}, asked for is {asked}: {advice}")
+        raise UserError(f"{root} holds {found}, but {asked} is needed; {advice}", "other-demo")

@@ -1,4 +1,4 @@
-"""Compressed tar shards, for packing only: read from the front, for a run reads images at any place of a shard."""
+"""Images in compressed tar shards, for packing only: a run reads shards at random offsets."""
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,10 +12,10 @@ from fastsiam.errors import UserError
 
 @dataclass(frozen=True)
 class CompressedSource(ImageSource):
-    """Images in compressed shards; fast in their order, and slow in any other, where a shard is begun anew."""
+    """Images in compressed shards, read fast in their order; any other order decompresses a shard from its start."""
 
     _opened: dict = field(default_factory=dict)
-    """The shard that was read last, and its decompressed stream."""
+    """Path of the last shard, and its decompressed stream."""
 
     def read(self, index: int) -> bytes:
         path = self.path(index)
@@ -35,9 +35,9 @@ class CompressedSource(ImageSource):
 
 
 def open_compressed(location: str, key: str) -> CompressedSource | None:
-    """The images of a folder whose tar shards are all compressed; None for anything else.
+    """Returns the images of a folder whose tar shards are all compressed; None for anything else.
 
-    Raises `UserError` where one is compressed in a way that Python does not know.
+    Raises `UserError` for zstd, which Python 3.11 cannot read.
     """
     root = Path(location)
     names = compressed_shards(root) if root.is_dir() and not shards_of_folder(root, []) else []
@@ -45,6 +45,6 @@ def open_compressed(location: str, key: str) -> CompressedSource | None:
         return None
     unknown = [name for name in names if name.lower().endswith(".zst")]
     if unknown:
-        raise UserError(f"{key}: {root / unknown[0]} is compressed by zstd; unzstd {root}/*.zst unpacks the shards")
+        raise UserError(f"{key}: {root / unknown[0]} is compressed by zstd; run unzstd {root}/*.zst first", "zstd")
     source = of_files(files_of_shards(root, names, key, open_shard))
     return CompressedSource(**{item.name: getattr(source, item.name) for item in fields(source)})

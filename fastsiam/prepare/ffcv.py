@@ -6,9 +6,6 @@ image that cannot be decoded keeps its place, as one black pixel, and is marked 
 excludes.
 """
 
-import argparse
-import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastsiam.config.yaml_file import expand_home
 from fastsiam.data import rng
 from fastsiam.data.sources.beton import ARRAYS, SUFFIX, index_path, is_beton
 from fastsiam.data.sources.image_header import PLAIN, UNREADABLE, BadImageError
-from fastsiam.data.sources.open import open_source
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.runtime.cores import usable_cores
@@ -54,15 +49,14 @@ def write_beton(
     stored_as: str = FORMAT,
     quality: int = QUALITY,
     threads: int | None = None,
-    progress: Callable[[Iterator], Iterator] = iter,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[int, str]:
-    """Write every image of `source` to `path`, and the index beside it.
+    """Writes every image of `source` to `path`, and the index beside it; returns the reasons of bad files, by index.
 
-    `max_side`: pixels, up to 4096; smaller images stay as they are, larger ones are shrunk by OpenCV's area filter.
-    `stored_as`: jpg, raw (pixels), or mixed, a fixed random half of each. `quality`: of JPEG, 1 to 100. `progress`
-    wraps the iterator over the samples. Returns sentences that name the files left out, by index. Raises `UserError`
-    for a setting out of range, a name that does not end in .beton, a file that exists, and where no image can be
-    decoded; `MissingLibraryError` without ffcv.
+    `max_side`: pixels, up to 4096. Smaller images stay as they are, larger ones are shrunk by OpenCV's area filter.
+    `stored_as`: jpg, raw (pixels), or mixed, a fixed random half of each. `quality`: of JPEG, 1 to 100.
+    `progress(done, total)` is called after every image. Raises `UserError` for a setting out of range, a name that does
+    not end in .beton, a file that exists, and where no image can be decoded; `MissingLibraryError` without ffcv.
     """
     _check(path, max_side, stored_as, quality)
     in_jpeg = np.full(len(source), stored_as != "raw")
@@ -73,7 +67,7 @@ def write_beton(
         encoder = _Encoder(source, in_jpeg, max_side, quality)
         image_sizes, stored, bad = _write(encoder, source.labels, unfinished, threads or usable_cores(), progress)
         if len(bad) == len(source):
-            raise UserError(f"none of the {len(source)} images under {source.root} can be decoded")
+            raise UserError(f"SRC: none of the {len(source)} images under {source.root} can be decoded", "none-decodes")
         kinds = np.where(source.kinds >= UNREADABLE, source.kinds, PLAIN).astype(np.uint8)
         kinds[list(bad)] = UNREADABLE
         arrays = (source.names, stored, source.labels, np.array(source.classes, str), image_sizes, kinds)
@@ -84,58 +78,23 @@ def write_beton(
     return bad
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Those of `python -m fastsiam.prepare ffcv`."""
-    text = "what data.train takes: a folder of images, or a list of files"
-    parser.add_argument("source", metavar="SRC", type=os.path.expanduser, help=text)
-    parser.add_argument("out", metavar="OUT.beton", type=expand_home)
-    parser.add_argument("--max-side", type=int, default=MAX_SIDE, help="pixels of the longest side (%(default)s)")
-    parser.add_argument("--format", choices=FORMATS, default=FORMAT, help="mixed: half jpg, half raw (%(default)s)")
-    parser.add_argument("--quality", type=int, default=QUALITY, help="of the JPEGs (%(default)s)")
-
-
-def run(arguments: argparse.Namespace) -> str:
-    """Write what the command line asks for, with a progress bar; returns what was written, in words."""
-    from rich.progress import track
-
-    if is_beton(arguments.source):
-        raise UserError(f"SRC: {arguments.source} is a .beton already; give the images that it was written from")
-    source = open_source(arguments.source, "SRC")
-    for text in source.exclusion_texts():
-        print(f"left out  {text}", file=sys.stderr)
-    bad = write_beton(
-        source,
-        arguments.out,
-        max_side=arguments.max_side,
-        stored_as=arguments.format,
-        quality=arguments.quality,
-        progress=lambda samples: track(samples, f"writing {arguments.out.name}", total=len(source)),
-    )
-    for sentence in bad.values():
-        print(f"left out  {sentence}", file=sys.stderr)
-    return (
-        f"{len(source) - len(bad):,} images ({len(bad):,} left out) are in {arguments.out} "
-        f"({arguments.out.stat().st_size / 1e9:.2f} GB); train with data.train={arguments.out}"
-    )
-
-
 def _check(path, max_side, stored_as, quality):
     if not is_beton(path):
-        raise UserError(f"OUT: {path} does not end in {SUFFIX}, by which runs know it; write to {path}{SUFFIX}")
+        raise UserError(f"OUT: {path} does not end in {SUFFIX}; write to {path}{SUFFIX}", "bad-name")
     if path.exists():
-        raise UserError(f"OUT: {path} exists; remove it, or write to another name")
+        raise UserError(f"OUT: {path} exists; remove it, or write to another name", "exists")
     if not path.parent.is_dir():
-        raise UserError(f"OUT: there is no folder {path.parent}; make it first")
+        raise UserError(f"OUT: there is no folder {path.parent}; make it first", "no-folder")
     if not 1 <= max_side <= LARGEST_SIDE:
-        raise UserError(f"--max-side: {max_side} is not between 1 and {LARGEST_SIDE} pixels")
+        raise UserError(f"--max-side: {max_side} is not between 1 and {LARGEST_SIDE} pixels", "out-of-range")
     if stored_as not in FORMATS:
-        raise UserError(f"--format: {stored_as} is not one of {', '.join(FORMATS)}")
+        raise UserError(f"--format: {stored_as} is not one of {', '.join(FORMATS)}", "bad-value")
     if not 1 <= quality <= 100:
-        raise UserError(f"--quality: {quality} is not between 1 and 100")
+        raise UserError(f"--quality: {quality} is not between 1 and 100", "out-of-range")
 
 
 def _write(encoder, labels, path, threads, progress):
-    """By the parts of ffcv's writer: its own loop forks processes, and waits for ever where one of them dies."""
+    """Writes samples by the parts of ffcv's writer. Its own loop forks processes and hangs where one of them dies."""
     from fastsiam.data.backends.ffcv_imports import DatasetWriter, IntField, MemoryAllocator
 
     page = max(_SMALLEST_PAGE, 1 << (3 * encoder.max_side**2 - 1).bit_length())
@@ -148,7 +107,7 @@ def _write(encoder, labels, path, threads, progress):
         metadata["f1"] = labels
         allocator = MemoryAllocator(str(path), writer.data_region_start, page)
         with allocator:
-            for index, sample in enumerate(progress(_in_order(encoder, count, threads))):
+            for index, sample in enumerate(_in_order(encoder, count, threads)):
                 allocator.set_current_sample(index)
                 sample.record["data_ptr"], storage = allocator.malloc(len(sample.stored))
                 storage[:] = sample.stored
@@ -156,6 +115,7 @@ def _write(encoder, labels, path, threads, progress):
                 image_sizes[index], stored[index] = sample.size, len(sample.stored)
                 if sample.bad:
                     bad[index] = sample.bad
+                progress(index + 1, count)
         writer.metadata_sm.buf[:] = metadata.tobytes()
         writer.finalize(allocator.allocations)
     finally:
@@ -165,7 +125,7 @@ def _write(encoder, labels, path, threads, progress):
 
 
 def _in_order(encode, count, threads) -> Iterator[_Sample]:
-    """Samples 0 to `count`, encoded in threads: PIL and OpenCV leave the interpreter to the others meanwhile."""
+    """Yields samples 0 to `count`, encoded in threads; PIL and OpenCV release the interpreter lock."""
     ahead = deque()
     with ThreadPoolExecutor(threads) as pool:
         for index in range(count):
@@ -177,7 +137,7 @@ def _in_order(encode, count, threads) -> Iterator[_Sample]:
 
 
 class _Encoder:
-    """Decodes an image by PIL and encodes it by ffcv's field."""
+    """Encoder of an image that PIL decodes, by ffcv's field."""
 
     def __init__(self, source, in_jpeg, max_side, quality):
         from fastsiam.data.backends.ffcv_imports import RGBImageField

@@ -1,4 +1,4 @@
-"""Pack the original bytes of a source into tar shards in WebDataset's layout, with an index that training opens.
+"""Writer of the original bytes of a source into tar shards in WebDataset's layout, with an index that training opens.
 
 OUT/shard-00000.tar, ... hold KEY.jpg and, where there are labels, KEY.cls with the class's number as text; keys are
 unique and in the source's order. OUT/fastsiam-index/ is written at the end.
@@ -30,10 +30,10 @@ def pack(
     shard_bytes: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> int:
-    """Pack all images but those that a scan leaves out; returns how many shards there are.
+    """Packs all images but those that a scan excludes; returns the number of shards.
 
     A shard is closed before the image that would make it larger than `shard_bytes`. Raises `UserError` where `out`
-    holds something else, or a file cannot be read. An interrupted pack is begun anew.
+    holds something else, or a file cannot be read. An interrupted pack starts again.
     """
     _clear(out)
     kept = np.flatnonzero(source.kinds < UNREADABLE)
@@ -67,16 +67,16 @@ def pack(
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `500MB`, `1.5GB`, `1000000`: units of a thousand."""
+    """Returns the bytes of `500MB`, `1.5GB`, `1000000`: units of a thousand."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B?)", text.strip().upper())
     unit = None if match is None else match[2] if match[2] in _UNITS else match[2] + "B"
     if unit not in _UNITS or not float(match[1]) * _UNITS[unit] >= 1:
-        raise UserError(f"--shard-size: {text} is no size; write for example 500MB or 1GB")
+        raise UserError(f"--shard-size: {text} is not a size; write for example 500MB or 1GB", "bad-size")
     return int(float(match[1]) * _UNITS[unit])
 
 
 class _Shards:
-    """Tar files of about a size; the same images give the same bytes."""
+    """Writer of tar files of about a size; the same images give the same bytes."""
 
     def __init__(self, folder: Path, shard_bytes: int):
         self.names: list[str] = []
@@ -84,7 +84,7 @@ class _Shards:
         self._tar = self._file = None
 
     def add(self, member: str, data: bytes, label: int | None) -> tuple[int, int]:
-        """Number of the shard, and where in it the data begin."""
+        """Writes one image; returns the number of the shard and the offset of the data in it."""
         blocks = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
         if self._tar is None or (self._file.tell() and self._file.tell() + blocks > self._limit):
             self._open_next()
@@ -115,7 +115,7 @@ class _Shards:
 
 
 def _member_names(names):
-    """The names themselves where each has a key of its own; a dot in a file's stem would end its key."""
+    """Returns names with unique keys; a dot in a file's stem would end its key."""
     taken = set()
     members = []
     for name in names:
@@ -132,17 +132,17 @@ def _member_names(names):
 
 
 def _clear(out):
-    """Delete what an interrupted pack has left; raise `UserError` for everything else in `out`."""
+    """Deletes the files of an interrupted pack; raises `UserError` for everything else in `out`."""
     if not out.exists():
         return
     if not out.is_dir():
-        raise UserError(f"pack: {out} is a file; name a new folder")
+        raise UserError(f"OUT: {out} is a file; name a new folder", "exists")
     left = [path for path in out.iterdir() if path.name != PACK_INCOMPLETE]
     if left and not (out / PACK_INCOMPLETE).exists():
-        raise UserError(f"pack: {out} is not empty; name a new folder, or delete this one")
+        raise UserError(f"OUT: {out} is not empty; name a new folder, or delete this one", "exists")
     strange = [path.name for path in left if not re.fullmatch(rf"shard-\d+\.tar|\.?{PACK_INDEX}.*", path.name)]
     if strange:
-        raise UserError(f"pack: {out} holds {strange[0]}, which is no part of a pack; name a new folder")
+        raise UserError(f"OUT: {out} holds {strange[0]}, which is not part of a pack; name a new folder", "exists")
     for path in left:
         if path.is_dir():
             shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""Decode every image of a source once and say what is wrong with it."""
+"""Scanner that decodes every image of a source once and records what is wrong with it."""
 
 import hashlib
 import json
@@ -38,13 +38,13 @@ def scan(
     max_pixels: int = PIXEL_LIMIT,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Row]:
-    """A row for each image, in the source's order; also written to the manifest `path`.
+    """Returns a row for each image, in the source's order; also writes them to the manifest `path`.
 
     Rows that `path` holds already for files of the same name and size are taken from there, unless they are bad.
-    `workers`: processes, 0 for none. `progress(done, total)` is told of every image.
+    `workers`: processes, 0 for none. `progress(done, total)` is called after every image.
     """
     if not 0 < max_pixels <= PIXEL_LIMIT:
-        raise UserError(f"--max-pixels: {max_pixels} is not from 1 to {PIXEL_LIMIT}, the most that Pillow decodes")
+        raise UserError(f"--max-pixels: {max_pixels} is not from 1 to {PIXEL_LIMIT}, Pillow's limit", "out-of-range")
     scan_manifest.begin(path)
     known = {(row.name, row.file_size): row for row in scan_manifest.read_rows(path) if _still_holds(row, max_pixels)}
     keys = list(zip(source.names.tolist(), source.file_sizes.tolist(), strict=True))
@@ -65,7 +65,7 @@ def scan(
 
 
 def _write_ranges(source, rows, path):
-    """The values of pixels with more than eight bits, beside the manifest."""
+    """Writes the range of pixels with more than eight bits beside the manifest."""
     found = [index for index, row in enumerate(rows) if row.verdict in scan_manifest.DEEPER]
     if found:
         ranges = measured(source, found, most=_MEASURED)
@@ -75,7 +75,7 @@ def _write_ranges(source, rows, path):
 
 
 def examine(source: ImageSource, index: int, max_pixels: int) -> Row:
-    """What is wrong with one image by itself."""
+    """Returns the row of one image; duplicates are found later."""
     name, file_size = bytes(source.names[index]), int(source.file_sizes[index])
     try:
         data = source.read(index)
@@ -88,7 +88,7 @@ def examine(source: ImageSource, index: int, max_pixels: int) -> Row:
 
 
 def _judge(data, max_pixels):
-    """Height, width, verdict, kind."""
+    """Returns height, width, verdict and kind."""
     if not data:
         return 0, 0, scan_manifest.EMPTY, UNKNOWN
     try:
@@ -121,24 +121,16 @@ def _judge_picture(data, picture):
         if mode == "CMYK":
             return scan_manifest.CMYK
         if kind := kind_of(opened):
-            return (
-                scan_manifest.FLOAT
-                if "float" in kind
-                else scan_manifest.WIDE
-                if "32-bit" in kind
-                else scan_manifest.DEEP
-            )
+            words = {"float": scan_manifest.FLOAT, "32-bit": scan_manifest.WIDE}
+            return next((verdict for word, verdict in words.items() if word in kind), scan_manifest.DEEP)
         return scan_manifest.GREYSCALE if mode in ("L", "LA", "1") else scan_manifest.OK
 
 
 def _still_holds(row, max_pixels):
-    """Not for a bad file, which may have been repaired, a duplicate, whose first may be gone, and another limit.
-
-    Nor for a deep one of one colour.
-    """
+    """Returns False for bad files (may be repaired), duplicates (the first may be gone), and another size limit."""
     too_large = row.height * row.width > max_pixels
     bad = VERDICTS[row.verdict].kind == UNREADABLE
-    # Pixels of more than eight bits had been judged by the range of their type.
+    # Manifests of 0.1.0 judge pixels of more than eight bits by the range of their type.
     bad |= row.verdict == scan_manifest.CONSTANT and row.kind == ODD
     return not bad and row.verdict != scan_manifest.DUPLICATE and too_large == (row.verdict == scan_manifest.TOO_LARGE)
 
@@ -169,8 +161,7 @@ def _examined(source, indices, workers, max_pixels) -> Iterator[list[Row]]:
             yield from pool.map(_examine_chunk, chunks)
         except BrokenProcessPool:
             raise UserError(
-                "scan: a worker process died, which happens where memory runs out; start again, it goes on from here, "
-                "with fewer --workers or a smaller --max-pixels"
+                "scan: a worker process died, probably out of memory; start again with fewer --workers", "worker-died"
             ) from None
 
 

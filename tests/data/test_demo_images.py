@@ -10,6 +10,7 @@ from PIL import Image
 
 from fastsiam.data import demo_images
 from fastsiam.data.demo_images import CLASSES, draw_demo, draw_image
+from tests.support.refusals import refuses
 
 NEIGHBOURS = 20
 
@@ -133,7 +134,7 @@ def test_an_image_is_a_pure_function_of_its_arguments():
 
 def test_arguments_out_of_range_are_refused():
     for arguments in ((-1, 0, 0), (1 << 64, 0, 0), (0, 10, 0), (0, 0, 1 << 32)):
-        with pytest.raises(ValueError, match="allowed are"):
+        with refuses("out-of-range"):
             draw_image(*arguments)
 
 
@@ -195,7 +196,7 @@ def test_two_drawings_at_once_leave_one_whole_set(tmp_path):
 
 
 @pytest.mark.parametrize("note", [None, "{", "[]", '{"seed": 0}', "another seed"])
-def test_a_folder_with_anything_else_is_refused_in_one_sentence(tmp_path, note):
+def test_a_folder_with_anything_else_is_refused(tmp_path, note):
     root = tmp_path / "demo"
     if note == "another seed":
         draw_demo(root, 1, 1, 1)
@@ -204,16 +205,12 @@ def test_a_folder_with_anything_else_is_refused_in_one_sentence(tmp_path, note):
         if note is not None:
             (root / "demo.json").write_text(note)
     before = digest(root)
-    with pytest.raises(ValueError, match="asked for is .*'seed': 0") as caught:
+    with refuses("other-demo"):
         draw_demo(root, 0, 1, 1)
-    message = str(caught.value)
-    assert message.startswith(f"{root} ")
-    assert message.endswith(": name another folder, or delete this one")
-    assert "\n" not in message
     assert digest(root) == before
 
 
 def test_a_count_below_zero_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match="-1.*each must be 0 to"):
+    with refuses("out-of-range"):
         draw_demo(tmp_path / "demo", 0, -1, 1)
     assert list(tmp_path.iterdir()) == []

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import re
 import shutil
 import tarfile
 
@@ -19,10 +20,10 @@ from fastsiam.data.sources.image_header import UNKNOWN, UNWANTED
 from fastsiam.data.sources.index_cache import PACK_INCOMPLETE, PACK_INDEX
 from fastsiam.data.sources.open import open_source
 from fastsiam.data.sources.source import ImageSource
-from fastsiam.data.sources.tables import shown
 from fastsiam.errors import UserError
 from fastsiam.prepare import pack
 from fastsiam.prepare.__main__ import main
+from tests.support.refusals import refused, refuses
 from tests.support.tars import shard
 
 
@@ -102,9 +103,9 @@ def test_keys_are_unique_and_a_list_keeps_its_order(tmp_path, picture):
         assert tar.getnames() == ["x/b_v2.jpg", "a.jpg", "a_2.png", "x/b_v2_2.jpg", "a_3.jpg"]
 
 
-def test_what_a_scan_leaves_out_is_not_packed(photos, tmp_path):
+def test_images_that_a_scan_excludes_are_not_packed(photos, tmp_path):
     source = open_source(str(photos))
-    source.kinds[[2, 9]] = UNWANTED
+    source.mark([2, 9], UNWANTED)
     pack.pack(source, tmp_path / "out", 10**9)
     kept = np.delete(source.names, [2, 9])
     assert open_source(str(tmp_path / "out")).names.tolist() == kept.tolist()
@@ -120,12 +121,12 @@ def test_an_image_that_a_shard_no_longer_holds_is_named(packed, backend):
     spec = RECIPES["demo"]
     made = Loader(source, (spec, spec), opened, batch_size=16, seed=0, dtype=torch.float32)
     name = f"{shards[-1].name}/{os.fsdecode(source.names[-1])}"
-    with pytest.raises(UserError, match=f"{name} cannot be read: the shard ends after 100 bytes of it"):
+    with pytest.raises(UserError, match=re.escape(name)):
         list(made.epoch(0))
     opened.close()
 
 
-def test_an_interrupted_pack_is_told_and_begun_anew(photos, tmp_path, monkeypatch):
+def test_an_interrupted_pack_is_refused_by_runs_and_started_again(photos, tmp_path, monkeypatch):
     out = tmp_path / "out"
     real = ImageSource.read
 
@@ -138,17 +139,17 @@ def test_an_interrupted_pack_is_told_and_begun_anew(photos, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         pack.pack(open_source(str(photos)), out, 20_000)
     assert len(list(out.glob("*.tar"))) > 1
-    with pytest.raises(UserError, match=r"data.train: .*out was not packed to the end"):
+    with refuses("pack-incomplete", "data.train"):
         open_source(str(out))
     monkeypatch.undo()
     pack.pack(open_source(str(photos)), out, 10**6)
     assert [path.name for path in sorted(out.iterdir())] == [PACK_INDEX, "shard-00000.tar"]
     assert len(open_source(str(out))) == 16
-    with pytest.raises(UserError, match="out is not empty"):
+    with refuses("exists", "OUT"):
         pack.pack(open_source(str(photos)), out, 10**6)
     (out / PACK_INCOMPLETE).touch()
     (out / "thesis.txt").touch()
-    with pytest.raises(UserError, match="holds thesis.txt, which is no part of a pack"):
+    with refuses("exists", "OUT"):
         pack.pack(open_source(str(photos)), out, 10**6)
 
 
@@ -163,7 +164,7 @@ def test_an_interrupted_pack_is_told_and_begun_anew(photos, tmp_path, monkeypatc
 def test_an_index_that_is_damaged_or_leads_outside_is_refused(packed, change):
     path = packed / PACK_INDEX / "index.json"
     path.write_text(change(path.read_text()))
-    with pytest.raises(UserError, match=f"data.train: .*{PACK_INDEX} is damaged; pack the images again"):
+    with refuses("damaged-index", "data.train"):
         open_source(str(packed))
 
 
@@ -201,14 +202,13 @@ def test_compressed_shards_are_packed_in_their_order_with_their_labels(photos, t
     assert source.labelling == "by .cls"
     path = tmp_path / f"small/1.tar.{end}"
     os.truncate(path, path.stat().st_size // 2)
-    assert main(["pack", str(tmp_path / "small"), str(tmp_path / "again")]) == 2
-    assert f"SRC: {shown(path)} is not a whole tar file" in capsys.readouterr().err
+    assert refused("prepare", "pack", tmp_path / "small", tmp_path / "again").code == "damaged-shard"
 
 
-def test_a_compressed_shard_under_the_name_of_a_plain_one_is_told(tmp_path, picture):
+def test_a_compressed_shard_under_the_name_of_a_plain_one_is_refused(tmp_path, picture):
     plain = shard(tmp_path / "s/0.tar", ("a.jpg", picture))
     plain.write_bytes(gzip.compress(plain.read_bytes()))
-    with pytest.raises(UserError, match="0.tar is not a whole uncompressed tar file: it is compressed; add .gz"):
+    with refuses("compressed-shards", "data.train"):
         open_source(str(tmp_path / "s"))
 
 
@@ -217,17 +217,12 @@ def test_sizes_are_written_in_thousands():
         10**9, 1_500_000, 20_000, 512, 2 * 10**12,
     ]  # fmt: skip
     for text in ("big", "0GB", "-1GB", "1XB", ""):
-        with pytest.raises(UserError, match="--shard-size: .*is no size"):
+        with refuses("bad-size", "--shard-size"):
             pack.parse_size(text)
 
 
-def test_the_command_says_what_it_made(photos, tmp_path, capsys):
-    arguments = ["pack", str(photos), str(tmp_path / "out")]
-    assert main([*arguments, "--shard-size", "40kB"]) == 0
-    made = len(list((tmp_path / "out").glob("*.tar")))
-    assert f"out holds {made} shards; data.train={tmp_path}/out reads them" in capsys.readouterr().out
-    assert main(arguments) == 2
-    expected = f"fastsiam: pack: {tmp_path}/out is not empty; name a new folder, or delete this one\n"
-    assert capsys.readouterr().err == expected
-    assert main(["pack", str(tmp_path / "nowhere"), str(tmp_path / "o")]) == 2
-    assert "fastsiam: SRC: there is no" in capsys.readouterr().err
+def test_the_command_packs_into_a_new_folder_only(photos, tmp_path):
+    assert main(["pack", str(photos), str(tmp_path / "out"), "--shard-size", "40kB"]) == 0
+    assert len(list((tmp_path / "out").glob("*.tar"))) > 2
+    assert refused("prepare", "pack", photos, tmp_path / "out").code == "exists"
+    assert refused("prepare", "pack", tmp_path / "nowhere", tmp_path / "o").code == "absent"

@@ -1,4 +1,4 @@
-"""Files that say the classes of a folder's images: val_annotations.txt, metadata.csv and what else they are called."""
+"""Labels of a folder's images from a file: val_annotations.txt, metadata.csv and other usual names."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ _NAMES = (
     "metadata.jsonl", "metadata.csv", "metadata.tsv", "val_annotations.txt", "annotations.csv", "annotations.tsv",
     "annotations.txt", "labels.csv", "labels.tsv", "labels.txt", "train.csv",
 )  # fmt: skip
-# Named after the folder of the images, by which the file may lie as well.
+# Names after the folder of the images.
 _OF_FOLDER = (
     "{}.csv",
     "{}.tsv",
@@ -25,14 +25,14 @@ _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def places(root: Path) -> list[str]:
-    """Names relative to `root` of the files that are looked for: in it, in its images/ and above it."""
+    """Returns names relative to `root` of possible files: in it, in its images/ and above it."""
     name = root.resolve().name
     own = [form.format(name) for form in _OF_FOLDER]
     return [*own, *_NAMES, *(f"images/{name}" for name in (*own, *_NAMES)), *(f"../{name}" for name in (*own, *_NAMES))]
 
 
 def label_folder(root: Path, names: list[str]) -> Labelling:
-    """Labels of the images `names` below `root`: by class folders, else by the first file of `places` that has some.
+    """Returns labels of the images `names` below `root`: by class folders, else by the first useful file of `places`.
 
     Without labels `how` says what is wrong with the first such file; "" where there is none.
     """
@@ -61,7 +61,7 @@ def label_folder(root: Path, names: list[str]) -> Labelling:
 
 
 class _Images:
-    """The images of a folder by the names that annotations give them."""
+    """Index of a folder's images by the names that annotations give them."""
 
     def __init__(self, root: Path, names: list[str]):
         self._folder = root.resolve().name
@@ -71,11 +71,11 @@ class _Images:
         for index, name in enumerate(names):
             last = name.rpartition("/")[2]
             for known, word in ((self._lasts, last), (self._stems, last.rpartition(".")[0])):
-                # None: several images are called so.
+                # None: several images have this name.
                 known[word] = None if word in known else index
 
     def find(self, name: str) -> int | None:
-        """By the path below the folder, from the folder's own name on, or by the last part, where one image has it."""
+        """Returns the image of a path below the folder, of one with the folder's name, or of a unique last part."""
         name = os.path.normpath(name.replace("\\", "/")) if name else ""
         _, inside, rest = f"/{name}".rpartition(f"/{self._folder}/")
         for path in (name, rest) if inside else (name,):

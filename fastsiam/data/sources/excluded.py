@@ -1,7 +1,7 @@
-"""What a listing passes over, counted by reason: in words, and how much of it was meant to be an image.
+"""Reasons why files of a folder are excluded: in words, and the share of them that was meant to be an image.
 
 A reason reads after a number (`12 dead links`). An extension alone (`.txt`) is of a file that is plainly not an image;
-in `.heic (pip install pillow-heif)` the brackets say what to do about it.
+in `.heic (pip install pillow-heif)` the brackets hold the remedy.
 """
 
 import math
@@ -25,9 +25,8 @@ GZIPPED, NOT_PLAIN = "gzipped images (gunzip them)", "links or sparse files in s
 BESIDE = "images beside the shards"
 COMPRESSED = "compressed shards (python -m fastsiam.prepare pack reads them where there are no others)"
 FILES, FOLDERS = "files", "folders"
-"""Of what reads `files that may not be read`."""
 
-# By none of these an image is lost.
+# Reasons by which no image is lost.
 HARMLESS = frozenset(
     (SYSTEM, HIDDEN_FILES, HIDDEN_FOLDERS, UNFINISHED, COPIES, SEEN, LOOPS, GONE, DEVICES, NAMELESS, FIELDS, REPLACED)
 ) | {BESIDE, COMPRESSED}
@@ -37,7 +36,7 @@ _SHOWN = 5
 
 
 def in_words(counts: Mapping[str, int], most: int = _SHOWN) -> str:
-    """`12 dead links, 3 .heic (pip install pillow-heif) and 7 others`: what may be missed first; "" for nothing."""
+    """`12 dead links, 3 .heic (pip install pillow-heif) and 7 others`: possible images first; "" for none."""
     order = sorted(counts.items(), key=lambda item: (not is_missed(item[0]), -item[1], item[0]))
     text = ", ".join(f"{count:,} {_singular(reason) if count == 1 else reason}" for reason, count in order[:most])
     others = sum(count for _, count in order[most:])
@@ -57,14 +56,14 @@ def _singular(reason):
 
 
 def is_missed(reason: str) -> bool:
-    """Whether what was left out for `reason` was meant to be an image, or may hold some."""
+    """True where files excluded for `reason` were meant to be images, or may hold some."""
     return reason not in HARMLESS and (not reason.startswith(".") or "(" in reason)
 
 
 def check(counts: Mapping[str, int], num_images: int, root: Path, key: str, most: float) -> None:
-    """Raise `UserError` where a larger share than `most` of what was meant to be an image below `root` is left out.
+    """Raises `UserError` where more than a share `most` of the files meant to be images below `root` is excluded.
 
-    `num_images`: those that can be used. `key`: the config key of `root`.
+    `num_images`: number of usable images. `key`: the config key of `root`.
     """
     missed = {reason: count for reason, count in counts.items() if is_missed(reason)}
     total = sum(missed.values()) + num_images
@@ -75,6 +74,7 @@ def check(counts: Mapping[str, int], num_images: int, root: Path, key: str, most
     step = 10.0 ** math.floor(math.log10(share))
     enough = math.ceil(round(share / step, 9)) * step
     raise UserError(
-        f"{key}: of {total:,} images under {shown(root)} {in_words(missed, 3)} would be left out, more than "
-        f"data.max_bad_fraction={most:g} allows; mend or remove them, or set data.max_bad_fraction={enough:g}"
+        f"{key}: of {total:,} images under {shown(root)} {in_words(missed, 3)} cannot be used, more than "
+        f"data.max_bad_fraction={most:g} allows; repair or remove them, or set data.max_bad_fraction={enough:g}",
+        "too-many-excluded",
     )

@@ -1,4 +1,4 @@
-"""The image files of a folder, labelled, nested or flat."""
+"""Image files of a folder, labelled or not, nested or flat."""
 
 import hashlib
 import os
@@ -14,24 +14,24 @@ from fastsiam.data.sources.excluded import in_words
 from fastsiam.data.sources.tables import shown
 from fastsiam.errors import UserError
 
-# Whose images a run does not see.
+# Archives, whose images a run does not find.
 ARCHIVES = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tbz", ".tgz", ".txz", ".xz", ".zip", ".zst")
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Where N images lie inside tar files."""
+    """Places of N images inside tar files."""
 
     shards: tuple[str, ...]
     """File names below the source's root."""
     shard: np.ndarray
-    """[N] int32: which of them."""
+    """[N] int32: index into `shards`."""
     offset: np.ndarray
     """[N] int64: of the image's first byte."""
 
 
 class Files(NamedTuple):
-    """N files below one root."""
+    """N image files below one root."""
 
     root: Path
     names: np.ndarray
@@ -44,40 +44,40 @@ class Files(NamedTuple):
     packed: Packed | None = None
     """None where each image is a file of its own."""
     excluded: Mapping[str, int] = {}
-    """How many files and folders are passed over, by a reason of `fastsiam.data.sources.excluded`."""
+    """Numbers of excluded files and folders, by a reason of `fastsiam.data.sources.excluded`."""
     labelling: str = ""
     """How the labels were read (`by val_annotations.txt`), or why there are none where some could be expected."""
 
 
 def fingerprint(names: np.ndarray, file_sizes: np.ndarray) -> str:
-    """Hash of relative names and file sizes: the same data under another root has the same one."""
+    """Hash of relative names and file sizes, the same for the same data under another root."""
     digest = hashlib.sha256(names.tobytes())
     digest.update(file_sizes.astype("<i8").tobytes())
     return digest.hexdigest()[:16]
 
 
 def no_images(root: Path, key: str, excluded: Mapping[str, int]) -> UserError:
-    """The sentence for a folder without an image; `excluded`: what was passed over there."""
+    """Returns the error of a folder without an image; `excluded`: numbers of the files in it, by reason."""
     text = f"{key}: no images under {shown(root)}: {_what_is_there(root)}"
     if excluded:
         text += f"; excluded: {in_words(excluded, 3)}"
-    return UserError(f"{text}; {_advice(root, key)}")
+    return UserError(f"{text}; {_advice(root, key)}", "no-images")
 
 
 def files_of_folder(root: Path, found: list[tuple[str, int]]) -> Files:
-    """What `walk` has found, sorted by relative names, with the labels of `fastsiam.data.sources.annotations`."""
+    """Returns the files that `walk` has found, sorted by name, with labels of `fastsiam.data.sources.annotations`."""
     found = sorted(found)
     labelling = label_folder(root, [name for name, _ in found])
     return make_files(root, found, labelling.labels, labelling.classes, labelling=labelling.how)
 
 
 def is_outside(name: str) -> bool:
-    """Whether a relative name, taken by its words, leaves the folder that it is relative to."""
+    """True for a relative name that leads out of its folder, judged without the file system."""
     return name.startswith("/") or os.path.normpath(name).split("/")[0] == ".."
 
 
 def make_files(root: Path, found: list[tuple[str, int]], labels: list[int], classes: tuple[str, ...], **more) -> Files:
-    """`found`: name and size in bytes of each; `more`: other fields of `Files`."""
+    """Returns `Files`; `found`: name and size in bytes of each, `more`: other fields."""
     names, file_sizes = zip(*found, strict=True)
     return Files(
         root=root,

@@ -34,6 +34,9 @@ formats.register_plugins()
 class BadImageError(UserError):
     """A file that cannot be decoded, by name."""
 
+    def __init__(self, message: str, code: str = "bad-image"):
+        super().__init__(message, code)
+
 
 class Header(NamedTuple):
     height: int

@@ -1,7 +1,7 @@
-"""The list of a folder's images, kept under ~/.cache/fastsiam/index (or $XDG_CACHE_HOME) for the next start.
+"""Cache of the list of a folder's images, under ~/.cache/fastsiam/index (or $XDG_CACHE_HOME), for later starts.
 
-One memory-mapped array a column, and index.json with the state of the folder that they were listed from. The list is
-taken from there while every directory has the mtime and inode it had, and a sample of the files size and mtime.
+It holds one memory-mapped array a column, and index.json with the state of the folder. The list is read from there
+while every directory keeps its mtime and inode, and a sample of the files size and mtime.
 """
 
 import contextlib
@@ -33,21 +33,21 @@ from fastsiam.data.sources.walk import Directory, Walk, is_still_closed
 from fastsiam.errors import UserError
 from fastsiam.runtime.cache_dirs import cache_root
 
-# In a folder that `fastsiam.prepare pack` has written, or has begun to write.
+# Names in a folder that `fastsiam.prepare pack` has written, or is writing.
 PACK_INDEX, PACK_INCOMPLETE = "fastsiam-index", "fastsiam-pack.incomplete"
 
-# Another number where the same files would be listed, labelled or judged otherwise. A pack is not listed: earlier
-# ones are read as they are.
+# The version changes where the same files would be listed, labelled or judged otherwise. A pack is not listed, so
+# earlier versions are read.
 _VERSION, _PACK_VERSIONS = 4, (1, 2, 4)
 _SAMPLE = 1000
-# A tar file that somebody made of the images beside it weighs as much as they do.
+# A tar file made of the images beside it has about their size.
 _OUTWEIGHS = 2
-# A change in the same tick of the file system's clock as the listing would go unseen: whole seconds on some.
+# A change in the same tick of the file system's clock as the listing is not visible; some count whole seconds.
 _SETTLED_NS = 2_000_000_000
 
 
 class Index(NamedTuple):
-    """The files of a source, and what is known of their headers."""
+    """Files of a source, and the headers read so far."""
 
     files: Files
     image_sizes: np.ndarray
@@ -55,29 +55,30 @@ class Index(NamedTuple):
     kinds: np.ndarray
     """[N] uint8 of `fastsiam.data.sources.image_header`."""
     cached_kinds: np.ndarray | None
-    """The same in the cache, where what was read of a header is written too; None where there is no cache."""
+    """The same in the cache, writable; None where there is no cache."""
     fingerprint: str | None
-    """None where nobody has computed it."""
+    """None where it is not computed yet."""
 
 
 def cache_folder(location: Path) -> Path:
-    """Where the index of a folder or list is kept, and what a scan has found in it; need not exist."""
+    """Folder for the index and the scan of a folder or list; it may not exist."""
     return cache_root() / "index" / hashlib.sha256(os.fsencode(location.resolve())).hexdigest()[:16]
 
 
 def open_folder(root: Path, key: str) -> Index:
-    """The images of a folder: files, tar shards, or a pack with its own index. `key`: the config key of errors.
+    """Returns the images of a folder: files, tar shards, or a pack with its own index. `key`: the config key of errors.
 
-    Listed anew where the cache holds nothing or the folder has changed. A cache that cannot be written is done without.
+    Lists the folder where the cache is empty or the folder has changed. Works without a cache that cannot be written.
     """
     if os.path.exists(root / PACK_INCOMPLETE):
         raise UserError(
-            f"{key}: {root} was not packed to the end; run python -m fastsiam.prepare pack SRC {root} again"
+            f"{key}: {root} was not packed to the end; run python -m fastsiam.prepare pack SRC {root} again",
+            "pack-incomplete",
         )
     if os.path.isdir(root / PACK_INDEX):
         found = read_index(root / PACK_INDEX, root)
         if found is None:
-            raise UserError(f"{key}: {root / PACK_INDEX} is damaged; pack the images again")
+            raise UserError(f"{key}: {root / PACK_INDEX} is damaged; pack the images again", "damaged-index")
         return found
     folder = cache_folder(root) / "index"
     found = read_index(folder, root, cached=True)
@@ -89,23 +90,23 @@ def open_folder(root: Path, key: str) -> Index:
         ]
         if max(changes) < state["listed_ns"] - _SETTLED_NS:
             with contextlib.suppress(OSError):
-                # Another start may have written it meanwhile, and has it mapped.
+                # Another process may have written it in the meantime, and keeps it mapped.
                 write_index(folder, found, state, lambda: read_index(folder, root, cached=True) is not None)
             found = read_index(folder, root, cached=True) or found
     return found
 
 
 def unread(files: Files) -> Index:
-    """The index of files that nobody has looked at yet."""
+    """Returns the index of files whose headers are not read yet."""
     count = len(files.names)
     return Index(files, np.zeros((count, 2), np.int32), np.zeros(count, np.uint8), None, None)
 
 
 def write_index(folder: Path, index: Index, state: dict, keep: Callable[[], bool] = lambda: False) -> None:
-    """Write beside `folder`, fsync, rename; raises `OSError` where that is not possible.
+    """Writes beside `folder`, fsyncs, renames; raises `OSError` where that is not possible.
 
-    A folder that is there is replaced, unless `keep()`. What cannot be decoded is written as UNKNOWN: the next start
-    looks again.
+    Replaces an existing folder, unless `keep()`. Images that cannot be decoded are written as UNKNOWN, so that the next
+    start reads them again.
     """
     files = index.files
     columns = {"names": files.names, "file_sizes": files.file_sizes, "labels": files.labels}
@@ -144,9 +145,9 @@ def write_index(folder: Path, index: Index, state: dict, keep: Callable[[], bool
 
 
 def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
-    """The index in `folder`, of images below `root`; None where there is none or it is damaged.
+    """Returns the index in `folder`, of images below `root`; None where there is none or it is damaged.
 
-    `cached`: None also where `root` is no longer as it was; and what is written to the arrays is kept, if it can be.
+    `cached`: None also where `root` has changed; the arrays write to the files where that is permitted.
     """
     try:
         note = json.loads((folder / "index.json").read_text(encoding="ascii"))
@@ -155,7 +156,7 @@ def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
             return None
         load = {name: _load(folder / f"{name}.npy", "r") for name in ("names", "file_sizes", "labels")}
         packed = None
-        # A pack may come from anywhere: only the names of its shards are paths, and they are checked.
+        # A pack may come from an untrusted place: only the names of its shards are paths, and they are checked.
         if not cached and not note["shards"]:
             return None
         if note["shards"] is not None:
@@ -171,16 +172,16 @@ def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    # A crash may have kept the one and lost the other.
+    # A crash may have lost one of the two files.
     kinds = np.where((image_sizes > 0).all(1), cached_kinds, UNKNOWN).astype(np.uint8)
     if note["version"] == 1:
-        # Called plain where they had 16 bits a colour, too.
+        # Version 1 calls PNGs of 16 bits a colour plain.
         kinds[(kinds == PLAIN) & np.char.endswith(np.char.lower(files.names), b".png")] = UNKNOWN
     return Index(files, image_sizes, kinds, cached_kinds if mode == "r+" else None, note["fingerprint"])
 
 
 def _list(root, key):
-    """The files, and the state of the folder that tells whether they are still the same."""
+    """Returns the files, and the state of the folder by which a change of it is detected."""
     listed_ns = time.time_ns()
     walk = Walk(root)
     found = list(walk)
@@ -214,14 +215,14 @@ def _list(root, key):
         "decoders": formats.decoders(),
     }
     for name in names:
-        # A file may have gone since; whoever reads it says so.
+        # A file may have disappeared since; reading it raises the error.
         with contextlib.suppress(FileNotFoundError):
             state["files"].append(_file_state(root, name))
     return files._replace(excluded=dict(+(passed_over + Counter(files.excluded)))), state
 
 
 def _of_shards(root, shards, found, key):
-    """The images in tar shards; None without shards, and where images beside them (`found`) are more."""
+    """Returns the images in tar shards; None without shards, and where the images beside them (`found`) are more."""
     if not shards or (found and not outweigh(root, shards, found)):
         return None
     try:
@@ -234,7 +235,7 @@ def _of_shards(root, shards, found, key):
 
 
 def outweigh(root: Path, shards: list[str], found: list[tuple[str, int]]) -> bool:
-    """Whether tar files have so many bytes that the images beside them (names and sizes) may be strays."""
+    """True where tar files have so many bytes that the images beside them (names and sizes) may be strays."""
     most = _OUTWEIGHS * sum(size for _, size in found)
     return sum(_size_and_mtime(root, name)[0] for name in shards) > most
 
@@ -253,7 +254,7 @@ def _is_unchanged(root, state):
 
 
 def _size_and_mtime(root, name):
-    """[0, 0] where there is no such file."""
+    """Returns size and mtime; [0, 0] where there is no such file."""
     try:
         status = os.stat(os.path.join(root, name))
     except OSError:
@@ -267,7 +268,7 @@ def _file_state(root, name):
 
 
 def _load(path, mode):
-    """A plain array over the file: a `np.memmap` would hand its subclass on to every slice."""
+    """Returns a plain array over the file; every slice of a `np.memmap` would be one too."""
     return np.asarray(np.load(path, mmap_mode=mode, allow_pickle=False))
 
 

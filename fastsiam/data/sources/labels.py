@@ -1,6 +1,6 @@
-"""Labels of images in folders and tar shards: by class folders, files of annotations, members beside an image.
+"""Labels of images in folders and tar shards: by class folders, or by members beside an image.
 
-Every function gives a `Labelling`, or None where its way of labelling is not the one that was used.
+Every function returns a `Labelling`, or None where the images are not labelled in its way.
 """
 
 import re
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 from fastsiam.data.sources.tables import LABEL_COLUMNS, is_numbered, label_values, sorted_classes
 
-# Folders that divide a data set, and are not classes of it.
+# Folders that divide a data set and are not classes.
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 _YEAR = re.compile(r"[-_ ]?(19|20)\d\d$")
 # A larger number in a .cls than this is the name of a class; up to here every number below the largest is a class.
 _COUNTED = 1_000_000
-# What files of shards are called that hold some of every class.
+# Names of shards that hold images of every class.
 _PARTS = SPLITS | {"data", "dataset", "extra", "image", "images", "img", "part", "shard", "shards", "chunk", "split"}
 _WORDNET = re.compile(r"n\d{8}")
 _NUMBERED = re.compile(r"[-_. ]?\d+$")
@@ -31,21 +31,21 @@ class Labelling(NamedTuple):
 
 
 def are_splits(folders: Iterable[str]) -> bool:
-    """Whether all of these folders divide a data set (`Train`, `val2017`)."""
+    """True where all of these folders divide a data set (`Train`, `val2017`)."""
     return SPLITS.issuperset(_YEAR.sub("", folder.lower()) for folder in folders)
 
 
 def by_values(values: Sequence[str], how: str, classes: Sequence[str] | None = None) -> Labelling:
-    """From a word or number for each image, "" for none. `classes`: the values in their order."""
+    """Labels by a word or number for each image, "" for none. `classes`: the values in their order."""
     classes = sorted_classes(values) if classes is None else classes
     number = {name: label for label, name in enumerate(classes)}
     return Labelling([number.get(value, -1) for value in values], tuple(classes), how)
 
 
 def by_folder(names: Sequence[str]) -> Labelling | None:
-    """By the first level of folders of which there are two, below folders that hold everything and those of splits.
+    """Labels by the first level with two folders or more, below folders that hold everything and folders of splits.
 
-    Fewer images beside the folders than in them are without a label; with more of them, nothing has one.
+    Images beside the folders have no label. Where they are the majority, no image has one.
     """
     rest, beside = list(names), 0
     while True:
@@ -59,14 +59,14 @@ def by_folder(names: Sequence[str]) -> Labelling | None:
             return by_values([first or "" for first in firsts], "by folder", sorted(counts))
         rest = [None if first is None else name[len(first) + 1 :] for first, name in zip(firsts, rest, strict=True)]
         if not any(name is not None and "/" in name for name in rest):
-            # Nothing lies deeper: folders of splits are the only ones.
+            # There are folders of splits only.
             return (
                 by_values([first or "" for first in firsts], "by folder", sorted(counts)) if len(counts) > 1 else None
             )
 
 
 def by_cls(values: Sequence[str]) -> Labelling | None:
-    """From the texts of .cls members: numbers are classes from 0 to the largest, words are classes by letters."""
+    """Labels by .cls members: numbers are classes from 0 to the largest, words are classes by letters."""
     if not any(values):
         return None
     if not is_numbered(set(values) - {""}):
@@ -79,7 +79,7 @@ def by_cls(values: Sequence[str]) -> Labelling | None:
 
 
 def by_json(fields: Sequence[Mapping[str, str]]) -> Labelling | None:
-    """From the keys of .json members that name a label (`fastsiam.data.sources.tables.LABEL_COLUMNS`)."""
+    """Labels by the keys of .json members that name one (`fastsiam.data.sources.tables.LABEL_COLUMNS`)."""
     columns = {name: [known.get(name, "") for known in fields] for name in LABEL_COLUMNS}
     chosen = label_values({name: values for name, values in columns.items() if any(values)})
     if chosen is None:
@@ -89,7 +89,7 @@ def by_json(fields: Sequence[Mapping[str, str]]) -> Labelling | None:
 
 
 def by_text(values: Sequence[str | None]) -> Labelling | None:
-    """From .txt members, where each image has one of a single short line and they repeat as captions do not."""
+    """Labels by .txt members, where each image has a short line and lines repeat, unlike captions."""
     if not all(values) or len(values) < 2 * len(set(values)) or len(set(values)) < 2:
         return None
     if any("\n" in value or len(value) > _TEXT_CHARACTERS for value in set(values)):
@@ -98,7 +98,7 @@ def by_text(values: Sequence[str | None]) -> Labelling | None:
 
 
 def by_shard(shards: Sequence[str], numbers: Sequence[int]) -> Labelling | None:
-    """From folders of shards (`cat/0.tar`), or from shards called as classes are (`cat.tar`, `dog-001.tar`)."""
+    """Labels by folders of shards (`cat/0.tar`), or by names of shards (`cat.tar`, `dog-001.tar`)."""
     labelled = by_folder(shards)
     if labelled is None or -1 in labelled.labels:
         stems = [name.rpartition("/")[2].rpartition(".")[0] for name in shards]

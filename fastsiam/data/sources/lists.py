@@ -1,4 +1,4 @@
-"""The image files that a text list names: a path a line, CSV, TSV or JSON lines, with labels or without."""
+"""Image files of a text list: a path a line, CSV, TSV or JSON lines, with labels or without."""
 
 import os
 import stat
@@ -10,24 +10,24 @@ from fastsiam.data.sources.folder import Files, is_outside, make_files
 from fastsiam.data.sources.tables import Entries, label_values, read_entries, read_text, shown
 from fastsiam.errors import UserError
 
-# What a name without an extension may end in.
+# Extensions tried for a name without one.
 _USUAL = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm")
-# Folders beside a list that are looked into for the names in it.
+# Most folders beside a list in which its names are looked for.
 _FOLDERS = 50
 
 
 def files_of_list(path: Path, key: str) -> Files:
-    """In the list's order; `key` is the config key that errors name.
+    """Returns the files in the list's order; `key` is the config key that errors name.
 
-    A path a line, relative to the list's folder, with a label after a tab, is read as it stands. Where a line of it is
-    not a file, the list is read as a table (`fastsiam.data.sources.tables`), and its names also as absolute, with `~`,
-    backslashes, without extension, or relative to the one folder in which they are. The root is the list's folder; the
-    common folder of all files where some lie outside.
+    A path a line, relative to the list's folder, with a label after a tab, is read literally. Where a line is not a
+    file, the list is read as a table (`fastsiam.data.sources.tables`). Its names may also be absolute, begin with `~`,
+    have backslashes, lack the extension, or be relative to another folder. The root is the list's folder, or the common
+    folder of all files where some lie outside.
     """
     text, encoding = read_text(path, key)
     lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
-        raise UserError(f"{key}: the list {path} is empty")
+        raise UserError(f"{key}: the list {path} is empty; write a path a line", "empty-list")
     found = _as_it_stands(path.parent, lines) if encoding == "utf-8-sig" else None
     if found is None:
         return _of_table(path, text, encoding, key)
@@ -43,7 +43,7 @@ def files_of_list(path: Path, key: str) -> Files:
 
 
 def _as_it_stands(folder, lines):
-    """Name and size of each line's file; None where one is not a file below the folder."""
+    """Returns name and size of each line's file; None where one is not a file below the folder."""
     found, base = [], f"{folder}/"
     for line in lines:
         name = line.partition("\t")[0].strip()
@@ -62,9 +62,9 @@ def _of_table(path, text, encoding, key):
     try:
         entries = places.learn(text, encoding)
     except ValueError as error:
-        raise UserError(f"{key}: {shown(path)}: {error}") from None
+        raise UserError(f"{key}: {shown(path)}: {error}", "bad-list") from None
     if not entries.found:
-        raise UserError(f"{key}: the list {path} names no files")
+        raise UserError(f"{key}: the list {path} names no files; write a path a line", "empty-list")
     if None in entries.found:
         raise _lost(path, entries, places, key)
     found, lines = entries.found, entries.lines
@@ -84,7 +84,7 @@ def _of_table(path, text, encoding, key):
 
 
 def _once_each(root, found, labels, lines, path, by):
-    """Of several lines that name one file, as lists of boxes have, the first; no labels where they differ."""
+    """Keeps the first of several lines that name one file, as lists of boxes do; drops labels where they differ."""
     first, conflict = {}, ""
     for (name, size), label, line in zip(found, labels, lines, strict=True):
         known = first.setdefault(name, (size, label, line))
@@ -104,7 +104,8 @@ def _with_labels(path, root, found, given, lines, key, how):
     if any(given) and not all(given):
         place = given.index("")
         line, name = next(islice(lines, place, None)), shown(found[place][0])
-        raise UserError(f"{key}: in {shown(path)} some lines have a label, but line {line} ({name}) has none")
+        sentence = f"{key}: in {shown(path)} some lines have a label, but line {line} ({name}) has none; add it"
+        raise UserError(sentence, "label-missing")
     return _labelled(root, found, given, how if all(given) else "")
 
 
@@ -119,18 +120,18 @@ def _labelled(root, found, labels, how):
 
 
 class _Places:
-    """Finds the files that a list names."""
+    """Finder of the files that a list names."""
 
     def __init__(self, path: Path):
         self._path, self._folder = path, str(path.parent)
         self._before, self._after = "", ""
         self.how = ""
-        """Where the names are relative to something else than the list's folder."""
+        """The base of the names in words, where it is not the list's folder."""
         self.fitting: list[str] = []
-        """Folders in which there are files of these names."""
+        """Folders that have files of these names."""
 
     def learn(self, text: str, encoding: str) -> Entries:
-        """Read all lines, below the folder in which files of their names are."""
+        """Reads all lines, below the folder that has files of their names."""
         head = "\n".join(text.split("\n", 50)[:50])
         if not any(found is not None for found in read_entries(head, encoding, self.find).found):
             self._before = self._folder_of(head, encoding)
@@ -141,7 +142,7 @@ class _Places:
         return entries
 
     def find(self, name: str) -> tuple[str, int] | None:
-        """Relative or absolute name of a file and its size in bytes."""
+        """Returns the relative or absolute name of a file and its size in bytes; None where it does not exist."""
         if not name:
             return None
         exact = self._size(self._before + name + self._after)
@@ -179,7 +180,7 @@ class _Places:
         return (name, status.st_size) if stat.S_ISREG(status.st_mode) else None
 
     def _folder_of(self, head, encoding):
-        """The one folder beside the list, or above it, below which the names are; "" for none."""
+        """Returns the one folder beside the list, or above it, that has the files; "" for none."""
         folders = []
         with os.scandir(self._folder) as entries:
             for entry in entries:
@@ -202,16 +203,19 @@ def _lost(path, entries, places, key):
     place = entries.found.index(None)
     name, line = shown(entries.names[place]), entries.lines[place]
     if os.path.isdir(os.path.join(path.parent, entries.names[place])):
-        return UserError(f"{key}: line {line} of {shown(path)} lists {name}, a folder; list the images in it")
+        return UserError(
+            f"{key}: line {line} of {shown(path)} lists {name}, a folder; list its images", "folder-in-list"
+        )
     if len(places.fitting) > 1:
         several = " and in ".join(places.fitting[:2])
-        return UserError(f"{key}: line {line} of {shown(path)} lists {name}, which is in {several}; write the folders")
+        sentence = f"{key}: line {line} of {shown(path)} lists {name}, which is in {several}; write the folders"
+        return UserError(sentence, "ambiguous-name")
     where = shown(path.parent / entries.names[place] if not entries.names[place].startswith("/") else name, 100)
-    return UserError(f"{key}: line {line} of {shown(path)} lists {name}, but there is no {where}")
+    return UserError(f"{key}: line {line} of {shown(path)} lists {name}, but there is no {where}", "file-missing")
 
 
 def _below_common_folder(folder, found):
-    """The common folder of all files, and their names below it."""
+    """Returns the common folder of all files, and their names below it."""
     absolute = [os.path.normpath(os.path.join(os.path.abspath(folder), name)) for name, _ in found]
     inside = os.path.abspath(folder)
     root = inside if all(name.startswith(inside + "/") for name in absolute) else None

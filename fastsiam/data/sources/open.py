@@ -1,4 +1,4 @@
-"""What images there are, and where the bytes of each lie: a folder, a text list, or tar shards."""
+"""Opener of image sources: a folder of files or tar shards, a text list, a .beton, and the sources of a config."""
 
 import os
 import stat
@@ -33,12 +33,12 @@ def open_source(
     max_bad_fraction: float = 1.0,
     levels: str | Levels = "scale",
 ) -> ImageSource:
-    """The images at `location`: a folder of files or of tar shards, a text list, or a .beton; `key` is for errors.
+    """Returns the images at `location`: a folder of files or of tar shards, a text list, or a .beton.
 
-    `scanned`: the manifest of a scan; without one, that in the index cache, if there is one. Images that it leaves out
-    are UNREADABLE or UNWANTED. `levels`: of `data.deep_pixels`, or those of other images. Raises `UserError` where more
-    than `max_bad_fraction` of what was meant to be an image cannot be one here (dead links, empty files, files that no
-    installed decoder reads), and where there is no image.
+    `key` begins the messages of errors. `scanned`: manifest of a scan, by default the one in the index cache; images
+    that it excludes are UNREADABLE or UNWANTED. `levels`: a value of `data.deep_pixels`, or the levels of other images.
+    Raises `UserError` where there is no image, and where more than `max_bad_fraction` of the files that are meant to be
+    images cannot be used: dead links, empty files, files that no installed decoder reads.
     """
     source = open_unscanned(location, key)
     path = Path(scanned) if scanned is not None else scan_manifest.default_path(cache_folder(Path(location)))
@@ -54,7 +54,7 @@ def open_source(
 
 
 def open_unscanned(location: str, key: str) -> ImageSource:
-    """All images at `location`, whatever a scan has found."""
+    """Returns all images at `location`, without the verdicts of a scan."""
     path = Path(location)
     if beton.is_beton(path):
         return beton.open_beton(path, key)
@@ -71,18 +71,18 @@ def open_unscanned(location: str, key: str) -> ImageSource:
         pass
     except OSError as error:
         raise UserError(
-            f"{key}: {shown(path)} cannot be read ({error.strerror}); give a place that you may read"
+            f"{key}: {shown(path)} cannot be read ({error.strerror}); give a place that you may read", "unreadable"
         ) from None
     advice = f"set {key}=PATH to" if "." in key else "give the path of"
     raise UserError(
-        f"{key}: there is no {location}; expected {location}/CLASS/IMAGE.jpg (one folder a class, as ImageNet is "
-        f"usually unpacked); {advice} your images: any folder of them, nested or flat, with labels or "
-        "without, a folder of tar shards, or a text file with a path a line"
+        f"{key}: there is no {location}; {advice} your images: any folder of them, nested or flat (CLASS/IMAGE.jpg has "
+        "labels), a folder of tar shards, or a text file with a path a line",
+        "absent",
     )
 
 
 def is_there(location: str) -> bool:
-    """Whether there is something, be it closed to us."""
+    """True where something exists, even where it may not be read."""
     try:
         os.stat(location)
     except (FileNotFoundError, NotADirectoryError):
@@ -93,21 +93,21 @@ def is_there(location: str) -> bool:
 
 
 def _check_is_a_list(path, key):
-    """Raise `UserError` for one image, and for an archive."""
+    """Raises `UserError` for a single image and for an archive."""
     with open(path, "rb") as file:
         is_image = formats.by_beginning(file.read(formats.BEGINNING), "") or formats.is_image(path.name)
     option = f"{key}=" if "." in key else ""
     if is_image:
-        raise UserError(f"{key}: {shown(path)} is one image; give its folder: {option}{shown(path.parent)}")
+        raise UserError(f"{key}: {shown(path)} is one image; give its folder: {option}{shown(path.parent)}", "is-image")
     if path.name.lower().endswith(COMPRESSED):
         raise no_plain_shards(path.parent, [path.name], key)
     if path.name.lower().endswith(ARCHIVES):
         what = "the folder that holds it" if path.suffix == ".tar" else "what it holds, unpacked"
-        raise UserError(f"{key}: {shown(path)} is an archive; give {what}: {option}FOLDER")
+        raise UserError(f"{key}: {shown(path)} is an archive; give {what}: {option}FOLDER", "is-archive")
 
 
 def of_files(files: Files) -> ImageSource:
-    """A source of files that nobody has looked at yet."""
+    """Returns a source of files whose headers are not read yet."""
     return _of_index(unread(files))
 
 

@@ -1,4 +1,4 @@
-"""What a scan has found: a line a file, from which later runs know sizes, decoders, and what to leave out."""
+"""Manifest of a scan: a line a file, with sizes, decoders and verdicts for later runs."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from fastsiam.errors import UserError
 
 class Verdict(NamedTuple):
     kind: int | None
-    """UNREADABLE or UNWANTED for what runs leave out; None for what is only reported."""
+    """UNREADABLE or UNWANTED where runs exclude the image; None where it is only reported."""
     meaning: str
 
 
@@ -70,14 +70,14 @@ class Row(NamedTuple):
 
 
 def default_path(cache_folder: Path) -> Path:
-    """Where a scan writes, and where runs look, unless they are told otherwise."""
+    """Path of a manifest where a scan writes and runs look by default."""
     return cache_folder / "manifest.tsv"
 
 
 def begin(path: Path) -> None:
-    """Make the file if there is none, and cut off a line that an interrupted scan has left unfinished.
+    """Makes the file if there is none, and cuts off the unfinished last line of an interrupted scan.
 
-    Raises `UserError` for a file that is no manifest, which stays as it is.
+    Raises `UserError` for a file that is not a manifest, and leaves it as it is.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,16 +85,16 @@ def begin(path: Path) -> None:
             path.write_bytes(_COLUMNS + b"\n")
         data = path.read_bytes()
         if not data.startswith(_COLUMNS + b"\n"):
-            raise _no_manifest(path, "--out")
+            raise _not_a_manifest(path, "--out")
         os.truncate(path, data.rfind(b"\n") + 1)
     except OSError as error:
         raise UserError(
-            f"the manifest {path} cannot be written ({error.strerror}); name a file elsewhere by --out FILE.tsv"
+            f"--out: the manifest {path} cannot be written ({error.strerror}); name a file elsewhere", "disk"
         ) from error
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Raises `UserError` where the file is no manifest."""
+    """Returns the rows of a manifest; raises `UserError` for another file."""
     kinds = {text: kind for kind, text in _KINDS.items()}
     return [
         Row(name, int(size), int(height), int(width), verdict.decode(), kinds[kind], digest.decode())
@@ -111,13 +111,13 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def apply(path: Path, source: ImageSource, key: str) -> str:
-    """Fill in sizes and kinds of a source from a manifest; returns what is left out in words, "" for nothing.
+    """Fills in sizes and kinds of a source from a manifest; returns the exclusions in words, "" for none.
 
     A line counts for a file of its name and size in bytes. Raises `UserError`, for the config key `key`, where there is
-    no manifest, or nothing would be left.
+    no manifest, or all images are excluded.
     """
     names, file_sizes, heights, widths, verdicts, kinds, _ = _columns(path, key)
-    # Of bytes, also where a scan has just begun and there is no line yet.
+    # A dtype of bytes, also where a scan has just begun and there is no line yet.
     verdicts, kinds = np.array(verdicts, "S"), np.array(kinds, "S5")
     # Earlier manifests call a PNG of 16 bits a colour plain.
     kinds[np.isin(verdicts, [name.encode() for name in DEEPER])] = _KINDS[ODD]
@@ -126,7 +126,9 @@ def apply(path: Path, source: ImageSource, key: str) -> str:
     indices = indices[np.array(file_sizes).astype(np.int64)[rows[indices]] == source.file_sizes[indices]]
     if not len(indices):
         if key == "data.manifest":
-            raise UserError(f"{key}: {path} names none of the images under {source.root}; scan them again")
+            raise UserError(
+                f"{key}: {path} names none of the images under {source.root}; scan them again", "manifest-names-none"
+            )
         return ""
     rows = rows[indices]
     missing = source.kinds[indices] == UNKNOWN
@@ -145,7 +147,7 @@ def apply(path: Path, source: ImageSource, key: str) -> str:
     if not reasons:
         return ""
     if (source.kinds >= UNREADABLE).all():
-        raise UserError(f"{key}: by {path} none of the images under {source.root} can be used")
+        raise UserError(f"{key}: none of the images under {source.root} can be used, by {path}", "none-usable")
     text = ", ".join(f"{count:,} {name}" for name, count in reasons.items())
     return f"{reasons.total():,} of the {len(source):,} images under {source.root}, by {path}: {text}"
 
@@ -155,27 +157,30 @@ def _columns(path, key):
         head, _, data = path.read_bytes().partition(b"\n")
     except OSError as error:
         raise UserError(
-            f"{key}: the manifest {path} cannot be read ({error.strerror}); python -m fastsiam.prepare scan writes one"
+            f"{key}: the manifest {path} cannot be read ({error.strerror}); python -m fastsiam.prepare scan writes one",
+            "no-manifest",
         ) from None
-    # What follows the last end of a line is being written, or was when the scan was killed.
+    # The last line may be incomplete: a scan is writing it, or was killed.
     data = data[: data.rfind(b"\n") + 1]
     # One flat list: with a list a line a million lines take 10 s in place of 1, most of it garbage collection.
     fields = data.replace(b"\n", b"\t").split(b"\t")[:-1]
     columns = [fields[column::7] for column in range(7)]
     whole = head == _COLUMNS and data.count(b"\t") == 6 * data.count(b"\n")
     if not whole or set(columns[4]) - {name.encode() for name in VERDICTS} or set(columns[5]) - set(_KINDS.values()):
-        raise _no_manifest(path, key)
+        raise _not_a_manifest(path, key)
     if b"\\" in data:
         columns[0] = [_name(name) for name in columns[0]]
     return columns
 
 
-def _no_manifest(path, key):
-    return UserError(f"{key}: {path} is no manifest of python -m fastsiam.prepare scan; name another file")
+def _not_a_manifest(path, key):
+    return UserError(
+        f"{key}: {path} is not a manifest of python -m fastsiam.prepare scan; name another", "bad-manifest"
+    )
 
 
 def _rows_of(asked, names):
-    """For each of the source's names the manifest's row; -1 where there is none."""
+    """Returns the manifest's row of each of the source's names; -1 where there is none."""
     if np.array_equal(asked, names):
         return np.arange(len(names))
     first = {}

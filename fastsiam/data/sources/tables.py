@@ -1,7 +1,6 @@
-"""Text files that name images: their encoding, separator and header, and which columns hold file names and labels.
+"""Reader of text files that name images: encoding, separator, header, and the columns of file names and labels.
 
-What a line means is decided by which files exist: of the ways to split the first lines, the one that finds the most
-files is taken for all lines.
+The files that exist decide how lines are split: the way that finds the most files in the first lines reads all lines.
 """
 
 import csv
@@ -14,7 +13,7 @@ from typing import NamedTuple
 
 from fastsiam.errors import UserError
 
-# In the order in which they are looked for.
+# Columns of file names, the likeliest first.
 FILE_COLUMNS = (
     "file_name", "filename", "file", "path", "file_path", "filepath", "image_path", "image_file", "image_name",
     "image", "img", "img_path", "image_id", "imageid", "id", "name",
@@ -23,13 +22,13 @@ LABEL_COLUMNS = (
     "label", "class", "cls", "category", "target", "class_name", "classname", "label_name", "category_name",
     "class_label", "class_id", "label_id", "category_id", "wnid", "synset", "species", "breed",
 )  # fmt: skip
-# Columns that name a class of which another column gives the number.
+# Columns with names of classes whose numbers another column gives.
 _WORDS = ("class_name", "classname", "label_name", "category_name", "class", "category", "label", "wnid", "synset")
 _SEPARATORS = {None: "a path a line", "\t": "tabs", ",": "commas", ";": "semicolons", "|": "bars", " ": "spaces"}
 _MARKS = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 _IMAGE_LIKE = re.compile(r"[\\/]|\.(jpe?g|png|bmp|webp|tiff?|gif)$", re.IGNORECASE)
 _NUMBER = re.compile(r"(-?\d+)(?:\.0+)?", re.ASCII)
-# Lines that decide how all are read.
+# Number of lines that decide how all are read.
 _SAMPLE = 200
 _SHOWN = 60
 
@@ -37,51 +36,51 @@ Find = Callable[[str], object | None]
 
 
 class Entries(NamedTuple):
-    """The images that a text file names, in its order."""
+    """Images that a text file names, in its order."""
 
     found: list
-    """What `find` has given for each; None where it knows no such file."""
+    """Result of `find` for each; None where there is no such file."""
     names: list[str]
-    """As written."""
+    """Names as written."""
     lines: list[int]
     """Line numbers, from 1 on."""
     columns: dict[str, list[str]]
-    """Those that may hold labels, by name (`column 2` without a header); "" where a line has none."""
+    """Columns that may hold labels, by name (`column 2` without a header); "" where a line has none."""
     header: tuple[str, ...]
     """Empty without one."""
     how: str
-    """Separator and encoding, where they are not those of a path a line with a label after a tab in UTF-8."""
+    """Separator and encoding in words; empty for a path a line with a label after a tab in UTF-8."""
 
 
 def read_text(path: Path, key: str) -> tuple[str, str]:
-    """The text of a file and the name of its encoding; raises `UserError` where it is not a text.
+    """Returns the text of a file and the name of its encoding; raises `UserError` where it is not a text.
 
-    Bytes that are not UTF-8 become lone surrogates, as Python has them in file names.
+    Bytes that are not UTF-8 become lone surrogates, as in Python's file names.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{key}: {shown(path)} cannot be read ({error.strerror})") from None
+        raise UserError(f"{key}: {shown(path)} cannot be read ({error.strerror})", "unreadable") from None
     encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), None) or _without_mark(data)
     if encoding is None:
-        raise UserError(f"{key}: {shown(path)} is neither a folder nor a text file with a path a line")
+        raise UserError(f"{key}: {shown(path)} is neither a folder nor a text file with a path a line", "not-a-list")
     try:
         text = data.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict")
     except UnicodeDecodeError as error:
-        raise UserError(f"{key}: {shown(path)} begins as {encoding.upper()} and is not ({error.reason})") from None
+        sentence = f"{key}: {shown(path)} begins as {encoding.upper()} and is not ({error.reason}); save it as UTF-8"
+        raise UserError(sentence, "not-a-list") from None
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     return text, encoding
 
 
 def read_entries(text: str, encoding: str, find: Find) -> Entries:
-    """Split all lines in the way by which `find` knows the most of the first ones.
+    """Splits all lines in the way that finds the most files in the first ones.
 
-    `find(name)` gives something that stands for the image, or None. Raises `ValueError` with the line where a line is
-    not JSON or CSV.
+    `find(name)` returns an object for the image, or None. Raises `ValueError` naming the line that is not JSON or CSV.
     """
     how = "" if encoding == "utf-8-sig" else encoding.upper()
-    # Written for spreadsheets.
+    # A first line for spreadsheets.
     text = re.sub(r"\A\s*sep=.[ \t]*\n", "\n", text)
     if text.lstrip().startswith(("{", "[")) and find(text.partition("\n")[0]) is None:
         return _of_json(text, find, how)
@@ -98,7 +97,7 @@ def read_entries(text: str, encoding: str, find: Find) -> Entries:
 
 
 def label_values(entries_columns: dict[str, list[str]]) -> tuple[list[str], str, list[str]] | None:
-    """Of columns that may hold labels the values of one, its name, and the classes in their order; None for none.
+    """Returns the values of the label column, its name, and the classes in their order; None where there is none.
 
     The first of `LABEL_COLUMNS` counts. Where it holds whole numbers and another one a word for each of them, the words
     are the classes, in the order of the numbers.
@@ -123,31 +122,31 @@ def label_values(entries_columns: dict[str, list[str]]) -> tuple[list[str], str,
 
 
 def sorted_classes(values: Iterable[str]) -> list[str]:
-    """The values that occur, numbers by size and words by letters; "" is not a class."""
+    """Returns the values that occur, numbers by size and words by letters; "" is not a class."""
     found = set(values) - {""}
     return sorted(found, key=int) if is_numbered(found) else sorted(found)
 
 
 def is_numbered(values: Iterable[str]) -> bool:
-    """Whether there are values and all are whole numbers."""
+    """True where there are values and all are whole numbers."""
     values = list(values)
     return bool(values) and all(_NUMBER.fullmatch(value) for value in values)
 
 
 def whole_number(value: str) -> str:
-    """`3.0`, which tables make of a 3 beside an empty cell, as `3`; everything else as it is."""
+    """Returns `3` for `3.0`, which tables write for a 3 beside an empty cell; other values unchanged."""
     match = _NUMBER.fullmatch(value)
     return match[1] if match else value
 
 
 def shown(text: object, most: int = _SHOWN) -> str:
-    """At most `most` characters of a name for a sentence, its end: of a path that says more than its beginning."""
+    """Returns the last `most` characters of a name for a message; the end of a path says more than its beginning."""
     text = str(text).encode(errors="surrogateescape").decode(errors="backslashreplace")
     return text if len(text) <= most else "..." + text[3 - most :]
 
 
 def json_text(value: object) -> str:
-    """A label in JSON as text, a list of one as what it holds; "" for what is not a word or a whole number."""
+    """Returns a label in JSON as text, also from a list of one; "" for anything but a word or a whole number."""
     if isinstance(value, list) and len(value) == 1:
         return json_text(value[0])
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -156,7 +155,7 @@ def json_text(value: object) -> str:
 
 
 def _without_mark(data):
-    """UTF-8, or UTF-16 without its mark, which has a zero in every second byte of Latin text."""
+    """Returns UTF-8, or UTF-16 without its mark, which has a zero in every second byte of Latin text."""
     head = data[:4096]
     if b"\0" not in head:
         return "utf-8-sig"
@@ -167,7 +166,7 @@ def _without_mark(data):
 
 
 def _objects(text) -> Iterator[tuple[int, dict]]:
-    """Line number and fields of each JSON object: one a line, or those of an array, whose numbers are counted."""
+    """Yields number and fields of each JSON object: one a line, or the elements of an array."""
     if text.lstrip().startswith("["):
         try:
             values = enumerate(json.loads(text), 1)
@@ -200,7 +199,7 @@ def _of_json(text, find, how):
 
 
 def _known(text, separator, find):
-    """Share of these lines that name a file in one column, and whether all have as many fields."""
+    """Returns the share of these lines that name a file in one column, and True where all have as many fields."""
     rows = [fields for _, fields in _rows(text, separator, find)]
     if not rows:
         return 0, False
@@ -212,7 +211,7 @@ def _known(text, separator, find):
 
 
 def _file_column(rows, header, find):
-    """The column of which the most fields are files."""
+    """Returns the column in which the most fields are files."""
     width = max((len(fields) for fields in rows), default=1)
     named = [header.index(name) for name in FILE_COLUMNS if name in header]
     order = named + [column for column in range(width) if column not in named]
@@ -220,7 +219,7 @@ def _file_column(rows, header, find):
 
 
 def _rows(text, separator, find) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each line that is neither empty nor a comment."""
+    """Yields line number and fields of each line that is neither empty nor a comment."""
     if separator in (None, " "):
         split = _SpaceSplitter(find) if separator else lambda line: [line]
         for number, line in enumerate(text.split("\n"), 1):
@@ -241,7 +240,7 @@ def _rows(text, separator, find) -> Iterator[tuple[int, list[str]]]:
 
 
 class _SpaceSplitter:
-    """Splits at spaces a line whose file name may have some: the longest beginning that is a file is the name."""
+    """Splitter at spaces of a line whose file name may have some; the longest beginning that is a file is the name."""
 
     def __init__(self, find: Find):
         self._find, self._after = find, 1
@@ -259,7 +258,7 @@ class _SpaceSplitter:
 
 
 def _is_header(fields, find):
-    """Whether a first line names columns: some names are known, and nothing in it is a file or looks like one."""
+    """True for a first line that names columns: some names are known, and no field is or looks like a file."""
     if any(find(field) is not None or _IMAGE_LIKE.search(field) for field in fields):
         return False
     return not {_column_name(field) for field in fields}.isdisjoint(FILE_COLUMNS + LABEL_COLUMNS)
@@ -291,6 +290,6 @@ def _collect(rows, column, header, find):
 
 
 def _repeats(rows, place):
-    """Whether the values of a column occur twice on average, as classes do and captions do not."""
+    """True where the values of a column occur twice on average, as classes do and captions do not."""
     values = [row[place] for row in rows if place < len(row)]
     return len(values) >= 2 * len(set(values))

@@ -1,9 +1,9 @@
-"""The images of a folder of tar shards in WebDataset's layout and in others.
+"""Images in tar shards, in WebDataset's layout and in others.
 
 Members of one key belong together, KEY.jpg and KEY.cls. WebDataset's key is a member's name up to the first dot of its
-last part (webdataset's `base_plus_ext`). Names of people have dots as well (`2019.07.jpg`): every member that is an
-image counts, but fields of one that is there (`a.seg.png` beside `a.png`), and its label is that of the longest
-beginning of its name that has one.
+last part (webdataset's `base_plus_ext`). Other names have dots as well (`2019.07.jpg`). Therefore every member that is
+an image counts, except fields of another image (`a.seg.png` beside `a.png`). Its label is that of the longest beginning
+of its name that has one.
 """
 
 import bz2
@@ -30,16 +30,17 @@ from fastsiam.errors import UserError
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 _TOOLS = {"gz": "gunzip -k", "bz2": "bunzip2 -k", "bz": "bunzip2 -k", "xz": "unxz -k", "zst": "unzstd"}
 _OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-# What reading raises where a shard is damaged, or not a tar file.
+# Errors of reading a shard that is damaged, or not a tar file.
 DAMAGED = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
-# Label files are short; of a .json a label is asked in so many before they are taken for something else.
+# Largest label files in bytes, and .json members read without a label before the rest are skipped. _KINDS: of members
+# without labels that a message names.
 _KINDS = 3
 _LABEL_BYTES, _JSON_BYTES, _JSONS = 4096, 1 << 20, 1000
 _FIELD = re.compile(r"[a-z]", re.IGNORECASE)
 
 
 class NoImagesError(UserError):
-    """Whole tar files, none of which holds an image."""
+    """Whole tar files without an image."""
 
 
 class _Image(NamedTuple):
@@ -50,7 +51,7 @@ class _Image(NamedTuple):
 
 @dataclass
 class _Found:
-    """What the shards hold, in their order."""
+    """Images and labels of the shards, in their order."""
 
     images: list[_Image] = field(default_factory=list)
     shard: list[int] = field(default_factory=list)
@@ -59,43 +60,41 @@ class _Found:
     text: list[str | None] = field(default_factory=list)
     excluded: Counter = field(default_factory=Counter)
     beside: set[str] = field(default_factory=set)
-    """Kinds of members beside images that nobody reads."""
+    """Extensions of members beside images that are not read."""
     jsons: int = 0
-    """Read without finding a label in one."""
+    """Number of .json members read in a row without a label."""
     unread: str = ""
-    """A .cls that is not a word."""
+    """A .cls that is not a word, in words."""
 
 
 def shards_of_folder(root: Path, folders: list[str]) -> list[str]:
-    """The tar files in `root`, sorted by name; those below it where it has none itself.
-
-    `folders`: names of the folders below `root` that may hold some.
-    """
+    """Returns the tar files in `root`, sorted by name; those in `folders` below it where it has none itself."""
     here = _tars(root, "")
     return here or sorted(name for folder in folders if folder for name in _tars(root, folder))
 
 
 def compressed_shards(root: Path) -> list[str]:
-    """Compressed tar files in `root` that are not there unpacked, too."""
+    """Returns names of the compressed tar files in `root` that are not beside their unpacked form."""
     names = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
     found = [(name, end) for name in names for end in COMPRESSED if name.lower().endswith(end)]
     return [name for name, end in found if name[: -len(end)] + ".tar" not in names]
 
 
 def no_plain_shards(root: Path, compressed: list[str], key: str) -> UserError:
-    """The sentence for a folder that has compressed shards only."""
+    """Returns the error of a folder that has compressed shards only."""
     name = compressed[0]
     tool = next(tool for end, tool in _TOOLS.items() if name.lower().endswith(end))
     return UserError(
-        f"{key}: the tar shards in {shown(root)} are compressed ({shown(name, 30)}), and images are read from plain "
-        f"ones; python -m fastsiam.prepare pack SRC OUT makes those, or {tool} *.{name.rpartition('.')[2]} unpacks them"
+        f"{key}: the tar shards in {shown(root)} are compressed ({shown(name, 30)}); make plain ones by python -m "
+        f"fastsiam.prepare pack SRC OUT, or unpack them by {tool} *.{name.rpartition('.')[2]}",
+        "compressed-shards",
     )
 
 
 def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = open) -> Files:
-    """In the order of `shards` and of the members in them; `key` is the config key that errors name.
+    """Returns the images of `shards`, in the order of the members; `key` is the config key that errors name.
 
-    `opener`: `open`, or `open_shard` for compressed ones, whose offsets are those of the decompressed bytes.
+    `opener`: `open`, or `open_shard` for compressed ones, whose offsets count decompressed bytes.
     """
     found = _Found()
     for number, name in enumerate(shards):
@@ -103,7 +102,7 @@ def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = 
     if not found.images:
         what = excluded.in_words(found.excluded, 3) or "nothing"
         tars = "tar shard" if len(shards) == 1 else f"{len(shards):,} tar shards"
-        raise NoImagesError(f"{key}: no images in the {tars} in {shown(root)}, but {what}")
+        raise NoImagesError(f"{key}: no images in the {tars} in {shown(root)}, but {what}", "no-images")
     names = [image.name for image in found.images]
     labelling = (
         labels.by_cls(found.cls)
@@ -126,19 +125,20 @@ def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = 
 
 
 def split_key(name: str) -> tuple[str, str]:
-    """Key and extension: `a.b/c.d.jpg` is ("a.b/c", "d.jpg")."""
+    """Splits a name into key and extension: `a.b/c.d.jpg` is ("a.b/c", "d.jpg")."""
     folder, slash, last = name.rpartition("/")
     key, _, extension = last.partition(".")
     return folder + slash + key, extension
 
 
 def check_member(member: tarfile.TarInfo, shard: Path, key: str) -> None:
-    """Raise `UserError` for what is no plain file inside the archive: links, devices, paths that lead out of it."""
+    """Raises `UserError` for links, devices, and paths that lead out of the archive."""
     if not member.issparse() and (member.isreg() or member.isdir()):
         return _check_name(member.name, shard, key)
     raise UserError(
         f"{key}: {shown(shard)} holds {shown(member.name)}, neither a plain file nor a folder; pack the files "
-        "themselves under relative names"
+        "themselves under relative names",
+        "not-a-file",
     )
 
 
@@ -147,7 +147,7 @@ def is_compressed(path: Path) -> bool:
 
 
 def open_shard(path: Path, mode: str = "rb"):
-    """A shard's tar file, decompressed on the way where it is compressed; raises `OSError`."""
+    """Opens a shard's tar file, decompressing it where necessary; raises `OSError`."""
     return _opener_of(path)(path, mode)
 
 
@@ -171,12 +171,13 @@ def _check_name(name, shard, key):
     if is_outside(name) or ".." in name.split("/"):
         raise UserError(
             f"{key}: {shown(shard)} holds {shown(name)}, a path that leads out of the archive; pack the files "
-            "themselves under relative names"
+            "themselves under relative names",
+            "leads-outside",
         )
 
 
 class _Reader:
-    """Reads one shard to its end."""
+    """Reader of one shard."""
 
     def __init__(self, path: Path, number: int, found: _Found, key: str, opener: Callable):
         self._path, self._number, self._found, self._key, self._open = path, number, found, key, opener
@@ -185,7 +186,7 @@ class _Reader:
         self._others: list[tuple[str, str]] = []
 
     def read(self) -> None:
-        """Add what it holds; raises `UserError` where it is not a whole tar file."""
+        """Adds the shard's images and labels; raises `UserError` where it is not a whole tar file."""
         try:
             with self._open(self._path, "rb") as file:
                 place = 0
@@ -198,10 +199,11 @@ class _Reader:
         except DAMAGED as error:
             if self._open is open and is_compressed(self._path):
                 cure = "it is compressed; add .gz to its name, and python -m fastsiam.prepare pack reads it"
+                code = "compressed-shards"
             else:
-                cure = f"{error}; copy or unpack it again"
+                cure, code = f"{error}; copy or unpack it again", "damaged-shard"
             whole = "whole uncompressed" if self._open is open else "whole"
-            raise UserError(f"{self._key}: {shown(self._path)} is not a {whole} tar file: {cure}") from error
+            raise UserError(f"{self._key}: {shown(self._path)} is not a {whole} tar file: {cure}", code) from error
         self._join()
 
     def _member(self, member, file):
@@ -229,7 +231,7 @@ class _Reader:
                 self._others.append((split_key(name)[0], reason))
 
     def _kind(self, name, member, file):
-        """IMAGE, or the reason to leave a member out."""
+        """Returns IMAGE, or the reason to exclude a member."""
         extension = formats.extension_of(name)
         if extension == ".gz" and formats.is_image(name[:-3]):
             return excluded.GZIPPED
@@ -265,7 +267,7 @@ class _Reader:
         self._texts[extension][stem] = value
 
     def _join(self):
-        """Labels to images, and no image that is a field of another."""
+        """Joins labels to images, and excludes images that are fields of another."""
         found = self._found
         plain = {_stems(name)[0] for name in self._images}
         keys = set()
@@ -289,7 +291,7 @@ class _Reader:
 
 
 def _stems(name):
-    """A name without its extension, and what is left of that with fewer and fewer dots in its last part."""
+    """Returns a name without its extension, and its beginnings with fewer and fewer dots in the last part."""
     folder, slash, last = name.rpartition("/")
     stem = last.rpartition(".")[0] or last
     parts = stem.split(".")
@@ -303,9 +305,9 @@ def _first(texts, stems, otherwise):
 
 
 def _after_the_end(file, place):
-    """Where a further archive begins behind the end of one, as in joined tar files; None where there is none.
+    """Returns the offset of the next archive in joined tar files; None where there is none.
 
-    tarfile takes a header that is cut off for the end of the archive.
+    tarfile takes an incomplete header for the end of the archive.
     """
     file.seek(place)
     block = file.read(tarfile.BLOCKSIZE)

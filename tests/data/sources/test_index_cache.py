@@ -165,7 +165,7 @@ def test_a_file_that_was_replaced_in_place_fails_once_and_is_read_again_at_the_n
     Image.new("RGB", (10, 3)).save(smaller, "PNG")
     path.write_bytes(smaller.getvalue().ljust(size, b"\0"))
     settle(folder)
-    with pytest.raises(UserError, match=r"01.png decodes to \[3, 10\] .* but its header says \[4, 10\]"):
+    with pytest.raises(UserError, match=r"01.png .*\[3, 10\].*\[4, 10\]"):
         epoch()
     assert len(epoch().indices) == 40
 
@@ -226,7 +226,7 @@ def test_a_pack_of_an_earlier_version_is_read_as_it_is(folder, tmp_path):
     assert columns(earlier) == expected
 
 
-def test_what_was_passed_over_is_kept_with_the_list_until_it_can_be_read(folder, monkeypatch):
+def test_exclusions_are_kept_with_the_list_until_they_can_be_read(folder, monkeypatch):
     (folder / "class0/gone.png").symlink_to(folder.parent / "disk/gone.png")
     (folder / "class1/phone.heic").write_bytes(b"")
     (folder / "class2/notes.txt").write_text("")

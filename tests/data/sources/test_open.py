@@ -1,4 +1,4 @@
-"""Folders, lists, labels, sizes, and what is said when there is nothing."""
+"""Folders, lists, labels and sizes, the sources of a config, and the refusals where there is nothing."""
 
 import os
 import shutil
@@ -12,7 +12,7 @@ from fastsiam.data import demo_images
 from fastsiam.data.decode import decode
 from fastsiam.data.sources.image_header import BadImageError, read_header
 from fastsiam.data.sources.open import check_labels, open_source, open_sources
-from fastsiam.errors import UserError
+from tests.support.refusals import refuses
 
 
 def picture(path, size=(8, 6), color=(200, 30, 90)):
@@ -68,21 +68,21 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "zipped").mkdir()
     for name in ("images.zip", "zipped/images.zip"):
         (tmp_path / name).write_bytes(b"PK")
-    for location, expected in {
-        "absent": "expected .*absent/CLASS/IMAGE.jpg",
-        "empty": "the folder is empty",
-        "texts": r"it holds 1 entry \(readme.md\); excluded: 1 .md; set data.train=PATH",
-        "lost.txt": "lists nowhere.jpg, but there is no",
-        "lists/half.txt": r"line 3 \(b.jpg\) has none",
-        "nothing.txt": "is empty",
-        "one.jpg": "is one image; give its folder: data.train=",
-        "one": "is one image",
-        "images.zip": "is an archive; give what it holds, unpacked",
-        "zipped": r"it holds 1 entry \(images.zip\); excluded: 1 .zip; unpack images.zip first",
-    }.items():
-        with pytest.raises(UserError, match=expected) as error:
+    for location, code, named in (
+        ("absent", "absent", "absent"),
+        ("empty", "no-images", "empty"),
+        ("texts", "no-images", "readme.md"),
+        ("lost.txt", "file-missing", "nowhere.jpg"),
+        ("lists/half.txt", "label-missing", "line 3 (b.jpg)"),
+        ("nothing.txt", "empty-list", "nothing.txt"),
+        ("one.jpg", "is-image", "one.jpg"),
+        ("one", "is-image", "one"),
+        ("images.zip", "is-archive", "images.zip"),
+        ("zipped", "no-images", "images.zip"),
+    ):
+        with refuses(code, "data.train") as error:
             open_source(str(tmp_path / location))
-        assert str(error.value).startswith("data.train:")
+        assert named in str(error.value)
 
 
 def test_a_loop_of_links_ends(tmp_path):
@@ -113,7 +113,7 @@ def test_sizes_are_those_displayed_and_read_once(photos):
 def test_a_header_that_cannot_be_read_names_the_file(tmp_path):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"not a picture")
-    with pytest.raises(BadImageError, match="bad.jpg cannot be decoded"):
+    with pytest.raises(BadImageError, match="bad.jpg"):
         read_header(bad)
 
 
@@ -138,9 +138,9 @@ def test_labels_that_cannot_serve_knn_are_refused(tmp_path, photos):
     picture(tmp_path / "flat/1.jpg")
     picture(tmp_path / "other/class0/1.jpg")
     picture(tmp_path / "other/class9/1.jpg")
-    with pytest.raises(UserError, match="data.val: kNN needs labels"):
+    with refuses(None, "data.val"):
         check_labels(train, open_source(str(tmp_path / "flat")))
-    with pytest.raises(UserError, match="1 of its 2 classes are not in data.train, for example class9"):
+    with refuses(None, "data.val"):
         check_labels(train, open_source(str(tmp_path / "other")))
     check_labels(train, train)
 
@@ -169,7 +169,7 @@ def test_the_quickstart_draws_its_images_with_and_without_knn(drawing):
     assert [path.name for path in (drawing / "data/demo").iterdir() if path.is_dir()] == ["train", "val"]
     length, val, warned, said = opened(quickstart())
     assert (length, val, warned, said) == (20, 10, [], []), "not drawn again"
-    with pytest.raises(UserError, match="asked for is .*'seed': 7"):
+    with refuses(None, "data.demo_seed"):
         opened(quickstart("data.demo_seed=7"))
 
 
@@ -182,16 +182,14 @@ def test_the_quickstart_takes_somebodys_own_images(drawing, photos, place, drawn
     shutil.copytree(photos, drawing / place)
     length, val, warned, said = opened(quickstart(f"data.train={place}"))
     assert (length, val, said) == (16, None, [])
-    (sentence,) = warned
-    assert sentence.startswith("no kNN: ")
-    assert "set data.val to labelled images" in sentence
+    assert len(warned) == 1
     assert opened(quickstart(f"data.train={place}", "data.val=null")) == (16, None, [], [])
     assert opened(quickstart(f"data.train={place}", f"data.val={place}"))[:2] == (16, 16)
     assert (drawing / "data/demo").exists() == drawn
 
 
 def test_demo_images_are_not_drawn_for_a_folder_that_is_missing(drawing):
-    with pytest.raises(UserError, match="there is no photos/train"):
+    with refuses("absent", "data.train"):
         opened(quickstart("data.train=photos/train", "data.val=photos/val"))
     assert list(drawing.iterdir()) == []
     # Asked for, they are.

@@ -10,7 +10,7 @@ import pytest
 
 from fastsiam.data.sources import excluded
 from fastsiam.data.sources.open import check_labels, open_source
-from fastsiam.errors import UserError
+from tests.support.refusals import refuses
 from tests.support.tars import shard
 
 WORDS = ("cat", "dog", "fox")
@@ -134,16 +134,17 @@ def test_labels_that_cannot_be_read_leave_none_and_a_reason(tmp_path, members, t
     assert text in source.labelling
 
 
-def test_shards_without_labels_are_told_what_would_give_some(tmp_path, picture):
+def test_shards_without_labels_are_refused_for_knn(tmp_path, picture):
     source, _ = opened(tmp_path, ("a.jpg", picture))
-    with pytest.raises(UserError, match=r"kNN needs labels, .* has none \(KEY.cls or KEY.json beside KEY.jpg"):
+    with refuses(None, "data.train") as error:
         check_labels(source, source)
+    assert "KEY.cls" in str(error.value)
 
 
-def test_an_image_without_a_label_among_others_is_told(tmp_path, picture):
+def test_an_image_without_a_label_among_others_is_counted(tmp_path, picture):
     source, found = opened(tmp_path, ("a.jpg", picture), ("a.cls", b"3"), ("b.jpg", picture), ("c.jpg", picture))
     assert found == {"a.jpg": "3", "b.jpg": "", "c.jpg": ""}
-    assert "2 images have none and cannot serve kNN, for example b.jpg" in source.label_text()
+    assert "2 images have none" in source.label_text()
 
 
 @pytest.mark.parametrize(
@@ -165,18 +166,18 @@ def test_one_shard_can_be_named_by_itself(tmp_path, picture):
     source = open_source(str(path))
     assert (source.names.tolist(), source.classes, source.read(0)) == ([b"1.jpg"], ("dog",), picture)
     (tmp_path / "s/2.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
-    with pytest.raises(UserError, match="data.train: .*2.tar.gz.*prepare pack"):
+    with refuses("compressed-shards", "data.train"):
         open_source(str(tmp_path / "s/2.tar.gz"))
 
 
-def test_shards_without_images_say_what_they_hold(tmp_path):
-    with pytest.raises(UserError, match="no images in the tar shard in .*, but 1 .md"):
+def test_shards_without_images_are_refused(tmp_path):
+    with refuses("no-images", "data.train"):
         opened(tmp_path, ("a.md", b"x"))
 
 
 @pytest.mark.parametrize("name", ["/b.jpg", "../b.jpg", "x/../b.jpg"])
 def test_members_that_lead_outside_are_refused(tmp_path, picture, name):
-    with pytest.raises(UserError, match=rf"data.train: .*0.tar holds {name}, a path that leads out"):
+    with refuses("leads-outside", "data.train"):
         opened(tmp_path, ("a.jpg", picture), (name, b"x"))
 
 
@@ -184,7 +185,7 @@ def test_members_that_lead_outside_are_refused(tmp_path, picture, name):
 def test_a_foreign_shard_that_was_cut_off_is_refused(tmp_path, keep):
     path = shard(tmp_path / "shards/0.tar", ("a.jpg", b"x" * 512), ("b.jpg", b"y" * 512))
     os.truncate(path, keep)
-    with pytest.raises(UserError, match="0.tar is not a whole uncompressed tar file"):
+    with refuses("damaged-shard", "data.train"):
         open_source(str(tmp_path / "shards"))
 
 
@@ -220,7 +221,7 @@ def test_a_stray_picture_does_not_hide_the_shards_beside_it(tmp_path, picture, p
 
 
 @pytest.mark.parametrize("holds", ["the images beside it", "no image", "nothing: a dead link"])
-def test_a_tar_file_beside_the_images_that_are_meant_is_passed_over(tmp_path, picture, holds):
+def test_a_tar_file_beside_the_images_that_are_meant_is_excluded(tmp_path, picture, holds):
     (tmp_path / "s").mkdir()
     for number in range(5):
         (tmp_path / f"s/{number}.jpg").write_bytes(picture)
@@ -248,6 +249,5 @@ def test_compressed_shards_are_refused_with_what_to_type_and_counted_beside_plai
     source = open_source(str(tmp_path / "s"))
     assert (source.names.tolist(), source.excluded) == ([b"a.jpg"], {excluded.COMPRESSED: 1})
     plain.unlink()
-    with pytest.raises(UserError, match=rf"data.train: .*compressed .*0{end}.*prepare pack SRC OUT") as error:
+    with refuses("compressed-shards", "data.train"):
         open_source(str(tmp_path / "s"))
-    assert len(str(error.value)) < 300

@@ -15,9 +15,9 @@ from fastsiam.data.sources.excluded import COPIES, HIDDEN_FILES, SYSTEM, UNFINIS
 from fastsiam.data.sources.image_header import BadImageError, read_header
 from fastsiam.data.sources.open import open_source
 from fastsiam.data.sources.walk import Walk
-from fastsiam.errors import UserError
 from fastsiam.prepare.__main__ import main
 from fastsiam.prepare.scan import scan
+from tests.support.refusals import refuses
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(20)
 COLOUR = (200, 40, 90)
@@ -73,9 +73,9 @@ def test_what_is_not_an_image_is_counted_by_extension_and_texts_are_not_taken_fo
         put(tmp_path, name, data=data)
     put(tmp_path, "a.txt", "b.TXT", "film.mp4", "x.pdf", "odd.foo", data=b"%PDF-1.7 \n\5\1")
     put(tmp_path, "pages.ps", "drawing.eps", data=b"%!PS-Adobe-3.0 EPSF-3.0")
-    names, left_out = listed(tmp_path)
+    names, found = listed(tmp_path)
     assert names == ["1.jpg"]
-    assert left_out == {
+    assert found == {
         formats.NAMELESS: 3, ".h": 1, ".txt": 2, ".mp4": 1, ".pdf": 1, ".foo": 1, ".ps": 1,
         ".eps (convert them to .png)": 1,
     }  # fmt: skip
@@ -86,21 +86,22 @@ def test_a_gzipped_image_is_missed_and_named_with_what_to_do(tmp_path):
     (tmp_path / "b.PNG.gz").write_bytes(b"\x1f\x8b")
     (tmp_path / "weights.gz").write_bytes(b"\x1f\x8b")
     assert open_source(str(tmp_path)).excluded == {excluded.GZIPPED: 1, ".gz": 1}
-    with pytest.raises(UserError, match="1 gzipped image"):
+    with refuses("too-many-excluded"):
         open_source(str(tmp_path), max_bad_fraction=0.1)
 
 
 @pytest.mark.parametrize(
     ("data", "reason"), [(b"", "it is empty"), (b"<html>", "it is not an image"), (None, "No such file or directory")]
 )
-def test_what_is_not_an_image_is_told_without_words_of_the_program(tmp_path, data, reason):
+def test_the_reason_why_a_file_is_not_an_image_is_plain_text(tmp_path, data, reason):
     path = tmp_path / "a.jpg"
     if data is not None:
         path.write_bytes(data)
     for reader in (read_header, decode):
         with pytest.raises(BadImageError) as error:
             reader(path)
-        assert str(error.value).startswith(f"{path} cannot be decoded: {reason}")
+        assert str(path) in str(error.value)
+        assert reason in str(error.value)
         assert not {"<", "[", "'"} & set(str(error.value))
 
 
@@ -161,10 +162,10 @@ def test_links_and_what_is_not_a_file(tmp_path):
     os.mkfifo(root / "pipe")
     with socket.socket(socket.AF_UNIX) as opened:
         opened.bind(str(root / "socket.png"))
-        names, left_out = listed(root)
+        names, found = listed(root)
     # Real folders first, then links by name: not as a file system happens to give them.
     assert names == ["4.jpg", "b/1.jpg", "b/2.jpg", "c/3.jpg"]
-    assert left_out == {
+    assert found == {
         "links to a folder already seen": 3, "links onto themselves": 2, "dead links": 2, ".txt": 1,
         "pipes, sockets or devices": 3,
     }  # fmt: skip
@@ -188,7 +189,7 @@ def refusing(monkeypatch):
     return names
 
 
-def test_folders_that_may_not_be_read_or_go_away_are_passed_over(tmp_path, refusing):
+def test_folders_that_may_not_be_read_or_disappear_are_excluded(tmp_path, refusing):
     put(tmp_path, "cat/1.jpg", "dog/2.jpg", "closed/3.jpg", "going/4.jpg")
     refusing |= {"closed": PermissionError, "going": FileNotFoundError}
     found = Walk(tmp_path)
@@ -198,7 +199,7 @@ def test_folders_that_may_not_be_read_or_go_away_are_passed_over(tmp_path, refus
     source = open_source(str(tmp_path))
     assert source.classes == ("cat", "dog")
     refusing[tmp_path.name] = PermissionError
-    with pytest.raises(UserError, match=r"data.train: .* cannot be read \(Permission denied\)"):
+    with refuses("unreadable", "data.train"):
         open_source(str(tmp_path))
 
 
@@ -214,13 +215,13 @@ def test_many_files_of_one_unknown_extension_are_judged_by_a_sample(tmp_path, mo
     assert listed(tmp_path)[1] == {formats.NAMELESS: 50}
 
 
-def test_too_much_left_out_is_refused_in_one_sentence(tmp_path):
+def test_a_share_of_excluded_files_above_the_limit_is_refused(tmp_path):
     put(tmp_path, *(f"{number}.jpg" for number in range(18)), "notes.txt", "a.svg")
     root = str(tmp_path)
-    with pytest.raises(UserError, match=r"of 19 images .* 1 \.svg \(.*\) would be left out.*") as refused:
+    with refuses("too-many-excluded", "data.train") as error:
         open_source(root, max_bad_fraction=0.001)
-    assert "data.max_bad_fraction=0.06" in str(refused.value)
-    assert len(str(refused.value)) <= 300
+    assert "data.max_bad_fraction=0.06" in str(error.value)
+    assert len(str(error.value)) <= 300
     source = open_source(root, max_bad_fraction=0.06)
     assert source.exclusion_texts() == [f"1 .svg (convert them to .png), 1 .txt under {root}"]
     for number in range(99):
@@ -235,22 +236,23 @@ def test_empty_files_are_counted_before_they_are_met_and_keep_their_places(tmp_p
         Image.fromarray(pixels).save(root / f"{name}.jpg")
     source = open_source(str(root))
     assert source.excluded == {"empty files": 1}
-    with pytest.raises(UserError, match=r"1 empty file would be left out.*data.max_bad_fraction=0.3$"):
+    with refuses("too-many-excluded") as error:
         open_source(str(root), max_bad_fraction=0.2)
-    # A scan that has found it has told of it: it counts no more.
+    assert str(error.value).endswith("data.max_bad_fraction=0.3")
+    # What a scan has found does not count.
     scan(source, tmp_path / "found.tsv", workers=0)
     source = open_source(str(root), scanned=str(tmp_path / "found.tsv"), max_bad_fraction=0)
     assert (source.excluded, "1 empty" in source.excluded_by_scan) == ({}, True)
 
 
-def test_the_sentence_names_what_may_be_missed_first_and_stays_short():
-    left_out = {".txt": 9000, ".json": 5, ".csv": 3, ".xml": 2, ".md": 1, "dead links": 1, ".heic (pip install x)": 2}
-    text = in_words(left_out)
+def test_exclusions_in_words_begin_with_possible_images_and_stay_short():
+    found = {".txt": 9000, ".json": 5, ".csv": 3, ".xml": 2, ".md": 1, "dead links": 1, ".heic (pip install x)": 2}
+    text = in_words(found)
     assert text == "2 .heic (pip install x), 1 dead link, 9,000 .txt, 5 .json, 3 .csv and 3 others"
     assert in_words({}) == ""
 
 
-def test_scan_and_pack_say_what_they_pass_over_and_go_on(tmp_path, capsys, monkeypatch):
+def test_scan_and_pack_name_excluded_files_and_continue(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = tmp_path / "images"
     put(root, "1.jpg", "2.jpg")
@@ -259,5 +261,4 @@ def test_scan_and_pack_say_what_they_pass_over_and_go_on(tmp_path, capsys, monke
     for command in (["pack"], ["scan", "--workers", "0"]):
         out = [] if command[0] == "scan" else [str(tmp_path / "packed")]
         assert main([*command, str(root), *out]) == 0
-        said = capsys.readouterr().out
-        assert f"left out  1 dead link, 1 link onto itself under {root}\n" in said
+        assert f"1 dead link, 1 link onto itself under {root}\n" in capsys.readouterr().out
