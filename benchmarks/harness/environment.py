@@ -1,5 +1,6 @@
-"""What a number was measured on: hardware, versions, and the commit of the checkout."""
+"""Facts about a measurement: hardware, versions, and the commit of the checkout."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -10,6 +11,7 @@ import torch
 
 from benchmarks.harness.checkout import CHECKOUT, checkout_state
 from fastsiam.runtime.energy import nvml_handle
+from fastsiam.runtime.environment import cpu_info
 
 _ISA = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
 _VERSIONS = {
@@ -24,13 +26,13 @@ _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
 def environment(device: torch.device) -> dict:
-    """What a result line says of its machine; absent packages, and of a GPU what NVML does not tell, are None.
+    """Returns the machine of a result line; absent packages and what NVML does not report are None.
 
     Keys: gpu, driver, power_limit_watts; cpu, isa (the extensions that matter here), cores, threads,
     omp_wait_policy, gomp_spincount; python, cuda (that torch was built for), torch, triton, numba, torchvision, dali,
     lightly; commit and dirty, as `checkout_state` has them.
     """
-    cpu, flags = _cpu()
+    cpu, flags = cpu_info()
     return {
         **_gpu(device),
         "cpu": cpu,
@@ -47,7 +49,7 @@ def environment(device: torch.device) -> dict:
 
 
 def clocks(device: torch.device) -> dict:
-    """sm_clock_mhz and memory_clock_mhz at this moment; None on a CPU."""
+    """Returns sm_clock_mhz and memory_clock_mhz at this moment; None on a CPU."""
     nvml, handle = _nvml(device)
     if nvml is None:
         return {"sm_clock_mhz": None, "memory_clock_mhz": None}
@@ -59,7 +61,7 @@ def clocks(device: torch.device) -> dict:
 
 @functools.cache
 def last_level_cache_bytes(device: torch.device) -> int:
-    """Bytes of the cache in front of memory: L2 of a GPU, the largest cache of a CPU (32 MiB where not known)."""
+    """Returns bytes of the cache before memory: L2 of a GPU, the largest cache of a CPU (32 MiB where unknown)."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [path.read_text().strip() for path in _CACHES.glob("index*/size")]
@@ -77,9 +79,9 @@ def _gpu(device: torch.device) -> dict:
 
 
 def _ask(nvml, question, *arguments):
-    """NVML's answer; None where this card, or a virtual one, does not tell, and for an instance of a card.
+    """Returns NVML's answer; None where this card, a virtual one or an instance of a card has none.
 
-    Raises where the GPU is lost: what is measured then is nothing.
+    Raises where the GPU is lost, because nothing is measured then.
     """
     try:
         return None if None in arguments else question(*arguments)
@@ -91,9 +93,9 @@ def _ask(nvml, question, *arguments):
 
 @functools.cache
 def _nvml(device: torch.device):
-    """The module pynvml, initialised, and its handle of the device; None for what is not to be had.
+    """Returns the module pynvml, initialised, and its handle of the device; None for what is missing.
 
-    A container may have CUDA and not NVML's library.
+    A container may have CUDA without NVML's library.
     """
     if device.type != "cuda":
         return None, None
@@ -105,26 +107,14 @@ def _nvml(device: torch.device):
         return None, None
     except pynvml.NVMLError:
         return None, None
-    try:
+    with contextlib.suppress(pynvml.NVMLError):
         return pynvml, nvml_handle(pynvml, device)
-    except pynvml.NVMLError:
-        return pynvml, None
-
-
-def _cpu() -> tuple[str, set[str]]:
-    """Model name and instruction set flags, from Linux's /proc/cpuinfo."""
-    fields = {}
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    return fields.get("model name", platform.machine()), set(fields.get("flags", fields.get("Features", "")).split())
+    return pynvml, None
 
 
 def _version(packages: tuple[str, ...]) -> str | None:
-    """Of the first of these that is installed."""
+    """Returns the version of the first of these packages that is installed."""
     for package in packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return None

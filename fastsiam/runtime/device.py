@@ -7,7 +7,7 @@ import torch
 from fastsiam.config.published import TABLE_2
 from fastsiam.errors import UserError
 from fastsiam.runtime.compile import eager_reason
-from fastsiam.runtime.environment import cpu_flags
+from fastsiam.runtime.environment import cpu_info
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -88,5 +88,5 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 
 def _cpu_multiplies_bf16() -> bool:
-    capabilities = torch.backends.cpu.get_cpu_capability(), cpu_flags()
+    capabilities = torch.backends.cpu.get_cpu_capability(), cpu_info()[1]
     return capabilities[0].startswith("AVX512") and bool({"avx512_bf16", "amx_bf16"} & capabilities[1])

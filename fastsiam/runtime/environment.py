@@ -1,5 +1,6 @@
 """Versions and hardware of this machine."""
 
+import contextlib
 import os
 import platform
 
@@ -30,14 +31,17 @@ def environment() -> dict:
     return found
 
 
-def cpu_flags() -> set[str]:
-    """Instruction sets of the first CPU, as Linux names them; empty where they are not known."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = [line for line in file if line.startswith("flags")]
-    except OSError:
-        return set()
-    return set(lines[0].split()) if lines else set()
+def cpu_info() -> tuple[str, set[str]]:
+    """Returns model name and instruction sets of the first CPU, as Linux names them.
+
+    Where /proc/cpuinfo does not name them, the model is the architecture and the set is empty.
+    """
+    fields = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    return fields.get("model name", platform.machine()), set(fields.get("flags", fields.get("Features", "")).split())
 
 
 def driver_version() -> str | None:

@@ -178,10 +178,9 @@ def fails_on_the_second(world, device):
     world.barrier()
 
 
-def test_processes_end_together(capfd):
-    with pytest.raises(RuntimeError, match="rank [01] has ended with code 1"):
+def test_a_process_that_fails_ends_the_others():
+    with pytest.raises(torch.multiprocessing.ProcessException):
         in_ranks(2, "cpu", fails_on_the_second)
-    assert "IndexError: nothing there" in capfd.readouterr().err
 
 
 def wait_for_ever(world, device, folder):
@@ -201,6 +200,7 @@ in_ranks(2, "cpu", wait_for_ever, pathlib.Path(sys.argv[1]))
 """
 
 
+@pytest.mark.slow
 def test_ranks_of_a_killed_benchmark_end(tmp_path):
     parent = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=REPOSITORY)
     wait_until(lambda: {path.name for path in tmp_path.iterdir() if path.read_text() == "locked"} == {"0", "1"})
