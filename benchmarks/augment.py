@@ -1,8 +1,7 @@
-"""The augmenter alone: the fused kernel (numba on a CPU, Triton on CUDA) beside plain torch and torch.compile.
+"""Augmenter alone: the fused kernel (numba on a CPU, Triton on CUDA) beside plain torch and torch.compile.
 
-What is timed is the public function: on a CPU with its preparation of the draws, on CUDA the device's part.
-torch.compile gets the same mathematics without indices that depend on the draws: every operation on all views, then
-a choice.
+The public function is timed: on a CPU with its preparation of the draws, on CUDA the device's part. torch.compile gets
+the same mathematics without indices that depend on the draws: every operation on all views, then a choice.
 """
 
 import functools
@@ -16,24 +15,19 @@ import torch
 
 from benchmarks.harness.cli import command
 from benchmarks.harness.results import Results
-from benchmarks.harness.time_kernel import time_kernel
-from benchmarks.harness.timing import copy_bandwidth
+from benchmarks.harness.time_kernel import DTYPES, FUSED, image_sets, on_sets, time_cases, time_kernel
 from fastsiam.config.views import ViewSpec
 from fastsiam.data.augment import host_draws
 from fastsiam.data.rng import augment_draws
 from fastsiam.kernels import augment_views, reference
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-FUSED = {"cpu": "numba", "cuda": "triton"}
-_CALLS = {"cuda": 3, "cpu": 1}
-_REPEATS = {"cuda": 50, "cpu": 15}
-# Views may differ where rounding moves a value over a threshold, by bf16's steps; their mean may not.
+# Single values may differ by steps of bf16, where rounding crosses a threshold; the mean of all may not.
 _MEAN_TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: so many views of a size, the share of them that is blurred, colour mode and output dtype."""
+    """Problem: number and size of views, the share of them that is blurred, colour mode and output dtype."""
 
     views: int
     size: int
@@ -60,7 +54,7 @@ CASES = {
 
 
 def dense_views(crops, flip, sigma, order, factors, grayscale, solarize, *, spec: ViewSpec, dtype: torch.dtype):
-    """`augment_views` with the draws on the device of the crops, for torch.compile."""
+    """Computes `augment_views` with the draws on the device of the crops, for torch.compile."""
 
     def choose(chosen, changed, x):
         return torch.where(chosen.view(-1, 1, 1, 1), changed, x)
@@ -83,7 +77,7 @@ def dense_views(crops, flip, sigma, order, factors, grayscale, solarize, *, spec
 
 
 def variants(case: Case, device: torch.device, drawn: dict) -> dict[str, Callable]:
-    """Functions of the crops by name."""
+    """Returns functions of the crops by name."""
     spec, dtype = case.spec, DTYPES[case.dtype]
     options = {"color": spec.color, "blur_kind": spec.blur_kind, "mean": spec.mean, "std": spec.std, "dtype": dtype}
     torch.compiler.reset()
@@ -99,44 +93,36 @@ def variants(case: Case, device: torch.device, drawn: dict) -> dict[str, Callabl
 
 
 def bytes_moved(case: Case) -> int:
-    """The least there is to move: each crop read once, each view written once. Contrast needs a second read."""
+    """Returns the least to move: each crop read once, each view written once. Contrast needs a second read."""
     return case.views * case.size**2 * 3 * (1 + DTYPES[case.dtype].itemsize)
 
 
 def measure(results: Results, case: Case, device: torch.device, seconds: float, bandwidth: float) -> None:
-    """Time every variant of one case in turns and write their lines."""
+    """Times every variant of one case in turns and writes their lines."""
     drawn = host_draws(augment_draws(case.spec, 0, 0, np.arange(case.views), 0))
-    shape = (case.views, case.size, case.size, 3)
-    count = max(2, 200_000_000 // (case.views * case.size**2 * 3)) if device.type == "cuda" else 2
-    generator = torch.Generator().manual_seed(0)
-    sets = [torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device) for _ in range(count)]
+    sets = image_sets((case.views, case.size, case.size, 3), device)
     functions = variants(case, device, drawn)
     expected = functions["eager"](sets[0]).float()
     for name, function in functions.items():
         off = (function(sets[0]).float() - expected).abs().mean().item()
         if not off <= _MEAN_TOLERANCE:
             raise RuntimeError(f"augment: {name} at {case} is off by {off:.2g} on average from eager")
-    bound = {name: lambda i, f=f: f(sets[i % len(sets)]) for name, f in functions.items()}
     time_kernel(
         results,
         "augment",
         vars(case),
-        bound,
+        {name: on_sets(function, sets) for name, function in functions.items()},
         device,
         bytes_moved=bytes_moved(case),
         bandwidth=bandwidth,
         seconds=seconds,
-        repeats=_REPEATS[device.type],
-        calls=_CALLS[device.type],
         each=("view", case.views),
     )
 
 
 def run(results: Results, *, device: torch.device, minutes: float) -> None:
-    """Every case of the device; about `minutes` long, compilation included."""
-    bandwidth = copy_bandwidth(device)
-    for case in CASES[device.type]:
-        measure(results, case, device, minutes * 60 / len(CASES[device.type]), bandwidth)
+    """Measures every case of the device for about `minutes`, compilation included."""
+    time_cases(measure, results, CASES[device.type], device, minutes)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Crops out of a resident store: the kernel (numba on a CPU, Triton on CUDA) beside plain torch and torch.compile.
+"""Crops from a resident store: the kernel (numba on a CPU, Triton on CUDA) beside plain torch and torch.compile.
 
-Plain torch gathers the images and multiplies them by dense matrices of weights, all of fp32. What is timed is the
-public function: on a CPU with its checks of the boxes, on CUDA the device's part.
+Plain torch gathers the images and multiplies them by dense matrices of weights, all of fp32. The public function is
+timed: on a CPU with its checks of the boxes, on CUDA the device's part.
 """
 
 import functools
@@ -14,28 +14,24 @@ import torch
 
 from benchmarks.harness.cli import command
 from benchmarks.harness.results import Results
-from benchmarks.harness.time_kernel import time_kernel
-from benchmarks.harness.timing import copy_bandwidth
+from benchmarks.harness.time_kernel import FUSED, image_sets, on_sets, time_cases, time_kernel
 from fastsiam.config.views import ViewSpec
 from fastsiam.data.backends.resident import boxes_in_store
 from fastsiam.data.rng import crop_boxes
 from fastsiam.kernels import crop_resize
 from fastsiam.kernels.reference import crop_resize_ref
 
-FUSED = {"cpu": "numba", "cuda": "triton"}
-_CALLS = {"cuda": 3, "cpu": 1}
-_REPEATS = {"cuda": 50, "cpu": 15}
 # Two crops of an image, as a step takes them.
 _VIEWS = 2
-# Of a photograph of ImageNet's most frequent shape, for which the boxes are drawn.
+# ImageNet's most frequent shape, for which the boxes are drawn.
 _HEIGHT, _WIDTH = 375, 500
-# Crops may differ where rounding goes the other way, by one level; not in more than this share of their pixels.
+# Largest share of pixels that may differ by one level, through rounding.
 _OFF_BY_ONE = 0.01
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: so many crops to a size, out of half as many images stored at another."""
+    """Problem: number of crops, from half as many images, their stored size and the size of a crop."""
 
     crops: int
     stored: int
@@ -49,7 +45,7 @@ CASES = {
 
 
 def draw_boxes(case: Case) -> torch.Tensor:
-    """fp32 [crops, 4] in pixels of the store: random resized crops of the paper's range of areas."""
+    """Returns random resized crops of the paper's range of areas, fp32 [crops, 4] in pixels of the store."""
     images = case.crops // _VIEWS
     sizes = np.tile(np.array([_HEIGHT, _WIDTH], np.int32), (images, 1))
     spec = ViewSpec(size=case.size, color="matrix")
@@ -58,7 +54,7 @@ def draw_boxes(case: Case) -> torch.Tensor:
 
 
 def variants(device: torch.device, size: int, boxes: torch.Tensor, indices: torch.Tensor) -> dict[str, Callable]:
-    """Functions of the images by name; torch.compile gets boxes and indices on the device."""
+    """Returns functions of the images by name; torch.compile gets boxes and indices on the device."""
     torch.compiler.reset()
     compiled = torch.compile(functools.partial(crop_resize_ref, size=size), fullgraph=True)
     there = {"boxes": boxes.to(device), "indices": indices.to(device)}
@@ -70,12 +66,12 @@ def variants(device: torch.device, size: int, boxes: torch.Tensor, indices: torc
 
 
 def bytes_moved(case: Case, boxes: torch.Tensor) -> int:
-    """The least there is to move: the pixels of each box read once, each crop written once."""
+    """Returns the least to move: the pixels of each box read once, each crop written once."""
     return 3 * (int(boxes[:, 2:].prod(1).sum()) + case.crops * case.size**2)
 
 
 def check(name: str, case: Case, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise `RuntimeError` where crops differ by more than rounding."""
+    """Raises `RuntimeError` where crops differ by more than rounding."""
     off = (found.int() - expected.int()).abs()
     if off.max() > 1 or off.float().mean() > _OFF_BY_ONE:
         raise RuntimeError(
@@ -85,38 +81,30 @@ def check(name: str, case: Case, found: torch.Tensor, expected: torch.Tensor) ->
 
 
 def measure(results: Results, case: Case, device: torch.device, seconds: float, bandwidth: float) -> None:
-    """Time every variant of one case in turns and write their lines."""
+    """Times every variant of one case in turns and writes their lines."""
     boxes, indices = draw_boxes(case), torch.arange(case.crops // _VIEWS).repeat(_VIEWS)
-    shape = (case.crops // _VIEWS, case.stored, case.stored, 3)
-    count = max(2, 200_000_000 // int(np.prod(shape))) if device.type == "cuda" else 2
-    generator = torch.Generator().manual_seed(0)
-    sets = [torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device) for _ in range(count)]
+    sets = image_sets((case.crops // _VIEWS, case.stored, case.stored, 3), device)
     functions = variants(device, case.size, boxes, indices)
     expected = functions["eager"](sets[0])
     for name, function in functions.items():
         check(name, case, function(sets[0]), expected)
-    bound = {name: lambda i, f=f: f(sets[i % len(sets)]) for name, f in functions.items()}
     time_kernel(
         results,
         "crop",
         vars(case),
-        bound,
+        {name: on_sets(function, sets) for name, function in functions.items()},
         device,
         bytes_moved=bytes_moved(case, boxes),
         bandwidth=bandwidth,
         seconds=seconds,
-        repeats=_REPEATS[device.type],
-        calls=_CALLS[device.type],
         each=("crop", case.crops),
     )
 
 
 def run(results: Results, *, device: torch.device, minutes: float) -> None:
-    """Every case of the device; about `minutes` long, compilation included."""
-    bandwidth = copy_bandwidth(device)
-    for case in CASES[device.type]:
-        measure(results, case, device, minutes * 60 / len(CASES[device.type]), bandwidth)
+    """Measures every case of the device for about `minutes`, compilation included."""
+    time_cases(measure, results, CASES[device.type], device, minutes)
 
 
 if __name__ == "__main__":
-    sys.exit(command(run, "crop", "Time crops out of a store.", minutes=1.0))
+    sys.exit(command(run, "crop", "Time crops from a store.", minutes=1.0))

@@ -1,7 +1,7 @@
-"""SimSiam's loss alone: the fused kernel beside plain torch, the authors' way and torch.compile.
+"""SimSiam's loss alone: the fused kernel beside plain torch, the authors' code and torch.compile.
 
 On a CPU `fastsiam.kernels.negative_cosine` is the plain torch reference, so the row `fused` exists on a GPU only. GPU
-times are the device's: what the host needs to enqueue many launches is not in them, the launches are counted instead.
+times are the device's: they exclude the host's time to enqueue many launches, which are counted instead.
 """
 
 import functools
@@ -17,26 +17,24 @@ from torch._functorch import config as functorch_config
 from benchmarks.harness.cli import command
 from benchmarks.harness.environment import last_level_cache_bytes
 from benchmarks.harness.results import Results
-from benchmarks.harness.time_kernel import time_kernel
-from benchmarks.harness.timing import copy_bandwidth
+from benchmarks.harness.time_kernel import DTYPES, INPUT_BYTES, time_cases, time_kernel
 from fastsiam.kernels import negative_cosine
 from fastsiam.kernels.reference import negative_cosine_ref
 
 MODES = ("forward", "backward", "both")
 BATCHES = {"cuda": (4096, 512), "cpu": (512,)}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DIM = 2048
 
 # Several calls a sample on a GPU, where one takes tens of microseconds and an event resolves half of one.
 _CALLS = {"cuda": 5, "cpu": 1}
 _REPEATS = {"cuda": 100, "cpu": 30}
-# A value this far from float64 is another function, not rounding: bf16 resolves 0.004.
+# Largest relative difference from float64 that rounding explains: bf16 resolves 0.004.
 _TOLERANCE = {"bf16": 2e-2, "fp32": 1e-5}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: N rows of DIM in a dtype, and which part of the work is timed."""
+    """Problem: N rows of DIM values in a dtype, and the part of the work that is timed."""
 
     batch: int
     dtype: str
@@ -48,13 +46,13 @@ class Case:
 
 
 def authors_loss(p1, p2, z1, z2):
-    """Eq. 2 with torch's module in the inputs' own dtype, as training scripts write it."""
+    """Computes eq. 2 of the paper with torch's module in the inputs' own dtype, as training scripts do."""
     similarity = nn.CosineSimilarity(dim=1)
     return -(similarity(p1, z2.detach()).mean() + similarity(p2, z1.detach()).mean()) * 0.5
 
 
 def variants(device: torch.device) -> dict[str, Callable]:
-    """Functions of (p1, p2, z1, z2) by name; `compile` is compiled anew for every case."""
+    """Returns functions of (p1, p2, z1, z2) by name; `compile` is compiled anew for every case."""
     # The backward is timed over a kept graph, which donated buffers forbid; all modes time the same code.
     functorch_config.donated_buffer = False
     torch.compiler.reset()
@@ -64,7 +62,7 @@ def variants(device: torch.device) -> dict[str, Callable]:
 
 
 def bytes_moved(case: Case) -> int:
-    """The least that any implementation moves through memory: each input read once, each output written once.
+    """Returns the least that any implementation moves through memory: inputs read once, outputs written once.
 
     The forward reads p1, p2, z1, z2: 4 N d elements. The backward reads the same four again and writes the gradients
     of p1 and p2: 6 N d. Rows' norms and dot products (N scalars each) and the loss are left out: below 0.1 %. `both`
@@ -75,7 +73,7 @@ def bytes_moved(case: Case) -> int:
 
 
 def input_sets(case: Case, device: torch.device, target_bytes: int) -> list[tuple[torch.Tensor, ...]]:
-    """At least 3 sets (p1, p2, z1, z2) of different numbers, more than `target_bytes` together.
+    """Returns at least 3 sets (p1, p2, z1, z2) of different numbers, more than `target_bytes` together.
 
     p1 and p2 require a gradient; they and z share a part, so that cosines are those of training and not near zero.
     """
@@ -92,7 +90,7 @@ def input_sets(case: Case, device: torch.device, target_bytes: int) -> list[tupl
 
 
 def bind(loss: Callable, mode: str, sets: list) -> Callable[[int], object]:
-    """The function of a call index that `interleave` times."""
+    """Returns the function of a call's number that is timed."""
     if mode == "forward":
         return lambda i: loss(*sets[i % len(sets)])
     if mode == "both":
@@ -102,7 +100,7 @@ def bind(loss: Callable, mode: str, sets: list) -> Callable[[int], object]:
 
 
 def check(name: str, loss: Callable, case: Case, inputs: tuple[torch.Tensor, ...]) -> None:
-    """Raise `RuntimeError` where value or gradients differ from float64's by more than rounding."""
+    """Raises `RuntimeError` where value or gradients differ from float64's by more than rounding."""
     wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     exact = negative_cosine_ref(*wide)
     value = loss(*inputs)
@@ -114,9 +112,8 @@ def check(name: str, loss: Callable, case: Case, inputs: tuple[torch.Tensor, ...
 
 
 def measure(results: Results, case: Case, device: torch.device, seconds: float, bandwidth: float) -> None:
-    """Time every variant of one case in turns and write their lines."""
-    # 200 MB are over three times an H200's L2 of 60 MB.
-    target = max(200_000_000, 3 * last_level_cache_bytes(device)) if device.type == "cuda" else 1
+    """Times every variant of one case in turns and writes their lines."""
+    target = max(INPUT_BYTES, 3 * last_level_cache_bytes(device)) if device.type == "cuda" else 1
     sets = input_sets(case, device, target)
     bound = {}
     for name, loss in variants(device).items():
@@ -138,11 +135,9 @@ def measure(results: Results, case: Case, device: torch.device, seconds: float, 
 
 
 def run(results: Results, *, device: torch.device, minutes: float) -> None:
-    """Every batch, dtype and mode; about `minutes` long, compilation included."""
+    """Measures every batch, dtype and mode for about `minutes`, compilation included."""
     cases = [Case(n, dtype, mode) for n in BATCHES[device.type] for dtype in DTYPES for mode in MODES]
-    bandwidth = copy_bandwidth(device)
-    for case in cases:
-        measure(results, case, device, minutes * 60 / len(cases), bandwidth)
+    time_cases(measure, results, cases, device, minutes)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ def shrink(name: str) -> None:
     module = import_module(f"benchmarks.{name}")
     small = {
         "loss": lambda: {"BATCHES": {"cpu": (8,)}, "_REPEATS": {"cpu": 3}},
-        "augment": lambda: {"CASES": {"cpu": module.CASES["cpu"][-1:]}, "_REPEATS": {"cpu": 3}},
-        "crop": lambda: {"CASES": {"cpu": [module.Case(8, 32, 32)]}, "_REPEATS": {"cpu": 3}},
+        "augment": lambda: {"CASES": {"cpu": module.CASES["cpu"][-1:]}},
+        "crop": lambda: {"CASES": {"cpu": [module.Case(8, 32, 32)]}},
         "end_to_end": lambda: {"CONFIG": "r18_cifar10_800ep", "BATCH": {"cpu": 4}, "STEPS": {"cpu": 3}, "REPEATS": 3},
         "loader": lambda: {
             "IMAGES_PER_WORKER": 8, "BATCH": {"cpu": 4}, "SIZE": 32, "SMALL_SIZE": 16, "REPEATS": 3,

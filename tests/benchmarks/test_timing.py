@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import loss
 from benchmarks.harness import environment as environment_module
 from benchmarks.harness import timing
 from benchmarks.harness.environment import environment
@@ -227,54 +226,6 @@ def test_cache_size_is_the_largest_level(tmp_path, monkeypatch):
     assert environment_module.last_level_cache_bytes.__wrapped__(CPU) == 33 * 1024 * 1024
 
 
-def test_bytes_of_the_loss():
-    """By hand, N = 3 rows of 2,048: bf16 4 reads; fp32 4 reads and 2 writes; bf16 both of them."""
-    assert loss.bytes_moved(loss.Case(3, "bf16", "forward")) == 4 * 3 * 2048 * 2
-    assert loss.bytes_moved(loss.Case(3, "fp32", "backward")) == 6 * 3 * 2048 * 4
-    assert loss.bytes_moved(loss.Case(3, "bf16", "both")) == 10 * 3 * 2048 * 2
-
-
-@pytest.mark.parametrize("mode", loss.MODES)
-def test_loss_lines(tmp_path, monkeypatch, small_cache, mode):
-    """One case without torch.compile, and the numbers that follow from its median."""
-    plain = {"eager": loss.negative_cosine_ref, "authors": loss.authors_loss}
-    monkeypatch.setattr(loss, "variants", lambda device: plain)
-    monkeypatch.setattr(loss, "_REPEATS", {"cpu": 3})
-    case = loss.Case(8, "fp32", mode)
-    loss.measure(Results(tmp_path, CPU), case, CPU, 5.0, bandwidth=2e9)
-    lines = [json.loads(text) for text in (tmp_path / "loss.jsonl").read_text().splitlines()]
-    assert [line["variant"] for line in lines] == ["eager", "authors"]
-    for line in lines:
-        rate = loss.bytes_moved(case) / line["median_seconds"]
-        assert line["params"] == {"batch": 8, "dim": 2048, "dtype": "fp32", "mode": mode}
-        assert line["gigabytes_per_second"] == pytest.approx(rate / 1e9)
-        assert line["share_of_copy_bandwidth"] == pytest.approx(rate / 2e9)
-        assert line["peak_memory_bytes"] is line["launches"] is None
-
-
-def test_modes_of_the_loss_compute_what_they_are_called():
-    sets = loss.input_sets(loss.Case(4, "fp32", "both"), CPU, 1)
-    p1, p2, z1, z2 = sets[1]
-    value = loss.negative_cosine_ref(p1, p2, z1, z2)
-    expected = torch.autograd.grad(value, (p1, p2))
-    assert len(sets) == 3
-    torch.testing.assert_close(loss.bind(loss.authors_loss, "forward", sets)(4), value)
-    for mode in ("backward", "both"):
-        function = loss.bind(loss.authors_loss, mode, sets)
-        for i in (1, 4):
-            torch.testing.assert_close(function(i), expected)
-
-
-def test_a_loss_that_is_wrong_is_not_timed():
-    case = loss.Case(4, "fp32", "forward")
-    inputs = loss.input_sets(case, CPU, 1)[0]
-    loss.check("authors", loss.authors_loss, case, inputs)
-    with pytest.raises(RuntimeError, match="loss: half at .* the value is off by 0.5"):
-        loss.check("half", lambda *x: loss.authors_loss(*x) / 2, case, inputs)
-    with pytest.raises(RuntimeError, match="gradient of p2 is off"):
-        loss.check("p1 only", lambda p1, p2, z1, z2: loss.authors_loss(p1, 2 * p2 - p2.detach(), z1, z2), case, inputs)
-
-
 @pytest.mark.gpu
 def test_counts_on_a_gpu():
     device = torch.device("cuda", 0)
@@ -290,14 +241,3 @@ def test_counts_on_a_gpu():
     taken = interleave({"add": lambda i: x.add_(1)}, device=device, repeats=5, calls=3)
     assert x[0].item() == 3 + 5 * 3
     assert min(taken["add"].seconds) > 0
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", loss.MODES)
-def test_loss_lines_of_a_gpu(tmp_path, mode):
-    device = torch.device("cuda", 0)
-    loss.measure(Results(tmp_path, device), loss.Case(512, "bf16", mode), device, 5.0, copy_bandwidth(device))
-    lines = [json.loads(text) for text in (tmp_path / "loss.jsonl").read_text().splitlines()]
-    assert [line["variant"] for line in lines] == ["fused", "eager", "authors", "compile"]
-    assert all(line["launches"] >= 1 for line in lines)
-    assert lines[0]["launches"] < lines[1]["launches"]

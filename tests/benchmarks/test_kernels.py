@@ -1,0 +1,154 @@
+"""Benchmarks of single kernels: their bytes, their lines, and their refusal to time a wrong implementation."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import crop, loss
+from benchmarks.harness import timing
+from benchmarks.harness.results import Results
+from fastsiam.kernels import crop_resize
+from fastsiam.kernels.reference import crop_resize_ref
+
+CPU = torch.device("cpu")
+LOSS_ROWS = ["fused", "eager", "authors", "compile"]
+CROP = crop.Case(crops=6, stored=20, size=12)
+
+
+def lines(folder):
+    (path,) = folder.glob("*.jsonl")
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def check_numbers(line, bytes_moved):
+    """Compare the numbers of a line with its median, for a copy bandwidth of 2e9 bytes/s."""
+    rate = bytes_moved / line["median_seconds"]
+    assert line["gigabytes_per_second"] == pytest.approx(rate / 1e9)
+    assert line["share_of_copy_bandwidth"] == pytest.approx(rate / 2e9)
+    assert line["peak_memory_bytes"] is line["launches"] is None
+
+
+@pytest.fixture(autouse=True)
+def small_cache(monkeypatch):
+    monkeypatch.setattr(timing, "last_level_cache_bytes", lambda device: 1024)
+
+
+def test_boxes_lie_in_the_store_and_cover_the_papers_range_of_areas():
+    boxes = crop.draw_boxes(crop.Case(1000, 160, 160))
+    assert boxes.shape == (1000, 4)
+    assert boxes.min() >= 0
+    assert (boxes[:, :2] + boxes[:, 2:]).max() <= 160 + 1e-4
+    areas = boxes[:, 2:].prod(1) / 160**2
+    assert 0.19 < areas.min() < 0.22
+    assert 0.95 < areas.max() <= 1
+    # 0.6 would be the mean if boxes of large area and wrong shape fitted into the image.
+    assert 0.4 < areas.mean() < 0.6
+
+
+def test_bytes_moved():
+    """Crops: boxes read, crops written. Loss of 3 rows of 2,048: 4 reads, then 4 reads and 2 writes."""
+    boxes = torch.tensor([[0.0, 0, 20, 20], [5, 5, 10, 2.5]])
+    assert crop.bytes_moved(crop.Case(2, 20, 12), boxes) == 3 * (400 + 25 + 2 * 144)
+    assert loss.bytes_moved(loss.Case(3, "bf16", "forward")) == 4 * 3 * 2048 * 2
+    assert loss.bytes_moved(loss.Case(3, "fp32", "backward")) == 6 * 3 * 2048 * 4
+    assert loss.bytes_moved(loss.Case(3, "bf16", "both")) == 10 * 3 * 2048 * 2
+
+
+def test_crop_lines(tmp_path, monkeypatch):
+    def plain(device, size, boxes, indices):
+        assert indices.tolist() == [0, 1, 2, 0, 1, 2]
+        return {
+            "numba": lambda images: crop_resize(images, boxes, size, indices),
+            "eager": lambda images: crop_resize_ref(images, boxes, size, indices),
+        }
+
+    monkeypatch.setattr(crop, "variants", plain)
+    crop.measure(Results(tmp_path, CPU), CROP, CPU, 0.0, bandwidth=2e9)
+    assert [line["variant"] for line in lines(tmp_path)] == ["numba", "eager"]
+    for line in lines(tmp_path):
+        assert line["params"] == {"crops": 6, "stored": 20, "size": 12}
+        assert line["ms_per_crop"] == pytest.approx(line["median_seconds"] * 1000 / 6)
+        check_numbers(line, crop.bytes_moved(CROP, crop.draw_boxes(CROP)))
+
+
+@pytest.mark.parametrize("mode", loss.MODES)
+def test_loss_lines(tmp_path, monkeypatch, mode):
+    plain = {"eager": loss.negative_cosine_ref, "authors": loss.authors_loss}
+    monkeypatch.setattr(loss, "variants", lambda device: plain)
+    case = loss.Case(8, "fp32", mode)
+    loss.measure(Results(tmp_path, CPU), case, CPU, 0.0, bandwidth=2e9)
+    assert [line["variant"] for line in lines(tmp_path)] == ["eager", "authors"]
+    for line in lines(tmp_path):
+        assert line["params"] == {"batch": 8, "dim": 2048, "dtype": "fp32", "mode": mode}
+        check_numbers(line, loss.bytes_moved(case))
+
+
+def test_crops_are_those_of_the_kernel_and_the_reference(monkeypatch):
+    monkeypatch.setattr(crop.torch, "compile", lambda function, fullgraph: function)
+    boxes, indices = crop.draw_boxes(CROP), torch.tensor([0, 1, 2] * 2)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 20, 20, 3), np.uint8))
+    functions = crop.variants(CPU, CROP.size, boxes, indices)
+    assert list(functions) == ["numba", "eager", "compile"]
+    expected = crop_resize_ref(images, boxes, CROP.size, indices)
+    for name, function in functions.items():
+        crop.check(name, CROP, function(images), expected)
+
+
+def test_modes_of_the_loss_compute_what_they_are_called():
+    sets = loss.input_sets(loss.Case(4, "fp32", "both"), CPU, 1)
+    p1, p2, z1, z2 = sets[1]
+    value = loss.negative_cosine_ref(p1, p2, z1, z2)
+    expected = torch.autograd.grad(value, (p1, p2))
+    assert len(sets) == 3
+    torch.testing.assert_close(loss.bind(loss.authors_loss, "forward", sets)(4), value)
+    for mode in ("backward", "both"):
+        function = loss.bind(loss.authors_loss, mode, sets)
+        for i in (1, 4):
+            torch.testing.assert_close(function(i), expected)
+
+
+def half(*inputs):
+    return loss.authors_loss(*inputs) / 2
+
+
+def double_gradient_of_p2(p1, p2, z1, z2):
+    return loss.authors_loss(p1, 2 * p2 - p2.detach(), z1, z2)
+
+
+def test_a_wrong_implementation_is_not_timed():
+    case = loss.Case(4, "fp32", "forward")
+    inputs = loss.input_sets(case, CPU, 1)[0]
+    loss.check("authors", loss.authors_loss, case, inputs)
+    for wrong in (half, double_gradient_of_p2):
+        with pytest.raises(RuntimeError):
+            loss.check("wrong", wrong, case, inputs)
+    expected = torch.full((2, 40, 40, 3), 7, dtype=torch.uint8)
+    rounded = expected.clone()
+    rounded[0, 0, :2] += 1
+    crop.check("rounding", CROP, rounded, expected)
+    spots = rounded.clone()
+    spots[0, 0, 0] += 2
+    for wrong in (expected // 2, spots, expected + 1):
+        with pytest.raises(RuntimeError):
+            crop.check("wrong", CROP, wrong, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("measure", "case", "names"),
+    [
+        (crop.measure, crop.Case(64, 64, 32), ["triton", "eager", "compile"]),
+        *(
+            (loss.measure, loss.Case(512, "bf16", mode), ["fused", "eager", "authors", "compile"])
+            for mode in loss.MODES
+        ),
+    ],
+)
+def test_lines_of_a_gpu(tmp_path, measure, case, names):
+    device = torch.device("cuda", 0)
+    measure(Results(tmp_path, device), case, device, 5.0, timing.copy_bandwidth(device))
+    assert [line["variant"] for line in lines(tmp_path)] == names
+    assert all(line["launches"] >= 1 for line in lines(tmp_path))
+    assert measure is loss.measure or lines(tmp_path)[0]["launches"] == 1
