@@ -1,4 +1,4 @@
-"""How fast the files of a folder are read, past the page cache. The standard library is enough to import it."""
+"""Speed at which a folder's files are read, past the page cache. Imports only the standard library."""
 
 import contextlib
 import os
@@ -12,31 +12,31 @@ from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-# Found before reading begins, so that the sample is not only the first class of a million images.
+# Most files and seconds of listing, so that the sample is not only the first class of a million images.
 _LISTED, _LISTING_SECONDS = 20_000, 3.0
 _BLOCK = 1 << 20
-# What mountinfo calls file systems that another machine serves.
+# Names in mountinfo of file systems that another machine serves.
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "lustre", "beegfs", "gpfs", "ceph", "glusterfs", "afs", "wekafs", "9p")
 
 
 class ReadSpeed(NamedTuple):
     files: int
-    """That were read to their end."""
+    """Number of files read to their end."""
     num_bytes: int
     seconds: float
     threads: int
     mean_image_bytes: float
-    """Of the files read, or of the members of a tar shard."""
+    """Mean size of the files read, or of the members of a tar shard."""
     filesystem: str
-    """As in mountinfo: ext4, nfs4, fuse.sshfs, ..."""
+    """Name in mountinfo: ext4, nfs4, fuse.sshfs, ..."""
     kind: str
     """images | shards | nothing"""
 
 
 def measure(folder: str | Path, threads: int, seconds: float = 2.0) -> ReadSpeed:
-    """Read a random sample of the images (or tar shards) under a folder for up to `seconds`, several at once.
+    """Reads a random sample of the images (or tar shards) under a folder for up to `seconds`, in several threads.
 
-    The kernel is asked to forget each file's pages before (POSIX_FADV_DONTNEED; one that others have mapped stays).
+    Asks the kernel to drop each file's pages before (POSIX_FADV_DONTNEED; pages that others have mapped stay).
     """
     paths, kind = _sample(Path(folder))
     queue, lock = iter(paths), Lock()
@@ -54,7 +54,7 @@ def measure(folder: str | Path, threads: int, seconds: float = 2.0) -> ReadSpeed
 
 
 def filesystem_of(path: str | Path, mountinfo: str | None = None) -> str:
-    """The type of the file system that holds `path`, of proc(5)'s mountinfo; "unknown" where that does not tell."""
+    """Returns the type of the file system of `path`, by proc(5)'s mountinfo; "unknown" where it is not listed."""
     if mountinfo is None:
         mountinfo = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     path, best, found = os.path.realpath(path), "", "unknown"
@@ -70,7 +70,7 @@ def filesystem_of(path: str | Path, mountinfo: str | None = None) -> str:
 
 
 def is_network(filesystem: str) -> bool:
-    """Whether another machine serves it; FUSE's are object stores and the like, but for those of overlays."""
+    """True where another machine serves it. FUSE stands for object stores and the like, except overlays."""
     fuse = filesystem.startswith("fuse.") and filesystem not in ("fuse.fuse-overlayfs", "fuse.lxcfs")
     return filesystem in NETWORK or fuse
 
@@ -82,7 +82,7 @@ def _sample(folder):
 
     found, shards = [], []
     until = time.perf_counter() + _LISTING_SECONDS
-    # Whoever trains on a folder that may not be read is told so; here nothing is read in it.
+    # A folder that may not be read gives an empty sample here; training refuses it.
     with contextlib.suppress(OSError):
         walk = Walk(folder)
         for image in walk:
@@ -100,7 +100,7 @@ def _sample(folder):
 
 
 def _read_until(deadline: float, paths: Iterator[str], lock: Lock) -> tuple[int, int]:
-    """Files read to their end, and bytes."""
+    """Returns the numbers of files read to their end and of bytes."""
     files = num_bytes = 0
     while time.perf_counter() < deadline:
         with lock:
@@ -113,14 +113,14 @@ def _read_until(deadline: float, paths: Iterator[str], lock: Lock) -> tuple[int,
                 while (block := file.read(_BLOCK)) and time.perf_counter() < deadline:
                     num_bytes += len(block)
         except OSError:
-            # A scan of the data names what cannot be read; here it only is not fast.
+            # A scan of the data names files that cannot be read.
             continue
         files += not block
     return files, num_bytes
 
 
 def _mean_member(shard: str) -> float:
-    """Mean size of the first images in a tar file."""
+    """Returns the mean size of the first images in a tar file."""
     from fastsiam.data.sources.formats import is_image
 
     sizes = []

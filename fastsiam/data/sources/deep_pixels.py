@@ -1,4 +1,4 @@
-"""Pixels of more than eight bits, as they are stored: Pillow's RGB images hold but the upper eight of sixteen."""
+"""Pixels of more than eight bits as stored; Pillow's RGB images hold only the upper eight of sixteen."""
 
 import io
 import os
@@ -20,37 +20,37 @@ _OTHER_BYTE = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L
 
 
 class UnsupportedError(ValueError):
-    """Says why a whole file is not a picture to anybody here."""
+    """A whole file that no installed decoder reads as a picture; the message is the reason."""
 
 
 class Picture(NamedTuple):
-    """An opened file; nothing is decoded yet."""
+    """An opened file, not decoded yet."""
 
     file: io.IOBase
     image: Image.Image | None
     """None for a TIFF that Pillow does not know."""
     tags: Tiff | None
-    """None where it is no TIFF."""
+    """None where it is not a TIFF."""
 
 
 class Deep(NamedTuple):
-    """The pixels of one picture."""
+    """Pixels of one picture."""
 
     values: np.ndarray
     """[H, W] or [H, W, 3] of a numeric type; float with NaN where nothing was measured."""
     kind: str
-    """In words, as 16-bit PNG or 32-bit float TIFF."""
+    """Type in words, as 16-bit PNG or 32-bit float TIFF."""
     span: tuple[float, float]
-    """Of the type: what `data.deep_pixels=type` maps to black and white; 0 to 1 for floats."""
+    """Range of the type, which `data.deep_pixels=type` maps to black and white; 0 to 1 for floats."""
     inverted: bool
-    """Whether the lowest value is white."""
+    """True where the lowest value is white."""
     orientation: int = 1
-    """How the values of a TIFF are turned still, 1 to 8."""
+    """EXIF orientation, 1 to 8, by which the values must still be turned."""
 
 
 @contextmanager
 def open_picture(file: Path | str | bytes) -> Iterator[Picture]:
-    """Raises Pillow's `UnidentifiedImageError`, and `UnsupportedError` with the reason why a TIFF is no picture."""
+    """Opens a picture; raises Pillow's `UnidentifiedImageError`, and `UnsupportedError` for a TIFF that is not one."""
     with io.BytesIO(file) if isinstance(file, bytes) else open(os.fspath(file), "rb") as stream:
         tags = _tags(stream)
         if tags is not None and (reason := tiff.refusal(tags)):
@@ -80,13 +80,13 @@ def _tags(stream):
     try:
         return tiff.read_tags(stream)
     except tiff.DAMAGED:
-        # Pillow says what is wrong with it, or opens it all the same.
+        # Pillow raises the error, or opens it all the same.
         stream.seek(0)
         return None
 
 
 def kind_of(picture: Picture) -> str | None:
-    """What `Deep.kind` will be; None for pictures of eight bits and less, which Pillow decodes."""
+    """Returns the later `Deep.kind`; None for pictures of eight bits and less, which Pillow decodes."""
     image, tags = picture.image, picture.tags
     if tags is not None:
         deep = tags.deep and tags.photometric in _COLOURS
@@ -101,7 +101,7 @@ def kind_of(picture: Picture) -> str | None:
 
 
 def read(picture: Picture) -> Deep | None:
-    """The values of a picture that has just been opened; None where Pillow's are right."""
+    """Returns the values of a picture that has just been opened; None where Pillow's are right."""
     kind, (stream, image, tags) = kind_of(picture), picture
     if kind is None and image is not None:
         return None
@@ -143,7 +143,7 @@ def _of_tiff(stream, image, tags):
 
 
 def _of_both_bytes(stream, image):
-    """Pillow unpacks one byte of two, and which one says the mode: it decodes twice."""
+    """Decodes twice: Pillow unpacks one byte of two, and its raw mode selects which."""
     upper = np.asarray(image)[..., :3].astype(np.uint16)
     stream.seek(0)
     with Image.open(stream) as again:

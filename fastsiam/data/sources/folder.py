@@ -46,7 +46,7 @@ class Files(NamedTuple):
     excluded: Mapping[str, int] = {}
     """Numbers of excluded files and folders, by a reason of `fastsiam.data.sources.excluded`."""
     labelling: str = ""
-    """How the labels were read (`by val_annotations.txt`), or why there are none where some could be expected."""
+    """Origin of the labels (`by val_annotations.txt`), or why there are none where some could be expected."""
 
 
 def fingerprint(names: np.ndarray, file_sizes: np.ndarray) -> str:

@@ -1,11 +1,11 @@
-"""Which files the installed decoders read, told by extension, and by the first bytes where that says nothing.
+"""Formats that the installed decoders read, by extension, or by the first bytes where the extension is unknown.
 
-Everything that Pillow decodes by itself into one picture is an image, and what its plugins for HEIC, AVIF and JPEG XL
-add. Left out of what Pillow opens: vector graphics, which other programs draw (EPS, WMF); films, of which it reads the
-header only (MPEG); containers of measurements without a decoder (HDF5, GRIB, BUFR); and formats under an extension
-that means something else to most (point clouds `.pcd`, circuit boards `.gbr`, activities `.fit`). Camera raws and
-slides of microscopes begin as a TIFF does, but what Pillow would find in them is a thumbnail, or too large: they are
-named with what to do. Imports no torch.
+An image is a file that Pillow decodes by itself into one picture, or by its plugins for HEIC, AVIF and JPEG XL. Some
+formats that Pillow opens are excluded: vector graphics, which other programs draw (EPS, WMF); films, of which it reads
+only the header (MPEG); containers of measurements without a decoder (HDF5, GRIB, BUFR); and formats whose extension
+usually means something else (point clouds `.pcd`, circuit boards `.gbr`, activities `.fit`). Camera raws and slides of
+microscopes begin as a TIFF does, but Pillow finds a thumbnail in them, or too many pixels: they are excluded with
+advice. Imports no torch.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ import PIL
 from PIL import Image, features
 
 IMAGE = "image"
-"""What `by_extension` and `by_beginning` say of a file that can be decoded."""
+"""Result of `by_extension` and `by_beginning` for a file that can be decoded."""
 NAMELESS = "files without a usual extension"
-# The first bytes that `by_beginning` wants.
+# Number of first bytes for `by_beginning`.
 BEGINNING = 32
 
 # Module, function that registers it ("" where the import does), and the format that it adds.
@@ -29,14 +29,14 @@ _PLUGINS = (
     ("pillow_jxl", "", "JXL"),
     ("pillow_avif", "", "AVIF"),
 )
-# Of Pillow's formats those that are one picture and decoded in the process itself.
+# Pillow's formats that are one picture and decoded in the process itself.
 _FORMATS = """
 AVIF BLP BMP CUR DCX DDS DIB FITS FLI GIF HEIF ICNS ICO JPEG JPEG2000 JXL MPO PCX PNG PPM PSD QOI SGI SUN TGA TIFF WEBP
 XBM XPM
 """
-# Most files of these names are something else; those of Silicon Graphics are known by their first bytes.
+# Most files of these names are something else; images of Silicon Graphics are detected by their first bytes.
 _AMBIGUOUS = (".bw", ".fit", ".icb", ".rgb", ".rgba", ".vda", ".vst")
-# What Pillow was built with.
+# Features that Pillow may be built without.
 _FEATURES = {"JPEG": "jpg", "PNG": "zlib", "WEBP": "webp", "AVIF": "avif", "JPEG2000": "jpg_2000"}
 _NEWER = "pip install --upgrade pillow"
 _CURES = {
@@ -68,8 +68,8 @@ _BRANDS = {
     b"avif": ("AVIF", ".avif"), b"avis": ("AVIF", ".avif"), b"heic": ("HEIF", ".heic"), b"heix": ("HEIF", ".heic"),
     b"hevc": ("HEIF", ".heic"), b"hevx": ("HEIF", ".heic"), b"heim": ("HEIF", ".heic"), b"heis": ("HEIF", ".heic"),
 }  # fmt: skip
-# Short signatures that texts and other files share are asked for more: a bitmap for its empty fields and the size of
-# its header, a portable pixmap for a number.
+# Texts may begin with short signatures, so more is checked: of a bitmap its empty fields and the size of its header, of
+# a portable pixmap a number.
 _SIGNATURES = tuple(
     (re.compile(pattern, re.DOTALL), kind, extension)
     for pattern, kind, extension in (
@@ -94,13 +94,13 @@ _SIGNATURES = tuple(
 
 @cache
 def register_plugins() -> None:
-    """Make Pillow's plugins known to it, where they are installed; those of its own it finds by itself."""
+    """Registers the installed plugins of Pillow; it finds its own by itself."""
     for module, function, kind in _PLUGINS:
         if (kind == "AVIF" and features.check("avif")) or util.find_spec(module) is None:
             continue
-        # Pillow's own come first: they would take the place of a plugin for the same format.
+        # Pillow's own come first, or they would replace a plugin for the same format.
         Image.init()
-        # A plugin that does not load is as good as none: its files are counted with what to install.
+        # A plugin that fails to load is treated as missing: its files are excluded with advice.
         with contextlib.suppress(Exception):
             plugin = import_module(module)
             if function:
@@ -109,15 +109,15 @@ def register_plugins() -> None:
 
 @cache
 def decoders() -> str:
-    """What decides which files are read: Pillow's version, and the formats that it may lack."""
+    """Returns Pillow's version and its formats in words; they decide which files are read."""
     return " ".join([f"Pillow {PIL.__version__}", *sorted(_readable() - {"MPO", "DIB"})])
 
 
 @cache
 def by_extension() -> dict[str, str]:
-    """For extensions in lower case, with their dot: IMAGE, or the reason for which such a file is left out.
+    """Returns IMAGE or the reason to exclude such a file, by extension in lower case with its dot.
 
-    Files with an extension that is not there are told by their first bytes.
+    Files of other extensions are judged by their first bytes.
     """
     known = {extension: extension for extension in _NO_IMAGES.split()}
     known |= {extension: f"{extension} ({cure})" for cure, names in _CURES.items() for extension in names.split()}
@@ -129,7 +129,7 @@ def by_extension() -> dict[str, str]:
 
 
 def by_beginning(data: bytes, otherwise: str) -> str:
-    """IMAGE where a file's first BEGINNING bytes are of a format that can be decoded, else the reason to leave it out.
+    """Returns IMAGE where a file's first BEGINNING bytes are of a readable format, else the reason to exclude it.
 
     `otherwise`: the reason where they are not those of an image, mostly the file's extension.
     """
@@ -141,18 +141,18 @@ def by_beginning(data: bytes, otherwise: str) -> str:
 
 
 def begins_as_image(data: bytes) -> bool:
-    """Whether a file's bytes begin as those of a format that can be decoded."""
+    """True where a file's bytes begin as those of a readable format."""
     return format_of(data[:BEGINNING])[0] in _readable()
 
 
 def cure_of(data: bytes) -> str:
-    """`.heic (pip install pillow-heif)` where a file begins as what only a decoder that is not here reads, else ""."""
+    """Returns `.heic (pip install pillow-heif)` for a format whose decoder is not installed; "" for others."""
     kind, extension = format_of(data)
     return "" if kind is None or kind in _readable() else by_extension().get(extension, "")
 
 
 def format_of(data: bytes) -> tuple[str | None, str]:
-    """Pillow's name of the format that a file begins as, and its usual extension; (None, "") for no image."""
+    """Returns Pillow's name of the format that a file begins as, and its usual extension; (None, "") for no image."""
     if data[4:8] == b"ftyp":
         brands = [data[8:12], *(data[place : place + 4] for place in range(16, len(data), 4))]
         # `mif1` is any still image; one of AV1 says so beside it.
@@ -162,12 +162,12 @@ def format_of(data: bytes) -> tuple[str | None, str]:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is an image by its extension."""
+    """True where a file of this name is an image by its extension."""
     return by_extension().get(extension_of(name)) is IMAGE
 
 
 def extension_of(name: str) -> str:
-    """A name's extension in lower case, or NAMELESS where what follows its last dot is none (`holiday.12`)."""
+    """Returns a name's extension in lower case; NAMELESS where there is none (`holiday.12`)."""
     match = re.search(r"\.\d?[a-z][a-z0-9_]{0,15}$", name.lower())
     return match[0] if match else NAMELESS
 

@@ -1,4 +1,4 @@
-"""What an image file's header says: its displayed size, and whether every decoder makes the same picture of it."""
+"""Header of an image file: its displayed size, and if every decoder makes the same picture of it."""
 
 import os
 import struct
@@ -11,28 +11,28 @@ from fastsiam.data.sources import formats
 from fastsiam.data.sources.deep_pixels import kind_of, open_picture
 from fastsiam.errors import UserError
 
-# Kinds of a file, as an index keeps them: from UNREADABLE on it is not used. UNWANTED is a scan's verdict on files that
-# can be decoded.
+# Kinds of a file, as an index keeps them. Files from UNREADABLE on are not used; UNWANTED ones can be decoded, but a
+# scan excludes them.
 UNKNOWN, PLAIN, ODD, UNREADABLE, UNWANTED = range(5)
 
 _ORIENTATION, _SHORT, _TRANSPOSED = 0x0112, 3, (5, 6, 7, 8)
 # Formats and PIL modes that DALI, OpenCV and PIL decode to the same RGB, one level off at most. CMYK, palettes,
 # transparency, 16-bit grey and animations are each decoder's own.
 _PLAIN = {("JPEG", "RGB"), ("JPEG", "L"), ("MPO", "RGB"), ("PNG", "RGB"), ("PNG", "L"), ("BMP", "RGB"), ("WEBP", "RGB")}
-# Of 16-bit bitmaps DALI refuses some and widens others its own way.
+# DALI refuses some 16-bit bitmaps and widens others differently.
 _PLAIN_BITMAPS = ("BGR", "BGRX")
-# Where Pillow finds an orientation: an EXIF block, the same as text in a PNG, or XMP.
+# Places of an orientation in Pillow: an EXIF block, the same as text in a PNG, or XMP.
 _TURNING = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
 _PNG_SIGNATURE_BYTES = 8
-# What Pillow's reader of EXIF raises where a count, an offset or a type in it is wrong.
+# Errors of Pillow's reader of EXIF where a count, an offset or a type is wrong.
 _DAMAGED_EXIF = (SyntaxError, ValueError, TypeError, KeyError, IndexError, OverflowError, OSError, struct.error)
 
-# Whoever decodes imports this module, in the workers too.
+# Every process that decodes imports this module.
 formats.register_plugins()
 
 
 class BadImageError(UserError):
-    """A file that cannot be decoded, by name."""
+    """A file that cannot be decoded; the message names it."""
 
     def __init__(self, message: str, code: str = "bad-image"):
         super().__init__(message, code)
@@ -40,14 +40,14 @@ class BadImageError(UserError):
 
 class Header(NamedTuple):
     height: int
-    """As displayed: EXIF orientation applied."""
+    """Pixels as displayed: EXIF orientation applied."""
     width: int
     kind: int
-    """PLAIN, or ODD for a file that only PIL decodes as everybody sees it."""
+    """PLAIN, or ODD for a file that decoders other than PIL show differently."""
 
 
 def read_header(file: Path | str | bytes, name: object = None) -> Header:
-    """The header of an image file, given as a path or as its bytes; raises `BadImageError` naming it."""
+    """Returns the header of an image file, given as a path or as its bytes; raises `BadImageError` naming it."""
     name = file if name is None else name
     try:
         with open_picture(file) as picture:
@@ -55,7 +55,7 @@ def read_header(file: Path | str | bytes, name: object = None) -> Header:
             if tags is not None:
                 return Header(tags.height, tags.width, ODD)
             width, height = image.size
-            # The mode of 16 bits a colour is RGB, too.
+            # The mode is RGB for 16 bits a colour as well.
             deep = kind_of(picture)
             turned = orientation(image)
             plain = not deep and _is_plain(image, turned)
@@ -67,7 +67,7 @@ def read_header(file: Path | str | bytes, name: object = None) -> Header:
 
 
 def reason_of(error: Exception, file: Path | str | bytes) -> str:
-    """Why an image cannot be decoded, for a sentence that names it: the system's words, or what it is instead."""
+    """Returns the reason why an image cannot be decoded: the system's words, or what the file is instead."""
     if not isinstance(error, UnidentifiedImageError):
         return getattr(error, "strerror", None) or str(error)
     if not isinstance(file, bytes):
@@ -83,11 +83,11 @@ def reason_of(error: Exception, file: Path | str | bytes) -> str:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's orientation of an image, or XMP's where EXIF has none; 1 to 8, 1 for none.
+    """Returns EXIF's orientation of an image, or XMP's where EXIF has none; 1 to 8, 1 for none.
 
-    May decode the pixels. XMP behind those of a PNG is not looked at: nobody else does. A damaged block turns nothing.
+    May decode the pixels. XMP behind those of a PNG is ignored, as by other readers. A damaged block gives 1.
     """
-    # Only these can turn the image, and parsing them costs more than the rest of the header.
+    # Parsing these blocks costs more than the rest of the header.
     if any(key in image.info for key in _TURNING) or (
         image.format == "PNG" and image.fp and _has_chunk(image.fp, b"eXIf")
     ):
@@ -111,7 +111,7 @@ def _is_plain(image, turned):
 
 
 def _turned_by_all(exif, turned):
-    """Whether a JPEG's EXIF says it as a 16-bit number: DALI reads no other, and no XMP."""
+    """True where a JPEG's EXIF has the orientation as a 16-bit number; DALI reads no other, and no XMP."""
     return any(
         struct.pack(order + "HHIH", _ORIENTATION, _SHORT, 1, turned) in exif
         for order, mark in (("<", b"II"), (">", b"MM"))
@@ -120,12 +120,12 @@ def _turned_by_all(exif, turned):
 
 
 def _is_stored_as_rgb(image):
-    """Without YCbCr, told by Adobe's mark or by the names of the components; only some decoders look at them."""
+    """True for a JPEG without YCbCr, by Adobe's mark or the names of components; only some decoders read them."""
     return image.mode == "RGB" and (image.info.get("adobe_transform") == 0 or [c[0] for c in image.layer] == [*b"RGB"])
 
 
 def _has_chunk(file, kind):
-    """Whether a PNG has a chunk of this kind anywhere; leaves the file where it was. Reads 8 bytes a chunk."""
+    """True where a PNG has a chunk of this kind; keeps the file's position and reads 8 bytes a chunk."""
     place = file.tell()
     file.seek(_PNG_SIGNATURE_BYTES)
     found = False
@@ -137,7 +137,7 @@ def _has_chunk(file, kind):
 
 
 def other_size(name: str, found, expected) -> str:
-    """The sentence for a file that decodes to other pixels than its header, or an index of it, says."""
+    """Returns the message for a file that decodes to another size than its header, or an index of it, says."""
     return (
         f"{name} decodes to {list(map(int, found))} pixels (height, width), but its header says "
         f"{list(map(int, expected))}"

@@ -1,8 +1,8 @@
-"""Which values of pixels with more than eight bits become black and white: `data.deep_pixels`.
+"""Measurement of the values of deep pixels that become black and white: `data.deep_pixels=scale`.
 
-By default what they are in the training images: their 0.1 and 99.9 % percentiles, one range for each kind of file (PNGs
-of 16 bits, TIFFs of floats), measured in a sample that is the same at every start, or by a scan. A kind that the sample
-did not show gets the percentiles of each picture. Imports no torch.
+They are the 0.1 and 99.9 % percentiles in the training images, one range for each kind of file (PNGs of 16 bits, TIFFs
+of floats), measured in a sample that is the same at every start, or by a scan. A kind that is not in the sample gets
+the percentiles of each picture. Imports no torch.
 """
 
 import json
@@ -18,17 +18,16 @@ from fastsiam.data.sources.image_header import BadImageError
 from fastsiam.data.sources.levels import Levels, numbers, value_range
 from fastsiam.data.sources.source import ImageSource
 
-# Names among which pictures of more than eight bits are looked for, how many of those are opened, and how many of each
-# kind decoded; values taken of each.
+# Numbers of names looked at, of files opened, of files of each kind decoded, and of values of each.
 _NAMES, _OPENED, _DECODED, _VALUES = 8192, 256, 32, 1 << 16
-# Formats that have eight bits, or that Pillow decodes to eight in full.
+# Formats of eight bits, or that Pillow decodes to eight.
 _SHALLOW = (b".jpg", b".jpeg", b".jpe", b".jfif", b".webp", b".gif", b".bmp", b".avif", b".heic")
 _READERS = 8
 _UNREADABLE = (BadImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def levels_of(source: ImageSource, asked: str, scanned: Path | None = None) -> Levels:
-    """`scanned`: the manifest of a scan, beside which the ranges are that it has found."""
+    """Returns the levels of a source; `scanned`: manifest of a scan, which keeps the ranges beside it."""
     if scanned is not None and asked == "scale" and (found := _of_scan(scanned)):
         return Levels(asked, found, "by a scan, images with ")
     chosen = _candidates(source)
@@ -44,7 +43,7 @@ def levels_of(source: ImageSource, asked: str, scanned: Path | None = None) -> L
 
 
 def measured(source: ImageSource, indices: list[int], asked: str = "scale", most: int = _DECODED) -> dict:
-    """The range of each kind among these images, at most so many of each kind; what cannot be decoded is left out."""
+    """Returns the range of each kind among these images, from at most `most` of each that can be decoded."""
     by_kind = defaultdict(list)
     for index in indices:
         by_kind[_kind(source, index)].append(index)
@@ -61,7 +60,7 @@ def measured(source: ImageSource, indices: list[int], asked: str = "scale", most
 
 
 def range_file(manifest: Path) -> Path:
-    """Where a scan writes the ranges that it has found."""
+    """Path of the ranges that a scan has found."""
     return manifest.with_name(manifest.name + ".deep.json")
 
 
@@ -74,7 +73,7 @@ def _of_scan(manifest):
 
 
 def _candidates(source):
-    """Indices of up to 256 images that may have more than eight bits, by their names; none for JPEGs."""
+    """Returns indices of up to 256 images that may have more than eight bits, by their names; none for JPEGs."""
     some = _spread(np.arange(len(source)), _NAMES)
     deep_names = [not name.lower().endswith(_SHALLOW) for name in source.names[some].tolist()]
     return _spread(some[np.array(deep_names, bool)], _OPENED)
@@ -99,7 +98,7 @@ def _kind(source, index):
 
 
 def _sample(source, index):
-    """The type's span and some of the values of an image that are numbers; None where it cannot be decoded."""
+    """Returns the type's span and some values of an image; None where it cannot be decoded."""
     try:
         with deep_pixels.open_picture(_file(source, index)) as picture:
             pixels = deep_pixels.read(picture)

@@ -61,7 +61,7 @@ class Row(NamedTuple):
     kind: int
     """PLAIN or ODD of the header, UNKNOWN where it cannot be read."""
     digest: str
-    """Of the file's bytes."""
+    """Hash of the file's bytes."""
 
     def line(self) -> bytes:
         name = self.name.replace(b"\\", b"\\\\").replace(b"\t", b"\\t").replace(b"\n", b"\\n")

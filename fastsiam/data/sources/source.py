@@ -45,15 +45,15 @@ class ImageSource:
     cached_kinds: np.ndarray | None = None
     """`kinds` in the index cache. A file that cannot be read stays UNKNOWN there, so the next start reads it again."""
     known_fingerprint: str | None = None
-    """From the index; None: `fingerprint` computes it."""
+    """Fingerprint in the index; None: `fingerprint` computes it."""
     excluded: Mapping[str, int] = field(default_factory=dict)
     """Numbers of files and folders below the root that are not used, by reason. Only empty files are among the N."""
     labelling: str = ""
-    """How the labels were read, or why there are none where some could be expected."""
+    """Origin of the labels in words, or why there are none where some could be expected."""
     excluded_by_scan: str = ""
-    """How many of the N a scan excludes, why, and by which manifest; empty for none."""
+    """Sentence on the images that a scan excludes; empty for none."""
     levels: Levels = _EIGHT_BITS
-    """How pixels of more than eight bits become eight."""
+    """Map from pixels of more than eight bits to eight."""
     converted: set[int] = field(default_factory=set)
     """Images that this process has found to be decoded by PIL only."""
 

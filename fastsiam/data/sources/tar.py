@@ -47,17 +47,17 @@ class _Image(NamedTuple):
     name: str
     size: int
     offset: int
+    shard: int
+    cls: str = ""
+    json: dict[str, str] | None = None
+    text: str | None = None
 
 
 @dataclass
 class _Found:
-    """Images and labels of the shards, in their order."""
+    """Images of the shards, in their order, and what is known of other members."""
 
     images: list[_Image] = field(default_factory=list)
-    shard: list[int] = field(default_factory=list)
-    cls: list[str] = field(default_factory=list)
-    json: list[dict[str, str]] = field(default_factory=list)
-    text: list[str | None] = field(default_factory=list)
     excluded: Counter = field(default_factory=Counter)
     beside: set[str] = field(default_factory=set)
     """Extensions of members beside images that are not read."""
@@ -103,22 +103,21 @@ def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = 
         what = excluded.in_words(found.excluded, 3) or "nothing"
         tars = "tar shard" if len(shards) == 1 else f"{len(shards):,} tar shards"
         raise NoImagesError(f"{key}: no images in the {tars} in {shown(root)}, but {what}", "no-images")
-    names = [image.name for image in found.images]
+    names, sizes, offsets, numbers, cls, json_labels, texts = zip(*found.images, strict=True)
     labelling = (
-        labels.by_cls(found.cls)
-        or labels.by_json(found.json)
+        labels.by_cls(cls)
+        or labels.by_json([known or {} for known in json_labels])
         or labels.by_folder([name.removeprefix("./") for name in names])
-        or labels.by_text(found.text)
-        or labels.by_shard(shards, found.shard)
+        or labels.by_text(texts)
+        or labels.by_shard(shards, numbers)
         or labels.Labelling([-1] * len(names), (), found.unread or _why_none(found))
     )
-    offsets = np.array([image.offset for image in found.images], np.int64)
     return make_files(
         root,
-        [(image.name, image.size) for image in found.images],
+        list(zip(names, sizes, strict=True)),
         labelling.labels,
         labelling.classes,
-        packed=Packed(tuple(shards), np.array(found.shard, np.int32), offsets),
+        packed=Packed(tuple(shards), np.array(numbers, np.int32), np.array(offsets, np.int64)),
         excluded=dict(found.excluded),
         labelling=labelling.how,
     )
@@ -226,7 +225,7 @@ class _Reader:
             if reason is formats.IMAGE:
                 if self._images.pop(name, None):
                     self._found.excluded[excluded.REPLACED] += 1
-                self._images[name] = _Image(name, member.size, member.offset_data)
+                self._images[name] = _Image(name, member.size, member.offset_data, self._number)
             else:
                 self._others.append((split_key(name)[0], reason))
 
@@ -278,11 +277,8 @@ class _Reader:
             if key != stem and key in plain and _FIELD.match(stem[len(key) + 1 :]):
                 found.excluded[excluded.FIELDS] += 1
                 continue
-            found.images.append(image)
-            found.shard.append(self._number)
-            found.cls.append(_first(self._texts["cls"], stems, ""))
-            found.json.append(_first(self._texts["json"], stems, {}))
-            found.text.append(_first(self._texts["txt"], stems, None))
+            cls, known, text = (_first(self._texts[kind], stems) for kind in ("cls", "json", "txt"))
+            found.images.append(image._replace(cls=cls or "", json=known, text=text))
         for key, reason in self._others:
             if key not in keys or excluded.is_missed(reason):
                 found.excluded[reason] += 1
@@ -300,8 +296,8 @@ def _stems(name):
     return [folder + slash + part for part in (stem, *shorter)]
 
 
-def _first(texts, stems, otherwise):
-    return next((texts[stem] for stem in stems if stem in texts), otherwise) if texts else otherwise
+def _first(texts, stems):
+    return next((texts[stem] for stem in stems if stem in texts), None) if texts else None
 
 
 def _after_the_end(file, place):

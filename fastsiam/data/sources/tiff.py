@@ -1,8 +1,8 @@
-"""What a TIFF says of its pixels, and who decodes it right: Pillow, tifffile where it is installed, or nobody.
+"""Tags of a TIFF, and the decoder that reads its pixels right: Pillow, tifffile where it is installed, or none.
 
-Pillow 13 decodes without a word: separate planes of 16 bits as noise, the first of five compressed planes as the
-picture, big-endian compressed numbers of 16 and 32 bits with their bytes swapped, unsigned 32 bits as signed, signed 8
-bits as unsigned, and 16 bits where white is 0 as a negative.
+Pillow 13 decodes wrongly, without a warning: separate planes of 16 bits (noise), five compressed planes (only the
+first), big-endian compressed numbers of 16 and 32 bits (bytes swapped), unsigned 32 bits (signed), signed 8 bits
+(unsigned), and 16 bits where white is 0 (a negative). Its reader of tags takes a big-endian BigTIFF for a classic one.
 """
 
 import struct
@@ -18,31 +18,31 @@ _TRANSPOSED = (5, 6, 7, 8)
 _KINDS = {1: "u", 2: "i", 3: "f", 4: "u"}
 _ALPHA = (1, 2)
 _WANTED = {_WIDTH, _HEIGHT, _BITS, _PHOTOMETRIC, _ORIENTATION, _BANDS, _PLANES, _EXTRA, _FORMAT, _NODATA}
-# As the struct module knows them; text as bytes.
+# Letters of the struct module by type; text as bytes.
 _TYPES = {1: "B", 2: "s", 3: "H", 4: "I", 16: "Q"}
 _MOST_TAGS, _MOST_VALUES = 4096, 65536
-# What reading a damaged directory raises.
+# Errors of reading a damaged directory.
 DAMAGED = (ValueError, KeyError, IndexError, OverflowError, OSError, struct.error)
 
 
 class Tiff(NamedTuple):
-    """The first picture of a file."""
+    """Tags of the first picture of a file."""
 
     height: int
-    """As displayed, like the width."""
+    """Pixels as displayed, like the width."""
     width: int
     orientation: int
     bands: int
     bits: int
-    """Of a sample; 0 where bands have several sizes."""
+    """Bits of a sample; 0 where bands have several sizes."""
     kind: str
     """u, i or f: unsigned, signed, floating; "" for complex numbers."""
     photometric: int
     separate: bool
-    """Each band is a plane of its own."""
+    """True where each band is a plane of its own."""
     alpha: bool
     nodata: float | None
-    """The value that GDAL writes where nothing was measured."""
+    """Value that GDAL writes where nothing was measured."""
 
     @property
     def deep(self) -> bool:
@@ -50,12 +50,11 @@ class Tiff(NamedTuple):
 
     @property
     def inverted(self) -> bool:
-        """Whether white is 0."""
         return self.photometric == 0
 
 
 def read_tags(file: BinaryIO) -> Tiff | None:
-    """None for a file of another format; leaves the file at its beginning.
+    """Returns None for a file of another format; leaves the file at its beginning.
 
     Raises `ValueError`, `KeyError` or `struct.error` where the directory is damaged.
     """
@@ -70,7 +69,7 @@ def read_tags(file: BinaryIO) -> Tiff | None:
 
 
 def _directory(file, order, big):
-    """The values of the tags that are wanted here, as tuples."""
+    """Returns the values of the tags that are used here, as tuples."""
     file.seek(8 if big else 4)
     (place,) = _unpack(file, order, "Q" if big else "I")
     file.seek(place)
@@ -116,7 +115,7 @@ def _of_tags(tags):
 
 
 def refusal(tags: Tiff) -> str | None:
-    """Why nobody can make a picture of it; None where somebody can."""
+    """Returns the reason why no decoder reads it as a picture; None where one does."""
     if tags.bands not in (1, 3, 4) and not (tags.bands == 2 and tags.alpha):
         return (
             f"it has {tags.bands} bands, and pictures have 1, 3 or 4 (grey, RGB, RGB and one more); write three of them"
@@ -129,14 +128,14 @@ def refusal(tags: Tiff) -> str | None:
 
 
 def is_right_in_pillow(tags: Tiff, image: Image.Image | None) -> bool:
-    """Whether the pixels of an opened file are those that were written; see the first lines of this module."""
+    """True where Pillow decodes the pixels as written; see the first lines of this module."""
     if image is None:
         return False
     return not tags.separate or tags.bands == 1 or (tags.bands in (3, 4) and tags.bits <= 8)
 
 
 def needs_tifffile(tags: Tiff) -> str | None:
-    """What to install, where tifffile is missing."""
+    """Returns advice on what to install, where tifffile is missing."""
     try:
         import tifffile  # noqa: F401
     except ImportError:
@@ -150,7 +149,7 @@ def needs_tifffile(tags: Tiff) -> str | None:
 
 
 def read_values(file: BinaryIO) -> np.ndarray:
-    """The first picture [H, W] or [H, W, bands] as tifffile decodes it, not turned; raises `ValueError`."""
+    """Returns the first picture [H, W] or [H, W, bands] as tifffile decodes it, not turned; raises `ValueError`."""
     import tifffile
 
     file.seek(0)
@@ -167,7 +166,7 @@ def read_values(file: BinaryIO) -> np.ndarray:
 
 
 def in_native_order(image: Image.Image) -> None:
-    """Have an opened file decoded as libtiff delivers it, which is in this machine's order whatever the file's is."""
+    """Makes Pillow read the bytes of libtiff, which come in this machine's order, without swapping them."""
     image.tile = [
         tile._replace(args=(tile.args[0].replace("BS", "S").replace("BF", "F"), *tile.args[1:]))
         if tile.codec_name == "libtiff"

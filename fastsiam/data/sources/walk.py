@@ -1,4 +1,4 @@
-"""The image files below a folder, and a count by reason of everything that is passed over."""
+"""Walk over the image files below a folder, with a count by reason of the excluded files."""
 
 import errno
 import functools
@@ -25,7 +25,7 @@ __macosx|network trash folder|temporary items|thevolumesettingsfolder|icon\r
 lost+found|aquota.user|aquota.group|__pycache__
 """
 _SYSTEM = frozenset(re.split(r"[|\n]", _SYSTEM_NAMES.strip("\n")))
-# How their hidden ones begin: macOS, on disks of others; trash and thumbnails of desktops and phones; NAS and NFS;
+# Beginnings of hidden ones: macOS, on disks of others; trash and thumbnails of desktops and phones; NAS and NFS;
 # programs that synchronise folders.
 _HIDDEN_NAMES = """
 ._ .ds_store .appledouble .appledb .appledesktop .spotlight-v100 .fseventsd .trashes .temporaryitems
@@ -34,24 +34,24 @@ _HIDDEN_NAMES = """
 .@ .snapshot .zfs .nfs .fuse_hidden .sync .stfolder .stversions .dropbox
 """
 _HIDDEN = tuple(_HIDDEN_NAMES.split())
-# What Windows and Synology write beside a file.
+# Ends of files that Windows and Synology write beside a file.
 _SYSTEM_ENDS = (":zone.identifier", "@synoeastream", "@synoresource")
-# Of downloads and copies that have not ended, and of editors' copies of a file that is there.
+# Ends of unfinished downloads and copies, and of editors' backup copies.
 _UNFINISHED = (".crdownload", ".part", ".partial", ".filepart", ".download", ".aria2", ".tmp")
 _COPIES = (".bak", ".orig", ".old", "_original", ".swp")
 
-# Unknown extensions that are told apart.
+# Most unknown extensions that are counted separately.
 _EXTENSIONS = 100
-# Of files with one unknown extension so many, drawn from everywhere, are opened; where they are not all alike, the
-# others are, too. What one in a thousand is goes unseen in one draw of eight.
+# Number of files opened of one unknown extension, drawn at random; where they differ, all are opened. A kind that is
+# one in a thousand is missed in one draw of eight.
 _OPENED = 2000
 _READERS = 8
-# Of the places that could not be read so many are looked at again before a list is taken from the cache.
+# Most places that could not be read and are checked again before a list is read from the cache.
 _REMEMBERED = 1000
 
 
 class Directory(NamedTuple):
-    """What changes where a file is added to a folder, taken away or renamed."""
+    """State of a folder that changes where a file is added, removed or renamed."""
 
     name: str
     """Relative to the root, "" for the root itself."""
@@ -60,19 +60,19 @@ class Directory(NamedTuple):
 
 
 class Walk:
-    """One listing of the folder `root`; iterating yields relative names and sizes in bytes of the image files.
+    """Listing of the folder `root`; iterating yields relative names and sizes in bytes of the image files.
 
-    Follows links, each folder once: real folders before those that are links, so that the names do not depend on the
-    order in which a file system gives them. Raises `OSError` where `root` itself cannot be listed.
+    Reads each folder once. Folders that are links come last, so that the names do not depend on the file system's
+    order. Raises `OSError` where `root` itself cannot be listed.
     """
 
     def __init__(self, root: Path):
         self.directories: list[Directory] = []
-        """Every folder that was read, as it was before."""
+        """Every folder that was read, in its state before."""
         self.excluded: Counter[str] = Counter()
-        """By a reason of `fastsiam.data.sources.excluded`; whole once everything was iterated over."""
+        """Counts by a reason of `fastsiam.data.sources.excluded`; complete at the end of the iteration."""
         self.closed: list[str] = []
-        """Names that lead nowhere now, or may not be read, up to a thousand: no mtime changes where that is mended."""
+        """Up to a thousand dead links and unreadable names; no mtime changes where they become readable."""
         self._root = root
         self._known = by_extension()
         self._links: list[str] = []
@@ -97,12 +97,12 @@ class Walk:
             except OSError as error:
                 if not folder:
                     raise
-                self._pass_over(folder, error, excluded.FOLDERS)
+                self._exclude_name(folder, error, excluded.FOLDERS)
             yield from images
         yield from self._by_beginning()
 
     def _read(self, prefix, entries, folders, images):
-        """Add the folders and images of a folder to the lists."""
+        """Adds the folders and images of a folder to the lists."""
         known = self._known
         for entry in entries:
             name = entry.name
@@ -119,7 +119,7 @@ class Walk:
                 else:
                     self._other(prefix + name, entry)
             except OSError as error:
-                self._pass_over(prefix + name, error, excluded.FILES)
+                self._exclude_name(prefix + name, error, excluded.FILES)
 
     def _hidden(self, entry):
         if entry.name.lower().startswith(_HIDDEN):
@@ -128,7 +128,7 @@ class Walk:
             self.excluded[excluded.HIDDEN_FOLDERS if entry.is_dir() else excluded.HIDDEN_FILES] += 1
 
     def _other(self, name, entry):
-        """A file that is not an image by its name; raises `OSError`."""
+        """Counts a file that is not an image by its name; raises `OSError`."""
         last = entry.name.lower()
         extension = extension_of(last)
         reason = self._known.get(extension)
@@ -150,11 +150,11 @@ class Walk:
             reason = excluded.DEVICES
         self.excluded[reason] += 1
 
-    def _pass_over(self, name, error, what):
-        """Count what could not be read; `what`: FILES or FOLDERS."""
+    def _exclude_name(self, name, error, what):
+        """Counts a name that could not be read; `what`: FILES or FOLDERS."""
         path = os.path.join(self._root, name)
         if error.errno == errno.ENOENT:
-            # Without a link it was there when its folder was read, and has gone since.
+            # A name that is not a link has disappeared since its folder was read.
             reason = excluded.DEAD_LINKS if os.path.islink(path) else excluded.GONE
         elif error.errno == errno.ELOOP:
             reason = excluded.LOOPS
@@ -167,7 +167,7 @@ class Walk:
             self.closed.append(name)
 
     def _by_beginning(self):
-        """Files that are images by their first bytes, and the count of the others."""
+        """Yields files that are images by their first bytes, and counts the others."""
         with ThreadPoolExecutor(_READERS) as pool:
             for extension, files in self._unknown.items():
                 look = functools.partial(self._look, extension)
@@ -180,12 +180,12 @@ class Walk:
                     if verdict is IMAGE:
                         yield file
                     elif isinstance(verdict, OSError):
-                        self._pass_over(file[0], verdict, excluded.FILES)
+                        self._exclude_name(file[0], verdict, excluded.FILES)
                     else:
                         self.excluded[verdict] += 1
 
     def _look(self, extension, file):
-        """IMAGE, a reason to leave the file out, or the error of reading it."""
+        """Returns IMAGE, a reason to exclude the file, or the error of reading it."""
         try:
             with open(os.path.join(self._root, file[0]), "rb", buffering=0) as opened:
                 return by_beginning(opened.read(BEGINNING), extension)
@@ -194,11 +194,11 @@ class Walk:
 
 
 def is_system(name: str) -> bool:
-    """Whether a system leaves files or folders of this name, which are neither images nor classes."""
+    """True for names of files and folders that systems create; they are neither images nor classes."""
     name = name.lower()
     return name.startswith(_HIDDEN) or name in _SYSTEM or name.endswith(_SYSTEM_ENDS)
 
 
 def is_still_closed(root: Path, name: str) -> bool:
-    """Whether what could not be read when the folder was listed still cannot be."""
+    """True where a name still cannot be read."""
     return not os.access(os.path.join(root, name), os.R_OK)
