@@ -6,7 +6,7 @@ import random
 import re
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -34,23 +34,29 @@ class ReadSpeed(NamedTuple):
 
 
 def measure(folder: str | Path, threads: int, seconds: float = 2.0) -> ReadSpeed:
-    """Reads a random sample of the images (or tar shards) under a folder for up to `seconds`, in several threads.
-
-    Asks the kernel to drop each file's pages before (POSIX_FADV_DONTNEED; pages that others have mapped stay).
-    """
+    """Reads a random sample of the images (or tar shards) under a folder for up to `seconds`, as `read` does."""
     paths, kind = _sample(Path(folder))
+    files, num_bytes, elapsed = read(paths, threads, seconds)
+    if kind == "shards":
+        mean = _mean_member(paths[0])
+    else:
+        mean = num_bytes / files if files else 0.0
+    return ReadSpeed(files, num_bytes, elapsed, threads, mean, filesystem_of(folder), kind)
+
+
+def read(paths: Iterable[str | Path], threads: int, seconds: float) -> tuple[int, int, float]:
+    """Reads files for up to `seconds`, several at once, after asking the kernel to forget their pages.
+
+    Returns the number of files read to their end, bytes, and seconds. Files that cannot be read are passed over.
+    POSIX_FADV_DONTNEED leaves pages that other processes have mapped.
+    """
     queue, lock = iter(paths), Lock()
     started = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         work = [pool.submit(_read_until, started + seconds, queue, lock) for _ in range(threads)]
         done = [future.result() for future in work]
     elapsed = time.perf_counter() - started
-    files, num_bytes = sum(files for files, _ in done), sum(count for _, count in done)
-    if kind == "shards":
-        mean = _mean_member(paths[0])
-    else:
-        mean = num_bytes / files if files else 0.0
-    return ReadSpeed(files, num_bytes, elapsed, threads, mean, filesystem_of(folder), kind)
+    return sum(files for files, _ in done), sum(num_bytes for _, num_bytes in done), elapsed
 
 
 def filesystem_of(path: str | Path, mountinfo: str | None = None) -> str:
