@@ -81,6 +81,19 @@ def photos(tmp_path_factory):
     return root
 
 
+@pytest.fixture
+def put(tmp_path):
+    """A function that writes `{name: text}` below tmp_path, which stands for the root of the file system."""
+
+    def write(files):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        return tmp_path
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def picture():
     """The bytes of a JPEG of 8 x 6 pixels."""

@@ -6,7 +6,6 @@ import importlib.util
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -14,70 +13,48 @@ import sys
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from fastsiam.runtime.cores import control_groups, cpu_quota, read_fact, whole_cores
+from fastsiam.runtime.cores import control_groups, read_fact
 
 # Importing torch from a network file system for the first time takes a minute or more.
 PROBE_SECONDS = 300
-# What the line of a probe begins with that has its answer.
+# Begins the line of a probe's output that has its answer.
 ANSWER = "fastsiam probe: "
 
 # Import name, and what pip installs for it: install_requires of setup.py.
 REQUIRED = {
-    "torch": "torch>=2.11",
-    "torchvision": "torchvision",
-    "triton": "triton>=3.6",
-    "numba": "numba>=0.61",
-    "numpy": "numpy>=1.26",
-    "PIL": "pillow",
-    "pydantic": "pydantic>=2.7",
-    "yaml": "pyyaml",
-    "rich": "rich",
-    "safetensors": "safetensors",
-    "pynvml": "nvidia-ml-py",
-    "tensorboard": "tensorboard",
-    "matplotlib": "matplotlib",
-}
+    "torch": "torch>=2.11", "torchvision": "torchvision", "triton": "triton>=3.6", "numba": "numba>=0.61",
+    "numpy": "numpy>=1.26", "PIL": "pillow", "pydantic": "pydantic>=2.7", "yaml": "pyyaml", "rich": "rich",
+    "safetensors": "safetensors", "pynvml": "nvidia-ml-py", "tensorboard": "tensorboard", "matplotlib": "matplotlib",
+    "filelock": "filelock", "psutil": "psutil",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What a library said of itself (`fastsiam.doctor.probe`), or why it could not."""
+class Probe(NamedTuple):
+    """Answer of a library about itself (`fastsiam.doctor.probe`), or the reason why there is none."""
 
     found: dict | None
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What this process may use."""
-
-    cores_seen: int
-    """os.cpu_count()."""
-    cores_allowed: int
-    """By affinity."""
-    cores_quota: float
-    """By the control groups; inf without a quota."""
-    memory_available: float
-    """Bytes, of the system and of the control groups; inf where neither tells."""
-    memory_limited: bool
-    """Whether a control group allows less than the system has."""
-    shared_memory_free: int | None
-    """Bytes under /dev/shm; None where there is none."""
-    open_files: int
-    """The soft limit."""
-    open_files_hard: int
-
-    @property
-    def cores(self) -> int:
-        """Whole cores that this process may use, which is also what data.workers is by default."""
-        return whole_cores(self.cores_allowed, self.cores_quota)
+def ask_libraries() -> dict[str, Probe]:
+    """Asks all libraries that are installed, several at once: most of the time is imports."""
+    wanted = {name: (name,) for name in ("torch", "nvml", "triton", "backend", "pillow")}
+    wanted |= {"dali": ("module", "nvidia.dali")} if is_installed("nvidia.dali") else {}
+    wanted |= {"ffcv": ("ffcv",)} if is_installed("ffcv") else {}
+    with ThreadPoolExecutor(max(2, min(4, len(os.sched_getaffinity(0))))) as pool:
+        futures = {name: pool.submit(ask, *probe) for name, probe in wanted.items()}
+        probes = {name: future.result() for name, future in futures.items()}
+    # Importing torchvision takes seconds, and fastsiam's own modules have done it.
+    backend = probes["backend"].found
+    probes["torchvision"] = Probe({"version": backend["torchvision"]}) if backend else ask("module", "torchvision")
+    return probes
 
 
 def ask(name: str, *arguments: str) -> Probe:
-    """Run one probe with the sys.path of this process."""
+    """Runs one probe with the sys.path of this process."""
     # -P: a folder of the library's name in the working directory counts only where it counts here.
     command = [sys.executable, "-P", "-m", "fastsiam.doctor.probe", name, *arguments]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
@@ -97,15 +74,8 @@ def ask(name: str, *arguments: str) -> Probe:
     return Probe(json.loads(answers[0])) if answers else Probe(None, "it ended the process without an error")
 
 
-def ask_all(probes: dict[str, tuple[str, ...]]) -> dict[str, Probe]:
-    """Several probes at once, by name; most of their time is imports."""
-    with ThreadPoolExecutor(max(2, min(4, len(os.sched_getaffinity(0))))) as pool:
-        futures = {name: pool.submit(ask, *probe) for name, probe in probes.items()}
-        return {name: future.result() for name, future in futures.items()}
-
-
 def is_installed(name: str) -> bool:
-    """Whether `import name` would find something; of `a.b` the package a is imported."""
+    """Returns True where `import name` would find something; of `a.b` the package a is imported."""
     try:
         return importlib.util.find_spec(name) is not None
     except ImportError:
@@ -113,12 +83,12 @@ def is_installed(name: str) -> bool:
 
 
 def missing() -> list[str]:
-    """Of `REQUIRED`, what pip would have to install."""
+    """Returns the requirements of `REQUIRED` that are not installed."""
     return [requirement for name, requirement in REQUIRED.items() if not is_installed(name)]
 
 
 def distributions(*prefixes: str) -> dict[str, str]:
-    """Versions of the installed distributions whose name begins with one of `prefixes`."""
+    """Returns the versions of the installed distributions whose names begin with one of `prefixes`."""
     found = {}
     for dist in importlib.metadata.distributions():
         # An interrupted uninstallation leaves folders without it; Pythons differ in what they make of that.
@@ -130,20 +100,15 @@ def distributions(*prefixes: str) -> dict[str, str]:
 
 
 def requirements(distribution: str) -> list[str]:
-    """What an installed distribution requires; empty where it is not installed."""
+    """Returns the requirements of a distribution; empty where it is not installed."""
     try:
         return importlib.metadata.requires(distribution) or []
     except importlib.metadata.PackageNotFoundError:
         return []
 
 
-def c_compiler() -> str | None:
-    """The one that Triton takes (triton/runtime/build.py)."""
-    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-
-
 def missing_for_ffcv() -> list[str]:
-    """Debian's names of what ffcv is built from and is not here; what pkg-config alone could tell, without it, is not.
+    """Returns Debian's names of missing packages that ffcv is built from; only pkg-config where that is missing.
 
     ffcv 1.0.2 reads the shell's "pkg-config: not found" as an answer, and names opencv.
     """
@@ -155,54 +120,43 @@ def missing_for_ffcv() -> list[str]:
 
 def has_python_headers() -> bool:
     scheme = sysconfig.get_default_scheme()
-    # Where Debian's local scheme has them is the prefix's place; Triton looks there, too.
+    # Debian's local scheme has them where the prefix's scheme has them; Triton looks there.
     paths = sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)
     return Path(paths["include"], "Python.h").is_file()
 
 
-def look_at_machine(root: Path = Path("/")) -> Machine:
-    """`root`: where proc and sys are."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    system = _memory_available(root)
-    group = _group_memory(root)
-    shared = root / "dev/shm"
-    return Machine(
-        cores_seen=os.cpu_count() or 1,
-        cores_allowed=len(os.sched_getaffinity(0)),
-        cores_quota=cpu_quota(root),
-        memory_available=min(system, group),
-        memory_limited=group < system,
-        shared_memory_free=shutil.disk_usage(shared).free if shared.is_dir() else None,
-        open_files=soft,
-        open_files_hard=hard,
-    )
-
-
-def look_at_run_folder(path: Path) -> dict:
-    """`{"folder", "free", "error"}`: bytes free where `path` is or would be made, and why nothing can be written."""
+def look_at_run_folder(path: Path) -> tuple[str, int, str | None]:
+    """Returns the folder in which `path` is or would be made, bytes free there, and why nothing can be written."""
     folder = next(parent for parent in (path, *path.absolute().parents) if os.path.isdir(parent))
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        error = None
-    except OSError as refusal:
-        error = os.strerror(refusal.errno) if refusal.errno else str(refusal)
+    free, reason = 0, None
     try:
         free = shutil.disk_usage(folder).free
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as refusal:
-        free, error = 0, error or os.strerror(refusal.errno or errno.EIO)
-    return {"folder": str(folder), "free": free, "error": error}
+        reason = os.strerror(refusal.errno or errno.EIO)
+    return str(folder), free, reason
 
 
-def _memory_available(root):
-    for line in (read_fact(root / "proc/meminfo") or "").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return math.inf
+def free_shared_memory() -> int | None:
+    """Returns the bytes free in /dev/shm; None where there is none."""
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
 
 
-def _group_memory(root) -> float:
-    """Bytes that the tightest memory group leaves; inactive file pages are given up before anything is killed."""
+def system_memory() -> float:
+    """Returns the bytes of memory that are available on this machine; inf where psutil is not installed."""
+    try:
+        import psutil
+    except ImportError:
+        return math.inf
+    return psutil.virtual_memory().available
+
+
+def group_memory(root: Path = Path("/")) -> float:
+    """Returns the bytes that the tightest memory group leaves, inf without a limit; `root` has proc and sys.
+
+    Inactive file pages count as free: the kernel gives them up before it kills anything.
+    """
     left = math.inf
     for group in control_groups(root, "memory"):
         limit = read_fact(group / "memory.max") or read_fact(group / "memory.limit_in_bytes")

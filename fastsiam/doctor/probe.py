@@ -1,6 +1,6 @@
-"""python -m fastsiam.doctor.probe NAME [ARGUMENT]: what one library says of itself, in a line of JSON.
+"""python -m fastsiam.doctor.probe NAME [ARGUMENT]: prints what one library knows of itself, in a line of JSON.
 
-In a process of its own, because an import may fail in any way, end the process, or hang: the doctor reads how it ended.
+It runs in a process of its own: an import may fail in any way, end the process, or hang.
 """
 
 import importlib
@@ -13,10 +13,7 @@ from fastsiam.doctor.facts import ANSWER
 
 
 def probe_torch() -> dict:
-    """version, cuda and hip (that it was built for), architectures, cpu_precision, gpus, cuda_error, inductor.
-
-    inductor: `{"cxx"}`, the C++ compiler that torch.compile takes for a CPU (None where it finds none), or `{"error"}`.
-    """
+    """Returns version, cuda and hip (that it was built for), architectures, cpu_precision, gpus, cuda_error."""
     import torch
 
     from fastsiam.runtime.device import choose_precision
@@ -29,7 +26,6 @@ def probe_torch() -> dict:
         "architectures": torch.cuda.get_arch_list(),
         "gpus": [],
         "cuda_error": None,
-        "inductor": _inductor(),
     }
     if torch.version.cuda or torch.version.hip:
         try:
@@ -42,7 +38,7 @@ def probe_torch() -> dict:
 
 
 def probe_triton() -> dict:
-    """version; ptxas: path of the assembler, None where it finds none."""
+    """Returns version; ptxas: path of the assembler, None where it finds none."""
     import triton
     from triton import knobs
 
@@ -54,7 +50,7 @@ def probe_triton() -> dict:
 
 
 def probe_nvml() -> dict:
-    """driver, cuda (`[major, minor]` that it knows), gpus (names); error (a class) and text where it does not open."""
+    """Returns driver, cuda (`[major, minor]`), gpus (names); error (a class) and text where NVML does not open."""
     import pynvml
 
     try:
@@ -72,7 +68,7 @@ def probe_nvml() -> dict:
 
 
 def probe_backend() -> dict:
-    """name and reason of what data.backend=auto leads to; torchvision's version, which its modules import."""
+    """Returns name and reason of the backend that data.backend=auto takes; the version of torchvision."""
     import torchvision
 
     from fastsiam.data.backends.choose import choose_backend
@@ -82,7 +78,7 @@ def probe_backend() -> dict:
 
 
 def probe_pillow() -> dict:
-    """version; turbo: libjpeg-turbo's version, None where Pillow was built with another libjpeg."""
+    """Returns version; turbo: libjpeg-turbo's version, None where Pillow was built with another libjpeg."""
     import PIL
     from PIL import features
 
@@ -96,28 +92,15 @@ def probe_ffcv() -> dict:
 
 
 def probe_reading(folder: str) -> dict:
-    """What `fastsiam.data.read_speed` measures, with as many threads as a run has on these cores."""
+    """Returns the measurement of `fastsiam.data.read_speed`, with as many threads as cores allowed."""
     from fastsiam.data.read_speed import measure
 
     return measure(folder, threads=len(os.sched_getaffinity(0)))._asdict()
 
 
 def probe_module(name: str) -> dict:
-    """Import any library that has a `__version__`."""
+    """Imports any library that has a `__version__`."""
     return {"version": importlib.import_module(name).__version__}
-
-
-def _inductor():
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-    except (ImportError, AttributeError) as error:
-        # Of private modules, which other versions of torch may lack.
-        return {"error": _first_line(error)}
-    try:
-        return {"cxx": get_cpp_compiler()}
-    except InvalidCxxCompiler:
-        return {"cxx": None}
 
 
 def _gpu(torch, choose_precision, index):
@@ -153,5 +136,5 @@ def _first_line(error) -> str:
 
 if __name__ == "__main__":
     answer = globals()[f"probe_{sys.argv[1]}"](*sys.argv[2:])
-    # Libraries may print, too, also without a line's end.
+    # Libraries may print as well, and without a line's end.
     print(f"\n{ANSWER}{json.dumps(answer)}")

@@ -1,35 +1,19 @@
-"""What the doctor finds out: control groups and file systems out of files made here, libraries that misbehave."""
+"""Facts that the doctor gathers: memory of control groups made here, libraries that misbehave."""
 
 import ast
 import contextlib
 import errno
 import math
-import tarfile
+import sys
 import tempfile
 import types
 
 import pytest
 import torch
 
-from fastsiam.data import read_speed
 from fastsiam.doctor import facts, probe
 from fastsiam.doctor.facts import Probe
 from tests.support.processes import REPOSITORY
-
-MEMINFO = "MemTotal: 16000000 kB\nMemFree: 1000 kB\nMemAvailable: 8000000 kB\n"
-
-
-@pytest.fixture
-def put(tmp_path):
-    """A function that writes files below tmp_path, which stands for the root of the file system."""
-
-    def write(files):
-        for name, text in files.items():
-            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / name).write_text(text)
-        return tmp_path
-
-    return write
 
 
 @pytest.fixture
@@ -45,83 +29,38 @@ def package(tmp_path, monkeypatch):
 
 V1 = {
     "proc/self/cgroup": "12:cpu,cpuacct:/docker/a1\n5:memory:/docker/a1\n0::/\n",
-    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1",
-    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
 }
-V2 = {"proc/self/cgroup": "0::/slurm/job/step\n", "sys/fs/cgroup/slurm/job/step/cpu.max": "max 100000\n"}
+V2_MEMORY = {
+    "proc/self/cgroup": "0::/pod\n",
+    "sys/fs/cgroup/pod/memory.max": "4000000000\n",
+    "sys/fs/cgroup/pod/memory.current": "3000000000\n",
+    "sys/fs/cgroup/pod/memory.stat": "anon 5\ninactive_file 500000000\nactive_file 7\n",
+}
+V1_MEMORY = V1 | {
+    "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000000000",
+    "sys/fs/cgroup/memory/memory.usage_in_bytes": "1500000000",
+    "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 100000000\n",
+}
 
 
 @pytest.mark.parametrize(
-    ("files", "cores"),
+    ("files", "left"),
     [
         ({}, math.inf),
-        (V2, math.inf),
-        (V2 | {"sys/fs/cgroup/slurm/job/cpu.max": "150000 100000\n"}, 1.5),
-        (
-            V2 | {"sys/fs/cgroup/slurm/job/cpu.max": "400000 100000", "sys/fs/cgroup/slurm/cpu.max": "100000 50000"},
-            2.0,
-        ),
-        # A container's own view.
-        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 0.5),
-        (V1, math.inf),
-        (V1 | {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "250000"}, 2.5),
-        (
-            V1
-            | {
-                "sys/fs/cgroup/cpu,cpuacct/docker/a1/cpu.cfs_quota_us": "300000",
-                "sys/fs/cgroup/cpu,cpuacct/docker/a1/cpu.cfs_period_us": "100000",
-            },
-            3.0,
-        ),
+        ({"sys/fs/cgroup/memory.max": "max", "sys/fs/cgroup/memory.current": "5"}, math.inf),
+        (V2_MEMORY, 1_500_000_000),
+        (V1_MEMORY, 600_000_000),
+        (V2_MEMORY | {"sys/fs/cgroup/pod/memory.current": "5000000000\n"}, 0),
     ],
 )
-def test_the_tightest_quota_counts(put, files, cores):
-    machine = facts.look_at_machine(put({"proc/meminfo": MEMINFO, **files}))
-    assert machine.cores_quota == cores
+def test_memory_is_what_the_groups_leave(put, files, left):
+    assert facts.group_memory(put({"proc/self/cgroup": "0::/\n", **files})) == left
 
 
-@pytest.mark.parametrize(
-    ("files", "available", "limited"),
-    [
-        ({}, 8000000 * 1024, False),
-        ({"sys/fs/cgroup/memory.max": "max", "sys/fs/cgroup/memory.current": "5"}, 8000000 * 1024, False),
-        (
-            {
-                "proc/self/cgroup": "0::/pod\n",
-                "sys/fs/cgroup/pod/memory.max": "4000000000\n",
-                "sys/fs/cgroup/pod/memory.current": "3000000000\n",
-                "sys/fs/cgroup/pod/memory.stat": "anon 5\ninactive_file 500000000\nactive_file 7\n",
-            },
-            1_500_000_000,
-            True,
-        ),
-        (
-            V1
-            | {
-                "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000000000",
-                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1500000000",
-                "sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 100000000\n",
-            },
-            600_000_000,
-            True,
-        ),
-        # v1 without a limit.
-        (
-            V1
-            | {
-                "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
-                "sys/fs/cgroup/memory/memory.usage_in_bytes": "1500000000",
-            },
-            8000000 * 1024,
-            False,
-        ),
-        ({"proc/meminfo": "MemTotal: 5 kB\n"}, math.inf, False),
-    ],
-)
-def test_memory_is_what_the_system_and_the_groups_leave(put, files, available, limited):
-    machine = facts.look_at_machine(put({"proc/meminfo": MEMINFO, "proc/self/cgroup": "0::/\n", **files}))
-    assert (machine.memory_available, machine.memory_limited) == (available, limited)
-    assert machine.shared_memory_free is None
+def test_memory_of_the_system_is_not_known_without_psutil(monkeypatch):
+    assert 0 < facts.system_memory() < 1e15
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert facts.system_memory() == math.inf
 
 
 @pytest.mark.parametrize(
@@ -244,84 +183,13 @@ def test_a_module_in_a_packages_place_is_not_installed(package):
 
 
 def test_the_run_folder_is_tried_where_it_would_be_made(tmp_path, monkeypatch):
-    found = facts.look_at_run_folder(tmp_path / "not/yet")
-    assert (found["folder"], found["error"]) == (str(tmp_path), None)
-    assert found["free"] > 0
+    folder, free, error = facts.look_at_run_folder(tmp_path / "not/yet")
+    assert (folder, error) == (str(tmp_path), None)
+    assert free > 0
     assert not list(tmp_path.iterdir())
 
     def full(**_):
         raise OSError(errno.EDQUOT, "over quota")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    assert facts.look_at_run_folder(tmp_path)["error"] == "Disk quota exceeded"
-
-
-MOUNTS = """
-22 1 254:0 / / rw,relatime - ext4 /dev/vda rw
-30 22 0:40 / /data rw shared:7 - nfs4 server:/data rw
-31 30 0:41 / /data/local\\040disk rw - xfs /dev/nvme rw
-34 30 0:44 / /data/tab\\011stop rw - btrfs /dev/nvme rw
-32 22 0:42 / /home rw - ext4 /dev/vdb rw
-33 22 0:43 / /home rw - fuse.sshfs host:/ rw
-"""
-
-
-@pytest.mark.parametrize(
-    ("path", "filesystem"),
-    [
-        ("/data/imagenet", "nfs4"),
-        ("/data", "nfs4"),
-        ("/database", "ext4"),
-        ("/data/local disk/x", "xfs"),
-        ("/data/tab\tstop/x", "btrfs"),
-        ("/home/me", "fuse.sshfs"),
-    ],
-)
-def test_the_file_system_of_a_path(path, filesystem):
-    assert read_speed.filesystem_of(path, MOUNTS.strip()) == filesystem
-
-
-def test_all_images_are_read_past_the_cache(tmp_path, monkeypatch):
-    (tmp_path / "a").mkdir()
-    for number in range(20):
-        (tmp_path / "a" / f"{number}.JPG").write_bytes(b"x" * (1000 + number))
-    (tmp_path / "a" / "notes.txt").write_bytes(b"x" * 10**6)
-    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
-    advice = []
-    monkeypatch.setattr(read_speed.os, "posix_fadvise", lambda *given: advice.append(given[1:]))
-    speed = read_speed.measure(tmp_path, threads=3, seconds=60.0)
-    assert (speed.files, speed.num_bytes, speed.kind, speed.threads) == (20, 20 * 1000 + 190, "images", 3)
-    assert speed.mean_image_bytes == pytest.approx(1009.5)
-    assert advice == [(0, 0, read_speed.os.POSIX_FADV_DONTNEED)] * 20
-
-
-def test_reading_ends_when_its_time_is_over(tmp_path, monkeypatch):
-    """A clock that moves by a second a look: one thread begins 2 files of 3 MiB and comes to the second's middle."""
-    for number in range(5):
-        (tmp_path / f"{number}.jpg").write_bytes(bytes(3 << 20))
-    seconds = iter(range(1000))
-    monkeypatch.setattr(read_speed.time, "perf_counter", lambda: float(next(seconds)))
-    speed = read_speed.measure(tmp_path, threads=1, seconds=8.0)
-    assert speed.files == 1
-    assert 3 << 20 < speed.num_bytes < 6 << 20
-
-
-def test_shards_count_by_their_images(tmp_path):
-    for number, image in enumerate((2000, 4000)):
-        (tmp_path / "image.jpg").write_bytes(bytes(image))
-        (tmp_path / "label.cls").write_bytes(b"7")
-        with tarfile.open(tmp_path / f"shard-{number}.tar", "w") as tar:
-            tar.add(tmp_path / "image.jpg", "k.jpg")
-            tar.add(tmp_path / "image.jpg", "l.jpg")
-            tar.add(tmp_path / "label.cls", "k.cls")
-    (tmp_path / "image.jpg").unlink()
-    speed = read_speed.measure(tmp_path, threads=2)
-    total = sum(path.stat().st_size for path in tmp_path.glob("*.tar"))
-    assert (speed.files, speed.num_bytes, speed.kind) == (2, total, "shards")
-    assert speed.mean_image_bytes in (2000, 4000)
-
-
-def test_a_folder_without_images(tmp_path):
-    (tmp_path / "notes.txt").write_text("no image")
-    speed = read_speed.measure(tmp_path, threads=2)
-    assert (speed.files, speed.num_bytes, speed.kind) == (0, 0, "nothing")
+    assert facts.look_at_run_folder(tmp_path)[2] == "Disk quota exceeded"

@@ -1,5 +1,6 @@
 """Threads for the cores that a process may use, not for those that the machine has."""
 
+import math
 import os
 import re
 
@@ -15,8 +16,8 @@ BOUND = """
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import torch
-from fastsiam.data.dali import open_backend as dali
-from fastsiam.data.pil import open_backend as pil
+from fastsiam.data.backends.dali import open_backend as dali
+from fastsiam.data.backends.pil import open_backend as pil
 from fastsiam.data.sources.open import open_source
 source = open_source(%r)
 for open_backend in (dali, pil):
@@ -36,6 +37,42 @@ def test_decoders_follow_affinity(photos):
     done = run_python("-c", BOUND % str(photos))
     found = re.findall(r"(\d+|no) (?:threads|workers)", done.stdout)
     assert found == ["1", "1", "3", "1", "no", "3"], done.stderr
+
+
+V1 = {
+    "proc/self/cgroup": "12:cpu,cpuacct:/docker/a1\n5:memory:/docker/a1\n0::/\n",
+    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1",
+    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+}
+V2 = {"proc/self/cgroup": "0::/slurm/job/step\n", "sys/fs/cgroup/slurm/job/step/cpu.max": "max 100000\n"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, math.inf),
+        (V2, math.inf),
+        (V2 | {"sys/fs/cgroup/slurm/job/cpu.max": "150000 100000\n"}, 1.5),
+        (
+            V2 | {"sys/fs/cgroup/slurm/job/cpu.max": "400000 100000", "sys/fs/cgroup/slurm/cpu.max": "100000 50000"},
+            2.0,
+        ),
+        # A container's own view.
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 0.5),
+        (V1, math.inf),
+        (V1 | {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "250000"}, 2.5),
+        (
+            V1
+            | {
+                "sys/fs/cgroup/cpu,cpuacct/docker/a1/cpu.cfs_quota_us": "300000",
+                "sys/fs/cgroup/cpu,cpuacct/docker/a1/cpu.cfs_period_us": "100000",
+            },
+            3.0,
+        ),
+    ],
+)
+def test_the_tightest_quota_counts(put, files, expected):
+    assert cores.cpu_quota(put(files)) == expected
 
 
 @pytest.mark.parametrize(("usable", "own", "set_to"), [(1, None, "1"), (1, "7", "7"), (10_000, None, None)])
