@@ -15,7 +15,11 @@ setup(
     # the name of the clone's folder, a finder that comes after the path would lose to it.
     package_dir={"": "."},
     packages=[*find_packages(include=["fastsiam", "fastsiam.*"]), "fastsiam.configs"],
-    package_data={"fastsiam": ["py.typed"], "fastsiam.configs": ["*.yaml"], "fastsiam.report": ["page.css"]},
+    package_data={
+        "fastsiam": ["py.typed"],
+        "fastsiam.configs": ["*.yaml"],
+        "fastsiam.report": ["page.css", "page.html.j2"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision",
@@ -29,6 +33,7 @@ setup(
         "pyyaml",
         "rich",
         "filelock",
+        "jinja2",
         "psutil",
         "tensorboard",
         "matplotlib",

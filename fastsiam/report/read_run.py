@@ -1,7 +1,8 @@
-"""A run as its folder tells it, whatever state it is in: going on, killed, empty, of an older or a newer version."""
+"""Reader of run folders in any state: running, killed, empty, of an older or a newer version."""
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ from fastsiam.errors import UserError
 from fastsiam.run.folder import parse_metrics
 from fastsiam.runtime.arrays import read_arrays
 
-# The three horizontal axes: where a line of metrics.jsonl says that the run was.
+# Horizontal axes, by the field of a line of metrics.jsonl that has the position of the run.
 AXES = {"time": "train_seconds", "images": "images_seen", "epochs": "images_seen"}
 
 
@@ -27,26 +28,26 @@ class Series:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a report says of a run."""
+    """Contents of a run folder that a report shows."""
 
     name: str
-    """For people; of several runs each has another."""
+    """Different for each of several runs."""
     path: Path
     status: dict
     config: dict
     """Dotted keys; empty where config.yaml is missing or unreadable."""
     environment: dict
     lines: tuple[dict, ...]
-    """Of metrics.jsonl, whole ones only."""
+    """Whole lines of metrics.jsonl."""
     pictures: dict[str, np.ndarray]
     skipped: tuple[str, ...] = ()
-    """Why files could not be decoded, from skip.tsv and skip_val.tsv."""
+    """Reasons why files were not decoded, from skip.tsv and skip_val.tsv."""
 
     def of_kind(self, kind: str) -> list[dict]:
         return [line for line in self.lines if line.get("kind") == kind]
 
     def series(self, kind: str, field: str, axis: str) -> Series | None:
-        """A number of one kind of line on one of `AXES` (seconds, images, epochs); None where no line has it."""
+        """Returns a field of one kind of line on one of `AXES`; None where no line has a number in it."""
         lines = [line for line in self.of_kind(kind) if field in line and "control" not in line]
         unit = self.images_per_epoch if axis == "epochs" else 1.0
         y = np.array([number(line[field]) for line in lines])
@@ -57,17 +58,17 @@ class Run:
         return Series(x[placed], y[placed]) if np.isfinite(y[placed]).any() else None
 
     def resumes(self, axis: str) -> list[float]:
-        """Where on an axis the run went on after it had been stopped or killed."""
+        """Returns the places on an axis where the run was resumed."""
         unit = self.images_per_epoch if axis == "epochs" else 1.0
         places = [number(line.get(AXES[axis])) for line in self.of_kind("resume")]
         return [] if unit is None else [place / unit for place in places if math.isfinite(place)]
 
     @cached_property
     def images_per_epoch(self) -> float | None:
-        """From environment.json; else from the longest epoch that the lines tell of, if they tell of an ended one."""
-        told = number(self.environment.get("images_per_epoch"))
-        if told > 0:
-            return told
+        """Images per epoch by environment.json, else by the longest epoch in the lines if one has ended."""
+        known = number(self.environment.get("images_per_epoch"))
+        if known > 0:
+            return known
         lines = [line for line in self.of_kind("train") if number(line.get("epoch")) >= 0]
         if not lines or max(line["epoch"] for line in lines) == 0:
             return None
@@ -75,7 +76,7 @@ class Run:
         return longest if longest > 0 else None
 
     def last(self, field: str, *kinds: str) -> float | None:
-        """The last finite number of a field, of lines of some kinds or of all; controls do not count."""
+        """Returns the last finite number of a field, from lines of some kinds or of all, without controls."""
         for line in reversed(self.lines):
             if (not kinds or line.get("kind") in kinds) and "control" not in line:
                 value = number(line.get(field))
@@ -84,7 +85,7 @@ class Run:
         return None
 
     def control(self, field: str) -> float | None:
-        """A number of the kNN before training: `knn_top1` of random weights, `raw_pixels_knn_top1`."""
+        """Returns a field of the kNN before training: `knn_top1` of random weights, `raw_pixels_knn_top1`."""
         for line in self.of_kind("knn"):
             if "control" in line and math.isfinite(number(line.get(field))):
                 return number(line[field])
@@ -92,49 +93,55 @@ class Run:
 
     @property
     def warnings(self) -> list[tuple[object, str]]:
-        """(step, sentence) of every warning, of what is left out, and of every file that could not be decoded."""
-        told = [(None, f"left out: {text}") for text in self.environment.get("left_out") or []]
-        told += [(line.get("step"), str(line.get("message", ""))) for line in self.of_kind("warning")]
-        bad = self.of_kind("bad_file")
-        told += [
-            (line.get("step"), " ".join(f"{key} {line[key]}" for key in line if key not in _WHERE)) for line in bad
+        """(step, sentence) of warnings, of excluded images, and of files that could not be decoded."""
+        excluded = [(None, f"excluded: {text}") for text in self.environment.get("left_out") or []]
+        warned = [
+            (line.get("step"), str(line.get("message", "")) + (f" [{line['code']}]" if "code" in line else ""))
+            for line in self.of_kind("warning")
         ]
-        # A resumed run knows them from its skip lists and does not write them again, where metrics.jsonl was cut.
-        known = " ".join(str(line.get("message", "")) for line in bad)
-        return told + [(None, f"left out: {reason}") for reason in self.skipped if reason not in known]
+        lines = self.of_kind("bad_file")
+        bad = [
+            (line.get("step"), " ".join(f"{key} {line[key]}" for key in line if key not in _POSITION)) for line in lines
+        ]
+        # A resumed run reads them from its skip lists and does not write them again where metrics.jsonl was cut.
+        known = " ".join(str(line.get("message", "")) for line in lines)
+        skipped = [(None, f"excluded: {reason}") for reason in self.skipped if reason not in known]
+        return [*excluded, *warned, *bad, *skipped]
 
 
-_WHERE = ("kind", "step", "epoch", "images_seen", "train_seconds", "wall_seconds")
+_POSITION = ("kind", "step", "epoch", "images_seen", "train_seconds", "wall_seconds")
 
 
 def number(value) -> float:
-    """A number of a JSON line as float; NaN for everything else."""
+    """Returns a number of a JSON line as float; NaN for everything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     return float(value) if math.isfinite(value) else math.nan
 
 
 def open_runs(paths: list[Path]) -> list[Run]:
-    """Runs by their folders, with names that tell them apart; raises `UserError` for what is no run folder."""
-    named = [readable(path.resolve().name) for path in paths]
-    runs = []
-    for path, name in zip(paths, named, strict=True):
-        unique = named.count(name) == 1
-        runs.append(open_run(path, name if unique else readable(str(path))))
-    return runs
+    """Reads run folders; raises `UserError` for a folder that is not one. Runs of one name are named by their paths."""
+    names = [readable(path.resolve().name) for path in paths]
+    return [
+        open_run(path, name if names.count(name) == 1 else readable(str(path)))
+        for path, name in zip(paths, names, strict=True)
+    ]
 
 
 def open_run(path: Path, name: str) -> Run:
     if not path.is_dir():
-        raise UserError(f"RUN: {path} is no folder; give the run folders, for example runs/quickstart")
+        raise UserError(f"RUN: {path} is not a folder; give a run folder, for example runs/quickstart", "no-run-folder")
     if not (path / "config.yaml").is_file() and not (path / "metrics.jsonl").is_file():
         inside = sorted(entry.parent.name for entry in path.glob("*/config.yaml"))
-        hint = f"; it holds run folders, for example {path / inside[0]}" if inside else ""
-        raise UserError(f"RUN: {path} is no run folder, it has neither config.yaml nor metrics.jsonl{hint}")
+        cure = f"give a run folder in it, for example {path / inside[0]}" if inside else "give a run folder"
+        raise UserError(f"RUN: {path} has neither config.yaml nor metrics.jsonl; {cure}", "not-a-run")
     try:
         metrics = (path / "metrics.jsonl").read_bytes() if (path / "metrics.jsonl").exists() else b""
     except OSError as error:
-        raise UserError(f"RUN: {path}/metrics.jsonl cannot be read ({error.strerror or error})") from error
+        raise UserError(
+            f"RUN: cannot read {path}/metrics.jsonl ({error.strerror or error}); check its permissions",
+            "run-unreadable",
+        ) from error
     return Run(
         name=name,
         path=path,
@@ -148,8 +155,8 @@ def open_run(path: Path, name: str) -> Run:
 
 
 def readable(text: str) -> str:
-    """Bytes of a name that are no UTF-8 as \\xNN, which a page can hold."""
-    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    """Returns a name with its bytes that are not UTF-8 as \\xNN, which a page can hold."""
+    return os.fsencode(text).decode(errors="backslashreplace")
 
 
 def _read_skipped(path: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a run came to, in words and numbers for a page: no HTML here."""
+"""Numbers and words that a page shows of a run; no HTML."""
 
 import math
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from fastsiam.config.budget import JOULES, parse_budget
 from fastsiam.report.read_run import Run, number
 from fastsiam.run.progress_line import duration
 
-# What status.json says, as a page says it: (text, tone).
+# Status in status.json: (text, tone).
 STATUSES = {
     "done": ("done", "good"),
     "collapsed": ("collapsed", "bad"),
     "failed": ("failed", "bad"),
-    "preempted": ("stopped on request, can go on", "neutral"),
+    "preempted": ("stopped on request, can be resumed", "neutral"),
     "running": ("running, or killed", "neutral"),
 }
 
@@ -27,19 +27,26 @@ class Fact:
 
 
 def status_of(run: Run) -> tuple[str, str]:
-    """(text, tone: good | bad | neutral)."""
-    said = run.status.get("status")
-    return STATUSES.get(said, (str(said) if said is not None else "status unknown", "neutral"))
+    """Returns (text, tone: good | bad | neutral)."""
+    status = run.status.get("status")
+    return STATUSES.get(status, ("status unknown" if status is None else str(status), "neutral"))
+
+
+def subject(run: Run) -> list[str]:
+    """Returns method, encoder, data and view size, as far as the config has them."""
+    size = run.config.get("views.size")
+    parts = [run.config.get(key) for key in ("method.name", "model.encoder", "data.train")]
+    return [str(part) for part in (*parts, size and f"{size} px") if part is not None]
 
 
 def knn_of(run: Run) -> float | None:
-    """The last kNN accuracy, percent."""
-    told = number(run.status.get("knn_top1"))
-    return told if math.isfinite(told) else run.last("knn_top1", "knn", "end")
+    """Returns the last kNN accuracy in percent."""
+    last = number(run.status.get("knn_top1"))
+    return last if math.isfinite(last) else run.last("knn_top1", "knn", "end")
 
 
 def result(run: Run) -> Fact:
-    """The kNN accuracy with its controls, or what there is in its place."""
+    """Returns the kNN accuracy with its controls; without one the loss."""
     knn, loss = knn_of(run), run.last("loss", "train")
     controls = [
         f"{run.control(field):.2f} % {of}"
@@ -54,22 +61,28 @@ def result(run: Run) -> Fact:
 
 
 def facts(run: Run) -> list[Fact]:
-    """The headline's other numbers, always the same ones in the same order."""
-    images = run.last("images_seen")
+    """Returns the headline's other numbers, always in the same order."""
+    planned, wall = run.config.get("train.epochs"), run.last("wall_seconds")
+    environment = run.environment
+    software = [
+        environment.get("dtype"),
+        "compiled" if environment.get("compile") else None,
+        f"torch {environment['torch']}" if environment.get("torch") else None,
+    ]
     return [
-        _epochs(run, images),
-        Fact("Images seen", count(images)),
-        _time(run),
+        Fact("Epochs", epochs(run), "" if planned is None else f"of {planned}"),
+        Fact("Images seen", count(run.last("images_seen"))),
+        Fact("Training time", training_time(run), "" if wall is None else f"{duration(wall)} with evaluation"),
         Fact("Throughput", rate(run), "images/s while training"),
         _energy(run),
         *_budget(run),
         *_cost(run),
-        _hardware(run),
+        Fact("Hardware", hardware(run), ", ".join(str(part) for part in software if part)),
     ]
 
 
 def rate(run: Run) -> str:
-    """Images per second over the whole training time."""
+    """Returns images per second over the whole training time."""
     images, seconds = run.last("images_seen"), run.last("train_seconds")
     if not images or not seconds:
         return "–"
@@ -77,26 +90,20 @@ def rate(run: Run) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
 
 
-def kwh(run: Run) -> float | None:
-    return run.last("kwh")
-
-
 def joules(run: Run) -> float | None:
-    """Per image over the run: of its last line where that tells it, else from kWh."""
-    told, energy, images = run.last("joules_per_image", "end"), kwh(run), run.last("images_seen")
-    if told is not None:
-        return told
+    """Returns joules per image over the run: of its last line if that has them, else from kWh."""
+    whole, energy, images = run.last("joules_per_image", "end"), run.last("kwh"), run.last("images_seen")
+    if whole is not None:
+        return whole
     if energy is not None and images:
         return energy * JOULES["kWh"] / images
     return run.last("joules_per_image")
 
 
 def epochs(run: Run) -> str:
-    """Epochs trained."""
+    """Returns epochs trained."""
     images = run.last("images_seen")
-    if images is None or not run.images_per_epoch:
-        return "–"
-    return significant(images / run.images_per_epoch)
+    return significant(None if images is None or not run.images_per_epoch else images / run.images_per_epoch)
 
 
 def hardware(run: Run) -> str:
@@ -114,8 +121,10 @@ def count(value: float | None) -> str:
     return "–" if value is None else f"{value:,.0f}"
 
 
-def significant(value: float) -> str:
-    """Three digits, without an exponent."""
+def significant(value: float | None) -> str:
+    """Returns three digits, without an exponent."""
+    if value is None:
+        return "–"
     digits = 0 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{min(digits, 6)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
@@ -126,24 +135,12 @@ def training_time(run: Run) -> str:
     return "–" if seconds is None else duration(seconds)
 
 
-def _epochs(run, images):
-    planned = run.config.get("train.epochs")
-    return Fact("Epochs", epochs(run), f"of {planned}" if planned is not None else "")
-
-
-def _time(run):
-    wall = run.last("wall_seconds")
-    return Fact("Training time", training_time(run), "" if wall is None else f"{duration(wall)} with evaluation")
-
-
 def _energy(run):
-    energy, per_image = kwh(run), joules(run)
-    if energy is None and per_image is None:
-        return Fact("Energy", "not available")
+    energy, per_image = run.last("kwh"), joules(run)
+    each = None if per_image is None else f"{significant(per_image)} J/image"
     if energy is None:
-        return Fact("Energy", f"{significant(per_image)} J/image")
-    note = "" if per_image is None else f"{significant(per_image)} J/image"
-    return Fact("Energy", f"{significant(energy)} kWh", note)
+        return Fact("Energy", each or "not available")
+    return Fact("Energy", f"{significant(energy)} kWh", each or "")
 
 
 def _budget(run):
@@ -155,13 +152,13 @@ def _budget(run):
 
 
 def _share_spent(run, given):
-    """Of the whole budget, as a run says when it ends; progress is of what evaluation leaves for training."""
+    """Share of the whole budget, as the end of a run prints it; progress is a share of the part left for training."""
     price = number(run.config.get("budget_price_per_hour"))
     try:
         budget = parse_budget(given, price if math.isfinite(price) else None)
     except ValueError:
         return None
-    energy = kwh(run)
+    energy = run.last("kwh")
     spent = {
         "images": run.last("images_seen"),
         "seconds": run.last("spent_seconds"),
@@ -171,16 +168,8 @@ def _share_spent(run, given):
 
 
 def _cost(run):
-    """Of the process time, which a price is paid for; evaluation, saving and what a kill has lost are in it."""
+    """Price of the process time, which includes evaluation, saving and what a kill has lost."""
     price, seconds = number(run.config.get("budget_price_per_hour")), run.last("spent_seconds")
     if not math.isfinite(price):
         return []
-    value = "–" if seconds is None else f"{price * seconds / 3600:,.2f}"
-    return [Fact("Cost", value, f"at {price:g} an hour")]
-
-
-def _hardware(run):
-    environment = run.environment
-    chosen = [environment.get("dtype"), "compiled" if environment.get("compile") else None, environment.get("driver")]
-    torch = f"torch {environment['torch']}" if environment.get("torch") else None
-    return Fact("Hardware", hardware(run), ", ".join(str(part) for part in (*chosen[:2], torch) if part))
+    return [Fact("Cost", "–" if seconds is None else f"{price * seconds / 3600:,.2f}", f"at {price:g} an hour")]

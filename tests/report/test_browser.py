@@ -1,10 +1,12 @@
-"""Reports in a real browser: nothing fetched, nothing complained of, every figure seen, on a phone and in the dark."""
+"""Reports in a real browser: nothing fetched, no complaint, every figure visible, on a phone and in the dark."""
 
 import pytest
 
 from fastsiam.report.__main__ import main
 from tests.support.optional import browser_path
 from tests.support.run_folders import EVIL, write_run
+
+pytestmark = pytest.mark.slow
 
 # Boxes of the figures that are seen: [label, width, height].
 FIGURES = """() => [...document.querySelectorAll('.panels figure')].map(figure => {
