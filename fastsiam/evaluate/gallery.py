@@ -1,18 +1,18 @@
-"""What a report shows of a run besides numbers: `pictures.npz` in the run folder, written while it trains.
+"""Pictures of a run for its report: `pictures.npz` in the run folder, written while it trains.
 
-A report can then be made later and elsewhere, without the data, a GPU or torch. The file is numpy's format without
-pickles; thumbnails are uint8 RGB, names are relative to data.train or data.val, labels are class names, "" without one.
+A report can then be made elsewhere, without the data, a GPU or torch. The file is numpy's format without pickles.
+Thumbnails are uint8 RGB, names are relative to data.train or data.val, labels are class names, "" without one.
 
-| array | shape | from |
+| array | shape | content |
 |---|---|---|
 | pair_images | [2, P, S, S, 3] | the first two views of the first images of the first step, as the encoder saw them |
 | pair_names, pair_labels | [P] | |
-| knn_step | [] | the step of the last kNN evaluation, of which all below is |
+| knn_step | [] | step of the last kNN evaluation, the source of all below |
 | query_images, query_names, query_labels | [Q, S, S, 3], [Q], [Q] | validation images |
 | neighbour_images, neighbour_names, neighbour_labels | [Q, 5, S, S, 3], [Q, 5], [Q, 5] | most similar in training |
-| neighbour_similarity | [Q, 5] float32 | cosine of the features that kNN compares |
-| points, point_labels | [N, 2] float32, [N] | the first two principal components of those of validation images |
-| explained | [2] float64 | the share of the variance that each component has |
+| neighbour_similarity | [Q, 5] float32 | cosine of their features |
+| points, point_labels | [N, 2] float32, [N] | validation features on two principal components |
+| explained | [2] float64 | share of the variance of each component |
 
 At most 3.2 MB, from 0.3 MB at 32 px to 2.6 MB at 224 px and above.
 """
@@ -27,10 +27,11 @@ import torch.nn.functional as F
 
 from fastsiam.config.views import ViewSpec
 from fastsiam.data.sources.source import ImageSource
+from fastsiam.errors import Notice
 from fastsiam.runtime.arrays import read_arrays, write_arrays
 
 PAIRS, QUERIES, NEIGHBOURS = 8, 8, 5
-# The projection shows so many classes, which a legend can tell apart, with so many images of each.
+# A legend can tell ten classes apart.
 CLASSES, IMAGES_PER_CLASS = 10, 50
 # Pixels of the longest side in the file.
 PAIR_SIDE, THUMBNAIL_SIDE = 160, 96
@@ -38,8 +39,9 @@ _NAME_CHARACTERS = 500
 
 
 class Pictures:
-    """Collects on all ranks, writes where `writes`. What the disk refuses is told through `warn` and tried again with
-    the next evaluation.
+    """Collector on all ranks, writer where `writes`.
+
+    A disk that refuses the file gets another attempt at the next evaluation; `warn` gets one notice.
     """
 
     def __init__(
@@ -48,25 +50,25 @@ class Pictures:
         source: ImageSource | None,
         val: ImageSource | None,
         spec: ViewSpec,
-        warn: Callable[[str], None],
+        warn: Callable[[Notice], None],
         writes: bool,
     ):
         """`source`: the training images; None where there are none. `spec` tells how views are normalised."""
         self.path = folder / "pictures.npz"
         self._source, self._val, self._spec = source, val, spec
-        self._warn, self._writes, self._told = warn, writes, False
+        self._warn, self._writes, self._warned = warn, writes, False
         self._first: tuple[torch.Tensor, np.ndarray] | None = None
         self._arrays: dict[str, np.ndarray] | None = None
 
     def remember(self, step: int, views: torch.Tensor, indices: np.ndarray) -> None:
-        """Keep a copy of the first pairs of the first step; nothing is read back from the device."""
+        """Keeps a copy of the first pairs of the first step; nothing is read back from the device."""
         if step == 1 and self._writes and self._source is not None:
             first, second = views.split(len(indices))[:2]
             pairs = torch.stack([first[:PAIRS], second[:PAIRS]])
             self._first = pairs, np.array(indices[:PAIRS])
 
     def write_pairs(self) -> None:
-        """Write what `remember` has kept, if it has not been written; what was in the file belongs to another start."""
+        """Writes the pairs that `remember` has kept, in place of a file of an earlier start."""
         if self._first is None:
             return
         (views, indices), self._first = self._first, None
@@ -80,7 +82,7 @@ class Pictures:
         self._write()
 
     def chosen(self) -> np.ndarray:
-        """The validation images to look at: some of each of a few classes, spread over the source; sorted, int64."""
+        """Returns sorted int64 indices of validation images: some of each of a few classes, spread over the source."""
         labels = self._val.labels
         rows = [np.flatnonzero(labels == label) for label in _spread(np.unique(labels[labels >= 0]), CLASSES)]
         return np.sort(np.concatenate([_spread(row, IMAGES_PER_CLASS) for row in rows]))
@@ -94,10 +96,10 @@ class Pictures:
         query_indices: np.ndarray,
         thumbnails: Callable[[ImageSource, np.ndarray], torch.Tensor],
     ) -> None:
-        """Show an evaluation; of one rank only.
+        """Writes the pictures of an evaluation, on one rank.
 
-        `bank`: [M, D] features of the training images `bank_indices`, `queries`: [N, D] of validation images, both of
-        one device. `thumbnails(source, indices)` gives normalised evaluation crops [n, 3, S, S].
+        `bank`: [M, D] features of the training images `bank_indices`; `queries`: [N, D] of validation images, on the
+        same device. `thumbnails(source, indices)` returns normalised evaluation crops [n, 3, S, S].
         """
         if not len(bank) or not len(queries):
             return
@@ -125,7 +127,7 @@ class Pictures:
         self._write()
 
     def _known(self):
-        """What is already there; after a resume, what the file of the earlier start has."""
+        """Arrays so far; after a resume those of the earlier start."""
         if self._arrays is None:
             self._arrays = read_arrays(self.path) if self._source is not None else {}
         return self._arrays
@@ -133,15 +135,16 @@ class Pictures:
     def _write(self):
         try:
             write_arrays(self.path, self._arrays)
-            self._told = False
+            self._warned = False
         except OSError as error:
-            if not self._told:
-                self._told = True
-                self._warn(f"{self.path} could not be written ({error.strerror or error}); the report will lack it")
+            if not self._warned:
+                self._warned = True
+                sentence = f"cannot write {self.path} ({error.strerror or error}); the report will have no pictures"
+                self._warn(Notice(sentence, "pictures-unwritten"))
 
 
 def to_uint8(views: torch.Tensor, spec: ViewSpec, side: int) -> np.ndarray:
-    """Normalised views [N, 3, S, S] as pixels [N, s, s, 3], s at most `side`."""
+    """Returns normalised views [N, 3, S, S] as uint8 pixels [N, s, s, 3], s at most `side`."""
     mean, std = (torch.tensor(values, device=views.device).view(3, 1, 1) for values in (spec.mean, spec.std))
     pixels = views.detach().float() * std + mean
     if pixels.shape[-1] > side:
@@ -150,7 +153,7 @@ def to_uint8(views: torch.Tensor, spec: ViewSpec, side: int) -> np.ndarray:
 
 
 def nearest(bank: torch.Tensor, queries: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine similarity and row of the `count` most similar rows of `bank` [M, D] to each of `queries` [N, D]."""
+    """Returns cosines and row numbers of the `count` rows of `bank` [M, D] most similar to each of `queries` [N, D]."""
     # The bank is not copied to be normalised: on ImageNet it has 10 GB.
     lengths = torch.linalg.vector_norm(bank, dim=1).clamp_min(1e-12)
     similarity = F.normalize(queries.float(), dim=1) @ bank.float().T / lengths
@@ -159,10 +162,10 @@ def nearest(bank: torch.Tensor, queries: torch.Tensor, count: int) -> tuple[np.n
 
 
 def project(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates [N, 2] on the first two principal components of `features` [N, D], and their shares of the variance.
+    """Returns `features` [N, D] on their first two principal components [N, 2], and shares of the variance [2].
 
-    By the N x N Gram matrix, which is smaller than the covariance. The sign of a component is that which makes its
-    largest coordinate positive; components that the features do not have are zero.
+    The N x N Gram matrix is smaller than the covariance. The largest coordinate of a component is positive; components
+    that the features do not have are zero.
     """
     centred = features - features.mean(0)
     variances, vectors = np.linalg.eigh(centred @ centred.T)
@@ -179,12 +182,12 @@ def project(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _spread(values: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of `values`, evenly spaced."""
+    """Returns at most `count` of `values`, evenly spaced."""
     return values[np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(np.int64)]
 
 
 def _one_of_each(labels: np.ndarray) -> np.ndarray:
-    """Rows in an order that takes one of every class before a second of any."""
+    """Returns rows in an order that takes one of every class before a second of any."""
     turn = np.zeros(len(labels), np.int64)
     for label in np.unique(labels):
         same = labels == label
@@ -193,11 +196,12 @@ def _one_of_each(labels: np.ndarray) -> np.ndarray:
 
 
 def _names(source: ImageSource, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    names = [os.fsdecode(bytes(source.names[index])) for index in indices]
+    """Returns names and labels of images."""
+    names = [bytes(source.names[index]) for index in indices]
     labels = [source.classes[label] if label >= 0 else "" for label in source.labels[indices]]
-    # Bytes of a file's name that are no UTF-8 become \xNN: they could not be written into a page.
-    readable = [
-        [text.encode(errors="surrogateescape").decode(errors="backslashreplace")[-_NAME_CHARACTERS:] for text in texts]
+    # Bytes that are not UTF-8 become \xNN: a page cannot hold them.
+    texts = [
+        [os.fsencode(text).decode(errors="backslashreplace")[-_NAME_CHARACTERS:] for text in texts]
         for texts in (names, labels)
     ]
-    return np.array(readable[0], dtype=str), np.array(readable[1], dtype=str)
+    return np.array(texts[0], dtype=str), np.array(texts[1], dtype=str)
