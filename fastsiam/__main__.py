@@ -1,4 +1,4 @@
-"""fastsiam COMMAND ...: the same as python -m fastsiam.COMMAND ..."""
+"""fastsiam COMMAND ...: runs python -m fastsiam.COMMAND ..."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ import fastsiam
 COMMANDS = {
     "train": "pretrain an encoder, or resume a run",
     "config": "print what the keys of a config mean, with range and default",
-    "plan": "measure for a minute, and predict time, memory and cost of a run",
+    "plan": "measure for a minute, then predict time, memory and cost of a run",
     "prepare": "scan, pack or convert images",
     "report": "write one HTML page of one run or several",
     "doctor": "check what is installed, and the machine",
@@ -20,9 +20,9 @@ def main(argv: list[str] | None = None) -> int:
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog="fastsiam",
-        description="Self-supervised pretraining of image encoders at the speed of the hardware.",
+        description="Self-supervised pretraining of image encoders at hardware speed.",
         epilog="commands:\n" + "\n".join(f"  {name:{width}}  {what}" for name, what in COMMANDS.items())
-        + "\n\nfastsiam COMMAND --help says more. Start with: fastsiam train --config quickstart.yaml",
+        + "\n\nfastsiam COMMAND --help prints more. Start with: fastsiam train --config quickstart.yaml",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"fastsiam {fastsiam.__version__}")

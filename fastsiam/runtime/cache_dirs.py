@@ -1,4 +1,4 @@
-"""Where caches lie: below $XDG_CACHE_HOME or ~/.cache, and below TMPDIR where HOME is missing or cannot be written."""
+"""Folders of caches: below $XDG_CACHE_HOME or ~/.cache; below TMPDIR if HOME is missing or not writable."""
 
 import atexit
 import functools
@@ -10,21 +10,21 @@ from pathlib import Path
 
 
 def cache_root() -> Path:
-    """$XDG_CACHE_HOME/fastsiam, or ~/.cache/fastsiam, or a folder of this user's below TMPDIR.
+    """Returns $XDG_CACHE_HOME/fastsiam, or ~/.cache/fastsiam, or a folder of this user below TMPDIR.
 
-    The last one is for containers: no HOME, or one that cannot be written. Nothing is made here.
+    The last one is for containers without a HOME, or with one that cannot be written. The folder is not made here.
     """
     if chosen := os.environ.get("XDG_CACHE_HOME"):
         return Path(chosen) / "fastsiam"
     home = home_folder()
     if home is not None and can_hold(home / ".cache" / "fastsiam"):
         return home / ".cache" / "fastsiam"
-    # Below a file nothing can be read or written: every cache is done without.
+    # Nothing can be read or written below a file: no cache is used.
     return temporary_root() or Path(os.devnull) / "fastsiam"
 
 
 def home_folder() -> Path | None:
-    """The user's home folder; None where neither HOME nor the account data base names one."""
+    """Returns the user's home folder; None where neither HOME nor the account data base names one."""
     try:
         return Path.home()
     except RuntimeError:
@@ -32,7 +32,7 @@ def home_folder() -> Path | None:
 
 
 def can_hold(folder: Path) -> bool:
-    """True where `folder` exists, or can be made."""
+    """Returns True where `folder` exists or can be made."""
     if folder.is_dir():
         return True
     while not os.path.lexists(folder):
@@ -42,10 +42,10 @@ def can_hold(folder: Path) -> bool:
 
 @functools.cache
 def temporary_root() -> Path | None:
-    """$TMPDIR/fastsiam-UID, made where absent; None where no temporary folder can be written.
+    """Returns $TMPDIR/fastsiam-UID, made where absent; None where no temporary folder can be written.
 
-    Compiled code is loaded from it, so a folder of that name that others own or can write is not used: a folder of this
-    process alone takes its place, and is removed at its end.
+    Compiled code is loaded from it. A folder of that name that others own or can write is therefore replaced by one of
+    this process alone, which is removed when the process ends.
     """
     try:
         folder = Path(tempfile.gettempdir()) / f"fastsiam-{os.getuid()}"
@@ -63,7 +63,7 @@ def temporary_root() -> Path | None:
 
 
 def place_triton_cache() -> None:
-    """Set TRITON_CACHE_DIR where Triton could not write the default, ~/.triton; to be called before a kernel runs."""
+    """Sets TRITON_CACHE_DIR where Triton cannot write its default, ~/.triton; call it before a kernel runs."""
     if "TRITON_CACHE_DIR" in os.environ or "TRITON_HOME" in os.environ:
         return
     home = home_folder()

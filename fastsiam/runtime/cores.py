@@ -1,4 +1,4 @@
-"""The CPU cores that this process may use: by its affinity, and by the quotas of its control groups."""
+"""CPU cores that this process may use, by its affinity and by the quotas of its control groups."""
 
 import math
 import os
@@ -7,22 +7,22 @@ from pathlib import Path
 
 
 def usable_cores() -> int:
-    """Whole cores for this process, at least 1."""
+    """Returns the whole cores for this process, at least 1."""
     return whole_cores(len(os.sched_getaffinity(0)), cpu_quota())
 
 
 def threads_for(workers: int | None) -> int:
-    """Decoding threads that `data.workers` stands for: all usable cores for None, at least one."""
+    """Returns the decoding threads that `data.workers` asks for, at least 1; None asks for all usable cores."""
     return usable_cores() if workers is None else max(1, workers)
 
 
 def whole_cores(allowed: int, quota: float) -> int:
-    """At most `allowed`, and no more threads than `quota` cores keep busy: others would wait for the next period."""
+    """Returns at most `allowed`, and no more than `quota`: further threads would wait for the quota's next period."""
     return max(1, math.floor(min(allowed, quota)))
 
 
 def cpu_quota(root: Path = Path("/")) -> float:
-    """Cores of the tightest CPU quota on the way to the root, inf for none; cpu.max is cgroup v2, cpu.cfs_* v1."""
+    """Returns the cores of the tightest CPU quota of the control groups, v2 (cpu.max) or v1 (cpu.cfs_*); inf: none."""
     cores = math.inf
     for group in control_groups(root, "cpu"):
         if text := read_fact(group / "cpu.max"):
@@ -37,7 +37,7 @@ def cpu_quota(root: Path = Path("/")) -> float:
 
 
 def control_groups(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of this process' control groups that have a controller, from its own up to the root."""
+    """Yields the folders of this process's control groups that have a controller, from its own up to the root."""
     for line in (read_fact(root / "proc/self/cgroup") or "").splitlines():
         _, names, path = line.split(":", 2)
         if names and controller not in names.split(","):
@@ -45,13 +45,13 @@ def control_groups(root: Path, controller: str) -> Iterator[Path]:
         tops = ("cpu", "cpu,cpuacct", "cpuacct,cpu") if controller == "cpu" else (controller,)
         for top in tops if names else ("",):
             base = root / "sys/fs/cgroup" / top
-            # In a container the path may be the host's, of which only the mount itself is seen.
+            # In a container the path may be one of the host, of which only the mount itself is visible.
             inside = base / path.lstrip("/")
             yield from (level for level in (inside, *inside.parents) if level.is_relative_to(base))
 
 
 def read_fact(path: Path) -> str | None:
-    """A small file of the kernel's; None where it cannot be read."""
+    """Returns the text of a small file of the kernel; None where it cannot be read."""
     try:
         return path.read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""Energy that a GPU uses, by NVML (`import pynvml`, from nvidia-ml-py); nothing is imported before a GPU is asked for.
+"""Energy that a GPU uses, by NVML (pynvml of nvidia-ml-py, imported only for a GPU).
 
 Sources: NVIDIA, NVML API Reference, nvmlDeviceGetTotalEnergyConsumption and nvmlDeviceGetPowerUsage.
 """
@@ -9,6 +9,8 @@ import time
 import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from fastsiam.errors import Notice
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +25,9 @@ def kilowatt_hours(joules: float) -> float:
 class EnergyMeter:
     """Joules of one GPU since the meter was opened.
 
-    NVML measures a card: what other processes on it use is in the number, and what the rest of the machine uses is not.
-    `description` says how it is measured, or why it is not: "NVML total energy" (the driver's counter, from Volta on),
-    "NVML power, sampled every 0.1 s" or "not available (REASON)". Close it, or use it in a `with`.
+    NVML measures a whole card: other processes on it are included, and the rest of the machine is not.
+    `description` is the method, "NVML total energy" (the driver's counter, from Volta on) or "NVML power, sampled every
+    0.1 s", or "not available (REASON)". Close it, or use it in a `with`.
     """
 
     def __init__(self, source: "_Counter | _Samples | None", description: str, warn: Callable[[str], None]):
@@ -35,9 +37,9 @@ class EnergyMeter:
 
     @classmethod
     def of(cls, device: "torch.device", warn: Callable[[str], None] = warnings.warn) -> "EnergyMeter":
-        """A meter of the GPU that `device` is to this process; of another device, one that measures nothing.
+        """Returns the meter of a GPU; of another device, one that measures nothing.
 
-        `warn(sentence)` is called at most once, by `joules` or `close`, when the GPU stops answering.
+        `warn(notice)` is called at most once, by `joules` or `close`, when the GPU stops answering.
         """
         if device.type != "cuda":
             return cls(None, f"not available ({device.type.upper()} device)", warn)
@@ -55,9 +57,10 @@ class EnergyMeter:
         return cls(source, description, warn)
 
     def joules(self) -> float | None:
-        """Since the meter was opened, until now or until `close`; None where not available. No host sync.
+        """Returns the joules since the meter was opened, or until `close`; None where not available. No host sync.
 
-        A GPU that stops answering (lost, driver loaded again) is no error: `warn` is told, and from then on it is None.
+        A GPU that stops answering (lost, driver loaded again) is not an error: `warn` is called, and the result is None
+        from then on.
         """
         if self._source is None:
             return self._final
@@ -65,11 +68,11 @@ class EnergyMeter:
             return self._source.joules()
         except _LostError as error:
             self._end()
-            self._warn(f"the energy of the GPU is no longer measured: {error}")
+            self._warn(Notice(f"the energy of the GPU is no longer measured: {error}", "energy-lost"))
             return None
 
     def close(self) -> None:
-        """Stop measuring; `joules` stays what it was."""
+        """Stops measuring; `joules` keeps its last value."""
         if self._source is not None:
             self._final = self.joules()
             self._end()
@@ -88,7 +91,7 @@ class EnergyMeter:
 
 
 class _LostError(Exception):
-    """The GPU does not answer any more; the text says why."""
+    """The GPU has stopped answering; the text is the reason."""
 
 
 class _Counter:
@@ -104,7 +107,7 @@ class _Counter:
         except self.nvml.NVMLError as error:
             raise _LostError(f"NVML: {error}") from error
         if now < self._last:
-            # It counts since the driver was loaded.
+            # The counter starts at 0 when the driver is loaded.
             raise _LostError("its counter went backwards, so the driver was loaded again")
         self._last = now
         return (now - self._first) / 1000
@@ -114,9 +117,9 @@ class _Counter:
 
 
 class _Samples:
-    """The integral over power, by the trapezoidal rule; a thread samples once `start` is called.
+    """Integral of power by the trapezoidal rule, sampled by a thread from `start` on.
 
-    From Ampere on (but for GA100) NVML's power is a mean over one second, which delays the integral, no more.
+    From Ampere on, except GA100, NVML's power is a mean over one second, which only delays the integral.
     """
 
     def __init__(self, nvml, handle):
@@ -132,7 +135,7 @@ class _Samples:
         self._thread.start()
 
     def joules(self) -> float:
-        """Takes a sample as well, so that it is the energy until now."""
+        """Takes a sample, and returns the energy until now."""
         try:
             with self._lock:
                 watts, now = self.nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000, time.monotonic()
@@ -152,12 +155,12 @@ class _Samples:
             try:
                 self.joules()
             except _LostError:
-                # For the thread that asks next: it meets the same error, or one sample that spans the gap.
+                # The thread that asks next meets the same error, or one sample that spans the gap.
                 continue
 
 
 def _open(nvml, device):
-    """What measures a GPU, and its description; None where nothing does."""
+    """Returns the source of a GPU's energy, None where there is none, and its description."""
     try:
         handle = nvml_handle(nvml, device)
     except nvml.NVMLError as error:
@@ -177,25 +180,25 @@ def _open(nvml, device):
 
 
 def nvml_handle(nvml, device: "torch.device"):
-    """NVML's handle of torch's device, by UUID, for NVML numbers all GPUs of a machine; None for a MIG instance."""
+    """Returns NVML's handle of a device of torch, found by its UUID; None for a MIG instance."""
     import torch
 
     uuid = torch.cuda.get_device_properties(device).uuid
     try:
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except nvml.NVMLError:
-        # CUDA gives the UUID of the instance, which NVML knows by another prefix; raises where it is neither.
+        # CUDA has the UUID of the instance, to which NVML gives another prefix; raises where it is neither.
         nvml.nvmlDeviceGetHandleByUUID(f"MIG-{uuid}")
         return None
     try:
         current, _ = nvml.nvmlDeviceGetMigMode(handle)
     except nvml.NVMLError:
-        # Most cards know no MIG.
+        # Most cards do not support MIG.
         return handle
     return None if current == nvml.NVML_DEVICE_MIG_ENABLE else handle
 
 
 def _shut_down(nvml):
-    # A GPU that is lost may refuse this as well; NVML counts who has opened it, and others may have.
+    # A lost GPU may refuse this as well. NVML counts its users: others may still have it open.
     with contextlib.suppress(nvml.NVMLError):
         nvml.nvmlShutdown()
