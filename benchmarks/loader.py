@@ -33,9 +33,8 @@ from fastsiam.config import load_config
 from fastsiam.config.views import ViewSpec, view_specs
 from fastsiam.data.backends.choose import choose_backend, open_backend
 from fastsiam.data.loader import Loader
-from fastsiam.data.sources.folder import Files
-from fastsiam.data.sources.open import of_files, open_source
-from fastsiam.data.sources.source import ImageSource
+from fastsiam.data.sources.open import open_source
+from fastsiam.data.sources.source import ImageSource, new_source
 from fastsiam.prepare.ffcv import write_beton
 from fastsiam.runtime import malloc
 
@@ -190,9 +189,7 @@ def _with(folder: tempfile.TemporaryDirectory, epoch: Callable[[int], int]) -> C
 
 def source_of(paths: tuple[str, ...]) -> ImageSource:
     """The files as a source; one may come several times."""
-    names = np.array([os.fsencode(Path(path).resolve().relative_to("/")) for path in paths])
-    bytes_of = np.array([os.stat(path).st_size for path in paths])
-    return of_files(Files(Path("/"), names, bytes_of, np.full(len(paths), -1), ()))
+    return new_source(Path("/"), [(Path(path).resolve().relative_to("/"), os.stat(path).st_size) for path in paths])
 
 
 def peer(case: Case, build_loader: Callable, *more):

@@ -19,9 +19,8 @@ from fastsiam.data.build import build_evaluation_loader, build_loader
 from fastsiam.data.loader import EvaluationLoader, Loader
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.beton import is_beton
-from fastsiam.data.sources.folder import Packed
 from fastsiam.data.sources.image_header import UNREADABLE
-from fastsiam.data.sources.source import ImageSource
+from fastsiam.data.sources.source import ImageSource, Packed
 from fastsiam.plan.bench import Bench, epochs
 from fastsiam.plan.results import LoaderRate, Rate
 from fastsiam.plan.steps import with_batch_size

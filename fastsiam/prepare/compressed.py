@@ -4,9 +4,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from fastsiam.data.sources.image_header import BadImageError
-from fastsiam.data.sources.open import of_files
 from fastsiam.data.sources.source import ImageSource
-from fastsiam.data.sources.tar import DAMAGED, compressed_shards, files_of_shards, open_shard, shards_of_folder
+from fastsiam.data.sources.tar import DAMAGED, compressed_shards, open_shard, shards_of_folder, source_of_shards
 from fastsiam.errors import UserError
 
 
@@ -46,5 +45,5 @@ def open_compressed(location: str, key: str) -> CompressedSource | None:
     unknown = [name for name in names if name.lower().endswith(".zst")]
     if unknown:
         raise UserError(f"{key}: {root / unknown[0]} is compressed by zstd; run unzstd {root}/*.zst first", "zstd")
-    source = of_files(files_of_shards(root, names, key, open_shard))
+    source = source_of_shards(root, names, key, open_shard)
     return CompressedSource(**{item.name: getattr(source, item.name) for item in fields(source)})

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastsiam.data.sources.folder import Files, Packed
 from fastsiam.data.sources.image_header import UNREADABLE, BadImageError, read_header
-from fastsiam.data.sources.index_cache import PACK_INCOMPLETE, PACK_INDEX, Index, write_index
-from fastsiam.data.sources.source import ImageSource
+from fastsiam.data.sources.index_cache import PACK_INCOMPLETE, PACK_INDEX, write_index
+from fastsiam.data.sources.source import ImageSource, Packed
 from fastsiam.data.sources.tar import split_key
 from fastsiam.errors import UserError
 
@@ -59,9 +58,8 @@ def pack(
     finally:
         shards.close()
     packed = Packed(tuple(shards.names), shard, offset)
-    columns = source.names[kept], file_sizes, source.labels[kept]
-    files = Files(out, *columns, source.classes, packed, labelling=source.labelling)
-    write_index(out / PACK_INDEX, Index(files, image_sizes, kinds, None, None), {})
+    columns = source.names[kept], file_sizes, source.labels[kept], source.classes, image_sizes, kinds
+    write_index(out / PACK_INDEX, ImageSource(out, *columns, packed, labelling=source.labelling), {})
     (out / PACK_INCOMPLETE).unlink()
     return len(shards.names)
 

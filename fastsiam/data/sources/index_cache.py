@@ -13,21 +13,22 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from fastsiam.data.sources import excluded, formats
-from fastsiam.data.sources.annotations import places
-from fastsiam.data.sources.folder import Files, Packed, files_of_folder, fingerprint, is_outside, no_images
+from fastsiam.data.sources.annotations import label_folder, places
+from fastsiam.data.sources.folder import is_outside, no_images
 from fastsiam.data.sources.image_header import PLAIN, UNKNOWN, UNREADABLE
+from fastsiam.data.sources.source import ImageSource, Packed, fingerprint, new_source
 from fastsiam.data.sources.tar import (
     NoImagesError,
     compressed_shards,
-    files_of_shards,
     no_plain_shards,
     shards_of_folder,
+    source_of_shards,
 )
 from fastsiam.data.sources.walk import Directory, Walk, is_still_closed
 from fastsiam.errors import UserError
@@ -46,26 +47,12 @@ _OUTWEIGHS = 2
 _SETTLED_NS = 2_000_000_000
 
 
-class Index(NamedTuple):
-    """Files of a source, and the headers read so far."""
-
-    files: Files
-    image_sizes: np.ndarray
-    """[N, 2] int32 heights and widths, 0 where UNKNOWN; where it is cached, what is written here is kept."""
-    kinds: np.ndarray
-    """[N] uint8 of `fastsiam.data.sources.image_header`."""
-    cached_kinds: np.ndarray | None
-    """The same in the cache, writable; None where there is no cache."""
-    fingerprint: str | None
-    """None where it is not computed yet."""
-
-
 def cache_folder(location: Path) -> Path:
     """Folder for the index and the scan of a folder or list; it may not exist."""
     return cache_root() / "index" / hashlib.sha256(os.fsencode(location.resolve())).hexdigest()[:16]
 
 
-def open_folder(root: Path, key: str) -> Index:
+def open_folder(root: Path, key: str) -> ImageSource:
     """Returns the images of a folder: files, tar shards, or a pack with its own index. `key`: the config key of errors.
 
     Lists the folder where the cache is empty or the folder has changed. Works without a cache that cannot be written.
@@ -83,8 +70,7 @@ def open_folder(root: Path, key: str) -> Index:
     folder = cache_folder(root) / "index"
     found = read_index(folder, root, cached=True)
     if found is None:
-        files, state = _list(root, key)
-        found = unread(files)
+        found, state = _list(root, key)
         changes = [directory.mtime_ns for directory in state["directories"]] + [
             mtime for *_, mtime in state["files"] + state["watched"]
         ]
@@ -96,31 +82,23 @@ def open_folder(root: Path, key: str) -> Index:
     return found
 
 
-def unread(files: Files) -> Index:
-    """Returns the index of files whose headers are not read yet."""
-    count = len(files.names)
-    return Index(files, np.zeros((count, 2), np.int32), np.zeros(count, np.uint8), None, None)
-
-
-def write_index(folder: Path, index: Index, state: dict, keep: Callable[[], bool] = lambda: False) -> None:
+def write_index(folder: Path, source: ImageSource, state: dict, keep: Callable[[], bool] = lambda: False) -> None:
     """Writes beside `folder`, fsyncs, renames; raises `OSError` where that is not possible.
 
     Replaces an existing folder, unless `keep()`. Images that cannot be decoded are written as UNKNOWN, so that the next
     start reads them again.
     """
-    files = index.files
-    columns = {"names": files.names, "file_sizes": files.file_sizes, "labels": files.labels}
-    columns["image_sizes"] = index.image_sizes
-    columns["kinds"] = np.where(index.kinds < UNREADABLE, index.kinds, UNKNOWN).astype(np.uint8)
-    if files.packed:
-        columns |= {"shard": files.packed.shard, "offset": files.packed.offset}
+    columns = {name: getattr(source, name) for name in ("names", "file_sizes", "labels", "image_sizes")}
+    columns["kinds"] = np.where(source.kinds < UNREADABLE, source.kinds, UNKNOWN).astype(np.uint8)
+    if source.packed:
+        columns |= {"shard": source.packed.shard, "offset": source.packed.offset}
     note = {
         "version": _VERSION,
-        "fingerprint": fingerprint(files.names, files.file_sizes),
-        "classes": files.classes,
-        "shards": files.packed.shards if files.packed else None,
-        "left_out": dict(files.excluded),
-        "labelling": files.labelling,
+        "fingerprint": fingerprint(source.names, source.file_sizes),
+        "classes": source.classes,
+        "shards": source.packed.shards if source.packed else None,
+        "left_out": dict(source.excluded),
+        "labelling": source.labelling,
         **state,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -144,7 +122,7 @@ def write_index(folder: Path, index: Index, state: dict, keep: Callable[[], bool
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
+def read_index(folder: Path, root: Path, cached: bool = False) -> ImageSource | None:
     """Returns the index in `folder`, of images below `root`; None where there is none or it is damaged.
 
     `cached`: None also where `root` has changed; the arrays write to the files where that is permitted.
@@ -164,11 +142,11 @@ def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
                 return None
             places = (_load(folder / f"{name}.npy", "r") for name in ("shard", "offset"))
             packed = Packed(tuple(note["shards"]), *places)
-        more = {"excluded": note.get("left_out", {}), "labelling": note.get("labelling", "")}
-        files = Files(root=root, **load, classes=tuple(note["classes"]), packed=packed, **more)
+        more = {"classes": tuple(note["classes"]), "known_fingerprint": note["fingerprint"], "packed": packed}
+        more |= {"excluded": note.get("left_out", {}), "labelling": note.get("labelling", "")}
         mode = "r+" if cached and os.access(folder / "kinds.npy", os.W_OK) else "c"
         image_sizes, cached_kinds = (_load(folder / f"{name}.npy", mode) for name in ("image_sizes", "kinds"))
-        if {len(column) for column in (*load.values(), image_sizes, cached_kinds)} != {len(files.names)}:
+        if len({len(column) for column in (*load.values(), image_sizes, cached_kinds)}) > 1:
             return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -176,8 +154,9 @@ def read_index(folder: Path, root: Path, cached: bool = False) -> Index | None:
     kinds = np.where((image_sizes > 0).all(1), cached_kinds, UNKNOWN).astype(np.uint8)
     if note["version"] == 1:
         # Version 1 calls PNGs of 16 bits a colour plain.
-        kinds[(kinds == PLAIN) & np.char.endswith(np.char.lower(files.names), b".png")] = UNKNOWN
-    return Index(files, image_sizes, kinds, cached_kinds if mode == "r+" else None, note["fingerprint"])
+        kinds[(kinds == PLAIN) & np.char.endswith(np.char.lower(load["names"]), b".png")] = UNKNOWN
+    more["cached_kinds"] = cached_kinds if mode == "r+" else None
+    return ImageSource(root=root, **load, image_sizes=image_sizes, kinds=kinds, **more)
 
 
 def _list(root, key):
@@ -185,27 +164,29 @@ def _list(root, key):
     listed_ns = time.time_ns()
     walk = Walk(root)
     found = list(walk)
-    passed_over = +walk.excluded
+    counts = +walk.excluded
     # Where there are none, no folder is listed twice.
-    looked = [directory.name for directory in walk.directories] if passed_over[".tar"] or not found else []
+    looked = [directory.name for directory in walk.directories] if counts[".tar"] or not found else []
     shards = shards_of_folder(root, looked)
-    files = _of_shards(root, shards, found, key)
+    source = _of_shards(root, shards, found, key)
     watched = []
-    if files is not None:
+    if source is not None:
         names = shards
-        passed_over[".tar"] -= len(names)
-        passed_over[excluded.BESIDE] += len(found)
+        counts[".tar"] -= len(names)
+        counts[excluded.BESIDE] += len(found)
         compressed = compressed_shards(root)
-        passed_over[excluded.COMPRESSED] += len(compressed)
-        passed_over.subtract(formats.extension_of(name) for name in compressed)
+        counts[excluded.COMPRESSED] += len(compressed)
+        counts.subtract(formats.extension_of(name) for name in compressed)
     elif found:
-        files, watched = files_of_folder(root, found), places(root)
+        found.sort()
+        source = new_source(root, found, label_folder(root, [name for name, _ in found]))
+        watched = places(root)
         count = len(found)
         sample = np.random.default_rng(0).choice(count, min(count, _SAMPLE), replace=False)
-        names = [os.fsdecode(bytes(name)) for name in files.names[np.sort(sample)]]
+        names = [os.fsdecode(bytes(name)) for name in source.names[np.sort(sample)]]
     else:
         compressed = compressed_shards(root)
-        raise no_plain_shards(root, compressed, key) if compressed else no_images(root, key, passed_over)
+        raise no_plain_shards(root, compressed, key) if compressed else no_images(root, key, counts)
     state = {
         "listed_ns": listed_ns,
         "directories": walk.directories,
@@ -218,7 +199,7 @@ def _list(root, key):
         # A file may have disappeared since; reading it raises the error.
         with contextlib.suppress(FileNotFoundError):
             state["files"].append(_file_state(root, name))
-    return files._replace(excluded=dict(+(passed_over + Counter(files.excluded)))), state
+    return replace(source, excluded=dict(+(counts + Counter(source.excluded)))), state
 
 
 def _of_shards(root, shards, found, key):
@@ -226,12 +207,12 @@ def _of_shards(root, shards, found, key):
     if not shards or (found and not outweigh(root, shards, found)):
         return None
     try:
-        files = files_of_shards(root, shards, key)
+        source = source_of_shards(root, shards, key)
     except NoImagesError:
         if found:
             return None
         raise
-    return files if len(files.names) > len(found) else None
+    return source if len(source) > len(found) else None
 
 
 def outweigh(root: Path, shards: list[str], found: list[tuple[str, int]]) -> bool:

@@ -3,10 +3,13 @@
 import os
 import stat
 import unicodedata
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from fastsiam.data.sources.folder import Files, is_outside, make_files
+from fastsiam.data.sources.folder import is_outside
+from fastsiam.data.sources.labels import Labelling, by_values
+from fastsiam.data.sources.source import ImageSource, new_source
 from fastsiam.data.sources.tables import Entries, label_values, read_entries, read_text, shown
 from fastsiam.errors import UserError
 
@@ -16,7 +19,7 @@ _USUAL = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".p
 _FOLDERS = 50
 
 
-def files_of_list(path: Path, key: str) -> Files:
+def source_of_list(path: Path, key: str) -> ImageSource:
     """Returns the files in the list's order; `key` is the config key that errors name.
 
     A path a line, relative to the list's folder, with a label after a tab, is read literally. Where a line is not a
@@ -34,12 +37,12 @@ def files_of_list(path: Path, key: str) -> Files:
     given = [line.partition("\t")[2].partition("\t")[0].strip() for line in lines]
     how = f"by {path.name}" + (", the column after the first tab" if lines[0].count("\t") > 1 else "")
     numbers = (number for number, line in enumerate(text.split("\n"), 1) if line.strip())
-    files = _with_labels(path, path.parent, found, given, numbers, key, how)
+    source = _with_labels(path, path.parent, found, given, numbers, key, how)
     repeated = len(found) - len(set(found))
     if not repeated:
-        return files
+        return source
     again = f"{repeated:,} {'line names' if repeated == 1 else 'lines name'} a file again, which counts each time"
-    return files._replace(labelling="; ".join(filter(None, (files.labelling, again))))
+    return replace(source, labelling="; ".join(filter(None, (source.labelling, again))))
 
 
 def _as_it_stands(folder, lines):
@@ -75,7 +78,8 @@ def _of_table(path, text, encoding, key):
     chosen = label_values(entries.columns)
     if chosen is None:
         reason = f"{path.name} has no column label ({shown(', '.join(entries.header))})" if entries.header else ""
-        return make_files(root, found, [-1] * len(found), (), labelling=", ".join(filter(None, (reason, how))))
+        unlabelled = Labelling([-1] * len(found), (), ", ".join(filter(None, (reason, how))))
+        return new_source(root, found, unlabelled)
     labels, column, _ = chosen
     by = ", ".join(filter(None, (f"by {path.name}, {_column_text(column)}", how)))
     if not entries.header:
@@ -92,31 +96,28 @@ def _once_each(root, found, labels, lines, path, by):
             conflict = f"line {line} of {path.name} gives {shown(name)} another label than line {known[2]}"
     found = [(name, size) for name, (size, _, _) in first.items()]
     if conflict:
-        return make_files(root, found, [-1] * len(found), (), labelling=conflict)
-    labels = [label for _, label, _ in first.values()]
+        return new_source(root, found, labelling=Labelling([-1] * len(found), (), conflict))
     repeated = len(lines) - len(first)
     by += f", a file's first line of several ({repeated:,} repeat one)" if repeated else ""
-    return _labelled(root, found, labels, by)
+    return new_source(root, found, _labelled([label for _, label, _ in first.values()], by))
 
 
 def _with_labels(path, root, found, given, lines, key, how):
-    """One label a line, or none."""
+    """Returns a source with one label a line, or none."""
     if any(given) and not all(given):
         place = given.index("")
         line, name = next(islice(lines, place, None)), shown(found[place][0])
         sentence = f"{key}: in {shown(path)} some lines have a label, but line {line} ({name}) has none; add it"
         raise UserError(sentence, "label-missing")
-    return _labelled(root, found, given, how if all(given) else "")
+    return new_source(root, found, _labelled(given, how))
 
 
-def _labelled(root, found, labels, how):
-    classes = tuple(sorted(set(labels) - {""}))
-    number = {name: label for label, name in enumerate(classes)}
-    # Only here: the order of the classes is that of the words as written.
-    names = tuple(name[1:-1] if len(name) > 2 and name[0] == name[-1] == '"' else name for name in classes)
-    if len(set(names)) < len(names):
-        names = classes
-    return make_files(root, found, [number.get(label, -1) for label in labels], names, labelling=how if classes else "")
+def _labelled(given, how):
+    """Labels in the order of the words as written; quotes around all of them are dropped from the classes."""
+    words = sorted(set(given) - {""})
+    labelling = by_values(given, how if words else "", words)
+    plain = tuple(word[1:-1] if len(word) > 2 and word[0] == word[-1] == '"' else word for word in words)
+    return labelling._replace(classes=plain) if len(set(plain)) == len(words) else labelling
 
 
 class _Places:

@@ -8,15 +8,15 @@ from pathlib import Path
 from fastsiam.config import Config
 from fastsiam.data import demo_images
 from fastsiam.data.sources import beton, excluded, formats, scan_manifest
-from fastsiam.data.sources.folder import ARCHIVES, Files
+from fastsiam.data.sources.folder import ARCHIVES
 from fastsiam.data.sources.image_header import UNREADABLE
-from fastsiam.data.sources.index_cache import Index, cache_folder, open_folder, unread
+from fastsiam.data.sources.index_cache import cache_folder, open_folder
 from fastsiam.data.sources.levels import Levels
-from fastsiam.data.sources.lists import files_of_list
+from fastsiam.data.sources.lists import source_of_list
 from fastsiam.data.sources.pixel_range import levels_of
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.data.sources.tables import is_numbered, shown
-from fastsiam.data.sources.tar import COMPRESSED, files_of_shards, no_plain_shards
+from fastsiam.data.sources.tar import COMPRESSED, no_plain_shards, source_of_shards
 from fastsiam.errors import UserError
 
 # What would give labels to shards, and to files.
@@ -61,12 +61,12 @@ def open_unscanned(location: str, key: str) -> ImageSource:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            return _of_index(open_folder(path, key))
+            return open_folder(path, key)
         if stat.S_ISREG(mode) and path.suffix.lower() == ".tar":
-            return of_files(files_of_shards(path.parent, [path.name], key))
+            return source_of_shards(path.parent, [path.name], key)
         if stat.S_ISREG(mode):
             _check_is_a_list(path, key)
-            return of_files(files_of_list(path, key))
+            return source_of_list(path, key)
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
@@ -104,21 +104,6 @@ def _check_is_a_list(path, key):
     if path.name.lower().endswith(ARCHIVES):
         what = "the folder that holds it" if path.suffix == ".tar" else "what it holds, unpacked"
         raise UserError(f"{key}: {shown(path)} is an archive; give {what}: {option}FOLDER", "is-archive")
-
-
-def of_files(files: Files) -> ImageSource:
-    """Returns a source of files whose headers are not read yet."""
-    return _of_index(unread(files))
-
-
-def _of_index(index: Index) -> ImageSource:
-    return ImageSource(
-        **index.files._asdict(),
-        image_sizes=index.image_sizes,
-        kinds=index.kinds,
-        cached_kinds=index.cached_kinds,
-        known_fingerprint=index.fingerprint,
-    )
 
 
 def open_sources(config: Config, warn, say) -> tuple[ImageSource | None, ImageSource | None]:

@@ -1,5 +1,6 @@
 """Images of a data set: their names, labels and headers, and how their bytes are read."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +10,25 @@ from pathlib import Path
 import numpy as np
 
 from fastsiam.data.sources import excluded
-from fastsiam.data.sources.folder import Packed, fingerprint
 from fastsiam.data.sources.image_header import ODD, UNKNOWN, UNREADABLE, BadImageError, read_header
+from fastsiam.data.sources.labels import Labelling
 from fastsiam.data.sources.levels import Levels
 from fastsiam.data.sources.tables import shown
 
 _READERS = 8
 _EIGHT_BITS = Levels()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Places of N images inside tar files."""
+
+    shards: tuple[str, ...]
+    """File names below the source's root."""
+    shard: np.ndarray
+    """[N] int32: index into `shards`."""
+    offset: np.ndarray
+    """[N] int64: of the image's first byte."""
 
 
 @dataclass(frozen=True)
@@ -152,3 +165,31 @@ class ImageSource:
             return read_header(self.read(index) if self.packed else self.path(index), self.name(index))
         except BadImageError as error:
             return str(error)
+
+
+def fingerprint(names: np.ndarray, file_sizes: np.ndarray) -> str:
+    """Hash of relative names and file sizes, the same for the same data under another root."""
+    digest = hashlib.sha256(names.tobytes())
+    digest.update(file_sizes.astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def new_source(root: Path, found: list[tuple[str, int]], labelling: Labelling | None = None, **more) -> ImageSource:
+    """Returns a source of files whose headers are not read yet.
+
+    `found`: name and size in bytes of each file; `more`: other fields of `ImageSource`.
+    """
+    names, file_sizes = zip(*found, strict=True)
+    count = len(names)
+    labels, classes, how = labelling or ([-1] * count, (), "")
+    return ImageSource(
+        root=root,
+        names=np.array([os.fsencode(name) for name in names]),
+        file_sizes=np.array(file_sizes, np.int64),
+        labels=np.array(labels, np.int64),
+        classes=classes,
+        image_sizes=np.zeros((count, 2), np.int32),
+        kinds=np.zeros(count, np.uint8),
+        labelling=how,
+        **more,
+    )

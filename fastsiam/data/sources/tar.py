@@ -22,7 +22,8 @@ from typing import NamedTuple
 import numpy as np
 
 from fastsiam.data.sources import excluded, formats, labels
-from fastsiam.data.sources.folder import Files, Packed, is_outside, make_files
+from fastsiam.data.sources.folder import is_outside
+from fastsiam.data.sources.source import ImageSource, Packed, new_source
 from fastsiam.data.sources.tables import LABEL_COLUMNS, json_text, shown, whole_number
 from fastsiam.data.sources.walk import is_system
 from fastsiam.errors import UserError
@@ -91,7 +92,7 @@ def no_plain_shards(root: Path, compressed: list[str], key: str) -> UserError:
     )
 
 
-def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = open) -> Files:
+def source_of_shards(root: Path, shards: list[str], key: str, opener: Callable = open) -> ImageSource:
     """Returns the images of `shards`, in the order of the members; `key` is the config key that errors name.
 
     `opener`: `open`, or `open_shard` for compressed ones, whose offsets count decompressed bytes.
@@ -112,14 +113,9 @@ def files_of_shards(root: Path, shards: list[str], key: str, opener: Callable = 
         or labels.by_shard(shards, numbers)
         or labels.Labelling([-1] * len(names), (), found.unread or _why_none(found))
     )
-    return make_files(
-        root,
-        list(zip(names, sizes, strict=True)),
-        labelling.labels,
-        labelling.classes,
-        packed=Packed(tuple(shards), np.array(numbers, np.int32), np.array(offsets, np.int64)),
-        excluded=dict(found.excluded),
-        labelling=labelling.how,
+    packed = Packed(tuple(shards), np.array(numbers, np.int32), np.array(offsets, np.int64))
+    return new_source(
+        root, list(zip(names, sizes, strict=True)), labelling, packed=packed, excluded=dict(found.excluded)
     )
 
 
