@@ -28,7 +28,7 @@ REQUIRED = {
     "torch": "torch>=2.11", "torchvision": "torchvision", "triton": "triton>=3.6", "numba": "numba>=0.61",
     "numpy": "numpy>=1.26", "PIL": "pillow", "pydantic": "pydantic>=2.7", "yaml": "pyyaml", "rich": "rich",
     "safetensors": "safetensors", "pynvml": "nvidia-ml-py", "tensorboard": "tensorboard", "matplotlib": "matplotlib",
-    "filelock": "filelock", "psutil": "psutil",
+    "filelock": "filelock", "jinja2": "jinja2", "psutil": "psutil",
 }  # fmt: skip
 
 

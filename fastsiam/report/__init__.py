@@ -1,1 +1,1 @@
-"""What `python -m fastsiam.report` is made of: runs read from their folders, figures drawn, a page written."""
+"""Report of runs: folders read, figures drawn, a page written."""

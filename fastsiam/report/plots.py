@@ -1,6 +1,6 @@
-"""Plots as inline SVG whose colours belong to the page: text takes `currentColor`, lines take CSS variables.
+"""Plots as inline SVG in the colours of the page: text takes `currentColor`, lines take CSS variables.
 
-matplotlib draws with colours that nobody uses, and each is replaced by the name of what it stands for.
+matplotlib draws with placeholder colours; each is replaced by its CSS name.
 """
 
 import io
@@ -44,7 +44,7 @@ _STYLE = {
 
 @dataclass(frozen=True)
 class Panel:
-    """What one plot of the curves shows."""
+    """One plot of the curves: a field of one kind of line in metrics.jsonl."""
 
     key: str
     kind: str
@@ -52,50 +52,46 @@ class Panel:
     title: str
     caption: str
     scale: float = 1.0
-    from_zero: bool = False
+    from_zero: bool = True
 
 
 PANELS = (
-    Panel("loss", "train", "loss", "Loss", "Negative cosine between p and the other view's z; −1 is full agreement."),
-    Panel("knn", "knn", "knn_top1", "kNN accuracy", "Top-1 in percent: validation images against training images."),
     Panel(
-        "std_ratio", "collapse", "std_ratio", "Spread of z",
-        "std_ratio in evaluation mode: 1 is spread out, 0 is one point.", from_zero=True,
+        "loss", "train", "loss", "Loss", "Negative cosine between p and the other view's z; −1 is full agreement.",
+        from_zero=False,
     ),
     Panel(
-        "effective_rank", "collapse", "effective_rank", "Effective rank",
-        "How many directions z uses; 1 is collapse to a line.", from_zero=True,
+        "knn", "knn", "knn_top1", "kNN accuracy", "Top-1 in percent: validation images against training images.",
+        from_zero=False,
     ),
+    Panel("std_ratio", "collapse", "std_ratio", "Spread of z", "In evaluation mode: 1 is spread out, 0 is one point."),
+    Panel("effective_rank", "collapse", "effective_rank", "Effective rank", "Directions that z uses; 1 is a line."),
     Panel(
         "mean_abs_cos", "collapse", "mean_abs_cos", "Similarity of different images",
-        "Mean |cosine| between z of different images; 1 is one point.", from_zero=True,
+        "Mean |cosine| between z of different images; 1 is one point.",
     ),
-    Panel("lr", "train", "lr", "Learning rate", "Of the encoder, for the whole batch.", from_zero=True),
+    Panel("lr", "train", "lr", "Learning rate", "Of the encoder, for the whole batch."),
+    Panel("view_size", "train", "view_size", "Size of a view", "Pixels; loss and throughput change with it."),
+    Panel("rate", "train", "images_per_second", "Throughput", "Images per second between log lines."),
     Panel(
-        "view_size", "train", "view_size", "Size of a view",
-        "Side in pixels; loss and throughput change with it.", from_zero=True,
+        "wait", "train", "data_wait_fraction", "Waiting for data", "Percent of the training time.", scale=100
     ),
-    Panel("rate", "train", "images_per_second", "Throughput", "Images per second between log lines.", from_zero=True),
-    Panel(
-        "wait", "train", "data_wait_fraction", "Waiting for data",
-        "Percent of the training time in which the step waits for its images.", scale=100, from_zero=True,
-    ),
-    Panel("energy", "train", "joules_per_image", "Energy", "Joules per image, as measured.", from_zero=True),
+    Panel("energy", "train", "joules_per_image", "Energy", "Joules per image, as measured."),
 )  # fmt: skip
 
 
 def color_of(index: int) -> str:
-    """The CSS colour of the index-th run."""
+    """Returns the CSS colour of the index-th run."""
     return f"var(--s{index % NUM_COLORS})"
 
 
 def dashes_of(index: int) -> tuple[float, ...]:
-    """On and off lengths of the line of the index-th run, in points; empty for a solid one."""
+    """Returns on and off lengths, in points, of the line of the index-th run; empty for a solid one."""
     return DASHES[index % len(DASHES)]
 
 
 def curves(panel: Panel, runs: Sequence[Run], axis: str) -> Figure | None:
-    """The plot of a panel on one of the three axes, a line for each run that has it; None where none has."""
+    """Returns the plot of a panel on one of `AXES`, a line for each run that has the field; None if no run has."""
     found = [(index, run.series(panel.kind, panel.field, axis)) for index, run in enumerate(runs)]
     found = [(index, series) for index, series in found if series is not None]
     if not found:
@@ -138,7 +134,7 @@ def _draw_run(axes, panel, run, index, series, axis, divisor, alone):
 
 
 def projection(points: np.ndarray, labels: Sequence[str], explained: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Images as points [N, 2], a colour and a marker for each of `classes`."""
+    """Returns a plot of images as points [N, 2], with a colour and a marker for each of `classes`."""
     labels = np.asarray(labels)
     with matplotlib.rc_context(_STYLE):
         figure, axes = _empty((5.2, 4.0), (0.1, 0.11, 0.88, 0.87))
