@@ -1,8 +1,11 @@
-"""Training on JPEGs through a session, beside its loader alone and its step alone, and which of the two is the limit.
+"""Training on JPEGs by a run, beside its loader alone and its step alone, and which of the two is the limit.
 
 On a CPU loader and step share the cores, so that training is slower than either; on a GPU they run side by side.
 """
 
+import contextlib
+import io
+import itertools
 import sys
 import tempfile
 import time
@@ -10,15 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from benchmarks.harness.cli import command
 from benchmarks.harness.images import photographs
 from benchmarks.harness.results import Results
 from benchmarks.harness.timing import Samples, take_turns
 from benchmarks.loader import DRAWN_IMAGES, files_of
-from fastsiam.config import load_config
-from fastsiam.run.session import Session
+from fastsiam.config import Config, load_config
+from fastsiam.train import Parts, opened
 
 CONFIG = "r50_100ep"
 # Batch and steps a sample.
@@ -28,19 +30,20 @@ REPEATS = 10
 
 
 class EndToEnd:
-    """One session and three ways to time it; each returns seconds per step.
+    """One run and three ways to time it; each returns seconds per step.
 
     A real epoch is long: of training the first step is left out, in which the loader starts.
     """
 
-    def __init__(self, session: Session):
-        self.session, self.steps = session, session.loader.steps_per_epoch
-        self.views = next(session.loader.epoch(0)).views
+    def __init__(self, parts: Parts):
+        self.data, self._step, self.steps = parts.data, parts.step, parts.data.steps_per_epoch
+        self.views = next(self.data.loader.epoch(0)).views
+        self._numbers = itertools.count(1)
 
     def loader(self, epoch: int) -> float:
         """A whole epoch of batches, as many as training takes."""
         start = self._now()
-        delivered = sum(1 for _ in self.session.loader.epoch(epoch))
+        delivered = sum(1 for _ in self.data.loader.epoch(epoch))
         seconds = self._now() - start
         assert delivered == self.steps, f"{delivered} of {self.steps} batches"
         return seconds / self.steps
@@ -49,21 +52,22 @@ class EndToEnd:
         """Steps on one batch that is already on the device."""
         start = self._now()
         for _ in range(self.steps - 1):
-            self.session.step(self.views)
+            self._step(self.views, next(self._numbers))
         return (self._now() - start) / (self.steps - 1)
 
     def end_to_end(self, epoch: int) -> float:
         """From the end of an epoch's first step to the end of its last."""
-        batches = self.session.loader.epoch(epoch)
-        self.session.step(next(batches).views)
+        batches = self.data.loader.epoch(epoch)
+        self._step(next(batches).views, next(self._numbers))
         start = self._now()
         for batch in batches:
-            self.session.step(batch.views)
+            self._step(batch.views, next(self._numbers))
         return (self._now() - start) / (self.steps - 1)
 
     def _now(self) -> float:
-        if self.session.device.type == "cuda":
-            torch.cuda.synchronize(self.session.device)
+        device = self.data.runtime.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
 
@@ -95,26 +99,26 @@ def run(results: Results, *, device: torch.device, minutes: float, images: Path 
             f"run.dir={scratch}",
             "run.name=run",
         ]
-        with Session(load_config(CONFIG, overrides)) as session:
-            session.journal.console = Console(quiet=True)
-            session.start()
-            ways = EndToEnd(session)
+        config = load_config(CONFIG, overrides)
+        with contextlib.redirect_stdout(io.StringIO()), opened(config) as (parts, _):
+            ways = EndToEnd(parts)
             named = {"loader": ways.loader, "step": ways.step, "end to end": ways.end_to_end}
             taken = in_turns(named, 60 * minutes)
-            report(results, session, label, taken)
+            description = parts.data.description
+        report(results, config, description, label, taken)
 
 
-def report(results: Results, session: Session, label: str, taken: dict[str, Samples]) -> None:
+def report(results: Results, config: Config, description: str, label: str, taken: dict[str, Samples]) -> None:
     """One line each; that of training says which of the other two is the limit, and its share of it."""
-    model, batch_size = session.config.model, session.config.train.batch_size
-    params = {"encoder": model.encoder, "size": session.config.views.size, "batch": batch_size, "photographs": label}
+    model, batch_size = config.model, config.train.batch_size
+    params = {"encoder": model.encoder, "size": config.views.size, "batch": batch_size, "photographs": label}
     rates = {name: batch_size / samples.median for name, samples in taken.items()}
     limit = min("loader", "step", key=rates.get)
     for name, samples in taken.items():
         more = {}
         if name == "end to end":
             more = {"limit": limit, "share_of_limit": rates[name] / rates[limit]}
-        numbers = {"images_per_second": rates[name], "description": session.loader_text, **more}
+        numbers = {"images_per_second": rates[name], "description": description, **more}
         results.add("end_to_end", name, params, samples, **numbers)
 
 

@@ -39,7 +39,7 @@ def versions(arguments, device: torch.device) -> int:
 
     print("numba works:", numba.njit(lambda x: x + 1)(1) == 2)
     import fastsiam.kernels
-    import fastsiam.run.session  # noqa: F401
+    import fastsiam.run.run  # noqa: F401
 
     print("fastsiam imports")
     try:

@@ -1,6 +1,6 @@
 """Images per second of the whole training step: from the authors' way to ours one switch at a time, then the peers.
 
-Views are the synthetic backend's. The row `fastsiam` is a `fastsiam.run.session.Session` and therefore what
+Views are the synthetic backend's. The row `fastsiam` is a run opened by `fastsiam.train.opened` and therefore what
 `fastsiam.train` runs. fp32 rows run as torch comes, so a GPU convolves them in TF32.
 """
 

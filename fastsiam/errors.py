@@ -57,3 +57,6 @@ class ExitCode(IntEnum):
     DONE = 0
     ERROR = 1
     USER_ERROR = 2
+    COLLAPSED = 3
+    NOT_FINITE = 4
+    STUCK = 5

@@ -1,26 +1,30 @@
 """python -m fastsiam.train --config NAME [key.sub=value ...] [--dry-run]: pretrain an encoder.
 
-The only file that knows the order of things: build, resume, loop, log, evaluate, save. Its module level imports no
-torch, so that a mistake in a config is answered in a moment. Exit codes: 0 done, 1 another process has gone, 2 the
-user's mistake, 3 collapsed, 4 the loss is no longer finite, 5 no step for too long, 130, 138 and 143 stopped by Ctrl-C,
-SIGUSR1 and SIGTERM with a checkpoint. Under torchrun such a stop is 0, for any other code would have it start the
-processes again.
+The order of things, and no more: build, resume, train, log, evaluate, save. The module level imports no torch, so that
+a mistake in a config is answered in a moment. Exit codes: those of `ExitCode`; 130, 138 and 143 for a run stopped by
+Ctrl-C, SIGUSR1 and SIGTERM with a checkpoint. Under torchrun such a stop is 0, for any other code would have it start
+the processes again.
 """
 
 import argparse
+import contextlib
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastsiam import cli
 from fastsiam.config import Config, load_config
-from fastsiam.config.views import size_at
 from fastsiam.errors import UserError
-from fastsiam.run.stop_signals import StopSignals
 from fastsiam.training.cost import process_began
 
 if TYPE_CHECKING:
+    from fastsiam.run.evaluation_schedule import EvaluationSchedule
     from fastsiam.run.folder import Result
-    from fastsiam.run.session import Session
+    from fastsiam.run.run import Run
+    from fastsiam.run.training_data import TrainingData
+    from fastsiam.runtime.distributed import World
+    from fastsiam.training.progress import Progress
+    from fastsiam.training.step import TrainingStep
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,75 +59,113 @@ def _train(config):
     return 0 if result.status == "preempted" and under_torchrun() else result.exit_code
 
 
-def pretrain(config: Config, *, began: float | None = None) -> "Result":
-    """Train the method of `config` to its end, or from where its run folder stopped.
+class Parts(NamedTuple):
+    """A run that is ready to train, or one that has ended before."""
 
-    `began`: when this process began to spend what the run has, by `time.monotonic`; None: now. Under torchrun this
+    data: "TrainingData"
+    step: "TrainingStep"
+    progress: "Progress"
+    evaluation: "EvaluationSchedule"
+    run: "Run"
+
+
+def pretrain(config: Config, *, began: float | None = None) -> "Result":
+    """Train the method of `config` to the end of its budget, or resume where its run folder stopped.
+
+    `began`: when this process began to spend time of the budget, by `time.monotonic`; None: now. Under torchrun this
     process is one rank of several. Raises `UserError` for what the user can put right; where that shows before
     training, nothing has been written. Stops in good order, with a checkpoint, on SIGTERM, SIGUSR1 and Ctrl-C.
     """
-    from fastsiam.run.session import Session
+    from fastsiam.run.finish import finish
     from fastsiam.runtime.distributed import World
 
     world = World.of_environment()
-    with world.joined(config.train.device), Session(config, world, began) as session:
-        finished = session.finished_result()
-        if finished is not None:
-            return finished
-        with StopSignals(world.is_first, session.abandon) as stop:
-            session.start()
-            status, received = train(session, stop)
-            return session.end(status, received)
+    with world.joined(config.train.device), opened(config, world, began) as (parts, earlier):
+        if earlier is not None:
+            return earlier
+        status = train(config, *parts)
+        return finish(parts.run, status, parts.step, parts.evaluation)
 
 
-def train(session: "Session", stop: StopSignals) -> tuple[str, int | None]:
-    """The loop over epochs and steps; returns the status that the run ends with, and the signal that ended it."""
-    state, config, clock = session.state, session.config, session.clock
-    batch_size = config.train.batch_size
-    while not session.pace.is_over:
-        size = size_at(config.views.sizes, state.epoch, state.epoch_progress)
-        batches = session.loader.epoch(state.epoch, state.cursor, size)
-        clock.split("other")
-        while (batch := next(batches, None)) is not None:
-            # Starting the backend is no waiting for data: nothing that reads or decodes faster would shorten it.
-            clock.split("other" if batch.cold else "wait")
-            if batch.cold:
-                session.log.loader_watch.begin()
-            rate = session.set_learning_rate()
-            out = session.step(batch.views, batch.indices)
-            state.advance(batch_size)
-            clock.split("step")
-            received, saving, showing = session.agree(stop.received)
-            session.method.after_step(state.progress)
-            last = session.pace.is_over
-            logging = last or state.step % config.train.log_every_steps == 0
-            telling = logging or showing or saving or received
-            looking = telling or session.checkup.is_due() or session.evaluation_is_next()
-            if looking and not session.numbers_are_sound(out["loss"]):
-                return "failed", None
-            if logging:
-                session.log.write(rate)
-            if showing or last:
-                session.log.show()
-            if session.checkup.has_collapsed():
-                return "collapsed", None
-            if received:
-                return "preempted", received
-            if saving:
-                session.saver.save_on_the_way()
-            session.evaluate_early()
-            if session.pace.is_over and state.cursor < session.loader.steps_per_epoch * batch_size:
-                return "done", None
-            clock.split("other")
-        session.save_before_evaluation()
-        state.next_epoch()
-        session.evaluate_if_due()
-    if not state.step:
-        spent = f"{session.spent.seconds:,.0f} s were over"
-        session.journal.warn(
-            f"budget: {session.pace.budget.text} was spent before the first step ({spent}): the weights are untrained"
-        )
-    return "done", None
+@contextlib.contextmanager
+def opened(
+    config: Config, world: "World | None" = None, began: float | None = None
+) -> Iterator[tuple[Parts | None, "Result | None"]]:
+    """The parts of a run, ready for `train`; or, where an earlier start has finished it, its result.
+
+    `world`: the ranks, which have joined; None for this process alone.
+    """
+    import torch
+
+    from fastsiam.methods import build_method
+    from fastsiam.optim.build import build_optimizer
+    from fastsiam.run.evaluation_schedule import EvaluationSchedule
+    from fastsiam.run.resume import finished
+    from fastsiam.run.run import Run
+    from fastsiam.run.start import started
+    from fastsiam.runtime.distributed import World
+    from fastsiam.training.step import TrainingStep
+
+    world = world or World()
+    with started(config, world, began) as (runtime, data, progress, folder, saved, journal):
+        result = world.share(finished(config, folder, progress, journal) if world.is_first else None)
+        if result is not None:
+            yield None, result
+            return
+        torch.manual_seed(config.train.seed)
+        method = build_method(config, world.size).to(runtime.device)
+        if config.train.channels_last:
+            method.to(memory_format=torch.channels_last)
+        with world.together():
+            optimizer = build_optimizer(method, config)
+        with Run.open(config, runtime, data, progress, folder, journal) as run:
+            step = TrainingStep(method, optimizer, config, runtime, run.watchdog.paused)
+            step.rehearse_growth()
+            evaluation = EvaluationSchedule(config, method, data, progress, journal, folder.path, run.watchdog)
+            run.on_close(evaluation.close)
+            run.begin(saved, step, evaluation)
+            yield Parts(data, step, progress, evaluation, run), None
+
+
+def train(
+    config: Config,
+    data: "TrainingData",
+    step: "TrainingStep",
+    progress: "Progress",
+    evaluation: "EvaluationSchedule",
+    run: "Run",
+) -> str:
+    """Train until the budget is spent; returns the status with which the run ends."""
+    from fastsiam.optim.build import set_learning_rate
+
+    state = progress.state
+    while not progress.is_over:
+        for batch in run.log.timed(data.epoch(progress)):
+            rate = set_learning_rate(step.optimizer, config, state.progress, state.epoch_progress)
+            evaluation.remember(batch.views, batch.indices)
+            step(batch.views, state.step + 1, batch.indices)  # nothing is read back from the device
+            progress.advance()
+            run.finished_step(step)
+            asked = run.ask_ranks()  # one exchange; brings progress up to date
+            step.method.after_step(progress.value)
+            if run.must_read(asked) or evaluation.is_due:
+                reading = run.read(step, evaluation)  # waits for the device
+                if reading.is_nonfinite:
+                    return "failed"
+                run.log_step(reading, rate, asked, evaluation)
+            if evaluation.measure_collapse():
+                return "collapsed"
+            if asked.signal:
+                return "preempted"
+            if asked.save:
+                run.save_on_the_way(step, evaluation)
+            run.evaluate_early(step, evaluation)
+            if progress.is_over and not progress.epoch_is_over:
+                return "done"
+        run.save_before_evaluation(step, evaluation)
+        progress.next_epoch()
+        run.evaluate_epoch(evaluation)
+    return "done"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """A run's report takes 2 to 4 seconds of a process of its own; tests/report/test_page.py has it written."""
-    monkeypatch.setattr("fastsiam.run.session.write_own_report", lambda folder: ("report    none in tests", None))
+    monkeypatch.setattr("fastsiam.run.finish.write_own_report", lambda folder: ("report    none in tests", None))
 
 
 @pytest.fixture(scope="session")

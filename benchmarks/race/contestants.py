@@ -14,7 +14,6 @@ same batch, rate schedule and augmentation numbers. Each brings its own loader, 
 - solo-learn DALI: the same with the DALI pipeline that its configs for folders of images ask for.
 """
 
-import contextlib
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -33,8 +32,8 @@ from fastsiam.data.build import build_loader
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.optim.build import build_optimizer
 from fastsiam.runtime import malloc
-from fastsiam.runtime.device import DTYPES, autocast, choose_compile, choose_precision
-from fastsiam.runtime.distributed import World
+from fastsiam.runtime.device import DTYPES, autocast, choose_precision
+from fastsiam.runtime.runtime import Runtime
 from fastsiam.training.step import TrainingStep
 
 FASTSIAM = "fastsiam"
@@ -107,17 +106,15 @@ def build_fastsiam(config: Config, source: ImageSource, device: torch.device) ->
     """Loader, step, optimizer and precision of a session of this config."""
     if device.type == "cpu":
         malloc.keep_freed()
-    dtype = choose_precision(config.train.precision, device)
-    compiles = choose_compile(config.train.compile, device)
-    loader = build_loader(config, source, device=device, dtype=dtype)
+    runtime = Runtime.of(config.train)
+    loader = build_loader(config, source, device=device, dtype=runtime.dtype)
     method = fastsiam.build_method(config)
     method.load_state_dict(initial_weights(config))
     method.to(device)
     if config.train.channels_last:
         method.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(method, config)
-    paused = contextlib.nullcontext if compiles else None
-    train = TrainingStep(method, optimizer, config, device, dtype, World(), compiling=paused)
+    train = TrainingStep(method, optimizer, config, runtime)
     number = 0
 
     def step(views):
@@ -136,9 +133,9 @@ def build_fastsiam(config: Config, source: ImageSource, device: torch.device) ->
         method.encoder,
         optimizer,
         {
-            "precision": _name(dtype),
+            "precision": _name(runtime.dtype),
             "memory_format": CHANNELS_LAST if config.train.channels_last else "contiguous",
-            "compiled": compiles,
+            "compiled": runtime.compiles,
             "loader": loader.backend.description,
         },
         sizes=config.views.sizes,

@@ -22,9 +22,10 @@ from fastsiam.config import Config
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.image_header import UNREADABLE
 from fastsiam.data.sources.open import open_source, open_sources
-from fastsiam.evaluate.online import Monitor
+from fastsiam.evaluate.online import OnlineEvaluation
 from fastsiam.optim.build import set_learning_rate
-from fastsiam.runtime.device import autocast, choose_device, choose_precision
+from fastsiam.runtime.device import choose_device
+from fastsiam.runtime.runtime import Runtime
 
 WARMUP_STEPS = 3
 # Of a run's time, and no longer than: what one way to load is tried for, in so many turns.
@@ -198,7 +199,7 @@ def run_job(job: Job) -> Outcome:
     return Outcome(curve, loss, setup, warmup, contestant.facts)
 
 
-def prepare(job: Job) -> tuple[Contestant, Monitor]:
+def prepare(job: Job) -> tuple[Contestant, OnlineEvaluation]:
     """The contestant of a job, and what evaluates it: one precision and one code for all."""
     device = _device(job)
     torch.backends.cudnn.benchmark = device.type == "cuda"
@@ -216,12 +217,12 @@ def build(job: Job) -> Contestant:
     return PEERS[job.variant].build(job.config, source, _device(job), job.checkout, job.loading)
 
 
-def build_monitor(config: Config, device: torch.device) -> Monitor:
+def build_monitor(config: Config, device: torch.device) -> OnlineEvaluation:
     """kNN of val images against training images, for every contestant the same."""
     train, val = open_sources(config, _say, _say)
     skips = [SkipList(len(source), 0.0, source.kinds >= UNREADABLE) for source in (train, val)]
-    dtype = choose_precision("auto", device)
-    return Monitor(config, train, val, device, dtype, autocast(device, dtype), skips)
+    settings = config.with_values({"train.precision": "auto", "train.device": device.type}).train
+    return OnlineEvaluation(config, train, val, skips, Runtime.of(settings))
 
 
 def controls(config: Config) -> dict[str, float]:

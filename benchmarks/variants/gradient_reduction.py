@@ -1,6 +1,5 @@
 """The training steps that `benchmarks.distributed` times: ours, and the other ways to reduce its gradients."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from fastsiam.methods import build_method
 from fastsiam.optim.build import build_optimizer
 from fastsiam.runtime.device import autocast
 from fastsiam.runtime.distributed import World
+from fastsiam.runtime.runtime import Runtime
 from fastsiam.training.step import TrainingStep, data_parallel
 
 ONE_GRAPH, PIECES = "one graph", "pieces"
@@ -74,11 +74,10 @@ def build_step(way: Way, config: Config, device: torch.device, dtype: torch.dtyp
     if way.statistics == "SyncBatchNorm" or way.compiled == PIECES:
         return _around_ddp(way, method, config, device, dtype)
     optimizer = build_optimizer(method, config)
-    world, compiling = (
-        world if way.gradients else World(),
-        contextlib.nullcontext if way.compiled == ONE_GRAPH else None,
-    )
-    step = TrainingStep(method, optimizer, config, device, dtype, world, compiling=compiling)
+    runtime = Runtime(world if way.gradients else World(), device, dtype, way.compiled == ONE_GRAPH)
+    # As inside a Runtime's block.
+    torch._dynamo.config.optimize_ddp = False
+    step = TrainingStep(method, optimizer, config, runtime)
     compiled = step.compiled
     return Step(
         method,
@@ -106,7 +105,7 @@ def _around_ddp(way, method, config, device, dtype):
 
     def run(views):
         optimizer.zero_grad()
-        # TrainingStep switches it off for the whole process.
+        # Off for the whole process otherwise.
         with torch._dynamo.config.patch(optimize_ddp=True), precision():
             try:
                 out = forward(views)

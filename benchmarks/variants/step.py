@@ -3,12 +3,13 @@
 import contextlib
 import dataclasses
 import functools
+import io
+import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from torch import nn
 
 import fastsiam
@@ -18,8 +19,8 @@ from fastsiam.data.build import build_loader
 from fastsiam.kernels import negative_cosine
 from fastsiam.kernels.reference import negative_cosine_ref
 from fastsiam.optim.build import build_optimizer
-from fastsiam.run.session import Session
 from fastsiam.runtime.device import autocast, choose_compile
+from fastsiam.train import opened
 
 INPUT_SETS = 2
 
@@ -155,12 +156,12 @@ def build_sgd(implementation: str, method: nn.Module, config: Config) -> torch.o
 
 
 def build_product(config: Config, stack: contextlib.ExitStack) -> Callable:
-    """The step of a session, which ends with `stack`; its run folder is a temporary one, and it says nothing."""
+    """The step of a run, which ends with `stack`; its run folder is a temporary one, and it prints nothing."""
     folder = stack.enter_context(tempfile.TemporaryDirectory())
-    session = stack.enter_context(Session(config.with_values({"run.dir": folder, "run.name": "step"})))
-    session.journal.console = Console(quiet=True)
-    session.start()
-    return lambda views: session.step(views)["loss"].detach()
+    with contextlib.redirect_stdout(io.StringIO()):
+        parts, _ = stack.enter_context(opened(config.with_values({"run.dir": folder, "run.name": "step"})))
+    numbers = itertools.count(1)
+    return lambda views: parts.step(views, next(numbers))["loss"].detach()
 
 
 def check_authors(config: Config, steps: int = 10) -> None:

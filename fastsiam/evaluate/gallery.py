@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from fastsiam.config.views import ViewSpec
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import Notice
-from fastsiam.runtime.arrays import read_arrays, write_arrays
+from fastsiam.runtime.files import read_arrays, write_arrays
 
 PAIRS, QUERIES, NEIGHBOURS = 8, 8, 5
 # A legend can tell ten classes apart.

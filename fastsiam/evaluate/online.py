@@ -1,7 +1,8 @@
-"""What a run watches about itself: kNN accuracy and collapse measures, both in evaluation mode."""
+"""Evaluation during training, kNN accuracy and collapse measures, both in evaluation mode."""
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 
 import numpy as np
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from fastsiam.config import Config
 from fastsiam.data import rng
 from fastsiam.data.build import build_evaluation_loader
+from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.evaluate.collapse import PROBE_IMAGES, Measures, measure
 from fastsiam.evaluate.gallery import Pictures
 from fastsiam.evaluate.knn import count_correct, extract
-from fastsiam.runtime.distributed import World
+from fastsiam.runtime.runtime import Runtime
 
 # Two views a step with momentum 0.1 leave 0.5 % of the initial running statistics after 25 steps.
 FILL_STEPS = 25
@@ -24,33 +26,29 @@ FILL_STEPS = 25
 PIXEL_SIDE = 32
 
 
-class Monitor:
-    """Measures a method on fixed images; leaves it in training mode."""
+class OnlineEvaluation:
+    """Measures a method on fixed images and leaves it in the mode in which it was."""
 
     def __init__(
         self,
         config: Config,
         train: ImageSource,
         val: ImageSource | None,
-        device,
-        dtype,
-        precision,
-        skips,
-        world: World = World(),  # noqa: B008
+        skips: tuple[SkipList | None, SkipList | None],
+        runtime: Runtime,
         beat: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda line: None,
     ):
-        """`skips`: a `SkipList` for the images of `train` and one for those of `val`.
+        """`skips`: the excluded images of `train` and those of `val`.
 
         kNN is the work of all ranks, which have to ask for it together. `beat()` is called at every batch.
         """
-        self._config, self._precision, self._world, self._beat = config, precision, world, beat
-        self._device = device
-        options = {"device": device, "dtype": dtype, "world_size": world.size, "say": say}
-        self._train = build_evaluation_loader(config, train, skip=skips[0], **options)
+        self._config, self._runtime, self._beat = config, runtime, beat
+        more = {"device": runtime.device, "dtype": runtime.dtype, "world_size": runtime.world.size, "say": say}
+        self._train = build_evaluation_loader(config, train, skip=skips[0], **more)
         self._val = None
         if val is not None:
-            self._val = build_evaluation_loader(config, val, skip=skips[1], **options)
+            self._val = build_evaluation_loader(config, val, skip=skips[1], **more)
             self._val_label = torch.tensor([train.classes.index(name) for name in val.classes])
         self._probe_indices = rng.probe_indices(config.train.seed, len(train), PROBE_IMAGES)
         self._probe = None
@@ -62,9 +60,9 @@ class Monitor:
     def knn(self, method, pictures: Pictures | None = None, step: int = 0) -> float:
         """kNN top-1 in percent of the encoder's pooled features, val images against train images.
 
-        `pictures`, of all ranks or of none, are shown the features of `step`.
+        `pictures`, of all ranks or of none, take the features of `step`.
         """
-        with evaluating(method):
+        with evaluation_mode(method):
             return self._knn(method.encoder, pictures, step)
 
     def raw_pixels(self) -> float:
@@ -81,7 +79,7 @@ class Monitor:
         batches = chain.from_iterable(loader.epoch(epoch) for epoch in range(FILL_STEPS))
         with torch.no_grad():
             for batch in self._watched(islice(batches, FILL_STEPS)):
-                with self._precision():
+                with self._runtime.autocast():
                     control(batch.views)
         return self.knn(control)
 
@@ -90,10 +88,10 @@ class Monitor:
         """The collapse measures of z on the probe images."""
         if self._probe is None:
             self._probe = [batch.views for batch in self._train.batches(self._probe_indices)]
-        with evaluating(method):
+        with evaluation_mode(method):
             parts = []
             for views in self._probe:
-                with self._precision():
+                with self._runtime.autocast():
                     parts.append(method.embed(views).float())
         return measure(torch.cat(parts))
 
@@ -111,12 +109,13 @@ class Monitor:
         # Outside the handler: the traceback would hold what did not fit.
         images = len(self._train.source)
         raise UserError(
-            f"evaluate: {self._device.type} out of memory in kNN, which keeps the features of {images:,} images beside "
-            "the training; set a smaller train.batch_size, or data.val=null for no kNN"
+            f"train.batch_size: {self._runtime.device.type} out of memory in kNN, which keeps features of {images:,} "
+            "images beside the training; set a smaller train.batch_size, or data.val=null for no kNN",
+            "out-of-memory-in-knn",
         )
 
     def _votes(self, encoder, pictures, step):
-        settings, world = self._config.evaluate, self._world
+        settings, world = self._config.evaluate, self._runtime.world
         bank, bank_labels, bank_indices = self._extract(encoder, self._train)
         queries, query_labels, query_indices = self._extract(encoder, self._val)
         self.close()
@@ -135,14 +134,14 @@ class Monitor:
 
     def _extract(self, encoder, loader):
         """Features, labels and indices of this rank's part of the images that have a label."""
-        part = np.arange(len(loader.source))[self._world.share_of(len(loader.source))]
+        part = np.arange(len(loader.source))[self._runtime.world.share_of(len(loader.source))]
         part = part[loader.source.labels[part] >= 0]
         if loader.skip.mask[part].all():
             none = torch.empty(0, dtype=torch.int64)
-            return torch.empty(0, device=self._device), none, none
+            return torch.empty(0, device=self._runtime.device), none, none
         indices = []
         most = int((~loader.skip.mask[part]).sum())
-        features, labels = extract(encoder, self._watched(loader.batches(part), indices), self._precision, most)
+        features, labels = extract(encoder, self._watched(loader.batches(part), indices), self._runtime.autocast, most)
         return features, labels, torch.from_numpy(np.concatenate(indices))
 
     def _thumbnails(self, source, indices):
@@ -155,7 +154,7 @@ class Monitor:
         return crops
 
     def _watched(self, batches, indices=None):
-        """The batches, the watchdog told of each; their `indices` are added to a list where one is given."""
+        """The batches, with a beat at each; their `indices` are added to a list where one is given."""
         for batch in batches:
             self._beat()
             if indices is not None:
@@ -163,14 +162,12 @@ class Monitor:
             yield batch
 
 
-class evaluating:
-    """Evaluation mode inside the block, training mode after it."""
-
-    def __init__(self, method):
-        self._method = method
-
-    def __enter__(self):
-        self._method.eval()
-
-    def __exit__(self, *_):
-        self._method.train()
+@contextlib.contextmanager
+def evaluation_mode(method: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block, the mode of before after it."""
+    was_training = method.training
+    method.eval()
+    try:
+        yield
+    finally:
+        method.train(was_training)

@@ -20,7 +20,8 @@ from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.sources.open import open_sources
 from fastsiam.errors import Notice, UserError
 from fastsiam.plan.results import Rate
-from fastsiam.runtime.rank_check import check_alike, facts_of_config, facts_of_images
+from fastsiam.run.training_data import facts_of_images
+from fastsiam.runtime.rank_check import check_alike, facts_of_config
 from fastsiam.runtime.runtime import Runtime
 
 # Parts of the time, in the order of measuring.

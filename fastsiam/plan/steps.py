@@ -1,6 +1,5 @@
 """Measures the training step alone: at the config's batch size and at others, with other ranks and without them."""
 
-import contextlib
 import math
 from dataclasses import dataclass, replace
 
@@ -42,10 +41,8 @@ class Stepper:
         optimizer = build_optimizer(self.method, config)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        compiling = contextlib.nullcontext if (runtime.compiles if compiles is None else compiles) else None
-        self.step = TrainingStep(
-            self.method, optimizer, config, runtime.device, runtime.dtype, runtime.world, compiling=compiling
-        )
+        compiles = runtime.compiles if compiles is None else compiles
+        self.step = TrainingStep(self.method, optimizer, config, replace(runtime, compiles=compiles))
         self.views = self._normal_views()
 
     def __call__(self, views: torch.Tensor | None = None) -> None:

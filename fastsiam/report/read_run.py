@@ -11,8 +11,7 @@ import numpy as np
 
 from fastsiam.config.yaml_file import flat, read
 from fastsiam.errors import UserError
-from fastsiam.run.folder import parse_metrics
-from fastsiam.runtime.arrays import read_arrays
+from fastsiam.runtime.files import json_lines, read_arrays
 
 # Horizontal axes, by the field of a line of metrics.jsonl that has the position of the run.
 AXES = {"time": "train_seconds", "images": "images_seen", "epochs": "images_seen"}
@@ -148,7 +147,7 @@ def open_run(path: Path, name: str) -> Run:
         status=_read_json(path / "status.json"),
         config=_read_config(path / "config.yaml"),
         environment=_read_json(path / "environment.json"),
-        lines=tuple(parse_metrics(metrics)),
+        lines=tuple(json_lines(metrics)),
         pictures=read_arrays(path / "pictures.npz"),
         skipped=(*_read_skipped(path / "skip.tsv"), *_read_skipped(path / "skip_val.tsv")),
     )

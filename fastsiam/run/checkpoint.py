@@ -1,13 +1,11 @@
 """Atomic checkpoints: written beside, fsynced, renamed; the previous one stays until the new one is whole."""
 
 import contextlib
-import errno
 import hashlib
-import mmap
 import os
 import pickle
-import pickletools
 import re
+import time
 import zipfile
 from collections.abc import Callable
 from dataclasses import fields
@@ -16,17 +14,18 @@ from typing import BinaryIO
 
 import torch
 
+from fastsiam.config import CheckpointConfig
 from fastsiam.config.views import described
-from fastsiam.errors import UserError
-from fastsiam.run.folder import RunFolder
-from fastsiam.runtime.files import DAMAGED_ZIP
+from fastsiam.errors import Notice, UserError
+from fastsiam.runtime.files import DAMAGED_ZIP, sync_folder
+from fastsiam.training.progress import Progress
 from fastsiam.training.state import State
-
-ZIP_MAGIC = b"PK\x03\x04"
-
 
 # Another number where a checkpoint holds other things than before.
 LAYOUT = 3
+ZIP_MAGIC = b"PK\x03\x04"
+# Seconds; torchrun kills 30 after it has passed a signal on, which an evaluation may outlast.
+SAVED_LONG_AGO = 30.0
 
 
 class SaveError(UserError):
@@ -36,6 +35,40 @@ class SaveError(UserError):
 def path_of(folder: Path, age: int) -> Path:
     """checkpoint.pt is the newest (age 0), checkpoint.1.pt the one before."""
     return folder / (f"checkpoint.{age}.pt" if age else "checkpoint.pt")
+
+
+class Checkpoints:
+    """Decides when a run writes checkpoints. All ranks call its methods together; the first one writes."""
+
+    def __init__(self, folder: Path, settings: CheckpointConfig, progress: Progress, is_first: bool, warn: Callable):
+        """`warn(notice)` is called for one that cannot be written on the way."""
+        self._folder, self._settings, self._progress = folder, settings, progress
+        self._is_first, self._warn = is_first, warn
+        self._saved_at = time.perf_counter()
+        self._saved_step: int | None = None
+
+    def is_due(self) -> bool:
+        """By the clock of this rank."""
+        return time.perf_counter() - self._saved_at >= self._settings.every_seconds
+
+    def save(self, contents: Callable[[], dict]) -> None:
+        """Write what `contents()` returns; raises `SaveError` where the disk refuses."""
+        self._saved_at, self._saved_step = time.perf_counter(), self._progress.state.step
+        if self._is_first:
+            with self._progress.saving():
+                save(self._folder, contents(), self._settings.keep)
+
+    def save_on_the_way(self, contents: Callable[[], dict]) -> None:
+        """`save`, with a warning where the disk refuses."""
+        try:
+            self.save(contents)
+        except SaveError as error:
+            self._warn(Notice(f"at step {self._progress.state.step:,}: {error}", error.code))
+
+    def save_unless_recent(self, contents: Callable[[], dict], seconds: float = SAVED_LONG_AGO) -> None:
+        """Before work that may take long: `save_on_the_way` if the last checkpoint is older, and of another step."""
+        if time.perf_counter() - self._saved_at > seconds and self._saved_step != self._progress.state.step:
+            self.save_on_the_way(contents)
 
 
 def save(folder: Path, state: dict, keep: int) -> None:
@@ -49,15 +82,16 @@ def save(folder: Path, state: dict, keep: int) -> None:
         _write(temporary, state)
         _make_room(folder, keep)
         temporary.replace(path_of(folder, 0))
-        _sync_folder(folder)
+        sync_folder(folder)
         for age, path in _existing(folder).items():
             if age >= keep:
                 path.unlink()
     except OSError as error:
         before = "the checkpoint before it stays" if _existing(folder) else "there is none before it"
-        raise SaveError(f"{path_of(folder, 0)} could not be written ({error.strerror or error}); {before}") from error
+        text = f"{path_of(folder, 0)} could not be written ({error.strerror or error}); {before}"
+        raise SaveError(text, "checkpoint-unwritten") from error
     finally:
-        # What is told is why the write failed, not that a read-only file system lets nothing be removed either.
+        # The error to report is that of the write, not that a read-only file system lets nothing be removed either.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
 
@@ -65,48 +99,43 @@ def save(folder: Path, state: dict, keep: int) -> None:
 def load_newest(folder: Path, warn: Callable[[str], None]) -> dict | None:
     """The newest whole checkpoint on the CPU, or None where there is no file.
 
-    A damaged one (cut off, or a record without its CRC-32) is reported through `warn(sentence)` and the one before it
-    is taken. Raises `UserError` where none is whole, where a file would run code, and where a file that is not damaged
-    cannot be loaded: an older one is never taken for such a file. Loads tensors and plain values only.
+    One that cannot be loaded is reported through `warn(notice)`, and the one before it is taken. Raises `UserError`
+    where none can.
     """
     paths = list(_existing(folder).values())
     for path in paths:
-        reason = _damage(path)
-        if reason is None:
-            return _load(path)
-        warn(f"{path} is damaged ({reason}); looking for the checkpoint before it")
+        try:
+            return load(path)
+        except UserError as error:
+            warn(Notice(f"{error}; trying the checkpoint before it", error.code))
     if paths:
+        names = ", ".join(path.name for path in paths)
         raise UserError(
-            f"no whole checkpoint in {folder}: {', '.join(path.name for path in paths)} cannot be read; "
-            "run.fresh=true starts over in a new folder"
+            f"no whole checkpoint in {folder} ({names}); run.fresh=true starts over in a new folder",
+            "no-whole-checkpoint",
         )
     return None
 
 
-def of_run(folder: RunFolder, warn: Callable[[str], None]) -> dict | None:
-    """The newest whole checkpoint of a run that may go on with the folder's config; None for a new run.
+def load(path: Path) -> dict:
+    """A checkpoint on the CPU: tensors and plain values; no code of the file is run.
 
-    Raises `UserError` as `load_newest` does, and where the folder belongs to another config or another version.
+    Raises `UserError` for a file that is damaged, of another program, or not readable.
     """
-    folder.check_config()
-    saved = load_newest(folder.path, warn)
-    if saved is None:
-        return None
-    check_layout(saved, folder.path)
-    if "computation" not in saved:
-        # Of an earlier version; its environment.json says what it computed with.
-        before = folder.environment()
-        kept = {key: before[key] for key in ("device", "dtype", "compile", "ranks") if key in before}
-        if kept.get("compile") and kept.get("ranks") == 1:
-            # How the compiled step of one process had it.
-            kept["norm"] = "batch norm view by view"
-        saved["computation"] = kept | {"threads": saved["threads"]}
-        saved["budget"] = folder.config_before().to_spend.amount
-    return saved
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # torch.load does not compare the CRC-32 of a record.
+            if record := archive.testzip():
+                raise zipfile.BadZipFile(f"the CRC-32 of {record!r} is another")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, *DAMAGED_ZIP, pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:
+        lines = (getattr(error, "strerror", None) or str(error)).splitlines() or ["it ends too early"]
+        text = f"cannot load {path} ({lines[0][:100].rstrip('.')})"
+        raise UserError(text, "damaged-checkpoint") from error
 
 
 def identity(source, specs, backend: str) -> dict:
-    """What a checkpoint must find again: the data by relative names and sizes, the views, the backend."""
+    """The facts that a checkpoint must find again: the data by relative names and sizes, the views, the backend."""
     return {
         "data": source.fingerprint() if source is not None else "synthetic",
         "images": len(source) if source is not None else 0,
@@ -116,29 +145,32 @@ def identity(source, specs, backend: str) -> dict:
 
 
 def check_layout(saved: dict, folder: Path) -> None:
-    """Raise `UserError` for what another version has written, or another program."""
+    """Raise `UserError` for the checkpoint of another version, or of another program."""
     known = {field.name for field in fields(State)}
-    if saved.get("layout") != LAYOUT or not known.issuperset(saved["state"]):
+    if not isinstance(saved, dict) or saved.get("layout") != LAYOUT or not known.issuperset(saved["state"]):
         raise UserError(
-            f"{folder} cannot go on: its checkpoint was written by another version of fastsiam; run.fresh=true starts "
-            "over in a new folder"
+            f"cannot resume {folder}: its checkpoint is of another version of fastsiam; run.fresh=true starts over in "
+            "a new folder",
+            "other-version",
         )
 
 
 def check_identity(then: dict, now: dict, folder: Path) -> None:
-    """Raise `UserError` where a run would go on with other data, views or another backend."""
-    advice = "; run.fresh=true starts over in a new folder"
+    """Raise `UserError` where a run would be resumed with other data, views or another backend."""
+    advice = "run.fresh=true starts over in a new folder"
     if then["data"] != now["data"]:
         raise UserError(
-            f"{folder} cannot go on: it was trained on other data ({then['images']:,} images, now {now['images']:,}; "
-            f"names and sizes of the files are compared){advice}"
+            f"cannot resume {folder}: it was trained on other data ({then['images']:,} images, now {now['images']:,}; "
+            f"names and sizes of the files are compared); {advice}",
+            "other-data",
         )
     if then["views"] != now["views"]:
-        raise UserError(f"{folder} cannot go on: it was trained with other views than are asked for now{advice}")
+        raise UserError(f"cannot resume {folder}: it was trained with other views; {advice}", "other-views")
     if then["backend"] != now["backend"]:
         raise UserError(
-            f"{folder} cannot go on: it was trained with data.backend={then['backend']}, and now {now['backend']} "
-            f"would run; set data.backend={then['backend']}{advice}"
+            f"cannot resume {folder}: it was trained with data.backend={then['backend']}, and now {now['backend']} "
+            f"would run; set data.backend={then['backend']}; {advice}",
+            "other-backend",
         )
 
 
@@ -186,77 +218,3 @@ def _existing(folder: Path) -> dict[int, Path]:
     matches = [re.fullmatch(r"checkpoint(?:\.([1-9]\d*))?\.pt", path.name) for path in folder.iterdir()]
     ages = sorted(int(match[1] or 0) for match in matches if match)
     return {age: path_of(folder, age) for age in ages}
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some file systems cannot sync a folder and say so with one of these (PostgreSQL, fd.c: fsync_fname_ext).
-        if error.errno not in (errno.EINVAL, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _damage(path: Path) -> str | None:
-    """Why a file is not a whole zip archive; None where each record has its CRC-32, which torch.load does not check.
-
-    Raises `UserError` for a bare pickle that names what is to be called, and for a file that cannot be opened.
-    """
-    try:
-        with open(path, "rb") as file:
-            is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
-            file.seek(0)
-            if is_zip:
-                with zipfile.ZipFile(file) as archive:
-                    record = archive.testzip()
-                return record and f"the CRC-32 of {record!r} is another"
-            # Mapped, because a length that garbage spells is allocated by the read of a file, and only cut off here.
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                runs_code = _names_a_global(mapped)
-    except OSError as error:
-        # EINVAL: damaged bytes send zipfile to a place before the file. Other errors say nothing about the bytes.
-        if error.errno not in (errno.EIO, errno.EINVAL):
-            raise UserError(f"{path} cannot be opened ({error.strerror})") from error
-        return error.strerror
-    except DAMAGED_ZIP as error:
-        return str(error).rstrip(".") or "it ends too early"
-    if runs_code:
-        raise _would_run_code(path)
-    return "it is no zip archive"
-
-
-def _names_a_global(file: mmap.mmap) -> bool:
-    """Whether a file begins with pickles of which one names a class or function to call; nothing of it is called."""
-    strings = 0
-    try:
-        while True:
-            for opcode, argument, _ in pickletools.genops(file):
-                strings += isinstance(argument, str)
-                # STACK_GLOBAL takes module and name from the stack; without them it is one byte of garbage.
-                if opcode.name in ("GLOBAL", "INST") or (opcode.name == "STACK_GLOBAL" and strings >= 2):
-                    return True
-    except ValueError:
-        return False
-
-
-def _load(path: Path) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise _would_run_code(path) from None
-    except (RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UserError(
-            f"{path} cannot be loaded ({reason}); removing it goes on from the checkpoint before it"
-        ) from error
-
-
-def _would_run_code(path: Path) -> UserError:
-    return UserError(
-        f"{path} would run code when it is loaded and was not written by fastsiam; "
-        "remove it if you do not know where it comes from"
-    )

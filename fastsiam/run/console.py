@@ -1,4 +1,6 @@
-"""What a run says of itself: its first lines, its last ones, and the dry run."""
+"""Console output of a run: opening lines and closing lines, as functions of values."""
+
+from pathlib import Path
 
 import torch
 
@@ -10,12 +12,14 @@ from fastsiam.kernels import numba_cache
 from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.methods.simsiam import loss_is_fused
 from fastsiam.optim.build import scale_at
-from fastsiam.run.folder import Result
+from fastsiam.run.evaluation_schedule import EvaluationSchedule
 from fastsiam.run.progress_line import duration
-from fastsiam.runtime.distributed import restarts
+from fastsiam.run.training_data import TrainingData
 from fastsiam.runtime.energy import kilowatt_hours
 from fastsiam.runtime.environment import environment
 from fastsiam.runtime.runtime import Runtime
+from fastsiam.training.cost import CostMeter
+from fastsiam.training.progress import Progress
 
 # Share of a run from which on the cosine is below 2.5 %.
 LATE = 0.9
@@ -26,20 +30,31 @@ ENCODER_USE = (
 )
 
 
-def opening_lines(
+def opening_lines(config: Config, runtime: Runtime, data: TrainingData, where: str) -> list[str]:
+    """All choices of a run, before the first step: data, backend, views, model, step, device, schedule.
+
+    `where`: its folder, in words.
+    """
+    counts = [len(source or ()) for source in (data.source, data.val)]
+    lines = choice_lines(
+        config, runtime, *counts, data.description, data.backend_reason, where, source_lines(data.source, data.val)
+    )
+    return [*lines, schedule_line(config, data.steps_per_epoch)]
+
+
+def choice_lines(
     config: Config,
+    runtime: Runtime,
     num_train: int,
     num_val: int,
     loader_text: str,
+    reason: str,
     where: str,
     data_lines: list[str],
-    *,
-    runtime: Runtime,
-    reason: str,
 ) -> list[str]:
-    """Everything that was chosen, before the first step: data, backend, views, model, step, schedule.
+    """`opening_lines` without the schedule, for data that may not exist yet.
 
-    `data_lines`: those of `source_lines`. `reason`: why the run has its backend. Nothing is decided here.
+    `reason`: why the run has its backend; `data_lines`: those of `source_lines`. Nothing is decided here.
     """
     model, train, device, world_size = config.model, config.train, runtime.device, runtime.world.size
     lines = [f"fastsiam  {fastsiam.__version__}, torch {torch.__version__}; {where}"]
@@ -134,135 +149,106 @@ def schedule_line(config: Config, steps_per_epoch: int) -> str:
     return f"schedule  {text}, {config.optimizer.schedule}{stop}"
 
 
-def session_lines(session) -> list[str]:
-    """The first lines of a run."""
-    config, sources = session.config, (session.source, session.val)
-    counts = [len(source or ()) for source in sources]
-    where = f"run folder {session.folder.path}"
-    chosen = {"runtime": session.runtime, "reason": session.backend_reason}
-    lines = opening_lines(config, *counts, session.loader_text, where, source_lines(*sources), **chosen)
-    return [*lines, schedule_line(config, session.loader.steps_per_epoch)]
-
-
-def described(session) -> dict:
-    """environment.json: versions and hardware, and what was chosen and found."""
-    sources = {"train_images": session.source, "val_images": session.val}
+def described(runtime: Runtime, data: TrainingData, cost: CostMeter) -> dict:
+    """environment.json: versions and hardware, and the choices and findings of the start."""
+    sources = {"train_images": data.source, "val_images": data.val}
+    present = {key: source for key, source in sources.items() if source is not None}
+    texts = [text for source in present.values() for text in source.exclusion_texts()]
     return environment() | {
         "fastsiam": fastsiam.__version__,
-        "loader": session.loader_text,
-        "energy": session.energy.description,
-        "ranks": session.world.size,
-        "data": session.identity["data"],
-        **session.runtime.names,
-        **{key: len(source) for key, source in sources.items() if source is not None},
-        **{f"{key}_left_out": source.excluded for key, source in sources.items() if source and source.excluded},
-        "deep_pixels": {key: source.levels.ranges for key, source in sources.items() if source is not None},
-        **({"left_out": texts} if (texts := _left_out_texts(session)) else {}),
-        "images_per_epoch": session.loader.steps_per_epoch * session.config.train.batch_size,
+        "loader": data.description,
+        "energy": cost.energy_description,
+        "ranks": runtime.world.size,
+        "data": data.identity["data"],
+        **runtime.names,
+        **{key: len(source) for key, source in present.items()},
+        **{f"{key}_left_out": source.excluded for key, source in present.items() if source.excluded},
+        "deep_pixels": {key: source.levels.ranges for key, source in present.items()},
+        **({"left_out": texts} if texts else {}),
+        "images_per_epoch": data.steps_per_epoch * data.config.train.batch_size,
     }
 
 
-def _left_out_texts(session):
-    return [text for source in (session.source, session.val) if source is not None for text in source.exclusion_texts()]
-
-
-def _cost_line(session):
-    """Time and energy of all processes of the run, and of its budget."""
-    spent, budget = session.spent, session.pace.budget
-    parts = [f"{duration(spent.seconds)} of process time"]
-    if spent.joules is not None:
-        each = spent.joules_per_image(session.state.images_seen)
-        parts.append(f"{kilowatt_hours(spent.joules):.3g} kWh" + (f" ({each:.3g} J/image)" if each else ""))
-    else:
-        how = session.energy.description
-        parts.append(f"energy {how if how.startswith('not available') else 'not known of the whole run'}")
-    if price := session.config.budget_price_per_hour:
-        parts.append(f"{spent.seconds / 3600 * price:.2f} at {price:g} an hour")
-    if budget.kind != "epochs":
-        parts[-1] += f"; {100 * session.pace.amount_spent / budget.amount:.1f} % of {budget.text}"
-    return f"spent     {', '.join(parts)}"
-
-
-def closing_lines(status: str, session, knn: float | None) -> list[tuple[str, str | None]]:
-    """The last lines of a run, each with its style."""
-    state, path = session.state, session.folder.path
+def closing_lines(
+    status: str,
+    config: Config,
+    progress: Progress,
+    data: TrainingData,
+    evaluation: EvaluationSchedule,
+    reason: str | None,
+    knn: float | None,
+    path: Path,
+) -> list[tuple[str, str | None]]:
+    """The last lines of a run in `path`, each with its style; `reason`: why it collapsed or failed."""
+    state = progress.state
     if status == "collapsed":
-        lines = [(f"COLLAPSED {session.checkup.reason}", "red"), (f"try       {collapse.ADVICE}", None)]
+        lines = [(f"COLLAPSED {reason}", "red"), (f"try       {collapse.ADVICE}", None)]
     elif status == "failed":
-        lines = [(f"FAILED    {session.soundness.reason}", "red")]
+        lines = [(f"FAILED    {reason}", "red")]
     elif status == "preempted":
-        lines = [(f"stopped   at step {state.step:,} with a checkpoint; the same command goes on from there", "yellow")]
+        lines = [(f"stopped   at step {state.step:,} with a checkpoint; rerun the command to resume", "yellow")]
     else:
         rate = state.images_seen / max(state.train_seconds, 1e-9)
-        lines = [
-            (
-                f"done      {state.step:,} steps, {state.images_seen:,} images in {duration(state.train_seconds)} "
-                f"({rate:,.0f} images/s), {duration(state.wall_seconds)} in all",
-                None,
-            ),
-        ]
-        if session.loader.size != session.config.views.full_size:
-            full = session.config.views.full_size
-            lines.append((f"views     the run ended at {session.loader.size} px, before the full size of {full}", None))
-        lines += _held_rate_lines(session)
+        text = (
+            f"done      {state.step:,} steps, {state.images_seen:,} images in {duration(state.train_seconds)} "
+            f"({rate:,.0f} images/s), {duration(state.wall_seconds)} in all"
+        )
+        lines = [(text, None)]
+        if data.size != config.views.full_size:
+            text = f"views     the run ended at {data.size} px, before the full size of {config.views.full_size}"
+            lines.append((text, None))
+        lines += _held_rate_lines(config, progress)
         if knn is not None:
-            settings = session.config.evaluate
-            before = ""
-            if state.untrained_knn is not None:
-                before = f"; before {state.untrained_knn:.2f} %, raw pixels {state.raw_pixels_knn:.2f} %"
-            lines.append(
-                (f"kNN       {knn:.2f} % (k {settings.knn_k}, T {settings.knn_temperature:g}{before})", "bold")
-            )
-    measures = session.checkup.measures
-    if measures and status not in ("collapsed", "failed"):
-        lines.append((f"collapse  {_verdict(session)}: {measures}", None))
-    lines.append((_cost_line(session), None))
+            lines.append((_knn_line(config, state, knn), "bold"))
+    if evaluation.measures and status not in ("collapsed", "failed"):
+        verdict = _verdict(evaluation.measures, evaluation.guard, state.step)
+        lines.append((f"collapse  {verdict}: {evaluation.measures}", None))
+    lines.append((_cost_line(progress, config.budget_price_per_hour), None))
     if status == "done":
         lines.append((f"encoder   {path / 'encoder.safetensors'}: {ENCODER_USE}", None))
     return [*lines, (f"run       {path}", None)]
 
 
-def _held_rate_lines(session):
-    """Where a budget has ended in an epoch that was much of the run, and `cosine_per_epoch` has held its rate."""
-    state, optimizer = session.state, session.config.optimizer
+def _knn_line(config, state, knn):
+    settings, before = config.evaluate, ""
+    if state.untrained_knn is not None:
+        before = f"; before {state.untrained_knn:.2f} %, raw pixels {state.raw_pixels_knn:.2f} %"
+    return f"kNN       {knn:.2f} % (k {settings.knn_k}, T {settings.knn_temperature:g}{before})"
+
+
+def _cost_line(progress, price):
+    """Time and energy of all processes of the run, and the share of its budget."""
+    cost, budget = progress.cost, progress.budget
+    parts = [f"{duration(cost.seconds)} of process time"]
+    if cost.joules is not None:
+        each = cost.joules_per_image(progress.state.images_seen)
+        parts.append(f"{kilowatt_hours(cost.joules):.3g} kWh" + (f" ({each:.3g} J/image)" if each else ""))
+    else:
+        how = cost.energy_description
+        parts.append(f"energy {how if how.startswith('not available') else 'not known of the whole run'}")
+    if price:
+        parts.append(f"{cost.seconds / 3600 * price:.2f} at {price:g} an hour")
+    if budget.kind != "epochs":
+        parts[-1] += f"; {100 * progress.amount_spent / budget.amount:.1f} % of {budget.text}"
+    return f"spent     {', '.join(parts)}"
+
+
+def _held_rate_lines(config, progress):
+    """A warning where a budget has ended in an epoch that was much of the run, whose rate `cosine_per_epoch` holds."""
+    state, optimizer = progress.state, config.optimizer
     began = state.epoch_progress
     if optimizer.schedule != "cosine_per_epoch" or state.progress < 1 or not state.cursor or began >= LATE:
         return []
     share = scale_at(state.progress, optimizer.schedule, optimizer.warmup, began)
     text = (
         f"rate      the run ended at {100 * share:.0f} % of the full learning rate, for its last epoch began at "
-        f"{100 * began:.0f} % of {session.pace.budget.text}; optimizer.schedule=cosine comes down to zero in it"
+        f"{100 * began:.0f} % of {progress.budget.text}; optimizer.schedule=cosine comes down to zero in it"
     )
     return [(text, "yellow")]
 
 
-def _verdict(session) -> str:
-    guard = session.checkup.guard
-    if collapse.is_collapsed(session.checkup.measures):
-        judged = session.state.step >= guard.judge_from_step
+def _verdict(measures, guard, step) -> str:
+    if collapse.is_collapsed(measures):
+        judged = step >= guard.judge_from_step
         return "COLLAPSED" if judged else f"too early to judge (from step {guard.judge_from_step:,} on)"
     return "healthy"
-
-
-def finished(session) -> Result | None:
-    """What an earlier start came to, said, if there is nothing left to do; None where there is."""
-    journal, path, step = session.journal, session.folder.path, session.state.step
-    earlier = session.folder.status()
-    ended, reason = earlier.get("status"), earlier.get("reason")
-    if ended == "done" and session.pace.is_over:
-        knn = earlier.get("knn_top1")
-        journal.say(f"{path} is finished: step {step:,}" + knn_text(knn))
-        more = "a larger train.epochs" if session.pace.budget.kind == "epochs" else "a larger budget"
-        journal.say(f"{more} goes on from there; run.fresh=true starts over in a new folder")
-        return Result("done", str(path), step, knn)
-    if ended == "collapsed" and session.config.collapse.action == "stop":
-        journal.say(f"{path} has collapsed: {reason}", "red")
-        return Result("collapsed", str(path), step)
-    if ended == "failed" and "exit_code" in earlier and restarts():
-        journal.say(f"{path} would fail again: {reason}", "red")
-        return Result("failed", str(path), step)
-    return None
-
-
-def knn_text(knn: float | None) -> str:
-    return "" if knn is None else f", kNN {knn:.2f} %"

@@ -1,7 +1,9 @@
-"""--dry-run: what would run, or the sentence with which the run would refuse; nothing is drawn, decoded or written."""
+"""--dry-run: print what would run, or the error with which the run would refuse; nothing is written."""
 
 import contextlib
 import sys
+
+import torch
 
 from fastsiam.config import Config
 from fastsiam.data import demo_images
@@ -11,16 +13,18 @@ from fastsiam.data.build import check_grows, with_its_cores
 from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.sources.open import demo_folder, open_sources
 from fastsiam.data.sources.source import ImageSource
-from fastsiam.optim.build import large_batch_warning
-from fastsiam.run.console import opening_lines, schedule_line, session_lines, source_lines
+from fastsiam.methods import build_method
+from fastsiam.optim.build import build_optimizer, large_batch_warning
+from fastsiam.run.console import choice_lines, opening_lines, schedule_line, source_lines
 from fastsiam.run.folder import RunFolder, run_path
-from fastsiam.run.session import Session
+from fastsiam.run.resume import check_config, finished
+from fastsiam.run.start import started
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 
 
 def dry_run(config: Config) -> None:
-    """Print the resolved config on stdout, the first lines of the run on stderr; all ranks must ask.
+    """Print the resolved config on stdout, the first lines of the run on stderr; all ranks must call.
 
     Raises what the run would raise before its first step, with nothing on stdout.
     """
@@ -34,15 +38,23 @@ def dry_run(config: Config) -> None:
         elif config.data.backend == "resident":
             lines = _before_its_first_start(config, world, *open_sources(config, _warn, print))
         else:
-            with Session(config, world) as session:
-                session.check_start()
-                session.finished_result()
-                lines = session_lines(session)
+            lines = _as_started(config, world)
     if warning := large_batch_warning(config):
         lines.append(f"warning: {warning}")
     if world.is_first:
         print(config.to_yaml(), end="", flush=True)
         print("\n".join(lines), file=sys.stderr)
+
+
+def _as_started(config, world):
+    """The first lines of a run, from its start itself."""
+    with started(config, world) as (runtime, data, progress, folder, _, journal):
+        with world.together():
+            build_optimizer(build_method(config, world.size).to(runtime.device), config)
+            if world.is_first:
+                folder.check_start()
+                finished(config, folder, progress, journal)
+        return opening_lines(config, runtime, data, f"would run in {folder.path}")
 
 
 def _before_its_first_start(
@@ -54,23 +66,22 @@ def _before_its_first_start(
     num_val = len(val or ())
     if train is None and data.val is not None:
         num_val = demo_images.VAL_PER_CLASS * len(demo_images.CLASSES)
-    run = RunFolder(config, run_path(config), _warn)
-    run.check_config()
-    run.check_start()
+    folder = RunFolder(config, run_path(config), _warn)
+    check_config(folder, config)
+    folder.check_start()
     check_divides(batch_size, world.size)
     check_batch_size(batch_size, num_train, data.train)
     check_grows(config, num_train // batch_size)
     loader, reason = choose_backend(data.backend, data.train)
-    runtime = Runtime.of(config.train, world, run.environment())
+    runtime = Runtime.of(config.train, world, folder.environment())
     if train is not None:
         loader = _resident_text(with_its_cores(config, world), train, runtime.device)
-    chosen = {"runtime": runtime, "reason": reason}
-    where = f"would run in {run.path}"
-    lines = opening_lines(config, num_train, num_val, loader, where, source_lines(train, val), **chosen)
+    where = f"would run in {folder.path}"
+    lines = choice_lines(config, runtime, num_train, num_val, loader, reason, where, source_lines(train, val))
     return [*lines, schedule_line(config, num_train // batch_size)]
 
 
-def _resident_text(config: Config, source: ImageSource, device) -> str:
+def _resident_text(config: Config, source: ImageSource, device: torch.device) -> str:
     from fastsiam.data.backends.resident import check_memory
 
     data = with_its_store(config, source, print).data
@@ -79,5 +90,5 @@ def _resident_text(config: Config, source: ImageSource, device) -> str:
     return f"resident ({cache.number:,} images of {cache.size} px, decoded by {cache.decoder})"
 
 
-def _warn(sentence):
-    print(f"warning: {sentence}")
+def _warn(notice):
+    print(f"warning: {notice}")

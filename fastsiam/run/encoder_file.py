@@ -2,13 +2,10 @@
 
 import contextlib
 import json
-import pickle
 import time
 import warnings
-import zipfile
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
@@ -21,7 +18,7 @@ from fastsiam.errors import UserError
 from fastsiam.models.encoder import build_encoder
 from fastsiam.run import checkpoint
 from fastsiam.run.folder import read_status
-from fastsiam.runtime.files import DAMAGED_ZIP, replace_file
+from fastsiam.runtime.files import replace_file
 
 READS = "load_encoder reads the folder of a run (runs/NAME), its encoder.safetensors or its checkpoint.pt"
 # Between two tries to read a run that is writing, in seconds.
@@ -58,7 +55,7 @@ def save_encoder(encoder: nn.Module, description: dict, path: Path) -> None:
     try:
         replace_file(path, save(state, {"fastsiam": json.dumps(description)}))
     except OSError as error:
-        raise UserError(f"{path} could not be written ({error.strerror or error})") from error
+        raise UserError(f"{path} could not be written ({error.strerror or error})", "encoder-unwritten") from error
 
 
 def load_encoder(path: str | Path) -> nn.Module:
@@ -75,13 +72,13 @@ def load_encoder(path: str | Path) -> nn.Module:
     try:
         state, description = _read(path)
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{path} cannot be read ({error.strerror or error})", "unreadable") from error
     try:
         encoder = build_encoder(*(description[key] for key in _BUILDS), zero_init_residual=False)
         encoder.load_state_dict(state)
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = shortened(str(error), 150)
-        raise UserError(f"{path} does not hold the encoder that it describes ({reason})") from error
+        raise UserError(f"{path} does not hold the encoder that it describes ({reason})", "not-an-encoder") from error
     encoder.mean, encoder.std = (_triple(description.get(key)) for key in ("mean", "std"))
     encoder.description = description
     return encoder.eval()
@@ -111,13 +108,17 @@ def _of_run(folder):
     if file.is_file():
         return _of_safetensors(file)
     if (folder / "config.yaml").is_file():
-        raise UserError(f"{folder} holds no encoder and no checkpoint yet; the run writes one when it is stopped")
+        raise UserError(
+            f"{folder} holds no encoder and no checkpoint yet; the run writes one when it is stopped",
+            "no-checkpoint-yet",
+        )
     runs = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
     if runs:
         raise UserError(
-            f"{folder} is not a run but holds {len(runs)}; give one of them, for example {folder / runs[0]}"
+            f"{folder} is not a run but holds {len(runs)}; give one of them, for example {folder / runs[0]}",
+            "folder-of-runs",
         )
-    raise UserError(f"there is no run in {folder} (neither encoder.safetensors nor checkpoint.pt); {READS}")
+    raise UserError(f"there is no run in {folder} (no encoder.safetensors, no checkpoint.pt); {READS}", "no-run")
 
 
 def _newest_checkpoint(folder):
@@ -130,16 +131,16 @@ def _newest_checkpoint(folder):
 
 def _of_file(path):
     if not path.exists():
-        raise UserError(f"there is no {path}; {READS}")
+        raise UserError(f"there is no {path}; {READS}", "no-such-file")
     with open(path, "rb") as file:
         start = file.read(9)
     if start.startswith(checkpoint.ZIP_MAGIC):
-        return _of_saved(_load_zip(path), path)
+        return _of_saved(checkpoint.load(path), path)
     # Eight bytes of a length, then JSON.
     if start[8:] == b"{":
         return _of_safetensors(path)
     what = "is empty" if not start else "is neither a safetensors file nor a checkpoint of fastsiam"
-    raise UserError(f"{path} {what}; {READS}")
+    raise UserError(f"{path} {what}; {READS}", "not-an-encoder")
 
 
 def _of_safetensors(path):
@@ -148,46 +149,36 @@ def _of_safetensors(path):
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again from its run's folder") from error
+        raise UserError(f"{path} is damaged ({error}); copy it again from its run's folder", "damaged-file") from error
     if "fastsiam" not in metadata:
         raise UserError(
             f"{path} was not written by fastsiam: its metadata do not say what encoder it holds; load it with the "
-            "library that wrote it"
+            "library that wrote it",
+            "other-program",
         )
     try:
         description = dict(json.loads(metadata["fastsiam"]))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path} has damaged metadata ({error}); copy it again from its run's folder") from error
+        text = f"{path} has damaged metadata ({error}); copy it again from its run's folder"
+        raise UserError(text, "damaged-file") from error
     if "mean" not in description and (config := _config_beside(path)):
         description = describe_encoder(config, None, None) | description
     return state, description
 
 
-def _load_zip(path):
-    try:
-        with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
-    except DAMAGED_ZIP as error:
-        raise UserError(f"{path} is damaged ({shortened(str(error), 100)}); {READS}") from error
-    if record:
-        raise UserError(f"{path} is damaged (the CRC-32 of {record!r} is another); {READS}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError) as error:
-        raise UserError(f"{path} is not a checkpoint of fastsiam; {READS}") from error
-
-
 def _of_saved(saved, path):
     """The encoder in what a checkpoint holds."""
     if not isinstance(saved, dict) or not {"layout", "method", "identity"} <= saved.keys():
-        raise UserError(f"{path} is a file of another program ({_contents(saved)}), not of fastsiam; {READS}")
+        raise UserError(f"{path} is a file of another program ({_contents(saved)}); {READS}", "other-program")
     if saved["layout"] != checkpoint.LAYOUT:
-        raise UserError(f"{path} was written by another version of fastsiam; load it with that version")
+        raise UserError(f"{path} is of another version of fastsiam; load it with that version", "other-version")
     description = saved.get("encoder")
     if description is None:
         config = _config_beside(path)
         if config is None:
-            raise UserError(f"{path} does not say what encoder it holds; put the config.yaml of its run beside it")
+            raise UserError(
+                f"{path} does not describe its encoder; put the config.yaml of its run beside it", "no-description"
+            )
         description = describe_encoder(config, saved["state"]["step"], None)
     weights = saved["method"].items()
     return {name.removeprefix("encoder."): value for name, value in weights if name.startswith("encoder.")}, description

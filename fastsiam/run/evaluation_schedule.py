@@ -1,112 +1,144 @@
-"""How a run is doing: kNN at its epochs, collapse measures at their steps, and what is said and written of them."""
+"""Schedule of the evaluations of a run: kNN after its epochs, collapse measures at their steps; logs the numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
 
 from fastsiam.config import Config
+from fastsiam.config.views import view_specs
+from fastsiam.errors import Notice
 from fastsiam.evaluate import collapse
 from fastsiam.evaluate.gallery import Pictures
-from fastsiam.evaluate.online import Monitor
+from fastsiam.evaluate.online import OnlineEvaluation
 from fastsiam.run.metrics import Journal
-from fastsiam.runtime.distributed import World
-from fastsiam.training.progress import Pace
+from fastsiam.run.training_data import TrainingData
+from fastsiam.run.watchdog import Watchdog
+from fastsiam.training.progress import Progress
 
 
-class Checkup:
-    """Measures of one method, the last ones kept. All ranks call the same methods at the same steps."""
+class EvaluationSchedule:
+    """Measures a method when it is due and keeps the last numbers. All ranks call its methods at the same steps."""
 
     def __init__(
         self,
         config: Config,
-        method,
-        monitor: Monitor | None,
-        steps_per_epoch: int,
+        method: torch.nn.Module,
+        data: TrainingData,
+        progress: Progress,
         journal: Journal,
-        world: World,
-        pace: Pace,
-        pictures: Pictures | None = None,
+        folder: Path,
+        watchdog: Watchdog,
     ):
-        """`monitor`: None where there are no images to measure on. `pictures` are shown the features of every kNN."""
-        self._config, self._method, self._monitor = config, method, monitor
-        self._journal, self._world, self._pace = journal, world, pace
-        self._pictures = pictures
-        self.guard = collapse.CollapseGuard(steps_per_epoch)
+        """`folder`: the run's, for pictures. `watchdog`: beaten at every batch."""
+        runtime = data.runtime
+        self._config, self._method, self._loader = config, method, data.loader
+        self._journal, self._world, self._progress = journal, runtime.world, progress
+        self.guard = collapse.CollapseGuard(data.steps_per_epoch)
         self.measures: collapse.Measures | None = None
-        self.reason: str | None = None
-        """Why the run counts as collapsed."""
+        self.collapsed: str | None = None
+        """Sentence on the collapse of the run, if it counts as collapsed."""
         self._measured_at: int | None = None
         self._last_knn: tuple[int, float] | None = None
+        spec = view_specs(config.views)[0]
+        self._pictures = Pictures(folder, data.source, data.val, spec, journal.warn, runtime.world.is_first)
+        self._online = None
+        if data.source is not None:
+            with runtime.world.together(), watchdog.paused():
+                self._online = OnlineEvaluation(
+                    data.config, data.source, data.val, data.skips, runtime, watchdog.beat, journal.say
+                )
+
+    def close(self) -> None:
+        """Free the decoders."""
+        if self._online is not None:
+            self._online.close()
 
     @property
     def has_knn(self) -> bool:
-        return self._monitor is not None and self._monitor.has_knn
+        return self._online is not None and self._online.has_knn
 
+    @property
     def is_due(self) -> bool:
-        """Whether collapse is measured at this step."""
-        return self._monitor is not None and self.guard.due(self._journal.state.step)
+        """True at a step after which something is measured: collapse, or kNN, mostly at the end of an epoch."""
+        ends = self._progress.epoch_is_over and self.follows(self._progress.state.epoch + 1)
+        return self._collapse_is_due or ends or self.is_wanted_early
+
+    @property
+    def is_wanted_early(self) -> bool:
+        """True where a budget of time or energy must know now what its last kNN will cost."""
+        return self.has_knn and self._progress.evaluation_is_wanted()
 
     def follows(self, epochs: int) -> bool:
-        """Whether kNN comes after so many finished epochs."""
+        """True where kNN comes after so many finished epochs."""
         every = self._config.evaluate.knn_every_epochs
-        return bool(every) and epochs % every == 0 and self.has_knn and self._pace.leaves_room()
+        return bool(every) and epochs % every == 0 and self.has_knn and self._progress.leaves_room()
 
-    def is_wanted_early(self) -> bool:
-        """Whether a budget must know now what its last kNN will cost."""
-        return self.has_knn and self._pace.evaluation_is_wanted()
+    def remember(self, views: torch.Tensor, indices: np.ndarray) -> None:
+        """Keep views of the first step for the report; nothing is read back from the device."""
+        self._pictures.remember(self._progress.state.step + 1, views, indices)
 
-    def controls(self, loader) -> None:
-        """kNN before training, of raw pixels and of the untrained encoder, into the state."""
-        state = self._journal.state
-        state.untrained_knn = self._monitor.untrained(self._method, loader)
-        state.raw_pixels_knn = self._monitor.raw_pixels()
-        self._journal.write_plain(
-            {
-                "kind": "knn",
-                "step": 0,
-                "knn_top1": state.untrained_knn,
-                "control": "untrained",
-                "raw_pixels_knn_top1": state.raw_pixels_knn,
-            }
+    def write_pictures(self) -> None:
+        """Write the views kept by `remember`."""
+        self._pictures.write_pairs()
+
+    def measure_controls(self) -> None:
+        """Measure kNN before training, of raw pixels and of the untrained encoder, where the config asks for it."""
+        state = self._progress.state
+        if state.step or not self._config.evaluate.controls or not self.has_knn:
+            return
+        state.untrained_knn = self._online.untrained(self._method, self._loader)
+        state.raw_pixels_knn = self._online.raw_pixels()
+        self._journal.write_at_step(
+            "knn",
+            knn_top1=state.untrained_knn,
+            control="untrained",
+            raw_pixels_knn_top1=state.raw_pixels_knn,
         )
         self._journal.say(
             f"before    kNN {state.untrained_knn:.2f} % with random weights (batch-norm statistics filled), "
             f"{state.raw_pixels_knn:.2f} % on raw pixels"
         )
 
-    def has_collapsed(self) -> bool:
-        """Where a measure is due: take it and judge; True where the run must stop."""
-        step, action = self._journal.state.step, self._config.collapse.action
-        if not self.is_due():
+    def measure_collapse(self) -> bool:
+        """Measure and judge where that is due; returns True where the run must stop."""
+        step, action = self._progress.state.step, self._config.collapse.action
+        if not self._collapse_is_due:
             return False
         self._measure()
         if not self.guard.judge(step, self.measures) or action == "off":
             return False
-        self.reason = f"at step {step:,}: z has collapsed ({self.measures})"
-        if action == "stop":
-            return True
-        if self.guard.first_alarm:
-            self._journal.warn(f"{self.reason}; {collapse.ADVICE}")
-        return False
+        self.collapsed = f"at step {step:,}: z has collapsed ({self.measures})"
+        if action == "warn" and self.guard.first_alarm:
+            self._journal.warn(Notice(f"{self.collapsed}; {collapse.ADVICE}", "collapsed"))
+        return action == "stop"
 
-    def knn(self, last: bool = False) -> float:
-        """kNN now, unless it was taken at this very step."""
-        step = self._journal.state.step
+    def measure_knn(self, last: bool = False) -> float:
+        """Measure kNN, unless it was measured at this very step; returns top-1 in percent."""
+        step = self._progress.state.step
         if self._last_knn is None or self._last_knn[0] != step:
-            with self._pace.evaluating():
-                top1 = self._monitor.knn(self._method, self._pictures, step)
+            with self._progress.evaluating():
+                top1 = self._online.knn(self._method, self._pictures, step)
             self._last_knn = (step, top1)
             self._journal.write("knn", knn_top1=top1)
             if not last:
                 self._journal.say(f"kNN       {top1:.2f} % at step {step:,}")
         return self._last_knn[1]
 
-    def final(self) -> float | None:
-        """The measures of the end; returns kNN, None without labelled images."""
-        if self._monitor is None:
+    def measure_last(self) -> float | None:
+        """Measure at the end of the run; returns kNN, None without labelled images."""
+        if self._online is None:
             return None
-        if self._measured_at != self._journal.state.step:
+        if self._measured_at != self._progress.state.step:
             self._measure()
-        return self.knn(last=True) if self.has_knn else None
+        return self.measure_knn(last=True) if self.has_knn else None
+
+    @property
+    def _collapse_is_due(self):
+        return self._online is not None and self.guard.due(self._progress.state.step)
 
     def _measure(self):
-        """By the first rank alone: 256 images."""
-        self.measures = self._world.share(self._monitor.collapse(self._method) if self._world.is_first else None)
-        self._measured_at = self._journal.state.step
+        """On the first rank alone: 256 images."""
+        self.measures = self._world.share(self._online.collapse(self._method) if self._world.is_first else None)
+        self._measured_at = self._progress.state.step
         self._journal.write("collapse", **self.measures.fields())

@@ -1,70 +1,63 @@
-"""What a run says and writes down. The first rank does; the others keep silent."""
+"""Console and metrics.jsonl of a run. The first rank prints and writes; the others keep silent."""
+
+from collections.abc import Callable
 
 from rich.console import Console
 
-from fastsiam.run.folder import RunFolder
+from fastsiam.errors import Notice
 from fastsiam.run.progress_line import ProgressLine
 from fastsiam.runtime.distributed import World
-from fastsiam.training.state import State, Stopwatch
 
 
 class Journal:
-    """Console, metrics.jsonl and progress line of a run."""
+    """Console, progress line and lines of metrics.jsonl, which are kept until the run folder is open."""
 
-    def __init__(self, folder: RunFolder, world: World, state: State, clock: Stopwatch):
+    def __init__(self, world: World):
         self.console = Console(quiet=not world.is_first)
-        self.folder, self.state, self.clock = folder, state, clock
-        self._writes = world.is_first
+        self._is_first = world.is_first
+        self._write: Callable[[dict], None] | None = None
+        self._where: Callable[[], dict] | None = None
         self._progress: ProgressLine | None = None
-        self._early: list[str] = []
-        self._told: set[str] = set()
+        self._early: list[tuple[str, bool, dict]] = []
+        self._warned: set[str] = set()
 
     def say(self, text: str, style: str | None = None) -> None:
         self.console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
 
-    def warn(self, sentence: str) -> None:
-        """Said now, and in metrics.jsonl, once there is one."""
-        self.say(f"warning: {sentence}", "yellow")
+    def warn(self, notice: str) -> None:
+        """Print a warning, and write it to metrics.jsonl once there is one."""
+        self.say(f"warning: {notice}", "yellow")
+        code = {"code": notice.code} if isinstance(notice, Notice) else {}
+        fields = {"message": str(notice), **code}
         if self._progress is None:
-            self._early.append(sentence)
+            self._early.append(("warning", True, fields))
         else:
-            self.write("warning", message=sentence)
+            self.write("warning", **fields)
 
-    def warn_once(self, sentence: str) -> None:
-        """Unless it has been said by this process."""
-        if sentence not in self._told:
-            self._told.add(sentence)
-            self.warn(sentence)
+    def warn_once(self, notice: str) -> None:
+        """`warn`, unless this process has printed it before."""
+        if notice not in self._warned:
+            self._warned.add(notice)
+            self.warn(notice)
 
-    def write(self, kind: str, **fields) -> None:
-        """A line of metrics.jsonl with where the run is."""
-        self.clock.update_state()
-        state = self.state
-        where = {
-            "step": state.step,
-            "epoch": state.epoch,
-            "images_seen": state.images_seen,
-            "train_seconds": state.train_seconds,
-            "wall_seconds": state.wall_seconds,
-        }
-        self.write_plain({"kind": kind, **where, **fields})
-
-    def write_plain(self, line: dict) -> None:
-        """A line of metrics.jsonl as it is."""
-        if self._writes:
-            self.folder.write(line)
-
-    def set_status(self, status: str, **details) -> None:
-        if self._writes:
-            self.folder.set_status(status, **details)
+    def attach(self, write: Callable[[dict], None], where: Callable[[], dict]) -> None:
+        """Write lines from now on, through `write(line)`; `where()` gives the position of the run."""
+        self._write, self._where = write, where
 
     def begin_progress(self, doing: str) -> None:
-        """The folder has been entered: from now on warnings are written, too, those of before first. `doing` is shown
-        until there are numbers.
-        """
+        """Write the lines kept so far, and show `doing` until there are numbers."""
         self._progress = ProgressLine(self.console, doing)
-        for sentence in self._early:
-            self.write("warning", message=sentence)
+        early, self._early = self._early, []
+        for kind, fully, fields in early:
+            (self.write if fully else self.write_at_step)(kind, **fields)
+
+    def write(self, kind: str, **fields) -> None:
+        """A line of metrics.jsonl with the position of the run, see `lines`."""
+        self._put(kind, True, fields)
+
+    def write_at_step(self, kind: str, **fields) -> None:
+        """A line of metrics.jsonl with the step alone."""
+        self._put(kind, False, fields)
 
     def progress_is_due(self) -> bool:
         """By the clock of this rank."""
@@ -74,7 +67,7 @@ class Journal:
         self._progress.show(share, text)
 
     def doing(self, text: str) -> None:
-        """What goes on between the numbers, for who watches a terminal."""
+        """Show in a terminal the work that goes on between two numbers."""
         self._progress.doing(text)
 
     def give_back_cursor(self) -> None:
@@ -85,3 +78,10 @@ class Journal:
     def close(self) -> None:
         if self._progress:
             self._progress.close()
+
+    def _put(self, kind, fully, fields):
+        if self._write is None:
+            self._early.append((kind, fully, fields))
+        elif self._is_first:
+            where = self._where()
+            self._write({"kind": kind, **(where if fully else {"step": where["step"]}), **fields})

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-EXIT_CODE = 5
+from fastsiam.errors import ExitCode
+
 STDERR = 2
 # In the stacks that faulthandler writes.
 STACK = b"most recent call first"
@@ -123,7 +124,7 @@ class Watchdog:
         except OSError as error:
             os.write(STDERR, f"fastsiam: and its status is not written: {error}\n".encode())
         finally:
-            os._exit(EXIT_CODE)
+            os._exit(int(ExitCode.STUCK))
 
     def _dump(self):
         """Write the stacks; returns where they are, in words."""

@@ -1,12 +1,17 @@
-"""Whole or not at all, on a disk that may be full for a while: records appended to a file, a file replaced."""
+"""Files written whole or not at all, on a disk that may be full for a while; JSON lines and arrays read back."""
 
 import contextlib
+import errno
+import io
+import json
 import os
 import struct
 import zipfile
 import zlib
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 # What zipfile raises for damaged bytes: they may spell another compression, a password, a name that is no UTF-8.
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
@@ -73,3 +78,52 @@ def replace_file(path: Path, data: bytes, suffix: str = ".tmp") -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot sync a folder and answer with one of these (PostgreSQL, fd.c: fsync_fname_ext).
+        if error.errno not in (errno.EINVAL, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def json_lines(data: bytes) -> list[dict]:
+    """The lines that are JSON objects; the last one of a run that is writing may not be."""
+    found = []
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            found += [value] if isinstance(value, dict) else []
+    return found
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Replace `path` by an .npz of named arrays without pickles; raises `OSError` where the disk refuses."""
+    assert not any(array.dtype.hasobject for array in arrays.values())
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    replace_file(path, buffer.getvalue())
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Arrays that `write_arrays` has written; empty where there is no file, or where it is damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return dict(archive)
+    except (OSError, *DAMAGED_ZIP):
+        return {}

@@ -26,9 +26,9 @@ class Runtime:
     device: torch.device
     dtype: torch.dtype
     compiles: bool
-    reasons: dict[str, str]
+    reasons: dict[str, str] = field(default_factory=dict)
     """In words, of those of `device`, `dtype` and `compile` that the config leaves open."""
-    _exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
+    _exit: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, settings: TrainConfig, world: World | None = None, before: dict | None = None) -> "Runtime":
@@ -51,7 +51,7 @@ class Runtime:
             if "dtype" in before and (before["dtype"] != "bf16" or native):
                 precision, reasons["dtype"] = before["dtype"], _AS_BEFORE
         if compiling == "auto":
-            reasons["compile"] = f"auto: {eager_reason(device) or 'CUDA, Triton and a C++ compiler found'}"
+            reasons["compile"] = eager_reason(device) or "auto: CUDA, Triton and a C++ compiler found"
             if "compile" in before and before.get("device") == device.type:
                 compiling, reasons["compile"] = "on" if before["compile"] else "off", _AS_BEFORE
         return cls(world, device, choose_precision(precision, device), choose_compile(compiling, device), reasons)

@@ -1,7 +1,7 @@
-"""What a run has cost so far: seconds of its processes and joules of its GPUs, over all its starts.
+"""Cost of a run: seconds of its processes and joules of its GPUs, over all its starts.
 
-Counted from the start of the process, compilation, evaluation and saving included, and so is work that a kill has lost:
-a file in the run folder is brought up to date every few seconds. The time between two processes is not counted.
+Counted from the start of the process, compilation, evaluation and saving included. The time between two processes is
+not counted.
 """
 
 import json
@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastsiam.config.budget import JOULES, Budget
-from fastsiam.run.folder import parse_metrics
-from fastsiam.runtime.energy import kilowatt_hours
-from fastsiam.runtime.files import replace_file
+from fastsiam.errors import Notice
+from fastsiam.runtime.energy import EnergyMeter, kilowatt_hours
+from fastsiam.runtime.files import json_lines, replace_file
 
 _IMPORTED = time.monotonic()
 HEARTBEAT_SECONDS = 5.0
@@ -22,15 +22,18 @@ HEARTBEAT_SECONDS = 5.0
 HEARTBEAT_SHARE = 0.005
 
 
-def heartbeat_seconds(budget: Budget) -> float:
-    """Between two writes: 5, and less where a kill could hide a noticeable share of a budget."""
-    if budget.kind != "seconds":
-        return HEARTBEAT_SECONDS
-    return min(HEARTBEAT_SECONDS, HEARTBEAT_SHARE * budget.amount)
+def heartbeat_seconds(budget: Budget) -> float | None:
+    """Seconds between two writes of spent.json, so that a kill hides no noticeable share of a budget.
+
+    None for a budget of epochs or images, to which the cost does not matter: the file is written at the end only.
+    """
+    if budget.counts_steps:
+        return None
+    return min(HEARTBEAT_SECONDS, HEARTBEAT_SHARE * budget.amount) if budget.kind == "seconds" else HEARTBEAT_SECONDS
 
 
 def process_began() -> float:
-    """When this process came to fastsiam, by `time.monotonic`; importing torch comes after it.
+    """Time at which this process imported fastsiam, by `time.monotonic`; importing torch comes after it.
 
     The kernel's own starttime (proc(5)) is that of a shell which has become this process by exec, and of what it did
     before: in `install && python -m fastsiam.train` bash does so, and the installation would count.
@@ -38,23 +41,27 @@ def process_began() -> float:
     return _IMPORTED
 
 
-class Spent:
-    """Counts on while it is open; the first rank has one with a file, the others one without."""
+class CostMeter:
+    """Counts seconds and joules; the first rank has one with a file, the others one without."""
 
     def __init__(
         self,
-        folder: Path | None,
-        warn: Callable[[str], None] = warnings.warn,
+        folder: Path | None = None,
+        energy: EnergyMeter | None = None,
         *,
+        warn: Callable[[str], None] = warnings.warn,
+        collect: Callable[[float | None], list] = lambda joules: [joules],
         began: float | None = None,
-        every: float = HEARTBEAT_SECONDS,
+        every: float | None = HEARTBEAT_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """`folder`: the run's, None for a rank that writes nothing. `warn(sentence)` is told where its file is damaged.
-        `began`: when this process began to spend, by `clock`; None: now. `every`: seconds between two writes.
+        """`folder`: the run's, None for a rank that writes nothing. `energy`: meter of this rank's GPU; `collect` gives
+        the joules of all ranks. `warn(notice)` is called for a damaged file. `began`: when this process began to
+        spend, by `clock`; None: now. `every`: seconds between two writes, None for one at the end.
         """
+        self.opened = time.perf_counter()
         self._path = None if folder is None else folder / "spent.json"
-        self._every, self._clock = every, clock
+        self._energy, self._collect, self._every, self._clock = energy, collect, every, clock
         self._began = clock() if began is None else began
         self.seconds_before, self.joules_before = _read(self._path, warn)
         self._joules: float | None = None
@@ -63,17 +70,30 @@ class Spent:
         self.error: OSError | None = None
         """Why the file could not be written the last time."""
 
-    def begin(self) -> None:
-        """The run folder is there: keep its file up to date from now on."""
-        if self._path is not None:
+    @property
+    def energy_description(self) -> str:
+        return "not available" if self._energy is None else self._energy.description
+
+    @property
+    def measures_energy(self) -> bool:
+        return self._energy is not None and self._energy.joules() is not None
+
+    def __enter__(self) -> "CostMeter":
+        """Keep the file up to date; the run folder must exist."""
+        if self._path is None:
+            return self
+        self.write()
+        if self._every is not None:
             self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
             self._thread.start()
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *_) -> None:
+        self._left.set()
         if self._thread is not None:
-            self._left.set()
             self._thread.join()
-            self._thread = None
+        if self._path is not None:
+            self.write()
 
     @property
     def seconds(self) -> float:
@@ -81,19 +101,25 @@ class Spent:
 
     @property
     def joules(self) -> float | None:
-        """As of the last `set_joules`; None where it is not known for the whole run."""
+        """As of the last `read_energy`; None where it is not known for the whole run."""
         return None if self._joules is None or self.joules_before is None else self.joules_before + self._joules
 
-    def set_joules(self, joules: float | None) -> None:
-        """What the GPUs of all ranks have used since the start of this process; None where that is not known."""
-        self._joules = joules
+    def read_energy(self) -> None:
+        """Add up the joules of the GPUs of all ranks; all ranks must call."""
+        joules = self._collect(None if self._energy is None else self._energy.joules())
+        self._joules = None if None in joules else sum(joules)
+
+    @property
+    def lost_energy(self) -> bool:
+        """True once the GPU of a rank has stopped answering, as of the last `read_energy`."""
+        return self._joules is None
 
     def joules_per_image(self, images: int) -> float | None:
         """Of the whole run, evaluation and lost work included."""
         return None if self.joules is None or not images else self.joules / images
 
     def fields(self, joules_per_image: float | None) -> dict[str, float | None]:
-        """What metrics.jsonl says of it."""
+        """Fields of lines of metrics.jsonl."""
         return {
             "spent_seconds": self.seconds,
             "joules_per_image": joules_per_image,
@@ -109,27 +135,37 @@ class Spent:
             self.error = error
 
     def _beat(self):
-        self.write()
         while not self._left.wait(self._every):
             self.write()
-        self.write()
 
 
 def _read(path, warn):
-    """Seconds and joules that earlier starts have written down."""
-    if path is None or not path.exists():
+    """Seconds and joules of earlier starts.
+
+    The last line of metrics.jsonl may be newer than the file, which a killed run without a heartbeat has not written.
+    """
+    if path is None:
         return 0.0, 0.0
+    logged = _as_logged(path.with_name("metrics.jsonl"))
+    if not path.exists():
+        return logged or (0.0, 0.0)
     try:
         found = json.loads(path.read_text(encoding="ascii"))
-        return float(found["seconds"]), None if found["joules"] is None else float(found["joules"])
+        written = float(found["seconds"]), None if found["joules"] is None else float(found["joules"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        warn(f"{path} cannot be read ({error}); what the run has spent is taken from the last line of metrics.jsonl")
-        return _as_logged(path.with_name("metrics.jsonl"))
+        warn(Notice(f"cannot read {path} ({error}); the cost so far is that of the last log line", "damaged-cost"))
+        return logged or (0.0, None)
+    return logged if logged and logged[0] > written[0] else written
 
 
 def _as_logged(path):
-    """Seconds and joules of the last line of metrics.jsonl that tells them."""
-    lines = parse_metrics(path.read_bytes()) if path.exists() else []
-    told = next((line for line in reversed(lines) if "spent_seconds" in line), {})
-    kwh = told.get("kwh")
-    return told.get("spent_seconds", 0.0), None if kwh is None else kwh * JOULES["kWh"]
+    """Seconds and joules of the last line of metrics.jsonl that holds them; None without one."""
+    try:
+        lines = json_lines(path.read_bytes())
+    except OSError:
+        return None
+    last = next((line for line in reversed(lines) if "spent_seconds" in line), None)
+    if last is None:
+        return None
+    kwh = last.get("kwh")
+    return last["spent_seconds"], None if kwh is None else kwh * JOULES["kWh"]

@@ -1,9 +1,12 @@
 """The training step: forward, backward, the ranks' gradients averaged, the weights moved. Nothing is read back."""
 
+import contextlib
 import inspect
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -11,24 +14,28 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsiam.config import Config
 from fastsiam.errors import UserError
 from fastsiam.runtime.compile import Compiled
-from fastsiam.runtime.device import autocast, out_of_memory_advice
-from fastsiam.runtime.distributed import World
+from fastsiam.runtime.device import out_of_memory_advice
+from fastsiam.runtime.runtime import Runtime
 
 _NEVER = 2**62
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a look at the device brings back."""
+    """State of the last steps, read back from the device."""
 
     loss: float
     """Of the last step, the mean over all ranks."""
     first_bad_step: int | None
     """The first step whose loss was not finite on any rank, if there was one."""
-    guilty: bool
-    """It was not finite on this rank."""
+    bad_images: np.ndarray
+    """[n] indices of the images of that step, where its loss was not finite on this rank; otherwise empty."""
     skipped_steps: int
-    """Whose gradients overflowed fp16."""
+    """Steps whose gradients overflowed fp16."""
+
+    @property
+    def is_nonfinite(self) -> bool:
+        return self.first_bad_step is not None
 
 
 class TrainingStep:
@@ -39,53 +46,57 @@ class TrainingStep:
         method: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: Config,
-        device: torch.device,
-        dtype: torch.dtype,
-        world: World,
-        *,
-        compiling: Callable | None,
+        runtime: Runtime,
+        paused: Callable = contextlib.nullcontext,
     ):
-        """`method` is on the device already. `compiling()` is a context for the time that a compilation takes; None
-        does not compile.
-        """
-        self.method, self.optimizer, self._world = method, optimizer, world
-        views = config.views
+        """`method` is on the device already. `paused()`: a context for the time that a compilation takes."""
+        self.method, self.optimizer, self._runtime, self._world = method, optimizer, runtime, runtime.world
+        views, device = config.views, runtime.device
         self._batch_size, self._num_views, self._full_size = config.train.batch_size, views.count, views.full_size
         self._grows = len(views.sizes) > 1
-        self.compiled = Compiled(method, sizes=views.sizes, paused=compiling) if compiling else None
+        self.compiled = None
+        if runtime.compiles:
+            self.compiled = Compiled(method, sizes=views.sizes, paused=paused)
         self._forward = self.compiled or method
-        if world.size > 1:
+        if self._world.size > 1:
             self._forward = _averaging_gradients(method, self._forward)
-        self._precision = autocast(device, dtype)
-        self._scaler = torch.amp.GradScaler(device.type) if dtype == torch.float16 else None
+        self._scaler = torch.amp.GradScaler(device.type) if runtime.dtype == torch.float16 else None
         self._first_bad = torch.full((), _NEVER, device=device)
         self._skipped = torch.zeros(1, device=device)
+        self._loss: torch.Tensor | None = None
+        self._recent: deque[tuple[int, np.ndarray]] = deque()
         if self._scaler:
             self.optimizer.register_step_pre_hook(self._count_skipped)
 
-    def __call__(self, views: torch.Tensor, number: int) -> dict:
-        """Step `number` on views [V*N, 3, S, S]; raises `UserError` with advice where memory does not suffice."""
+    def __call__(self, views: torch.Tensor, number: int, indices: np.ndarray | None = None) -> dict:
+        """Step `number` on views [V*N, 3, S, S] of the images `indices`; no value is read back from the device.
+
+        Raises `UserError` with advice where memory does not suffice.
+        """
+        if indices is not None:
+            self._recent.append((number, indices))
         try:
-            return self.attempt(views, number)
+            out = self.attempt(views, number)
+            self._loss = out["loss"].detach()
+            return out
         except torch.OutOfMemoryError:
             pass
         # Outside the handler: the traceback would hold the activations of the step that did not fit.
         raise self._does_not_fit(views)
 
-    def rehearse_growth(self, dtype: torch.dtype) -> None:
+    def rehearse_growth(self) -> None:
         """On a GPU, where views begin smaller: forward and backward of blank views of their full size.
 
-        Nothing of it stays, but where memory does not suffice, `UserError` says so now rather than after most of the
-        run. `dtype`: of the views.
+        Leaves nothing behind. Where memory does not suffice, raises `UserError` now rather than after most of the run.
         """
         if self._grows and self._first_bad.is_cuda:
-            self.rehearse(dtype)
+            self.rehearse()
 
-    def rehearse(self, dtype: torch.dtype) -> None:
+    def rehearse(self) -> None:
         """See `rehearse_growth`; on any device."""
         before = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
         share = self._batch_size // self._world.size
-        blank = torch.zeros(0, dtype=dtype, device=self._first_bad.device)
+        blank = torch.zeros(0, dtype=self._runtime.dtype, device=self._runtime.device)
         if not self._reaches_backward(blank, share):
             raise self._does_not_fit(blank)
         self.optimizer.zero_grad()
@@ -98,7 +109,7 @@ class TrainingStep:
         `forward`: in place of the compiled method, or of the one that averages gradients.
         """
         self.optimizer.zero_grad()
-        with self._precision():
+        with self._runtime.autocast():
             out = (forward or self._forward)(views)
         loss = out["loss"]
         if self._scaler:
@@ -112,15 +123,18 @@ class TrainingStep:
         self._first_bad = torch.where(finite, self._first_bad, self._first_bad.clamp(max=number))
         return out
 
-    def read(self, loss: torch.Tensor) -> Reading:
-        """Waits for the device; all ranks must ask."""
-        mine = loss.item(), self._first_bad.item(), self._skipped.item()
+    def read(self) -> Reading:
+        """Wait for the device and read the state since the last reading; all ranks must call."""
+        mine = self._loss.item(), self._first_bad.item(), self._skipped.item()
         losses, bad, skipped = zip(*self._world.collect(mine), strict=True)
-        first = min(bad)
+        first, images = min(bad), np.empty(0, np.int64)
+        if first != _NEVER and mine[1] == first:
+            images = next((indices for number, indices in self._recent if number == first), images)
+        self._recent.clear()
         return Reading(
             loss=sum(losses) / len(losses),
             first_bad_step=None if first == _NEVER else first,
-            guilty=first != _NEVER and mine[1] == first,
+            bad_images=images,
             skipped_steps=int(skipped[0]),
         )
 
@@ -145,7 +159,7 @@ class TrainingStep:
 
     def _reaches_backward(self, like, share):
         try:
-            with self._precision():
+            with self._runtime.autocast():
                 loss = self._forward(self._blank_views(like, share))["loss"]
             loss.backward()
         except torch.OutOfMemoryError:

@@ -1,6 +1,5 @@
 """benchmarks.distributed: its rows are the same training where they should be, taken in turns by all ranks."""
 
-import contextlib
 import fcntl
 import json
 import subprocess
@@ -27,6 +26,7 @@ from fastsiam.errors import UserError
 from fastsiam.models.batch_norm import split_statistics
 from fastsiam.optim.build import build_optimizer
 from fastsiam.runtime.distributed import World
+from fastsiam.runtime.runtime import Runtime
 from fastsiam.training.step import TrainingStep
 from tests.support.bench_configs import CPU, small_config
 from tests.support.gloo_ranks import world
@@ -110,8 +110,9 @@ def gradients_in_buckets(compiles):
     method = split_statistics(one_layer(), 2, mine.size)
     method.constant_lr_parameters = list
     config = small_config(2, "optimizer.base_lr=1.0")
-    optimizer, compiling = build_optimizer(method, config), contextlib.nullcontext if compiles else None
-    step = TrainingStep(method, optimizer, config, CPU, torch.float32, mine, compiling=compiling)
+    optimizer = build_optimizer(method, config)
+    torch._dynamo.config.optimize_ddp = False
+    step = TrainingStep(method, optimizer, config, Runtime(mine, CPU, torch.float32, compiles))
     generator = torch.Generator().manual_seed(mine.rank)
     found = []
     for number in range(STEPS):

@@ -128,14 +128,13 @@ def test_cpu_seconds_are_those_of_the_timed_epochs():
     assert loader.cpu_seconds_per_image(row, rounds=3) == 2.0 / 24
 
 
-class FakeSession:
+class FakeRun:
     """A clock that a batch moves by 2 s and a step by 5 s, and four steps an epoch; the first batch takes 30 s."""
-
-    device = CPU
 
     def __init__(self, monkeypatch):
         self.now, self.batches, self.steps = 0.0, 0, 0
-        self.loader = types.SimpleNamespace(steps_per_epoch=4, epoch=self.epoch)
+        loader, runtime = types.SimpleNamespace(epoch=self.epoch), types.SimpleNamespace(device=CPU)
+        self.data = types.SimpleNamespace(loader=loader, steps_per_epoch=4, runtime=runtime)
         monkeypatch.setattr(end_to_end.time, "perf_counter", lambda: self.now)
 
     def epoch(self, _number):
@@ -144,19 +143,19 @@ class FakeSession:
             self.batches += 1
             yield types.SimpleNamespace(views=None)
 
-    def step(self, _views):
+    def step(self, _views, _number):
         self.now += 5.0
         self.steps += 1
 
 
 def test_end_to_end_times_steps_after_the_first(monkeypatch):
-    session = FakeSession(monkeypatch)
-    ways = EndToEnd(session)
+    run = FakeRun(monkeypatch)
+    ways = EndToEnd(run)
     assert ways.loader(0) == (30 + 3 * 2) / 4
     assert ways.step(0) == 5
-    steps = session.steps
+    steps = run.steps
     assert ways.end_to_end(0) == 2 + 5
-    assert session.steps - steps == 4
+    assert run.steps - steps == 4
 
 
 def test_turns_rotate_and_begin_untimed():
@@ -172,10 +171,9 @@ def test_turns_rotate_and_begin_untimed():
 
 @pytest.mark.parametrize(("loader_seconds", "limit", "share"), [(2.0, "step", 0.5), (8.0, "loader", 0.8)])
 def test_the_slower_of_loader_and_step_is_the_limit(tiny_config, tmp_path, loader_seconds, limit, share):
-    session = types.SimpleNamespace(config=tiny_config(), loader_text="words")
     seconds = {"loader": loader_seconds, "step": 5.0, "end to end": 10.0}
     taken = {name: Samples((value,)) for name, value in seconds.items()}
-    end_to_end.report(Results(tmp_path, CPU), session, "photos", taken)
+    end_to_end.report(Results(tmp_path, CPU), tiny_config(), "words", "photos", taken)
     found = [json.loads(line) for line in (tmp_path / "end_to_end.jsonl").read_text().splitlines()]
     assert [line["images_per_second"] for line in found] == [8 / value for value in seconds.values()]
     assert (found[-1]["limit"], found[-1]["share_of_limit"]) == (limit, pytest.approx(share))

@@ -26,16 +26,15 @@ from benchmarks.variants.step import (
 )
 from fastsiam.config import load_config
 from fastsiam.errors import UserError
-from fastsiam.run.session import Session
+from fastsiam.train import opened
 from tests.support.bench_configs import CPU, batches, small_config
 
 
 def test_the_fastsiam_row_is_a_session_step_and_so_are_its_switches(tiny):
     config = load_config("quickstart", tiny("data.backend=synthetic", "data.train=null", "data.val=null"))
     inputs = Inputs(config, CPU).like(torch.float32, torch.channels_last)
-    with Session(config) as session:
-        session.start()
-        expected = [session.step(inputs[number % 2])["loss"].item() for number in range(5)]
+    with opened(config) as (parts, _):
+        expected = [parts.step(inputs[number % 2], number + 1)["loss"].item() for number in range(5)]
     with contextlib.ExitStack() as stack:
         row = build_product(config, stack)
         assert [row(inputs[number % 2]).item() for number in range(5)] == expected

@@ -10,7 +10,7 @@ from PIL import Image
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.sources.image_header import ODD, PLAIN, UNKNOWN, UNREADABLE
 from fastsiam.data.sources.open import open_source
-from fastsiam.run.session import Session
+from fastsiam.train import opened
 from tests.support.processes import run_python
 
 BEGIN = """
@@ -23,7 +23,6 @@ from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.open import open_source
-from fastsiam.run.session import Session
 from fastsiam.config.views import RECIPES
 import dataclasses
 
@@ -164,17 +163,17 @@ def test_only_the_mixed_decoder_gets_them(folder, monkeypatch):
 
 def test_the_training_loader_is_freed_before_evaluation(tiny_config):
     """Its decoders and buffers would lie beside those of the evaluation."""
-    with Session(tiny_config("train.epochs=1")) as session:
-        session.start()
-        list(session.loader.epoch(0, cursor=72))
-        trained = session.loader.backend
+    with opened(tiny_config("train.epochs=1")) as (parts, _):
+        loader, online = parts.data.loader, parts.evaluation._online
+        list(loader.epoch(0, cursor=72))
+        trained = loader.backend
         assert trained._pipeline is not None
-        extract = session.monitor._train.batches
+        extract = online._train.batches
         seen = []
-        session.monitor._train.batches = lambda *which: seen.append(trained._pipeline) or extract(*which)
-        session.state.epoch = 1
-        session.evaluate_if_due()
+        online._train.batches = lambda *which: seen.append(trained._pipeline) or extract(*which)
+        parts.progress.state.epoch = 1
+        parts.run.evaluate_epoch(parts.evaluation)
         # kNN, and the pictures of the nearest ones.
         assert seen == [None, None]
-        assert session.monitor._train.backend._pipeline is None
-        assert len(list(session.loader.epoch(1, cursor=72))) == 1
+        assert online._train.backend._pipeline is None
+        assert len(list(loader.epoch(1, cursor=72))) == 1

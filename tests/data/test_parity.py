@@ -21,7 +21,7 @@ from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import EvaluationLoader, Loader
 from fastsiam.data.sources.image_header import ODD, PLAIN
 from fastsiam.data.sources.open import open_source
-from fastsiam.run.session import Session
+from fastsiam.train import opened as opened_run
 from tests.support.ffcv_files import beton_of
 from tests.support.images import exif_block, smooth
 
@@ -282,10 +282,10 @@ def test_the_decoder_and_its_version_stand_in_the_environment(tiny, tmp_path, de
     overrides = tiny(f"data.backend={backend}", "data.workers=1", "data.store_size=32")
     if backend == "ffcv":
         overrides += [f"data.{part}={beton_of(demo_folder / part, 'jpg').root}" for part in ("train", "val")]
-    with Session(load_config("quickstart", overrides)) as session:
-        session.start()
+    with opened_run(load_config("quickstart", overrides)) as (parts, _):
+        online = parts.evaluation._online
         told = json.loads((tmp_path / "runs/run/environment.json").read_text())["loader"]
-        train, val = (loader.backend.description for loader in (session.monitor._train, session.monitor._val))
+        train, val = (loader.backend.description for loader in (online._train, online._val))
     assert train == told
     assert told.startswith(begin)
     for text in (told, val):

@@ -23,9 +23,9 @@ from fastsiam.doctor import facts
 from fastsiam.doctor import software as checks
 from fastsiam.kernels import crop_resize, negative_cosine
 from fastsiam.models.batch_norm import split_statistics
-from fastsiam.run.session import Session
 from fastsiam.runtime.device import choose_precision
 from fastsiam.runtime.energy import EnergyMeter
+from fastsiam.train import opened
 from tests.support.gpu_record import DECODER
 from tests.support.images import pictures
 from tests.support.loaders import SPEC, STORE
@@ -85,14 +85,13 @@ def test_a_step_does_not_wait_for_the_device(tiny, optimizer, precision):
         f"optimizer.name={optimizer}", f"train.precision={precision}", "train.device=cuda", "train.compile=off",
         "data.backend=synthetic",
     )  # fmt: skip
-    with Session(load_config("quickstart", overrides)) as session:
-        session.start()
-        views = next(session.loader.epoch(0)).views
-        session.step(views)
+    with opened(load_config("quickstart", overrides)) as (parts, _):
+        views = next(parts.data.loader.epoch(0)).views
+        parts.step(views, 1)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            for _ in range(3):
-                session.step(views)
+            for number in range(2, 5):
+                parts.step(views, number)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -1,6 +1,5 @@
 """Runs whose views grow: what they say and write, where they are evaluated, compiled and resumed."""
 
-import contextlib
 import copy
 import re
 import signal
@@ -16,6 +15,7 @@ from fastsiam.models.encoder import CifarResNet
 from fastsiam.optim.build import build_optimizer
 from fastsiam.runtime.compile import Compiled
 from fastsiam.runtime.distributed import World
+from fastsiam.runtime.runtime import Runtime
 from fastsiam.train import main
 from fastsiam.training.step import TrainingStep
 from tests.support.compiling import Net, compare, replaced_backend, seeded
@@ -158,12 +158,12 @@ def test_what_was_not_planned_is_counted_as_a_recompilation(monkeypatch):
 
 @pytest.fixture
 def step_of(tiny_config):
-    def build(*overrides, compiling=None):
+    def build(*overrides, compiles=False):
         config = tiny_config("train.batch_size=4", *overrides)
         torch.manual_seed(0)
         method = build_method(config)
         optimizer = build_optimizer(method, config)
-        return TrainingStep(method, optimizer, config, CPU, torch.float32, World(), compiling=compiling)
+        return TrainingStep(method, optimizer, config, Runtime(World(), CPU, torch.float32, compiles))
 
     return build
 
@@ -173,7 +173,7 @@ def test_the_rehearsal_of_the_full_size_leaves_no_trace(step_of, sides_seen):
     views = torch.randn(12, 3, 16, 16)
     step(views, 1)
     before = copy.deepcopy(step.state_dict())
-    step.rehearse(torch.float32)
+    step.rehearse()
     assert sides_seen == [(True, 16), (True, 32)]
     after = step.state_dict()
     assert before["method"].keys() == after["method"].keys()
@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_told_for_the_full_size_and_all_views(step_of, monk
 
     monkeypatch.setattr(step.method, "forward", small_gpu)
     with pytest.raises(UserError, match=r"out of memory at train.batch_size=4; 2 fits \(tried\)"):
-        step.rehearse(torch.float32) if rehearsed else step(torch.randn(12, 3, 16, 16), 1)
+        step.rehearse() if rehearsed else step(torch.randn(12, 3, 16, 16), 1)
 
 
 @pytest.mark.parametrize("size", ["16", "16..32"])
@@ -205,7 +205,7 @@ def test_smaller_batches_are_tried_without_compiling_them(step_of, monkeypatch, 
     """A graph for each would take ResNet-50 minutes in which nothing is said."""
     torch._dynamo.reset()
     replaced_backend(monkeypatch, lookup_backend("eager"))
-    step = step_of(f"views.size={size}", compiling=contextlib.nullcontext)
+    step = step_of(f"views.size={size}", compiles=True)
     step(torch.randn(8, 3, 16, 16), 1)
     assert step.compiled.report()["graphs"] == 1
     assert all(step._fits(torch.empty(0), batch_size) for batch_size in range(2, 12))

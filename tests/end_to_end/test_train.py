@@ -11,7 +11,6 @@ import fastsiam
 from fastsiam.config import Config, load_config
 from fastsiam.config.yaml_file import flat, schema_keys
 from fastsiam.data.backends import choose
-from fastsiam.run import session as session_module
 from fastsiam.runtime import device as device_module
 from fastsiam.train import main
 from fastsiam.training.step import TrainingStep
@@ -133,14 +132,14 @@ def test_the_other_backends_train_too(tiny, tmp_path, backend):
 
 def test_precision_and_layout_reach_the_step(tiny, tmp_path, monkeypatch):
     seen = []
-    real = session_module.Session.step
+    real = TrainingStep.__call__
 
-    def spy(self, views, indices):
-        out = real(self, views, indices)
+    def spy(self, views, number, indices):
+        out = real(self, views, number, indices)
         seen.append((views.dtype, views.is_contiguous(memory_format=torch.channels_last), out["z"].dtype))
         return out
 
-    monkeypatch.setattr(session_module.Session, "step", spy)
+    monkeypatch.setattr(TrainingStep, "__call__", spy)
     for precision in ("fp32", "bf16"):
         overrides = tiny(f"train.precision={precision}", "train.max_steps=1", f"run.name={precision}")
         fastsiam.pretrain(load_config("quickstart", overrides))
@@ -228,15 +227,15 @@ def test_steps_between_log_points_read_nothing_back(tiny, tmp_path, monkeypatch)
 
         monkeypatch.setattr(torch.Tensor, name, spy)
     per_step = []
-    real_step = session_module.Session.step
+    real_step = TrainingStep.__call__
 
-    def step(self, views, indices):
+    def step(self, views, number, indices):
         reads.clear()
-        out = real_step(self, views, indices)
+        out = real_step(self, views, number, indices)
         per_step.append(list(reads))
         return out
 
-    monkeypatch.setattr(session_module.Session, "step", step)
+    monkeypatch.setattr(TrainingStep, "__call__", step)
     fastsiam.pretrain(load_config("quickstart", tiny("train.max_steps=3", "data.val=null")))
     assert per_step == [[], [], []]
 

@@ -1,7 +1,5 @@
 """pictures.npz holds views and neighbours of a run, and neither writing nor losing it changes the run."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import torch
@@ -13,10 +11,11 @@ from fastsiam.config.views import RECIPES
 from fastsiam.data.sources.open import open_source
 from fastsiam.evaluate import gallery as pictures_module
 from fastsiam.evaluate.gallery import Pictures, nearest, project, to_uint8
-from fastsiam.evaluate.online import Monitor
+from fastsiam.evaluate.online import OnlineEvaluation
 from fastsiam.kernels.reference import normalize, to_unit
-from fastsiam.run.saver import Saver
-from fastsiam.runtime.arrays import read_arrays, write_arrays
+from fastsiam.run.checkpoint import Checkpoints
+from fastsiam.runtime.files import read_arrays, write_arrays
+from fastsiam.runtime.runtime import Runtime
 from fastsiam.train import main
 from tests.support.files import largest_file
 from tests.support.runs import assert_same_run, lines, train_here
@@ -112,11 +111,11 @@ def test_the_pairs_are_there_before_a_checkpoint_is(tiny, tmp_path, monkeypatch)
     class Killed(Exception):
         pass
 
-    def killed(self):
-        self.save()
+    def killed(self, contents):
+        self.save(contents)
         raise Killed
 
-    monkeypatch.setattr(Saver, "save_on_the_way", killed)
+    monkeypatch.setattr(Checkpoints, "save_on_the_way", killed)
     with pytest.raises(Killed):
         fastsiam.pretrain(
             load_config("quickstart", tiny("train.log_every_steps=1000", "checkpoint.every_seconds=1e-6"))
@@ -129,10 +128,10 @@ def test_thumbnails_belong_to_their_names(tiny, tmp_path):
     """Raw pixels as features: a training image that is a validation image is its own nearest neighbour."""
     config = load_config("quickstart", tiny())
     train = open_source(config.data.train)
-    monitor = Monitor(config, train, train, "cpu", torch.float32, contextlib.nullcontext, (None, None))
+    online = OnlineEvaluation(config, train, train, (None, None), Runtime.of(config.train))
     pictures = Pictures(tmp_path, train, train, SPEC, pytest.fail, writes=True)
     before = torch.get_rng_state()
-    monitor._knn(lambda views: views.flatten(1), pictures, 7)
+    online._knn(lambda views: views.flatten(1), pictures, 7)
     assert torch.equal(torch.get_rng_state(), before)
     found = read_arrays(tmp_path / "pictures.npz")
     assert (found["neighbour_names"][:, 0] == found["query_names"]).all()

@@ -187,7 +187,7 @@ def test_a_mistaken_folder_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_writes_its_report_when_it_ends(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fastsiam.run.session.write_own_report", write_report.write_own_report)
+    monkeypatch.setattr("fastsiam.run.finish.write_own_report", write_report.write_own_report)
     path = tmp_path / "runs/run/report.html"
     assert fastsiam.pretrain(load_config("quickstart", tiny())).status == "done"
     assert f"report    {path}" in capsys.readouterr().out

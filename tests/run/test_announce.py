@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastsiam.run.console import opening_lines
+from fastsiam.run.console import choice_lines
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 
@@ -17,7 +17,7 @@ def test_the_step_line_is_the_decision(tiny_config, device, count, loss):
     reasons = {"device": "auto: here", "dtype": "auto: as before", "compile": "auto: why"}
     for dtype, name, compiles in ((torch.bfloat16, "bf16", True), (torch.float16, "fp16", False)):
         runtime = Runtime(World(), torch.device(device), dtype, compiles, reasons)
-        lines = opening_lines(config, 80, 0, "a loader", "here", [], runtime=runtime, reason="as chosen")
+        lines = choice_lines(config, runtime, 80, 0, "a loader", "as chosen", "here", [])
         (step,) = (line for line in lines if line.startswith("step "))
         assert f"channels-last, loss {loss}" in step
         compiled = "on" if compiles else "off"

@@ -59,7 +59,7 @@ def test_the_first_numbers_are_due_at_once_and_the_next_by_time(terminal, every)
 
 def test_brackets_are_text(capsys):
     """A name of an extra, or a folder [like this], is no markup."""
-    journal = Journal(None, World(), None, None)
+    journal = Journal(World())
     journal.say("auto: DALI is not installed (pip install nvidia-dali-cuda120)")
     journal.warn("no [/photos] here")
     assert capsys.readouterr().out == (

@@ -47,7 +47,7 @@ def test_a_dry_run_refuses_what_only_the_start_of_a_run_refuses(tiny, tmp_path, 
 
     with FileLock(tmp_path / "runs/run/lock"):
         assert said("train.epochs=2").endswith("[run-locked]\n")
-    assert "cannot be made" in said(f"run.dir={demo_folder}/train/rings/00003.jpg/runs")
+    assert said(f"run.dir={demo_folder}/train/rings/00003.jpg/runs").endswith("[run-folder-unwritable]\n")
     unlabelled = tmp_path / "flat"
     shutil.copytree(demo_folder / "val/rings", unlabelled)
     assert "kNN needs labels" in said(f"data.val={unlabelled}", "run.name=other")

@@ -49,7 +49,7 @@ def test_a_command_whose_folder_cannot_be_made_ends_with_that_sentence(tiny, tmp
 
 
 def test_a_start_without_space_leaves_nothing_that_hinders_the_next(tmp_path):
-    with largest_file(100), pytest.raises(UserError, match="cannot be made or written .File too large."):
+    with largest_file(100), pytest.raises(UserError, match="File too large"):
         run_folder(tmp_path).open({})
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
     # A kill while config.yaml is written leaves this.

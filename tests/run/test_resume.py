@@ -19,7 +19,7 @@ import fastsiam
 from fastsiam.config import load_config
 from fastsiam.run.checkpoint import load_newest
 from fastsiam.run.stop_signals import StopSignals
-from fastsiam.train import main
+from fastsiam.train import main, opened
 from tests.support.processes import REPOSITORY, run_python
 from tests.support.runs import (
     EVERY_STEP,
@@ -133,15 +133,15 @@ def test_a_notebook_hears_that_it_stops(monkeypatch):
 
 STUCK = """
 import sys, time
-from fastsiam.run.session import Session
 from fastsiam.train import main
-step = Session.step
-def stuck(self, *arguments):
-    if self.state.step == 3:
+from fastsiam.training.step import TrainingStep
+step = TrainingStep.__call__
+def stuck(self, views, number, indices):
+    if number == 4:
         print("stuck", flush=True)
         time.sleep(300)
-    return step(self, *arguments)
-Session.step = stuck
+    return step(self, views, number, indices)
+TrainingStep.__call__ = stuck
 main(sys.argv[1:])
 """
 
@@ -218,15 +218,14 @@ def test_a_truncated_checkpoint_is_told_and_the_one_before_it_serves(tiny, tmp_p
     capsys.readouterr()
     assert main(["--config", "quickstart", *tiny("checkpoint.every_seconds=1000")]) == 0
     said = capsys.readouterr().out
-    assert "checkpoint.pt is damaged" in said
     assert "resume    at step 13" in said or "resume    at step 12" in said
-    assert any("damaged" in line["message"] for line in lines(folder) if line["kind"] == "warning")
+    assert "damaged-checkpoint" in [line.get("code") for line in lines(folder) if line["kind"] == "warning"]
     assert main(["--config", "quickstart", *tiny("run.name=whole")]) == 0
     a, b = weights(folder), weights(tmp_path / "runs/whole")
     assert all(torch.equal(a[key], b[key]) for key in a)
     for path in folder.glob("checkpoint*.pt"):
         path.write_bytes(b"PK")
-    assert "no whole checkpoint" in refused_after_warnings(capsys, *tiny())
+    assert refused_after_warnings(capsys, *tiny()).endswith("[no-whole-checkpoint]\n")
 
 
 def test_other_data_views_or_backend_are_refused(tiny, tmp_path, capsys, demo_folder, photos):
@@ -236,19 +235,19 @@ def test_other_data_views_or_backend_are_refused(tiny, tmp_path, capsys, demo_fo
     def said(*overrides):
         return refused(capsys, tmp_path, "--config", "quickstart", *tiny("data.val=null", *overrides))
 
-    assert "other data (80 images, now 16" in said(f"data.train={photos}")
+    assert said(f"data.train={photos}").endswith("[other-data]\n")
     assert "views.blur (0.0, now 0.5)" in said("views.blur=0.5")
-    assert "data.backend=dali, and now pil would run" in said("data.backend=pil")
+    assert said("data.backend=pil").endswith("[other-backend]\n")
     saved = torch.load(tmp_path / "runs/run/checkpoint.pt", weights_only=True)
-    for key, expected in (("backend", "data.backend=pil, and now dali would run"), ("views", "with other views")):
+    for key in ("backend", "views"):
         torch.save({**saved, "identity": saved["identity"] | {key: "pil"}}, tmp_path / "runs/run/checkpoint.pt")
-        assert expected in said()
+        assert said().endswith(f"[other-{key}]\n")
     newer = {"layout": saved["layout"] + 1}, {"state": saved["state"] | {"unheard_of": 1}}
     for written in ({"layout": 2}, *newer):
         torch.save(saved | written, tmp_path / "runs/run/checkpoint.pt")
-        assert "its checkpoint was written by another version of fastsiam" in said()
+        assert said().endswith("[other-version]\n")
     (tmp_path / "runs/run/config.yaml").write_text("views: {unheard_of: 1}\n")
-    assert "config.yaml is damaged or of another version" in said()
+    assert said().endswith("[damaged-config]\n")
 
 
 def test_a_run_of_the_sampled_blur_goes_on_with_it_when_the_recipe_means_pillows(tiny, tmp_path, capsys):
@@ -259,17 +258,14 @@ def test_a_run_of_the_sampled_blur_goes_on_with_it_when_the_recipe_means_pillows
     del values["views"]["blur_kind"]
     path.write_text(yaml.safe_dump(values))
     said = refused(capsys, tmp_path, "--config", "quickstart", *recipe)
-    assert "views.blur_kind (gaussian, now pil); set views.blur_kind=gaussian to go on with it" in said
+    assert "views.blur_kind (gaussian, now pil); set views.blur_kind=gaussian " in said
     assert main(["--config", "quickstart", *recipe, "views.blur_kind=gaussian"]) == 0
     assert "resume    at step 2" in capsys.readouterr().out
     assert yaml.safe_load(path.read_text())["views"]["blur_kind"] == "gaussian"
 
 
 def test_two_processes_cannot_train_in_one_folder(tiny, tmp_path, capsys):
-    from fastsiam.run.session import Session
-
-    with Session(load_config("quickstart", tiny())) as first:
-        first.start()
+    with opened(load_config("quickstart", tiny())):
         assert main(["--config", "quickstart", *tiny()]) == 2
         assert capsys.readouterr().err.endswith("[run-locked]\n")
     assert fastsiam.pretrain(load_config("quickstart", tiny())).status == "done"

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import torch
 
-from fastsiam.run import checkpoint
-from fastsiam.run.folder import RunFolder
-from fastsiam.run.resume import changed_computation, differences_against_resuming
+from fastsiam.run.metrics import Journal
+from fastsiam.run.resume import changed_computation, differences_against_resuming, find_run
 from fastsiam.runtime import device
+from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 from fastsiam.train import main, pretrain
 from tests.support.runs import lines, of_an_earlier_version, refused_after_warnings, weights
@@ -35,21 +35,20 @@ def test_a_run_without_a_name_whose_data_moved_is_pointed_to(tiny, tmp_path, dem
         (first / "status.json").write_text(json.dumps(status | {"status": ended}))
         capsys.readouterr()
         assert main(["--config", "quickstart", *moved]) == 0
-        assert (f"run.name={first.name} goes on with it" in capsys.readouterr().out) == told
+        assert (f"run.name={first.name} resumes it" in capsys.readouterr().out) == told
         for path in set((tmp_path / "runs").iterdir()) - {first}:
             shutil.rmtree(path)
     assert main(["--config", "quickstart", *moved, "optimizer.momentum=0.5"]) == 0
-    assert "goes on with it" not in capsys.readouterr().out
+    assert f"run.name={first.name}" not in capsys.readouterr().out
 
 
 def test_another_thread_count_warns_that_bits_may_differ(tiny, tmp_path, capsys, monkeypatch):
     assert main(["--config", "quickstart", *tiny("train.max_steps=2")]) == 0
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     assert main(["--config", "quickstart", *tiny("train.max_steps=4")]) == 0
-    said = capsys.readouterr().out
-    expected = "with 1 CPU threads, and this start has 7 CPU threads: the last bits may differ"
-    assert expected in " ".join(said.split())
-    assert any("last bits" in line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning")
+    (warning,) = [line for line in lines(tmp_path / "runs/run") if line["kind"] == "warning"]
+    assert warning["code"] == "other-computation"
+    assert "with 1 CPU threads, and this start has 7 CPU threads" in warning["message"]
 
 
 def test_a_compiled_run_of_an_earlier_version_is_told_that_its_batch_norm_is_another(tiny_config, tmp_path):
@@ -61,14 +60,9 @@ def test_a_compiled_run_of_an_earlier_version_is_told_that_its_batch_norm_is_ano
     environment = json.loads((run / "environment.json").read_text())
     for compiles in (False, True):
         (run / "environment.json").write_text(json.dumps(environment | {"compile": compiles}))
-        then = checkpoint.of_run(RunFolder(config, run, print), print)["computation"]
-        said = changed_computation(then, then | ({"norm": "batch norm written out"} if compiles else {}))
-        assert said == (
-            "the checkpoint was written with batch norm view by view, and this start has batch norm written out: "
-            "the last bits may differ"
-            if compiles
-            else None
-        )
+        then = find_run(config, World(), Journal(World()))[1]["computation"]
+        notice = changed_computation(then, then | ({"norm": "batch norm written out"} if compiles else {}))
+        assert (notice and notice.code) == ("other-computation" if compiles else None)
 
 
 @pytest.mark.parametrize(("then", "earlier"), [("fp32", False), ("fp32", True), ("bf16", False)])
@@ -101,8 +95,8 @@ def test_another_precision_is_told_where_the_checkpoints_is_not_to_be_had(tiny, 
     assert main(["--config", "quickstart", *auto, "train.max_steps=4"]) == 0
     monkeypatch.setattr(device, "_cpu_multiplies_bf16", lambda: False)
     assert main(["--config", "quickstart", *auto, "train.max_steps=6"]) == 0
-    warned = [line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning"]
-    assert ["written with bf16, and this start has fp32" in message for message in warned] == [True]
+    warned = [line["code"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning"]
+    assert warned == ["other-precision"]
     # A precision that is asked for is taken, with its scaler.
     capsys.readouterr()
     assert main(["--config", "quickstart", *tiny("train.precision=fp16", "data.val=null", "train.max_steps=8")]) == 0
@@ -114,10 +108,9 @@ def test_device_compiler_and_ranks_that_changed_are_told():
     assert changed_computation(before, dict(before)) is None
     assert changed_computation({"threads": 8}, before) is None
     now = before | {"device": "cpu", "compile": False, "ranks": 2}
-    assert changed_computation(before, now) == (
-        "the checkpoint was written with cuda, compile on, 1 process, and this start has cpu, compile off, 2 "
-        "processes: the last bits may differ"
-    )
+    notice = changed_computation(before, now)
+    assert notice.code == "other-computation"
+    assert "with cuda, compile on, 1 process, and this start has cpu, compile off, 2 processes" in notice
 
 
 @pytest.mark.parametrize(
@@ -153,7 +146,7 @@ def test_a_finished_run_goes_on_with_more_epochs_on_their_schedule(tiny, tmp_pat
     (folder / "encoder.safetensors").unlink()
     capsys.readouterr()
     assert main(["--config", "quickstart", *tiny("train.epochs=1", *more)]) == 0
-    assert "a larger train.epochs goes on" in capsys.readouterr().out
+    assert "a larger train.epochs resumes it" in capsys.readouterr().out
     assert main(["--config", "quickstart", *tiny("train.epochs=3", *more)]) == 0
     assert (folder / "encoder.safetensors").exists()
     assert main(["--config", "quickstart", *tiny("train.epochs=3", "run.name=whole", *more)]) == 0

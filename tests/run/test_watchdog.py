@@ -4,7 +4,8 @@ import faulthandler
 import threading
 import time
 
-from fastsiam.run.watchdog import EXIT_CODE, Watchdog
+from fastsiam.errors import ExitCode
+from fastsiam.run.watchdog import Watchdog
 from tests.support.processes import run_python
 
 # `end` appends to a file: how often it was called, and with what.
@@ -45,7 +46,7 @@ def hang(folder, function, rank=0):
 
 def test_a_stuck_main_thread_is_named_and_ended(tmp_path):
     done = hang(tmp_path, "hangs_asleep", rank=3)
-    assert done.returncode == EXIT_CODE == 5
+    assert done.returncode == ExitCode.STUCK == 5
     stacks = (tmp_path / "stacks-rank3.txt").read_text()
     first = stacks.splitlines()[0]
     assert "rank 3, process " in first
@@ -60,7 +61,7 @@ def test_a_stuck_main_thread_is_named_and_ended(tmp_path):
 
 
 def test_all_threads_are_in_the_stacks(tmp_path):
-    assert hang(tmp_path, "hangs_in_another_thread").returncode == EXIT_CODE
+    assert hang(tmp_path, "hangs_in_another_thread").returncode == ExitCode.STUCK
     stacks = (tmp_path / "stacks-rank0.txt").read_text()
     assert "in hangs_asleep" in stacks
     assert "in hangs_in_another_thread" in stacks
@@ -87,12 +88,12 @@ def test_the_stacks_of_an_earlier_hang_stay(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_does_not_keep_it(tmp_path):
-    for function, code in (("hangs_asleep", EXIT_CODE), ("hangs_with_the_lock", 1)):
+    for function, code in (("hangs_asleep", ExitCode.STUCK), ("hangs_with_the_lock", 1)):
         done = hang(tmp_path / "absent", function)
         assert done.returncode == code
         assert f"in {function}" in done.stderr
         assert "stacks of a hang would go to stderr: [Errno 2] No such file or directory" in done.stderr
-        if code == EXIT_CODE:
+        if code == ExitCode.STUCK:
             assert "the stacks of all threads are on stderr; the same command" in done.stderr
             assert "and its status is not written: [Errno 2]" in done.stderr
 

@@ -7,7 +7,7 @@ import pytest
 
 from fastsiam.config import load_config
 from fastsiam.run.folder import RunFolder, run_path
-from fastsiam.runtime.arrays import write_arrays
+from fastsiam.runtime.files import write_arrays
 
 PER_EPOCH, STEPS = 40, 30
 

@@ -4,13 +4,15 @@ import json
 import time
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 
 from fastsiam.config import load_config
-from fastsiam.run.session import Session
+from fastsiam.run.finish import finish
 from fastsiam.runtime.distributed import World
-from fastsiam.train import main, train
+from fastsiam.train import main, opened, train
+from fastsiam.training.step import TrainingStep
 from tests.support import optional
 from tests.support.processes import run_python
 
@@ -107,18 +109,18 @@ def of_an_earlier_version(folder):
 class Asked:
     """A signal that one rank has received once so many steps are done."""
 
-    def __init__(self, session, after, here):
-        self._session, self._after, self._here = session, after, here
+    def __init__(self, state, after, here):
+        self._state, self._after, self._here = state, after, here
 
     @property
     def received(self):
-        return 15 if self._here and self._after is not None and self._session.state.step >= self._after else None
+        return 15 if self._here and self._after is not None and self._state.step >= self._after else None
 
 
 def train_here(overrides, stop_after=None, spoil=None):
     """A whole run in this process; the last rank alone is asked to stop after `stop_after` steps.
 
-    `overrides` are those of all ranks, or a tuple with those of each. `spoil(session, views, indices)` may change the
+    `overrides` are those of all ranks, or a tuple with those of each. `spoil(world, number, views)` may change the
     views of a step. Returns the result, and (epoch, indices) of each finished step.
     """
     world = World()
@@ -127,20 +129,21 @@ def train_here(overrides, stop_after=None, spoil=None):
     if isinstance(overrides, tuple):
         overrides = overrides[world.rank]
     seen = []
-    with Session(load_config("quickstart", overrides), world) as session:
-        session.start()
-        real = session.step
+    config = load_config("quickstart", overrides)
+    with opened(config, world) as (parts, _), pytest.MonkeyPatch.context() as patch:
+        real, state = TrainingStep.__call__, parts.progress.state
 
-        def step(views, indices):
+        def step(self, views, number, indices):
             if spoil:
-                spoil(session, views, indices)
-            out = real(views, indices)
-            seen.append((session.state.epoch, indices.tolist()))
+                spoil(world, number, views)
+            out = real(self, views, number, indices)
+            seen.append((state.epoch, indices.tolist()))
             return out
 
-        session.step = step
-        status, received = train(session, Asked(session, stop_after, world.rank == world.size - 1))
-        return session.end(status, received), seen
+        patch.setattr(TrainingStep, "__call__", step)
+        parts.run.signals = Asked(state, stop_after, world.rank == world.size - 1)
+        status = train(config, *parts)
+        return finish(parts.run, status, parts.step, parts.evaluation), seen
 
 
 def numbers(folder, kind, *names):

@@ -12,7 +12,8 @@ from fastsiam.config import load_config
 from fastsiam.data import bottleneck
 from fastsiam.data.backends import pil
 from fastsiam.training.data_wait import OnDevice, OnHost, data_wait_on
-from fastsiam.training.state import State, Stopwatch
+from fastsiam.training.state import State
+from fastsiam.training.timing import Stopwatch
 from tests.support.loaders import make
 
 

@@ -1,5 +1,6 @@
 """Progress of runs that spend time or energy, by clocks that the tests turn."""
 
+import functools
 import json
 import signal
 
@@ -9,15 +10,15 @@ import torch.distributed as dist
 from fastsiam.config import load_config
 from fastsiam.errors import UserError
 from fastsiam.optim.build import scale_at
-from fastsiam.run import session as session_module
-from fastsiam.run.session import Session
-from fastsiam.run.stop_signals import StopSignals
-from fastsiam.run.train_log import TrainLog
+from fastsiam.run import start as start_module
+from fastsiam.run.evaluation_schedule import EvaluationSchedule
+from fastsiam.run.finish import finish
+from fastsiam.run.run import Run
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.energy import EnergyMeter
-from fastsiam.train import main, train
-from fastsiam.training.cost import Spent
-from fastsiam.training.progress import Pace
+from fastsiam.train import main, opened, train
+from fastsiam.training.cost import CostMeter
+from fastsiam.training.progress import Progress
 from fastsiam.training.state import State
 from tests.support.runs import EVERY_STEP, assert_same_run, lines, start, wait_for_step
 
@@ -34,24 +35,31 @@ class Clock:
 
 def spend(overrides, clock, monkeypatch, world=World(), joules=None):  # noqa: B008
     """A whole run on the clock; returns its result and the clock's time after the last evaluation."""
-    monkeypatch.setattr(session_module, "Spent", lambda *given, **more: Spent(*given, **more | {"clock": clock}))
+    timed = functools.partial(CostMeter, clock=clock)
+    monkeypatch.setattr(start_module, "CostMeter", timed)
     if joules is not None:
-        monkeypatch.setattr(session_module.EnergyMeter, "of", lambda *_: joules)
-    with Session(load_config("quickstart", overrides), world, began=clock.now) as session, StopSignals() as stop:
-        session.start()
-        real_step, real_knn = session.step, session.monitor.knn
+        monkeypatch.setattr(start_module.EnergyMeter, "of", lambda *_: joules)
+    config = load_config("quickstart", overrides)
+    with opened(config, world, began=clock.now) as (parts, earlier):
+        if earlier is not None:
+            return earlier
+        data, step, progress, evaluation, run = parts
+        knn = evaluation._online.knn
 
-        def step(views, indices):
+        def stepped(*arguments):
             clock.now += clock.step
-            return real_step(views, indices)
+            return step(*arguments)
 
-        def knn(*arguments):
+        def measured(*arguments):
             clock.now += clock.evaluation
-            return real_knn(*arguments)
+            return knn(*arguments)
 
-        session.step, session.monitor.knn = step, knn
-        status, received = train(session, stop)
-        return session.end(status, received)
+        # A step as `train` sees it.
+        for name in ("optimizer", "method", "read", "compiled", "state_dict"):
+            setattr(stepped, name, getattr(step, name))
+        evaluation._online.knn = measured
+        status = train(config, data, stepped, progress, evaluation, run)
+        return finish(run, status, step, evaluation)
 
 
 def train_lines(folder):
@@ -114,22 +122,22 @@ def test_a_long_evaluation_leaves_its_time(budgeted, monkeypatch, tmp_path):
 
 def test_a_budget_that_the_start_has_used_up_says_so(budgeted, monkeypatch, tmp_path):
     clock = Clock()
-    real = Session.start
+    real = Run.begin
 
-    def slow(session):
+    def slow(*arguments):
         clock.now += 30
-        real(session)
+        real(*arguments)
 
-    monkeypatch.setattr(Session, "start", slow)
+    monkeypatch.setattr(Run, "begin", slow)
     result = spend(budgeted("budget=20s"), clock, monkeypatch)
     assert (result.status, result.step) == ("done", 0)
-    (warning,) = [line["message"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning"]
-    assert warning == "budget: 20s was spent before the first step (30 s were over): the weights are untrained"
+    (warning,) = [line["code"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning"]
+    assert warning == "budget-spent-before-training"
 
 
 def test_without_labels_nothing_is_kept_back(budgeted, monkeypatch, tmp_path):
     clock = Clock()
-    monkeypatch.setattr(session_module.Checkup, "has_knn", False)
+    monkeypatch.setattr(EvaluationSchedule, "has_knn", False)
     result = spend(budgeted("budget=20s"), clock, monkeypatch)
     assert (result.step, clock.now) == (20, 20)
 
@@ -147,18 +155,21 @@ def test_work_that_a_kill_has_lost_is_spent(budgeted, monkeypatch, tmp_path):
     class Killed(Exception):
         pass
 
-    def killed(log, rate):
-        session = log._session
-        if session.state.step == 1:
-            session.saver.save()
+    real = Run.read
+
+    def killed(run, step, evaluation):
+        if run.progress.state.step == 1:
+            run.save_on_the_way(step, evaluation)
         if clock.now >= 40:
-            session.spent.write()
+            run.progress.cost.write()
             raise Killed
+        return real(run, step, evaluation)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TrainLog, "write", killed)
+        patch.setattr(Run, "read", killed)
         # A killed process has no heartbeat left that would write after it.
-        patch.setattr(Spent, "begin", lambda self: None)
+        patch.setattr(CostMeter, "__enter__", lambda self: self)
+        patch.setattr(CostMeter, "__exit__", lambda *_: None)
         with pytest.raises(Killed):
             spend(overrides, clock, patch)
     assert json.loads((folder / "spent.json").read_text())["seconds"] == 40
@@ -183,7 +194,7 @@ def test_a_kill_in_the_last_evaluation_loses_no_step(budgeted, monkeypatch, tmp_
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(session_module.Checkup, "final", killed)
+        patch.setattr(EvaluationSchedule, "measure_last", killed)
         with pytest.raises(Killed):
             spend(overrides, clock, patch)
     clock.now += 5
@@ -196,22 +207,20 @@ def test_a_finished_budget_says_so(budgeted, monkeypatch, capsys):
     overrides = budgeted("budget=20s")
     result = spend(overrides, Clock(), monkeypatch)
     capsys.readouterr()
-    with Session(load_config("quickstart", overrides)) as session:
-        assert session.finished_result() == result
+    with opened(load_config("quickstart", overrides)) as (_, earlier):
+        assert earlier == result
     assert f"is finished: step {result.step}" in capsys.readouterr().out
 
 
 def test_progress_never_goes_back(tiny_config):
     """A longer evaluation than the one before leaves less room, a shorter one more."""
     clock = Clock()
-    spent, state = Spent(None, clock=clock), State()
-    meter = EnergyMeter(None, "not available", pytest.fail)
-    config = tiny_config("train.epochs=null", "budget=100s")
-    pace = Pace(config, state, spent, meter, 10, World())
+    config, state = tiny_config("train.epochs=null", "budget=100s"), State()
+    progress = Progress(config, 10, CostMeter(clock=clock), World(), state)
     found = []
     for now, cost in ((10, None), (20, 20.0), (22, 2.0), (40, 2.0)):
         clock.now, state.evaluation_cost = now, cost
-        pace.agree()
+        progress.agree()
         found.append(state.progress)
     assert found == pytest.approx([0.1, 20 / 80, 20 / 80, 40 / 98])
 
@@ -219,14 +228,15 @@ def test_progress_never_goes_back(tiny_config):
 def test_checkpoints_keep_their_energy_back(tiny_config):
     """100 J a second: of 10 kJ two checkpoints of 5 s leave 9 kJ."""
     clock = Clock()
-    spent, state, meter = Spent(None, clock=clock), State(), Meter(clock)
-    pace = Pace(tiny_config("train.epochs=null", "budget=2.777778Wh"), state, spent, meter, 10, World())
+    config, cost = tiny_config("train.epochs=null", "budget=2.777778Wh"), CostMeter(energy=Meter(clock), clock=clock)
+    progress = Progress(config, 10, cost, World())
+    state = progress.state
     clock.now = 40
-    pace.agree()
+    progress.agree()
     assert state.progress == pytest.approx(0.4)
-    with pace.saving():
+    with progress.saving():
         clock.now += 5
-    pace.agree()
+    progress.agree()
     assert state.progress == pytest.approx(4500 / 9000)
 
 
@@ -286,8 +296,9 @@ def test_energy_is_spent_and_reported(budgeted, monkeypatch, tmp_path, capsys):
 
 def test_a_counter_that_fails_ends_a_budget_of_energy_and_no_other(budgeted, monkeypatch, tmp_path, capsys):
     clock = Clock()
-    with pytest.raises(UserError, match="budget: 1Wh, but NVML no longer tells the energy of a GPU"):
+    with pytest.raises(UserError) as refusal:
         spend(budgeted("budget=1Wh"), clock, monkeypatch, joules=Meter(clock, fails_at=9))
+    assert (refusal.value.key, refusal.value.code) == ("budget", "energy-lost")
     clock = Clock()
     result = spend(budgeted("budget=36s", "run.name=time"), clock, monkeypatch, joules=Meter(clock, fails_at=9))
     assert result.step == 30
@@ -299,9 +310,10 @@ def test_a_budget_of_energy_needs_to_know_what_was_used_before(budgeted, monkeyp
     """Else it would never end."""
     clock = Clock()
     spend(budgeted("budget=1Wh", "train.max_steps=3"), clock, monkeypatch, joules=Meter(clock))
-    (tmp_path / "runs/run/spent.json").write_text('{"seconds": 5, "joules": null}')
-    with pytest.raises(UserError, match="budget: 1Wh, but what this run has used before is not known"):
+    (tmp_path / "runs/run/spent.json").write_text('{"seconds": 50, "joules": null}')
+    with pytest.raises(UserError) as refusal:
         spend(budgeted("budget=1Wh", "train.max_steps=9"), clock, monkeypatch, joules=Meter(clock))
+    assert (refusal.value.key, refusal.value.code) == ("budget", "energy-unknown")
 
 
 def spend_here(overrides):

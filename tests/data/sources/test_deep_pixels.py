@@ -22,9 +22,9 @@ from fastsiam.data.sources.levels import Levels
 from fastsiam.data.sources.open import open_source, open_unscanned
 from fastsiam.data.sources.pixel_range import measured, range_file
 from fastsiam.prepare import scan
-from fastsiam.run.session import Session
+from fastsiam.run.training_data import with_levels
 from fastsiam.runtime.distributed import World
-from fastsiam.runtime.rank_check import with_levels
+from fastsiam.train import opened
 from tests.support.ffcv_files import beton_of
 from tests.support.images import exif_block
 from tests.support.loaders import CPU
@@ -288,17 +288,17 @@ def test_a_run_writes_its_ranges_and_a_resume_keeps_them(tiny, folder, tmp_path,
             for number in range(4):
                 (root / name / f"{number}.png").write_bytes(png(scaled(1, 0, top - 9 * number, np.uint16)))
     config = load_config("quickstart", tiny(f"data.train={train}", f"data.val={val}", "data.backend=pil"))
-    with Session(config) as session:
-        session.start()
-        ((kind, (low, high)),) = session.source.levels.ranges.items()
+    with opened(config) as (parts, _):
+        data = parts.data
+        ((kind, (low, high)),) = data.source.levels.ranges.items()
         assert kind == "16-bit PNG"
         assert 0 < low < 150
         assert 3900 < high < 4095
-        assert session.val.levels == session.source.levels
+        assert data.val.levels == data.source.levels
         environment = json.loads((tmp_path / "runs/run/environment.json").read_text())
     assert environment["deep_pixels"]["train_images"] == {kind: [low, high]}
     assert f"deep      8 of 8 images with more than 8 bits: {kind}" in capsys.readouterr().out
-    other = dataclasses.replace(session.source, levels=Levels("scale", {kind: (0.0, 1.0)}))
+    other = dataclasses.replace(data.source, levels=Levels("scale", {kind: (0.0, 1.0)}))
     first, second = with_levels(World(), tmp_path / "runs/run", other, other)
     assert first.levels.ranges == second.levels.ranges == {kind: (low, high)}
     assert with_levels(World(), None, other, None) == [other, None]

@@ -1,0 +1,152 @@
+"""Data of a run: images for training and for kNN, the excluded ones, and the loader."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastsiam.config import Config
+from fastsiam.config.views import size_at, specs_of_run
+from fastsiam.data.backends.choose import choose_backend
+from fastsiam.data.backends.store_size import with_its_store
+from fastsiam.data.build import build_loader, with_its_cores
+from fastsiam.data.loader import Batch, Loader
+from fastsiam.data.skip_list import SkipList
+from fastsiam.data.sources.levels import Levels
+from fastsiam.data.sources.open import open_sources
+from fastsiam.data.sources.source import ImageSource
+from fastsiam.run.bad_files import BadFiles
+from fastsiam.run.checkpoint import check_identity, identity
+from fastsiam.run.metrics import Journal
+from fastsiam.runtime.distributed import World
+from fastsiam.runtime.rank_check import check_alike
+from fastsiam.runtime.runtime import Runtime
+from fastsiam.training.progress import Progress
+
+
+@dataclass
+class TrainingData:
+    """Sources, excluded images and loader of a run. All ranks hold the same, but for their part of each batch."""
+
+    config: Config
+    """The run's, with the number of workers and the store's size filled in."""
+    runtime: Runtime
+    backend_reason: str
+    source: ImageSource | None
+    """None with the synthetic backend."""
+    val: ImageSource | None
+    """None without kNN."""
+    skips: tuple[SkipList | None, SkipList | None]
+    bad_files: BadFiles
+    loader: Loader
+    identity: dict
+    """Data, views and backend as a checkpoint holds them."""
+
+    @classmethod
+    def open(cls, config: Config, runtime: Runtime, folder: Path, saved: dict, journal: Journal) -> "TrainingData":
+        """Open the images of a config, drawing missing demo images; all ranks must call.
+
+        `folder`: the run's, whose lists of bad files are read; `saved`: the checkpoint that the run resumes from,
+        empty for a new run. Raises `UserError` where data or batch are not fit for training, or differ between ranks.
+        """
+        world = runtime.world
+        loading = with_its_cores(config, world)
+        with world.together():
+            backend, reason = choose_backend(config.data.backend, config.data.train)
+        with world.together(), world.leader_first():
+            source, val = open_sources(config, journal.warn, journal.say)
+            loading = with_its_store(loading, source, journal.say)
+        source, val = with_levels(world, folder if saved else None, source, val)
+        check_alike(world, {**runtime.names, "data.backend": backend, **facts_of_images(source, val)})
+        bad_files = BadFiles(config.data.max_bad_fraction, folder, journal, world)
+        skips = (
+            bad_files.skip_list(source, "skip", config.data.train),
+            bad_files.skip_list(val, "skip_val", config.data.val),
+        )
+        with world.together():
+            if val is not None:
+                choose_backend(config.data.backend, val.root)
+            loader = build_loader(
+                loading,
+                source,
+                skip=skips[0],
+                device=runtime.device,
+                dtype=runtime.dtype,
+                rank=world.rank,
+                world_size=world.size,
+                say=journal.say,
+            )
+            found = identity(source, specs_of_run(config.views), backend)
+            if saved:
+                check_identity(saved["identity"], found, folder)
+        return cls(loading, runtime, reason, source, val, skips, bad_files, loader, found)
+
+    def __enter__(self) -> "TrainingData":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the decoders; the next epoch starts them again."""
+        if self.source is not None:
+            self.loader.close()
+
+    @property
+    def backend(self) -> str:
+        return self.identity["backend"]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.loader.steps_per_epoch
+
+    @property
+    def size(self) -> int:
+        """Side in pixels of the views of the epoch begun last."""
+        return self.loader.size
+
+    @property
+    def description(self) -> str:
+        """Decoder of the loader, in words."""
+        return "synthetic: one fixed batch" if self.source is None else self.loader.backend.description
+
+    def epoch(self, progress: Progress) -> Iterator[Batch]:
+        """Batches from the cursor of the run to the end of its epoch, with views of the size that is due."""
+        state = progress.state
+        size = size_at(self.config.views.sizes, state.epoch, state.epoch_progress)
+        return self.loader.epoch(state.epoch, state.cursor, size)
+
+    def names(self, indices) -> list[str]:
+        """Names of images, relative to data.train."""
+        return [] if self.source is None else [self.source.name(index) for index in indices]
+
+
+def facts_of_images(train: ImageSource | None, val: ImageSource | None) -> dict:
+    """Number of images, and their names and sizes as a hash."""
+    sources = {"images of data.train": train, "images of data.val": val}
+    return {name: source and f"{len(source):,} ({source.fingerprint()[:8]})" for name, source in sources.items()}
+
+
+def with_levels(world: World, run: Path | None, *sources: ImageSource | None) -> list[ImageSource | None]:
+    """The sources with the ranges of deep pixels that the first rank has measured, or that a run began with.
+
+    `run`: the folder of a run that is resumed, whose environment.json holds them; None for a new one.
+    """
+    found = []
+    for key, source in zip(("train_images", "val_images"), sources, strict=True):
+        levels = world.share(_levels_of_run(source, run, key) if world.is_first and source is not None else None)
+        found.append(source and replace(source, levels=levels))
+    return found
+
+
+def _levels_of_run(source, run, key):
+    if run is None or source.levels.asked != "scale":
+        return source.levels
+    try:
+        kept = json.loads((run / "environment.json").read_text(encoding="utf-8"))["deep_pixels"][key]
+        return replace(source.levels, ranges={kind: (float(low), float(high)) for kind, (low, high) in kept.items()})
+    except KeyError:
+        # Version 0.1.0 knew no other.
+        return Levels("type")
+    except (OSError, ValueError, TypeError):
+        return source.levels
