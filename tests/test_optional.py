@@ -3,8 +3,10 @@
 import json
 import re
 
+import pytest
+
 from tests.support import optional
-from tests.support.processes import run_python
+from tests.support.processes import REPOSITORY, run_python
 
 # `python -c WITHOUT '["ffcv", ...]' ARGUMENT ...`: pytest with these arguments, where those modules cannot be found.
 WITHOUT = """
@@ -20,6 +22,9 @@ sys.meta_path = [Finder if finder is importlib.machinery.PathFinder else finder 
 import pytest
 sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[2:]]))
 """
+# Each test starts a pytest of its own.
+pytestmark = pytest.mark.slow
+
 EVERYTHING = ("ffcv", "cv2", "nvidia.dali", "playwright")
 
 
@@ -38,25 +43,32 @@ def test_every_test_is_collected_where_they_are_missing():
 
 
 SKIPPED = {
-    "test_view_count.py::test_ffcvs_operation_decodes_before_it_loops_over_views": "ffcv",
-    "test_parity.py::test_the_same_seed_gives_the_same_order_and_boxes[ffcv]": "ffcv",
-    "test_view_count.py::test_dalis_graph_has_one_decoder_for_all_views": "dali",
-    "test_loader_memory.py::test_changing_the_size_of_views_takes_no_memory": "dali",
-    "test_report_page.py::test_names_from_outside_stay_text": "playwright",
+    "test_ffcvs_operation_decodes_before_it_loops_over_views": "ffcv",
+    "test_the_same_seed_gives_the_same_order_and_boxes[ffcv]": "ffcv",
+    "test_dalis_graph_has_one_decoder_for_all_views": "dali",
+    "test_changing_the_size_of_views_takes_no_memory": "dali",
+    "test_names_from_outside_stay_text": "playwright",
 }
 
 
+def address(test):
+    """The test with its file, in whichever folder that lies."""
+    name = test.partition("[")[0]
+    (path,) = (path for path in (REPOSITORY / "tests").rglob("test_*.py") if f"def {name}(" in path.read_text())
+    return f"{path}::{test}"
+
+
 def test_a_test_without_its_library_is_skipped_and_says_what_installs_it():
-    other = "test_view_count.py::test_draws_of_further_views_are_spread_as_those_of_the_first"
-    code, printed = without(EVERYTHING, "-q", *(f"tests/{test}" for test in (*SKIPPED, other)))
+    other = "test_draws_of_further_views_are_spread_as_those_of_the_first"
+    code, printed = without(EVERYTHING, "-q", *map(address, (*SKIPPED, other)))
     assert code == 0, printed[-2000:]
     for test, library in SKIPPED.items():
-        name = re.escape(test.partition("::")[2].partition("[")[0])
+        name = re.escape(test.partition("[")[0])
         assert re.search(rf"^SKIPPED .*\b{name} needs {library}: pip install \S+", printed, re.MULTILINE), printed
     assert re.search(r"^1 passed, \d skipped", printed, re.MULTILINE), printed
 
 
-def test_an_error_that_is_no_missing_library_fails(monkeypatch):
+def test_an_error_other_than_a_missing_library_fails(monkeypatch):
     """Where a library is there, nothing that it raises is a reason to skip."""
     monkeypatch.setattr(optional, "installed", lambda library: library != "ffcv")
     assert optional.missing(ModuleNotFoundError("no", name="ffcv")) == "ffcv"
@@ -73,7 +85,7 @@ def test_an_error_that_is_no_missing_library_fails(monkeypatch):
 
 def test_without_chromium_pages_are_skipped(tmp_path):
     """A PATH without any, and no download of playwright's own."""
-    test = "tests/report/test_browser.py::test_names_from_outside_stay_text"
+    test = address("test_names_from_outside_stay_text")
     code, printed = without((), "-q", test, PATH=str(tmp_path), PLAYWRIGHT_BROWSERS_PATH=str(tmp_path))
     assert code == 0, printed[-2000:]
     assert "playwright install chromium" in printed
