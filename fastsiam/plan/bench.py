@@ -73,6 +73,12 @@ class Bench:
     def images(self) -> int:
         return IMAGENET_TRAIN_IMAGES if self.source is None else len(self.source)
 
+    @property
+    def loader_options(self) -> dict:
+        """Arguments of `build_loader` and `build_evaluation_loader`."""
+        runtime = self.runtime
+        return {"device": runtime.device, "dtype": runtime.dtype, "world_size": runtime.world.size}
+
     def say(self, text: str) -> None:
         """Prints a line to stderr on the first rank; stdout is for the plan."""
         if self.world.is_first:

@@ -47,7 +47,7 @@ class Loaders:
 
     def __init__(self, bench: Bench, batch_size: int):
         self.bench, self.config = bench, with_batch_size(bench.config, batch_size)
-        self.sample = sample_of(bench.source, batch_size, bench.config.train.seed)
+        self.sample = bench.source and sample_of(bench.source, batch_size, bench.config.train.seed)
         self.decoding_seconds = 0.0
         """Of all images for data.backend=resident; 0 where an earlier run has decoded them."""
         self._stack = contextlib.ExitStack()
@@ -65,45 +65,77 @@ class Loaders:
 
     def own(self) -> Loader:
         """Opens the config's loader on all images, with data.backend=resident on the sample."""
+        source, data = self.bench.source, self.config.data
         if self.bench.backend != "resident":
-            return self.open(self.bench.source)
+            return self.open(source)
         began = time.perf_counter()
         loader = self.open(self.sample)
-        seconds, source = time.perf_counter() - began, self.bench.source
-        data = self.config.data
+        seconds = time.perf_counter() - began
         if not open_cache(source, data.store_size, data.workers, self.bench.device).folder.exists():
             self.decoding_seconds = seconds * len(source) / len(self.sample)
         return loader
 
-    def open(self, source: ImageSource, values: dict | None = None) -> Loader:
+    def open(self, source: ImageSource | None, values: dict | None = None) -> Loader:
         """Opens a loader of the config, with other `values`, on a source."""
-        runtime, config = self.bench.runtime, self.config.with_values(values or {})
-        world = runtime.world
-        with self._own_cache(config):
-            return build_loader(
-                config,
-                source,
-                skip=self._skip_list(source),
-                device=runtime.device,
-                dtype=runtime.dtype,
-                rank=world.rank,
-                world_size=world.size,
-            )
+        config, world = self.config.with_values(values or {}), self.bench.world
+        with world.together(), self._own_cache(config):
+            skip = source and self._skip_list(source)
+            return build_loader(config, source, skip=skip, rank=world.rank, **self.bench.loader_options)
 
     def evaluation(self) -> EvaluationLoader:
         """Opens the loader of kNN on the images of data.train, with data.backend=resident on the sample."""
-        runtime, source = self.bench.runtime, self.bench.source
-        source = self.sample if self.bench.backend == "resident" else source
-        skip = self._skip_list(source)
+        source = self.sample if self.bench.backend == "resident" else self.bench.source
         with self._own_cache(self.config):
             return build_evaluation_loader(
-                self.config,
-                source,
-                skip=skip,
-                device=runtime.device,
-                dtype=runtime.dtype,
-                world_size=runtime.world.size,
+                self.config, source, skip=self._skip_list(source), **self.bench.loader_options
             )
+
+    def close(self, loader) -> str:
+        """Frees a training loader; returns its description."""
+        if self.bench.source is None:
+            return "synthetic: one fixed batch"
+        loader.close()
+        return loader.backend.description
+
+    def rate(self, loader: Loader, seconds: float) -> Rate:
+        """Measures finished views on the device, and frees the loader; its start is not counted."""
+        batches = epochs(loader)
+        # Batches that several processes make come together.
+        rate = self.bench.rate(lambda: next(batches), loader.batch_size, seconds, least=2)
+        batches.close()
+        loader.close()
+        return rate
+
+    def decoding_and_augmentation(self, seconds: float) -> tuple[float, float | None]:
+        """Returns seconds per image of decoding and cropping, and of augmenting, with the sample in the page cache.
+
+        The second is None where DALI does both in one graph.
+        """
+        loader = self.open(self.sample)
+        if self.own_name == OWN_AUGMENTATION:
+            return 1 / self.rate(loader, seconds).median, None
+        augmented = loader.augmented
+        # Delivers crops as they are.
+        loader.augmented = lambda crops, drawn: crops
+        batches = epochs(loader)
+        batch = copy.deepcopy(next(batches))
+        batches.close()
+        decoding = self.rate(loader, 0.7 * seconds)
+
+        def augment():
+            augmented(batch.views, loader.drawn(0, batch.indices))
+
+        return 1 / decoding.median, 1 / self.bench.rate(augment, loader.batch_size, 0.3 * seconds).median
+
+    def disk_seconds(self, seconds: float) -> float | None:
+        """Returns seconds per image of reading the sample's files past the page cache, with data.workers readers."""
+        sample, world, workers = self.sample, self.bench.world, self.config.data.workers
+        mine = range(len(sample))[world.share_of(len(sample))]
+        paths = [sample.root] if is_beton(sample.root) else list(dict.fromkeys(map(sample.path, mine)))
+        threads = max(usable_cores() if workers is None else workers, 1)
+        _, num_bytes, elapsed = read_speed.read(paths, threads, seconds)
+        found = world.collect(elapsed * float(sample.file_sizes.mean()) / num_bytes if num_bytes else None)
+        return None if None in found else max(found) / world.size
 
     def others(self, loading: Loading) -> list[Candidate]:
         """Returns the backends other than the config's."""
@@ -126,15 +158,14 @@ class Loaders:
     @contextlib.contextmanager
     def _own_cache(self, config: Config) -> Iterator[None]:
         """Lets data.backend=resident store a sample below a temporary folder, not in the user's cache."""
-        before = os.environ.get("XDG_CACHE_HOME")
+        before = dict(os.environ)
         if config.data.backend == "resident":
             os.environ["XDG_CACHE_HOME"] = self._folder
         try:
             yield
         finally:
             os.environ.pop("XDG_CACHE_HOME", None)
-            if before is not None:
-                os.environ["XDG_CACHE_HOME"] = before
+            os.environ.update(before)
 
     def _skip_list(self, source: ImageSource) -> SkipList:
         """Returns a list as a run has it, but for its file."""
@@ -155,18 +186,7 @@ def sample_of(source: ImageSource, batch_size: int, seed: int) -> ImageSource:
     return replace(source, **chosen, packed=packed, cached_kinds=None, known_fingerprint=None)
 
 
-def loader_rate(bench: Bench, loader: Loader, seconds: float) -> Rate:
-    """Measures finished views on the device; the start of the loader is not counted."""
-    batches = epochs(loader)
-    try:
-        # Batches that several processes make come together.
-        return bench.rate(lambda: next(batches), loader.batch_size, seconds, least=2)
-    finally:
-        batches.close()
-        loader.backend.close()
-
-
-def other_loaders(bench: Bench, loaders: Loaders, loading: Loading) -> list[LoaderRate]:
+def other_loaders(bench: Bench, loaders: Loaders, loading: Loading) -> tuple[LoaderRate, ...]:
     """Measures every backend but the config's, each in an equal part of the time."""
     candidates = loaders.others(loading)
     parts, found = sum(one.reason is None for one in candidates), []
@@ -178,37 +198,6 @@ def other_loaders(bench: Bench, loaders: Loaders, loading: Loading) -> list[Load
             bench.say(f"measuring the loader of data.backend={name}")
             seconds = bench.seconds_for("other loaders", parts)
             source = loaders.sample if name == "resident" else bench.source
-            rate = loader_rate(bench, loaders.open(source, values), seconds)
+            rate = loaders.rate(loaders.open(source, values), seconds)
         found.append(LoaderRate(name, rate, reason or note, settings))
-    return found
-
-
-def decoding_and_augmentation(bench: Bench, loaders: Loaders, seconds: float) -> tuple[float, float | None]:
-    """Returns seconds per image of decoding and cropping, and of augmenting, with the sample in the page cache.
-
-    The second is None where DALI does both in one graph.
-    """
-    loader = loaders.open(loaders.sample)
-    if loaders.own_name == OWN_AUGMENTATION:
-        return 1 / loader_rate(bench, loader, seconds).median, None
-    augmented = loader.augmented
-    # Delivers crops as they are.
-    loader.augmented = lambda crops, drawn: crops
-    batches = epochs(loader)
-    batch = copy.deepcopy(next(batches))
-    batches.close()
-    decoding = loader_rate(bench, loader, 0.7 * seconds)
-    augmenting = bench.rate(
-        lambda: augmented(batch.views, loader.drawn(0, batch.indices)), loader.batch_size, 0.3 * seconds
-    )
-    return 1 / decoding.median, 1 / augmenting.median
-
-
-def disk_seconds(bench: Bench, sample: ImageSource, seconds: float) -> float | None:
-    """Returns seconds per image of reading the sample's files past the page cache, with data.workers readers."""
-    workers = bench.config.data.workers
-    mine = range(len(sample))[bench.world.share_of(len(sample))]
-    paths = [sample.root] if is_beton(sample.root) else list(dict.fromkeys(map(sample.path, mine)))
-    _, num_bytes, elapsed = read_speed.read(paths, max(usable_cores() if workers is None else workers, 1), seconds)
-    found = bench.world.collect(elapsed * float(sample.file_sizes.mean()) / num_bytes if num_bytes else None)
-    return None if None in found else max(found) / bench.world.size
+    return tuple(found)

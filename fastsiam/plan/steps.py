@@ -6,22 +6,23 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastsiam.config import Config
-from fastsiam.config.views import view_specs
 from fastsiam.data.backends.resident import free_bytes
-from fastsiam.data.backends.synthetic import SyntheticLoader
+from fastsiam.data.build import build_loader
 from fastsiam.evaluate import collapse
 from fastsiam.evaluate.online import evaluating
 from fastsiam.methods import build_method
 from fastsiam.optim.build import build_optimizer
 from fastsiam.plan.bench import PARTS, Bench
 from fastsiam.plan.results import BatchRate, Rate
-from fastsiam.runtime.distributed import World
+from fastsiam.runtime.runtime import Runtime
 from fastsiam.training.step import TrainingStep
 
 # On a CPU a step of so many images predicts the time and memory of a whole batch.
 PROBE_IMAGES = 8
 # Beside what is saved for the backward pass as much again: gradients on the way, and workspaces of kernels.
 MEMORY_FACTOR, FREE_SHARE = 2.0, 0.9
+# Views that lie on the device; with epochs enough for views that grow.
+SYNTHETIC = {"data.backend": "synthetic", "data.augment": "fastsiam", "budget": None, "train.epochs": 2}
 # Share of a measurement's time that one step may take.
 STEP_SHARE = 0.5
 
@@ -29,11 +30,10 @@ STEP_SHARE = 0.5
 class Stepper:
     """A training step of a throw-away method; the learning rate is 0, so that its numbers stay finite."""
 
-    def __init__(self, bench: Bench, batch_size: int, *, alone: bool = False, compiles: bool | None = None):
-        """`batch_size`: of all ranks. `alone`: a step on this rank's share of it, without the other ranks."""
-        runtime = replace(bench.runtime, world=World()) if alone else bench.runtime
-        self._bench, self.batch_size = bench, batch_size
-        config = with_batch_size(bench.config, batch_size // bench.world.size if alone else batch_size)
+    def __init__(self, bench: Bench, batch_size: int, runtime: Runtime | None = None):
+        """`batch_size`: of all ranks. `runtime`: in place of the bench's; one without other ranks steps on its share."""
+        runtime, self._bench, self.batch_size = runtime or bench.runtime, bench, batch_size
+        config = with_batch_size(bench.config, batch_size * runtime.world.size // bench.world.size)
         torch.manual_seed(config.train.seed)
         self.method = build_method(config, runtime.world.size).to(bench.device)
         if config.train.channels_last:
@@ -41,9 +41,9 @@ class Stepper:
         optimizer = build_optimizer(self.method, config)
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        compiles = runtime.compiles if compiles is None else compiles
-        self.step = TrainingStep(self.method, optimizer, config, replace(runtime, compiles=compiles))
-        self.views = self._normal_views()
+        self.step = TrainingStep(self.method, optimizer, config, runtime)
+        synthetic = bench.config.with_values(SYNTHETIC | {"train.batch_size": batch_size})
+        self.views = next(build_loader(synthetic, **bench.loader_options).epoch(0)).views
 
     def __call__(self, views: torch.Tensor | None = None) -> None:
         """Takes a step on `views`, or on normal numbers; raises `torch.OutOfMemoryError`."""
@@ -69,12 +69,6 @@ class Stepper:
         with evaluating(self.method), torch.no_grad():
             return self._bench.timed(measure)
 
-    def _normal_views(self):
-        runtime, world_size = self._bench.runtime, self._bench.world.size
-        sizes = {"batch_size": self.batch_size, "num_images": self.batch_size, "world_size": world_size}
-        specs = view_specs(self._bench.config.views)
-        return next(SyntheticLoader(specs, **sizes, seed=0, device=runtime.device, dtype=runtime.dtype).epoch(0)).views
-
 
 @dataclass(frozen=True)
 class Affordable:
@@ -94,7 +88,7 @@ class Affordable:
             return cls()
         size = bench.world.size
         count = min(max(2, PROBE_IMAGES // size) * size, bench.config.train.batch_size)
-        stepper, saved = Stepper(bench, count, compiles=False), {}
+        stepper, saved = Stepper(bench, count, replace(bench.runtime, compiles=False)), {}
 
         def keep(tensor):
             storage = tensor.untyped_storage()
