@@ -1,8 +1,7 @@
-"""python -m fastsiam.plan --config NAME [--budget 8h] [--json] [key.sub=value ...]: what a run will take, and why.
+"""python -m fastsiam.plan --config NAME [--budget 8h] [--json] [key.sub=value ...]: predicts a run, and its limit.
 
-Trains for about a minute on the real data, on a throw-away model, and writes nothing but what any start keeps in its
-cache: no run folder. Its module level imports no torch. Exit codes: 0, 1 another process has gone, 2 the user's
-mistake, 130 Ctrl-C.
+Trains for about a minute on the real data, on a throw-away model. Writes nothing but the caches that any start writes.
+Exit codes: 0, 1 another process has gone, 2 the user's mistake, 130 Ctrl-C.
 """
 
 import argparse
@@ -14,38 +13,26 @@ from fastsiam.config.budget import Budget, parse_budget
 from fastsiam.errors import UserError
 from fastsiam.training.cost import process_began
 
-MINUTES = 1.0
-
 
 def main(argv: list[str] | None = None) -> int:
+    """Prints a plan; returns the exit code. torch is imported once the command line and the config are checked."""
     arguments = _parser().parse_intermixed_args(argv)
     try:
         cli.prepare_process()
         config = load_config(arguments.config, arguments.overrides)
-        budget = _budget(arguments.budget, config)
+        budget = None if arguments.budget is None else _budget(arguments.budget, config)
         if not arguments.minutes > 0:
-            raise UserError(f"--minutes: {arguments.minutes:g} must be more than 0")
+            raise UserError(f"--minutes: {arguments.minutes:g} is not more than 0; give a minute or more", "no-minutes")
     except UserError as error:
         return cli.refused(error)
-
-    def print_plan():
-        answer = plan(config, budget, arguments.minutes, as_json=arguments.json)
-        if answer is not None:
-            print(answer)
-        return 0
-
     return cli.answered(
-        print_plan,
+        lambda: _print_plan(config, budget, arguments.minutes, arguments.json),
         gone="another process has gone; nothing is predicted",
         stopped="stopped while measuring; nothing is predicted",
     )
 
 
-def plan(config: Config, budget: Budget | None, minutes: float = MINUTES, *, as_json: bool = False) -> str | None:
-    """Measure for about `minutes`; the answer for people or as JSON, None on the ranks that do not speak.
-
-    `budget`: what to spend beside what the config says. Raises the `UserError` that the run would raise.
-    """
+def _print_plan(config: Config, budget: Budget | None, minutes: float, as_json: bool) -> int:
     from fastsiam.plan.measure import measure
     from fastsiam.plan.predict import plan_of
     from fastsiam.plan.text import text_of
@@ -54,15 +41,13 @@ def plan(config: Config, budget: Budget | None, minutes: float = MINUTES, *, as_
     world = World.of_environment()
     with world.joined(config.train.device):
         measured, loading = measure(config, world, minutes, process_began())
-    if not world.is_first:
-        return None
-    made = plan_of(config, budget, measured, loading)
-    return made.to_json() if as_json else text_of(made, config)
+    if world.is_first:
+        plan = plan_of(config, budget, measured, loading)
+        print(plan.to_json() if as_json else text_of(plan, config))
+    return 0
 
 
-def _budget(text: str | None, config: Config) -> Budget | None:
-    if text is None:
-        return None
+def _budget(text: str, config: Config) -> Budget:
     try:
         return parse_budget(text, config.budget_price_per_hour)
     except UserError as error:
@@ -76,7 +61,7 @@ def _parser():
     parser.add_argument("--config", required=True, help="a YAML file, or the name of one in configs/")
     parser.add_argument("--budget", help="what else to spend: 8h, 10M images, 0.8kWh, 15USD")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout, numbers not rounded")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="for measuring, compilation apart (%(default)g)")
+    parser.add_argument("--minutes", type=float, default=1.0, help="for measuring, compilation apart (%(default)g)")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example train.batch_size=256")
     return parser
 

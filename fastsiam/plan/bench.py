@@ -18,7 +18,7 @@ from fastsiam.data.backends.synthetic import IMAGENET_TRAIN_IMAGES
 from fastsiam.data.build import with_its_cores
 from fastsiam.data.loader import check_batch_size, check_divides
 from fastsiam.data.sources.open import open_sources
-from fastsiam.errors import Notice, UserError
+from fastsiam.errors import Notice
 from fastsiam.plan.results import Rate
 from fastsiam.run.training_data import facts_of_images
 from fastsiam.runtime.rank_check import check_alike, facts_of_config
@@ -66,7 +66,10 @@ class Bench:
         self.drawing_seconds = 0.0 if since is None else time.monotonic() - since
         """Seconds for drawing the demo images, which a run finds drawn."""
         check_alike(world, {"data.backend": self.backend, **facts_of_images(self.source, self.val)})
-        self._note_other_processes()
+        # The load of the last minute; this process has not been busy for long.
+        load = min(os.getloadavg()[0], len(os.sched_getaffinity(0)))
+        if load >= 0.5:
+            self.note(f"other processes keep {load:.1f} cores of this machine busy, which lowers all rates", "busy")
         self._left, self._deadline = sum(PARTS.values()), time.perf_counter() + 60 * minutes
 
     @property
@@ -159,19 +162,8 @@ class Bench:
         self._drawing_since = time.monotonic()
         self.say(text)
 
-    def _note_other_processes(self) -> None:
-        # The load of the last minute, before this process has been busy for long.
-        load = min(os.getloadavg()[0], len(os.sched_getaffinity(0)))
-        if self.world.is_first and load >= 0.5:
-            self.note(f"other processes keep {load:.1f} cores of this machine busy, which lowers all rates", "busy")
-
 
 def epochs(loader) -> Iterator[Batch]:
     """Yields the batches of one epoch after the other, without end."""
     for number in itertools.count():
-        empty = True
-        for batch in loader.epoch(number):
-            empty = False
-            yield batch
-        if empty:
-            raise UserError("data.train: an epoch has no batch; add images", "empty-epoch")
+        yield from loader.epoch(number)
