@@ -5,12 +5,9 @@ import dataclasses
 import pytest
 
 from fastsiam.config import load_config
-from fastsiam.data.bottleneck import Loading
 from fastsiam.plan.advice import limit_of, tips, together
 from fastsiam.plan.results import BatchRate, LoaderRate
-from tests.support.plans import measured, rates
-
-LOADING = Loading("dali", 16, 16, True, False, 256, 10**12, 10**10)
+from tests.support.plans import LOADING, measured, rates
 
 
 def test_loader_and_step_share_a_cpu_and_run_beside_a_gpu():

@@ -54,7 +54,7 @@ def test_a_real_plan_is_consistent_and_leaves_nothing(tiny, tmp_path, demo_folde
     ("overrides", "measured"),
     [
         (("data.backend=resident", "data.store_size=48"), {"decoding", "augmentation"}),
-        (("data.augment=dali",), {"disk", "decoding"}),
+        (("data.backend=dali", "data.augment=dali"), {"disk", "decoding"}),
         (("data.backend=synthetic", "data.train=null", "data.val=null"), set()),
     ],
 )

@@ -2,7 +2,10 @@
 
 import dataclasses
 
+from fastsiam.data.bottleneck import Loading
 from fastsiam.plan.results import BatchRate, Checkpoint, LoaderRate, Measured, Rate
+
+LOADING = Loading("dali", 16, 16, True, False, 256, 10**12, 10**10)
 
 
 def rates(median: float, spread: float = 0.01) -> Rate:
