@@ -31,7 +31,7 @@ class Stepper:
     """A training step of a throw-away method; the learning rate is 0, so that its numbers stay finite."""
 
     def __init__(self, bench: Bench, batch_size: int, runtime: Runtime | None = None):
-        """`batch_size`: of all ranks. `runtime`: in place of the bench's; one without other ranks steps on its share."""
+        """`batch_size`: of all ranks. `runtime`: in place of the bench's; alone, it takes this rank's share."""
         runtime, self._bench, self.batch_size = runtime or bench.runtime, bench, batch_size
         config = with_batch_size(bench.config, batch_size * runtime.world.size // bench.world.size)
         torch.manual_seed(config.train.seed)
