@@ -13,7 +13,7 @@ import torch
 from fastsiam.config import Config
 from fastsiam.data.bottleneck import Loading, cpu_times, describe, window_of
 from fastsiam.evaluate.knn import CHUNK, count_correct
-from fastsiam.evaluate.online import evaluating
+from fastsiam.evaluate.online import evaluation_mode
 from fastsiam.plan.bench import Bench, epochs
 from fastsiam.plan.loaders import Loaders, other_loaders
 from fastsiam.plan.results import STAGES, BatchRate, Checkpoint, LoaderRate, Measured
@@ -157,7 +157,7 @@ class _Measurements:
             with bench.runtime.autocast():
                 return stepper.method.encoder(next(batches).views).float()
 
-        with evaluating(stepper.method):
+        with evaluation_mode(stepper.method):
             start = bench.timed(extract)
             rate = bench.rate(extract, loader.batch_size * ranks, bench.seconds_for("kNN"))
             bank = torch.randn(BANK, extract().shape[1], device=bench.device)
@@ -204,10 +204,14 @@ class _Measurements:
             bench.free()
         if bench.source is not None:
             bench.say("measuring the disk, decoding and augmentation")
-            if bench.backend != "resident":
+            if bench.backend == "resident":
+                bench.note("disk not measured: images are in memory", "disk-not-measured")
+            else:
                 stages["disk"] = loaders.disk_seconds(bench.seconds_for("disk"))
             seconds = bench.seconds_for("stages")
             stages["decoding"], stages["augmentation"] = loaders.decoding_and_augmentation(seconds)
+            if stages["augmentation"] is None:
+                bench.note("augmentation not measured: DALI augments in the graph that decodes", "one-graph")
         self.found["seconds_per_image"] = stages
 
     def _batch_sizes(self) -> None:

@@ -9,7 +9,7 @@ from fastsiam.config import Config
 from fastsiam.data.backends.resident import free_bytes
 from fastsiam.data.build import build_loader
 from fastsiam.evaluate import collapse
-from fastsiam.evaluate.online import evaluating
+from fastsiam.evaluate.online import evaluation_mode
 from fastsiam.methods import build_method
 from fastsiam.optim.build import build_optimizer
 from fastsiam.plan.bench import PARTS, Bench
@@ -66,7 +66,7 @@ class Stepper:
                     parts.append(self.method.embed(self.views[: collapse.PROBE_IMAGES]).float())
             collapse.measure(torch.cat(parts)[: collapse.PROBE_IMAGES])
 
-        with evaluating(self.method), torch.no_grad():
+        with evaluation_mode(self.method), torch.no_grad():
             return self._bench.timed(measure)
 
 
@@ -110,7 +110,7 @@ class Affordable:
         if needed > FREE_SHARE * self.memory:
             return f"does not fit the memory: about {needed / 1e9:,.0f} GB, and {self.memory / 1e9:,.0f} GB are free"
         if seconds > STEP_SHARE * self.seconds:
-            return f"a step takes about {seconds:,.0f} s; give more --minutes"
+            return f"a step takes about {seconds:.2g} s; give more --minutes"
         return None
 
     def largest(self, batch_size: int, ranks: int) -> int:

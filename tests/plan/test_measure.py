@@ -11,7 +11,7 @@ def test_batches_too_slow_or_too_large_for_a_cpu_are_measured_smaller():
     affordable = Affordable(seconds_per_image=0.1, bytes_per_image=1e9, seconds=10.0, memory=200 * 10**9)
     assert affordable.refusal(50) is None
     # Too long, and too large.
-    assert "5 s" in affordable.refusal(51)
+    assert "5.1 s" in affordable.refusal(51)
     assert "256 GB" in affordable.refusal(256)
     assert (affordable.largest(512, ranks=1), affordable.largest(48, ranks=1)) == (32, 48)
     assert Affordable().refusal(4096) is None
