@@ -6,7 +6,7 @@ import torch
 
 from fastsiam.config import Config
 from fastsiam.config.published import TABLE_2
-from fastsiam.errors import MissingLibraryError, UserError
+from fastsiam.errors import MissingLibraryError, Notice, UserError
 from fastsiam.optim.apex import APEX_SOURCE, find_apex
 from fastsiam.optim.lars import LARS
 
@@ -104,8 +104,8 @@ def _apex_sgd(groups, numbers):
         ) from error
 
 
-def large_batch_warning(config: Config) -> str | None:
-    """One sentence where the paper's Table 2 speaks against this batch with this optimizer and warm-up, else None."""
+def large_batch_warning(config: Config) -> Notice | None:
+    """A warning where the paper's Table 2 speaks against this batch with this optimizer and warm-up, else None."""
     batch_size, warnings = config.train.batch_size, []
     if batch_size > 1024 and config.optimizer.name == "sgd":
         warnings.append(
@@ -118,11 +118,11 @@ def large_batch_warning(config: Config) -> str | None:
         warnings.append(
             f"from 1024 images on the paper warms up over 10 epochs, and here is no warm-up: optimizer.warmup={share:g}"
         )
-    return f"train.batch_size: {batch_size}; {'; '.join(warnings)}" if warnings else None
+    return Notice(f"train.batch_size: {batch_size}; {'; '.join(warnings)}", "large-batch") if warnings else None
 
 
 def scale_at(progress: float, schedule: str, warmup: float, epoch_began: float = 0.0) -> float:
-    """What the initial rate is multiplied by at `progress`, the share of the run that is done.
+    """Factor of the initial rate at `progress`, the share of the run that is done.
 
     `cosine_per_epoch` holds the rate that it has at `epoch_began`, the progress at the start of the epoch, as the
     paper's code does; `warmup` is the share of the run in which the rate rises linearly, and the schedule spans the

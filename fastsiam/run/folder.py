@@ -16,10 +16,10 @@ from filelock import FileLock, Timeout
 from fastsiam.config import Config, load_config
 from fastsiam.config.yaml_file import shortened
 from fastsiam.errors import ExitCode, Notice, UserError
+from fastsiam.run.lines import SCHEMA
 from fastsiam.run.tensorboard import EventFiles
 from fastsiam.runtime.files import Appender, json_lines, read_json, replace_file
 
-SCHEMA = 1
 EXIT_CODES = {"done": ExitCode.DONE, "collapsed": ExitCode.COLLAPSED, "failed": ExitCode.NOT_FINITE}
 
 

@@ -1,4 +1,4 @@
-"""Which device, precision and compiler setting a run gets, and what it says when the GPU's memory is too small."""
+"""Choices of device, precision and compilation, and advice for a GPU whose memory does not suffice."""
 
 import contextlib
 
@@ -21,14 +21,16 @@ def choose_device(asked: str, local_rank: int = 0, local_size: int = 1) -> torch
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise UserError(
             f"train.device: cuda, but torch {torch.__version__} ({built}) sees no CUDA device; check nvidia-smi, or "
-            "set train.device=cpu"
+            "set train.device=cpu",
+            "no-cuda-device",
         )
     if asked == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if local_size > torch.cuda.device_count():
         raise UserError(
             f"train.device: {local_size} processes on this machine, and {torch.cuda.device_count()} CUDA devices; set "
-            f"--nproc-per-node {torch.cuda.device_count()}, or train.device=cpu"
+            f"--nproc-per-node {torch.cuda.device_count()}, or train.device=cpu",
+            "too-few-devices",
         )
     return torch.device("cuda", local_rank)
 
@@ -53,23 +55,23 @@ def choose_compile(asked: str, device: torch.device) -> bool:
 
 
 def out_of_memory_advice(batch_size: int, step_fits) -> str:
-    """One sentence for a step that ran out of memory at `batch_size` images.
+    """A sentence for a step that ran out of memory at `batch_size` images.
 
     `step_fits(batch)` tries a step of a smaller batch; the largest power-of-two fraction that fits is named with
     what the paper's Table 2 says it costs. None: a rank among several, which cannot try alone.
     """
     if step_fits is None:
         return (
-            f"CUDA out of memory at train.batch_size={batch_size} over all processes; start more of them, or set "
+            f"train.batch_size: CUDA out of memory at {batch_size} over all ranks; start more of them, or set "
             f"train.batch_size={batch_size // 2} ({_table_2_cost(batch_size // 2)}; the learning rate follows)"
         )
     smaller = batch_size // 2
     while smaller >= 2 and not step_fits(smaller):
         smaller //= 2
     if smaller < 2:
-        return f"CUDA out of memory at train.batch_size={batch_size}, and even 2 does not fit; lower views.size"
+        return f"train.batch_size: CUDA out of memory at {batch_size}, and even 2 does not fit; lower views.size"
     return (
-        f"CUDA out of memory at train.batch_size={batch_size}; {smaller} fits (tried); {_table_2_cost(smaller)}; "
+        f"train.batch_size: CUDA out of memory at {batch_size}; {smaller} fits (tried); {_table_2_cost(smaller)}; "
         f"set train.batch_size={smaller} (the learning rate follows)"
     )
 

@@ -1,4 +1,4 @@
-"""The processes of a run as torchrun starts them: which one this is, and what they agree on.
+"""Processes of a run as torchrun starts them, and the values they exchange.
 
 Collectives on the host go through gloo, on GPUs through NCCL, in one process group; a run of one process has none.
 """
@@ -50,7 +50,7 @@ class World:
 
     @classmethod
     def of_environment(cls) -> "World":
-        """What torchrun or srun says of this process; alone where neither does.
+        """The ranks that torchrun or srun has started; this process alone where neither has.
 
         Raises `UserError` where torchrun's variables are incomplete, and for processes of mpirun.
         """
@@ -62,7 +62,8 @@ class World:
         if missing and os.environ["WORLD_SIZE"] != "1":
             raise UserError(
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start several "
-                "processes with torchrun --nproc-per-node N -m fastsiam.train ..."
+                "processes with torchrun --nproc-per-node N -m fastsiam.train ...",
+                "incomplete-torchrun",
             )
         return cls() if missing else cls(*(int(os.environ[name]) for name in names))
 
@@ -114,7 +115,7 @@ class World:
         return alone and self.local_size > 1 and everybodys.count(mine) == 1
 
     def once(self, key: str, value: str) -> str:
-        """What the first start of this job has called with this key, on every later start by torchrun, too."""
+        """Returns `value` on the first start of a job, and that same value after every torchrun restart."""
         if self._store is None:
             return value
         key = f"{self._start} {key}"
@@ -131,7 +132,7 @@ class World:
         return values[0]
 
     def collect(self, value: object) -> list:
-        """Everybody's value in the order of ranks, on all ranks."""
+        """The values of all ranks in their order, on all ranks."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
@@ -139,7 +140,7 @@ class World:
         return values
 
     def largest(self, *values: int) -> list[int]:
-        """Of each value the largest over all ranks."""
+        """The largest of each value over all ranks."""
         if self.size == 1:
             return list(values)
         found = torch.tensor(values, dtype=torch.int64)
@@ -147,7 +148,7 @@ class World:
         return found.tolist()
 
     def barrier(self) -> None:
-        """Wait until all ranks have come here."""
+        """Wait until all ranks have reached this call."""
         self.largest(0)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
@@ -175,7 +176,7 @@ class World:
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def ranks_on_these_cores(self) -> int:
-        """How many ranks may run on cores of this one's: those of its machine, unless each is bound to its own."""
+        """Number of ranks that share cores with this one: those of its machine, unless each is bound to its own."""
         everybodys = self.collect((socket.gethostname(), os.sched_getaffinity(0)))
         host, cores = everybodys[self.rank]
         return sum(host == its_host and bool(cores & its_cores) for its_host, its_cores in everybodys)
@@ -234,19 +235,22 @@ def greeted(store: dist.Store, rank: int, size: int) -> str:
                 # Of a process that lives or of one that is gone, which will not thank.
                 store.set(f"answer/{store.get(f'hello/{other}').decode()}", mine)
         if waiting and time.monotonic() > deadline:
-            raise UserError(f"rank {min(waiting)} of {size} has not come within {SETUP}; did all machines start?")
+            raise UserError(
+                f"rank {min(waiting)} of {size} did not connect within {SETUP}; check that all machines have started",
+                "missing-rank",
+            )
         time.sleep(0.02)
     return mine
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another process has gone."""
+    """True where a collective failed because another process has gone."""
     kinds = RuntimeError | dist.DistError
     return dist.is_initialized() and isinstance(error, kinds) and _LOST.search(str(error)) is not None
 
 
 def restarts() -> int:
-    """How often torchrun's agent on this machine has started its processes again."""
+    """Number of times that torchrun's agent on this machine has restarted its processes."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 

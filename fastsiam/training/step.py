@@ -168,7 +168,7 @@ class TrainingStep:
 
     def _does_not_fit(self, like):
         fits = (lambda batch_size: self._fits(like, batch_size)) if self._world.size == 1 else None
-        return UserError(out_of_memory_advice(self._batch_size, fits))
+        return UserError(out_of_memory_advice(self._batch_size, fits), "out-of-memory")
 
     def _blank_views(self, like, batch_size):
         """Of the full size, with the dtype and device of `like`."""

@@ -159,7 +159,7 @@ def test_out_of_memory_names_the_largest_batch_that_fits_and_its_price(tiny, tmp
     monkeypatch.setattr(TrainingStep, "attempt", small_gpu)
     assert main(["--config", "quickstart", *tiny()]) == 2
     said = capsys.readouterr().err
-    assert "CUDA out of memory at train.batch_size=8; 2 fits (tried)" in said
+    assert "train.batch_size: CUDA out of memory at 8; 2 fits (tried)" in said
     assert "Table 2 has 66.1 % at batch 64 against 68.1 %" in said
     assert said.count("\n") == 1
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from fastsiam.config import load_config
 from fastsiam.run.finish import finish
+from fastsiam.run.lines import KINDS
 from fastsiam.runtime.distributed import World
 from fastsiam.train import main, opened, train
 from fastsiam.training.step import TrainingStep
@@ -43,7 +44,12 @@ TINY = (
 
 
 def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Lines of a run's metrics.jsonl, each with the fields of its kind and no others."""
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in found:
+        kind = KINDS[line["kind"]]
+        assert kind.__required_keys__ <= line.keys() <= kind.__required_keys__ | kind.__optional_keys__, line
+    return found
 
 
 def refused(capsys, tmp_path, *arguments):

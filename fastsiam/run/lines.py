@@ -1,0 +1,140 @@
+"""Schema of metrics.jsonl: the fields of each kind of line. One JSON object a line; numbers not finite are null."""
+
+from typing import NotRequired, TypedDict
+
+SCHEMA = 1
+
+
+class Header(TypedDict):
+    """First line of a run."""
+
+    kind: str
+    schema: int
+    name: str
+    """run.name"""
+
+
+class _Position(TypedDict):
+    kind: str
+    step: int
+    """Finished training steps."""
+    epoch: int
+    """Finished epochs."""
+    images_seen: int
+    """Images of finished steps, over all ranks and epochs."""
+    train_seconds: float
+    """Spent waiting for data and stepping, over all starts."""
+    wall_seconds: float
+    """Since the start of the run, evaluation and saving included, the time between two starts not."""
+
+
+class _Cost(TypedDict):
+    spent_seconds: float
+    """Of the run's processes, since their start."""
+    joules_per_image: float | None
+    """Of the GPUs of all ranks; null where not measured."""
+    kwh: float | None
+
+
+class _Measures(TypedDict):
+    std_ratio: float
+    """See `fastsiam.evaluate.collapse.Measures`."""
+    effective_rank: float
+    mean_abs_cos: float
+
+
+class Train(_Position, _Cost):
+    """Every train.log_every_steps steps."""
+
+    lr: float
+    """Scheduled learning rate of the step."""
+    loss: float | None
+    """Of the step, the mean over all ranks."""
+    images_per_second: float
+    """Since the line before."""
+    data_wait_fraction: float
+    """Share of the time since the line before in which the device stood still for want of a batch."""
+    progress: float
+    """Share of the budget that is used, 0 to 1."""
+    view_size: NotRequired[int]
+    """Side in pixels, with progressive resizing."""
+    skipped_steps: NotRequired[int]
+    """Steps whose gradients overflowed, with fp16."""
+
+
+class Knn(TypedDict):
+    """After each measure of kNN; of the controls before training, a line with the step alone."""
+
+    kind: str
+    step: int
+    epoch: NotRequired[int]
+    images_seen: NotRequired[int]
+    train_seconds: NotRequired[float]
+    wall_seconds: NotRequired[float]
+    knn_top1: float
+    """Percent."""
+    control: NotRequired[str]
+    """`untrained`"""
+    raw_pixels_knn_top1: NotRequired[float]
+
+
+class Collapse(_Position, _Measures):
+    """After each measure of collapse."""
+
+
+class Compile(_Position):
+    """After each compilation."""
+
+    graphs: int
+    recompiles: int
+    seconds: float
+
+
+class Resume(_Position):
+    """At a resumption from a checkpoint."""
+
+    world_size: int
+    """Number of ranks."""
+
+
+class Caution(_Position):
+    """A warning, as it is printed."""
+
+    message: str
+    code: NotRequired[str]
+
+
+class BadFile(TypedDict):
+    """An image that failed to decode."""
+
+    kind: str
+    step: int
+    message: str
+    bad_files: int
+    """So far, of its source."""
+
+
+class End(_Position, _Cost):
+    """Last line of a run, with the last measures."""
+
+    status: str
+    """done, collapsed, preempted or failed"""
+    reason: NotRequired[str]
+    """Of a collapse or failure."""
+    knn_top1: NotRequired[float]
+    std_ratio: NotRequired[float]
+    effective_rank: NotRequired[float]
+    mean_abs_cos: NotRequired[float]
+
+
+KINDS = {
+    "header": Header,
+    "train": Train,
+    "knn": Knn,
+    "collapse": Collapse,
+    "compile": Compile,
+    "resume": Resume,
+    "warning": Caution,
+    "bad_file": BadFile,
+    "end": End,
+}
