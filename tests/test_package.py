@@ -34,6 +34,7 @@ def wheel(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_wheel_imports_outside_the_checkout(wheel, tmp_path):
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
@@ -59,6 +60,7 @@ print(fastsiam.load_config("quickstart").run.name, fastsiam.__file__)
 """
 
 
+@pytest.mark.slow
 def test_an_editable_install_is_found_from_the_folder_above_the_clone(tmp_path):
     """There the clone's own folder, named as the package is, would be a namespace package, and data/ a part of it."""
     clone, site = tmp_path / "fastsiam", tmp_path / "site"
