@@ -1,1 +1,1 @@
-"""What a frozen encoder is worth."""
+"""Evaluation of an encoder: kNN, collapse measures, pictures for the report."""

@@ -1,6 +1,6 @@
-"""Is the representation collapsing? Measures on z, and a guard that warns or stops.
+"""Measures of collapse on z, and a guard that warns or stops.
 
-The loss does not tell: collapsed runs reach -0.84 to -0.94, healthy ones -0.85 to -0.91. Nor does z of the training
+The loss does not show it: collapsed runs reach -0.84 to -0.94, healthy ones -0.85 to -0.91. Nor does z of the training
 batch, whose mean the affine-free batch norm keeps at zero. With running statistics a collapsed z is one constant.
 """
 
@@ -21,7 +21,7 @@ MEASURE_EVERY_STEPS = (25, 500)
 
 @dataclass(frozen=True)
 class Measures:
-    """How spread out z [N, d] is."""
+    """Spread of z [N, d]."""
 
     std_ratio: float
     """Mean over dimensions of the std of l2-normalised z, times sqrt(d): 1 for isotropic z, 0 for a constant."""
@@ -69,7 +69,7 @@ class CollapseGuard:
         return step % self.every_steps == 0
 
     def judge(self, step: int, measures: Measures) -> bool:
-        """Whether the run counts as collapsed, given this and the measures before it."""
+        """Returns True where the run counts as collapsed, given this and the measures before it."""
         if step < self.judge_from_step or not is_collapsed(measures):
             self.collapsed_in_a_row = 0
             return False
@@ -90,5 +90,5 @@ def is_collapsed(measures: Measures) -> bool:
 
 ADVICE = (
     "keep method.stop_gradient=true, lower optimizer.base_lr, use a larger train.batch_size, or check that the "
-    "images differ (python -m fastsiam.train --dry-run shows what is read); collapse.action=warn goes on regardless"
+    "images differ (python -m fastsiam.train --dry-run shows what is read); collapse.action=warn continues regardless"
 )

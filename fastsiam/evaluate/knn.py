@@ -25,7 +25,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, *, k=200, temperature
 
 @torch.no_grad()
 def count_correct(bank, bank_labels, queries, query_labels, *, k, temperature) -> int:
-    """How many queries kNN gives their own label; arguments as `knn_accuracy` takes them.
+    """Number of queries to which kNN gives their own label; arguments as of `knn_accuracy`.
 
     A bank in fp32 is normalised in place: that of ImageNet takes 10.5 GB, and a copy as much again.
     """

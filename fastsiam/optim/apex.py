@@ -1,4 +1,4 @@
-"""Which apex is importable, found without running any of it."""
+"""Search for the importable apex, without running any of it."""
 
 import importlib.machinery
 import importlib.util

@@ -48,7 +48,7 @@ class Checkpoints:
         self._saved_step: int | None = None
 
     def is_due(self) -> bool:
-        """By the clock of this rank."""
+        """True when the next one is due, by the clock of this rank."""
         return time.perf_counter() - self._saved_at >= self._settings.every_seconds
 
     def save(self, contents: Callable[[], dict]) -> None:

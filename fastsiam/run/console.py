@@ -123,13 +123,13 @@ def _augmenter_text(config, device):
 
 
 def source_lines(*sources: ImageSource | None) -> list[str]:
-    """How labels were read, what deep pixels become and what is left out, of images for training and for kNN."""
+    """Lines on labels, pixels of more than 8 bits and excluded files, of images for training and for kNN."""
     sources = [source for source in sources if source is not None]
     labels = [source.label_text() for source in sources]
     lines = [f"labels    {text}" for text in dict.fromkeys(labels) if text]
     deep = dict.fromkeys(source.levels.text() for source in sources)
     lines += [f"deep      {text}" for text in deep if text]
-    return lines + [f"left out  {text}" for source in sources for text in source.exclusion_texts()]
+    return lines + [f"excluded  {text}" for source in sources for text in source.exclusion_texts()]
 
 
 def schedule_line(config: Config, steps_per_epoch: int) -> str:

@@ -27,7 +27,7 @@ _BUILDS = ("encoder", "stem", "width")
 
 
 def describe_encoder(config: Config, step: int, commit: str | None) -> dict:
-    """What the file of an encoder says of it: how to build it, how to feed it, and where it comes from.
+    """Description in the file of an encoder: how to build it, how to feed it, and where it comes from.
 
     `mean` and `std` [3] normalise RGB in [0, 1]; `size` is the side in pixels of the views that it was trained on;
     `step` counts its training steps; `commit` is that of the code.
@@ -100,7 +100,7 @@ def _triple(values):
 
 
 def _of_run(folder):
-    """Of a run that has ended its encoder.safetensors; otherwise its newest checkpoint, which may have gone beyond."""
+    """Encoder of a run: encoder.safetensors once it has ended, otherwise its newest checkpoint, which may be newer."""
     file, has_ended = folder / "encoder.safetensors", read_status(folder).get("status") in ("done", None)
     saved = None if file.is_file() and has_ended else _newest_checkpoint(folder)
     if saved is not None:

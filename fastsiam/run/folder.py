@@ -25,7 +25,7 @@ EXIT_CODES = {"done": ExitCode.DONE, "collapsed": ExitCode.COLLAPSED, "failed": 
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended."""
+    """End of a run."""
 
     status: str
     """done | collapsed | preempted | failed (the loss is no longer finite)"""

@@ -60,7 +60,7 @@ class Journal:
         self._put(kind, False, fields)
 
     def progress_is_due(self) -> bool:
-        """By the clock of this rank."""
+        """True when the next line on the screen is due, by the clock of this rank."""
         return self._progress.is_due()
 
     def progress(self, share: float, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The line that a person watches: painted at once, then after the first step and by time."""
+"""Progress line: painted at once, then after the first step and by time."""
 
 import os
 import time
@@ -17,7 +17,7 @@ class ProgressLine:
     """One live line in a terminal (wrapped where it is narrow), a plain line from time to time elsewhere."""
 
     def __init__(self, console: Console, doing: str, clock: Callable[[], float] = time.perf_counter):
-        """`doing`: what a terminal shows before the first numbers."""
+        """`doing`: text that a terminal shows before the first numbers."""
         self._console, self._clock = console, clock
         self._every = LIVE_EVERY if console.is_terminal else PLAIN_EVERY
         self._first: tuple[float, float] | None = None
@@ -28,16 +28,16 @@ class ProgressLine:
             self._live.start(refresh=True)
 
     def is_due(self) -> bool:
-        """Whether numbers should be shown now: the first ones at once, the next after some seconds."""
+        """True where numbers should be shown now: the first ones at once, the next after some seconds."""
         return self._shown_at is None or self._clock() - self._shown_at >= self._every
 
     def doing(self, text: str) -> None:
-        """What goes on meanwhile, in a terminal."""
+        """Show the work in progress, in a terminal."""
         if self._live:
             self._live.update(Text(text), refresh=True)
 
     def show(self, share: float, text: str) -> None:
-        """`share`: of the run, done by now. The time left is told from the second line on: the first step compiles,
+        """`share`: of the run, done by now. The time left is shown from the second line on: the first step compiles,
         opens files and fills buffers.
         """
         self._shown_at = self._clock()
@@ -56,7 +56,7 @@ class ProgressLine:
             self._live.stop()
 
     def give_back_cursor(self) -> None:
-        """From another thread, before the process ends without unwinding: the live line has hidden it."""
+        """Show the cursor, which the live line hides; called by another thread before an end without unwinding."""
         if self._live:
             os.write(self._console.file.fileno(), SHOW_CURSOR + b"\n")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from fastsiam.config import Config
-from fastsiam.errors import ExitCode, UserError
+from fastsiam.errors import ExitCode, Notice, UserError
 from fastsiam.optim.build import large_batch_warning
 from fastsiam.run import resume
 from fastsiam.run.checkpoint import Checkpoints
@@ -52,7 +52,7 @@ class Run:
         stack: contextlib.ExitStack,
         signals: StopSignals,
     ):
-        """Of parts that are open already; see `open`."""
+        """Takes parts that are open already; see `open`."""
         self.config, self.runtime, self.data, self.progress = config, runtime, data, progress
         self.folder, self.journal, self.signals = folder, journal, signals
         self.on_close = stack.callback
@@ -229,7 +229,8 @@ class Run:
 
     def fail(self, reason, **details):
         """Any rank may write it, for the first may be the one that has gone."""
-        self.folder.set_status("failed", step=self.progress.state.step, reason=reason, **details)
+        code = {"code": reason.code} if isinstance(reason, Notice) else {}
+        self.folder.set_status("failed", step=self.progress.state.step, reason=reason, **code, **details)
 
 
 def _report_resumption(run: Run, saved: dict) -> None:

@@ -86,7 +86,7 @@ class StopSignals:
             elif number == signal.SIGINT or (number == signal.SIGTERM and first == signal.SIGINT):
                 try:
                     self._abandon()
-                    self._say(b"ended at once; the same command goes on from the last checkpoint, if there is one\n")
+                    self._say(b"ended at once; rerun the command to resume from the last checkpoint, if there is one\n")
                 finally:
                     os._exit(AT_ONCE)
 

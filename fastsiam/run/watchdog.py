@@ -1,4 +1,4 @@
-"""A run that hangs says where and ends, so that whoever started it can start it again.
+"""Watchdog that ends a hanging run and writes where it hangs, so that a scheduler can start it again.
 
 A collective that one process never joins, a stuck file system or a decoder in a deadlock would otherwise hold the GPUs
 until somebody looks.
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastsiam.errors import ExitCode
+from fastsiam.errors import ExitCode, Notice
 
 STDERR = 2
 # In the stacks that faulthandler writes.
@@ -37,7 +37,7 @@ class Watchdog:
     faulthandler's C thread is always armed for a little later: it writes the stacks and ends the process with code 1,
     and `end` is not called. faulthandler has one such timer per process, and it belongs to this class meanwhile.
 
-    A process that is stopped from outside (SIGSTOP) for longer than `seconds` counts as stuck when it goes on.
+    A process that is stopped from outside (SIGSTOP) for longer than `seconds` counts as stuck when it continues.
     """
 
     def __init__(self, folder: Path, seconds: float, rank: int, end: Callable[[str], None]):
@@ -111,15 +111,16 @@ class Watchdog:
         # From here on the C thread watches the ending.
         self._dump_later(ENDING)
         where = self._dump()
-        sentence = (
-            f"no step for {self._seconds:g} s (train.watchdog_seconds); the stacks of all threads are {where}; "
-            "the same command goes on from the last checkpoint"
+        sentence = Notice(
+            f"train.watchdog_seconds: no training step finished in {self._seconds:g} s; thread stacks are {where}; "
+            "rerun the command to resume from the last checkpoint",
+            "stuck",
         )
         # The other ranks wait for this one and are as late: torchrun would end them before their stacks are written.
         time.sleep(2 * self._look)
         try:
             with contextlib.suppress(OSError):
-                os.write(STDERR, f"fastsiam: {sentence}\n".encode())
+                os.write(STDERR, f"fastsiam: {sentence} [{sentence.code}]\n".encode())
             self._end(sentence)
         except OSError as error:
             os.write(STDERR, f"fastsiam: and its status is not written: {error}\n".encode())

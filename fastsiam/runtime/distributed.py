@@ -83,7 +83,7 @@ class World:
         store = dist.PrefixStore(greeted(self._store, self.rank, self.size), self._store)
         if asked != "cpu":
             self.has_own_gpu = self._finds_own_gpu(store)
-        # Fewer devices than processes are a mistake that the ranks tell each other of, through gloo.
+        # Fewer devices than processes are an error that the ranks exchange through gloo.
         cuda = asked != "cpu" and (self.has_own_gpu or self.local_size <= torch.cuda.device_count())
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
@@ -104,7 +104,7 @@ class World:
 
     @property
     def device_ranks(self) -> int:
-        """How many ranks need a GPU of those that this one sees."""
+        """Number of ranks that need a GPU among those that this one sees."""
         return 1 if self.has_own_gpu else self.local_size
 
     def _finds_own_gpu(self, store):

@@ -16,7 +16,7 @@ _DEFAULT = {_MMAP_MAX: 65536, _MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 
 
 
 def keep_freed() -> bool:
-    """From now on freed memory stays with the process; False where the C library is not glibc."""
+    """Keep freed memory with the process from now on; returns False where the C library is not glibc."""
     return _set(_KEPT)
 
 

@@ -16,7 +16,7 @@ _AS_BEFORE = "auto: as in the checkpoint"
 
 @dataclass(frozen=True)
 class Runtime:
-    """What a run computes with. Inside the block PyTorch and malloc are set for it; its exit puts them back.
+    """Processes, device and precision of a run. PyTorch and malloc are set for it inside the block, and put back after.
 
     The settings are CUDA's current device, cuDNN's search for the fastest algorithm, DDP's splitting of compiled
     graphs, the memory that malloc keeps, and torch's random state.
@@ -32,7 +32,7 @@ class Runtime:
 
     @classmethod
     def of(cls, settings: TrainConfig, world: World | None = None, before: dict | None = None) -> "Runtime":
-        """What the `train` section of a config leads to on this machine.
+        """Decide the `train` section of a config for this machine.
 
         `world`: the ranks, which have joined; None for this process alone. `before`: the `names` of the checkpoint
         that a run resumes from, as far as it holds them. Where the config says auto, its precision is kept if this

@@ -115,7 +115,7 @@ class CostMeter:
         return self._joules is None
 
     def joules_per_image(self, images: int) -> float | None:
-        """Of the whole run, evaluation and lost work included."""
+        """Joules per image of the whole run, evaluation and lost work included."""
         return None if self.joules is None or not images else self.joules / images
 
     def fields(self, joules_per_image: float | None) -> dict[str, float | None]:

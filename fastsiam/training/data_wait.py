@@ -1,4 +1,4 @@
-"""How long the device stands still because a batch is late, which is not how long the host waits for it.
+"""Time that the device stands still for want of a batch, which is not the time that the host waits for it.
 
 On a GPU the host runs ahead: it may wait for the next batch during the whole of a step that needs no batch yet.
 """
@@ -18,7 +18,7 @@ class Event(Protocol):
         """The place is behind what has been enqueued so far."""
 
     def query(self) -> bool:
-        """Whether the device has passed it; does not wait."""
+        """True once the device has passed it; does not wait."""
 
     def elapsed_time(self, later: "Event") -> float:
         """Milliseconds on the device between two places that it has passed."""

@@ -171,7 +171,7 @@ class TrainingStep:
         return UserError(out_of_memory_advice(self._batch_size, fits), "out-of-memory")
 
     def _blank_views(self, like, batch_size):
-        """Of the full size, with the dtype and device of `like`."""
+        """Zeros as views of the full size, with the dtype and device of `like`."""
         side = self._full_size
         views = like.new_zeros(self._num_views * batch_size, 3, side, side)
         return views.contiguous(memory_format=torch.channels_last)

