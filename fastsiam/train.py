@@ -107,7 +107,8 @@ def opened(
     from fastsiam.training.step import TrainingStep
 
     world = world or World()
-    with started(config, world, began) as (runtime, data, progress, folder, saved, journal):
+    with started(config, world, began) as start:
+        runtime, data, progress, folder, _, journal = start
         result = world.share(finished(config, folder, progress, journal) if world.is_first else None)
         if result is not None:
             yield None, result
@@ -118,12 +119,12 @@ def opened(
             method.to(memory_format=torch.channels_last)
         with world.together():
             optimizer = build_optimizer(method, config)
-        with Run.open(config, runtime, data, progress, folder, journal) as run:
+        with Run.open(config, start) as run:
             step = TrainingStep(method, optimizer, config, runtime, run.watchdog.paused)
             step.rehearse_growth()
             evaluation = EvaluationSchedule(config, method, data, progress, journal, folder.path, run.watchdog)
             run.on_close(evaluation.close)
-            run.begin(saved, step, evaluation)
+            run.begin(step, evaluation)
             yield Parts(data, step, progress, evaluation, run), None
 
 

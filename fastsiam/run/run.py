@@ -13,16 +13,12 @@ from fastsiam.run import resume
 from fastsiam.run.checkpoint import Checkpoints
 from fastsiam.run.console import described, opening_lines
 from fastsiam.run.evaluation_schedule import EvaluationSchedule
-from fastsiam.run.folder import RunFolder
-from fastsiam.run.metrics import Journal
+from fastsiam.run.start import Start
 from fastsiam.run.stop_signals import StopSignals
 from fastsiam.run.train_log import TrainLog
-from fastsiam.run.training_data import TrainingData
 from fastsiam.run.watchdog import Watchdog
 from fastsiam.runtime.distributed import is_lost_peer
-from fastsiam.runtime.runtime import Runtime
 from fastsiam.training.data_wait import data_wait_on
-from fastsiam.training.progress import Progress
 from fastsiam.training.step import Reading, TrainingStep
 from fastsiam.training.timing import Stopwatch
 
@@ -41,50 +37,31 @@ class Asked(NamedTuple):
 class Run:
     """Writes what a run leaves behind. One for each rank, which call the same methods in the same order."""
 
-    def __init__(
-        self,
-        config: Config,
-        runtime: Runtime,
-        data: TrainingData,
-        progress: Progress,
-        folder: RunFolder,
-        journal: Journal,
-        stack: contextlib.ExitStack,
-        signals: StopSignals,
-    ):
+    def __init__(self, config: Config, start: Start, stack: contextlib.ExitStack, signals: StopSignals):
         """Takes parts that are open already; see `open`."""
-        self.config, self.runtime, self.data, self.progress = config, runtime, data, progress
-        self.folder, self.journal, self.signals = folder, journal, signals
+        self.config, self.signals, self._saved = config, signals, start.saved
+        self.runtime, self.data, self.progress = start.runtime, start.data, start.progress
+        self.folder, self.journal = start.folder, start.journal
         self.on_close = stack.callback
-        state = progress.state
-        self.clock = Stopwatch(state, data_wait_on(runtime.device), began=progress.cost.opened)
-        self.log = TrainLog(data, progress, self.clock, journal)
-        self.watchdog = stack.enter_context(
-            Watchdog(folder.path, config.train.watchdog_seconds, runtime.world.rank, self.fail)
-        )
-        is_first = runtime.world.is_first
-        self.checkpoints = Checkpoints(folder.path, config.checkpoint, progress, is_first, journal.warn)
+        progress, journal, path = start.progress, start.journal, start.folder.path
+        world = start.runtime.world
+        self.clock = Stopwatch(progress.state, data_wait_on(start.runtime.device), progress.cost.opened)
+        self.log = TrainLog(start.data, progress, self.clock, journal)
+        self.watchdog = stack.enter_context(Watchdog(path, config.train.watchdog_seconds, world.rank, self.fail))
+        self.checkpoints = Checkpoints(path, config.checkpoint, progress, world.is_first, journal.warn)
         self.signal: int | None = None
         self.reason: str | None = None
         """Why the run has failed."""
 
     @classmethod
     @contextlib.contextmanager
-    def open(
-        cls,
-        config: Config,
-        runtime: Runtime,
-        data: TrainingData,
-        progress: Progress,
-        folder: RunFolder,
-        journal: Journal,
-    ) -> Iterator["Run"]:
+    def open(cls, config: Config, start: Start) -> Iterator["Run"]:
         """Enter the run folder, and leave it in order, whatever ends the block; all ranks must call.
 
         SIGTERM, SIGUSR1 and Ctrl-C are noted for `ask_ranks` meanwhile. Raises `UserError` where the folder cannot be
         entered.
         """
-        run, world = None, runtime.world
+        run, world, folder, journal = None, start.runtime.world, start.folder, start.journal
 
         def abandon():
             if run is not None:
@@ -96,10 +73,10 @@ class Run:
             stack.callback(journal.close)
             with world.together():
                 if world.is_first:
-                    folder.open(described(runtime, data, progress.cost))
-            stack.enter_context(progress.cost)
-            progress.read_energy()
-            run = cls(config, runtime, data, progress, folder, journal, stack, signals)
+                    folder.open(described(start.runtime, start.data, start.progress.cost))
+            stack.enter_context(start.progress.cost)
+            start.progress.read_energy()
+            run = cls(config, start, stack, signals)
             try:
                 run.set_status("running", pid=os.getpid())
                 journal.attach(folder.write, run._where)
@@ -108,9 +85,10 @@ class Run:
                 _note(run, error)
                 raise
 
-    def begin(self, saved: dict, step: TrainingStep, evaluation: EvaluationSchedule) -> None:
-        """Print the first lines, then restore the checkpoint `saved`, or begin a new run where it is empty."""
+    def begin(self, step: TrainingStep, evaluation: EvaluationSchedule) -> None:
+        """Print the first lines, then restore the checkpoint of an earlier start, or begin a new run."""
         config, data, world, journal = self.config, self.data, self.runtime.world, self.journal
+        saved = self._saved
         for line in opening_lines(config, self.runtime, data, f"run folder {self.folder.path}"):
             journal.say(line)
         elsewhere = None
