@@ -1,11 +1,8 @@
-"""Training on JPEGs by a run, beside its loader alone and its step alone, and which of the two is the limit.
+"""Training on JPEGs by the product, beside its loader alone and its step alone, and which of the two is the limit.
 
-On a CPU loader and step share the cores, so that training is slower than either; on a GPU they run side by side.
+On a CPU loader and step share the cores, so training is slower than either; on a GPU they run side by side.
 """
 
-import contextlib
-import io
-import itertools
 import sys
 import tempfile
 import time
@@ -16,11 +13,13 @@ import torch
 
 from benchmarks.harness.cli import command
 from benchmarks.harness.images import photographs
+from benchmarks.harness.product import ProductRun
 from benchmarks.harness.results import Results
-from benchmarks.harness.timing import Samples, take_turns
+from benchmarks.harness.timing import Samples, take_turns, timed
 from benchmarks.loader import DRAWN_IMAGES, files_of
 from fastsiam.config import Config, load_config
-from fastsiam.train import Parts, opened
+from fastsiam.data.build import build_loader
+from fastsiam.data.loader import Loader
 
 CONFIG = "r50_100ep"
 # Batch and steps a sample.
@@ -30,45 +29,37 @@ REPEATS = 10
 
 
 class EndToEnd:
-    """One run and three ways to time it; each returns seconds per step.
+    """Three ways to time one run; each returns seconds per step.
 
-    A real epoch is long: of training the first step is left out, in which the loader starts.
+    The loader alone is a second one: that of the run has an epoch open while the run stands still.
     """
 
-    def __init__(self, parts: Parts):
-        self.data, self._step, self.steps = parts.data, parts.step, parts.data.steps_per_epoch
-        self.views = next(self.data.loader.epoch(0)).views
-        self._numbers = itertools.count(1)
+    def __init__(self, run: ProductRun, loader: Loader):
+        self._run, self._loader = run, loader
+        self._device, self.steps = run.parts.data.runtime.device, loader.steps_per_epoch
+        self._views = next(loader.epoch(0)).views
 
     def loader(self, epoch: int) -> float:
-        """A whole epoch of batches, as many as training takes."""
-        start = self._now()
-        delivered = sum(1 for _ in self.data.loader.epoch(epoch))
-        seconds = self._now() - start
-        assert delivered == self.steps, f"{delivered} of {self.steps} batches"
-        return seconds / self.steps
+        """Times a whole epoch of batches, as many as training takes."""
+
+        def drain():
+            delivered = sum(1 for _ in self._loader.epoch(epoch))
+            assert delivered == self.steps, f"{delivered} of {self.steps} batches"
+
+        return timed(drain, self._device) / self.steps
 
     def step(self, _epoch: int) -> float:
-        """Steps on one batch that is already on the device."""
-        start = self._now()
-        for _ in range(self.steps - 1):
-            self._step(self.views, next(self._numbers))
-        return (self._now() - start) / (self.steps - 1)
+        """Times steps on one batch that is already on the device."""
+        return self._seconds(lambda: self._run.parts.step(self._views, 1))
 
-    def end_to_end(self, epoch: int) -> float:
-        """From the end of an epoch's first step to the end of its last."""
-        batches = self.data.loader.epoch(epoch)
-        self._step(next(batches).views, next(self._numbers))
-        start = self._now()
-        for batch in batches:
-            self._step(batch.views, next(self._numbers))
-        return (self._now() - start) / (self.steps - 1)
+    def end_to_end(self, _epoch: int) -> float:
+        """Times the product's loop after the first step of an epoch, in which its loader starts."""
+        self._run()
+        return self._seconds(self._run)
 
-    def _now(self) -> float:
-        device = self.data.runtime.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
+    def _seconds(self, call):
+        timed(lambda: None, self._device)
+        return timed(lambda: [call() for _ in range(self.steps - 1)], self._device) / (self.steps - 1)
 
 
 def in_turns(ways: dict[str, Callable[[int], float]], seconds: float) -> dict[str, Samples]:
@@ -81,7 +72,7 @@ def in_turns(ways: dict[str, Callable[[int], float]], seconds: float) -> dict[st
 
 
 def run(results: Results, *, device: torch.device, minutes: float, images: Path | None = None) -> None:
-    """ResNet-50 at 224 px for about `minutes`; `images` is a folder of JPEGs, drawn ones stand in for none."""
+    """Trains ResNet-50 at 224 px for about `minutes`; `images` is a folder of JPEGs, None draws some."""
     batch_size, steps = BATCH[device.type], STEPS[device.type]
     with tempfile.TemporaryDirectory() as scratch:
         folder, label = photographs(images, scratch, DRAWN_IMAGES)
@@ -96,20 +87,19 @@ def run(results: Results, *, device: torch.device, minutes: float, images: Path 
             "data.val=null",
             f"train.batch_size={batch_size}",
             f"train.device={device.type}",
-            f"run.dir={scratch}",
-            "run.name=run",
         ]
-        config = load_config(CONFIG, overrides)
-        with contextlib.redirect_stdout(io.StringIO()), opened(config) as (parts, _):
-            ways = EndToEnd(parts)
+        with ProductRun(load_config(CONFIG, overrides)) as training:
+            config, data = training.config, training.parts.data
+            options = {"device": data.runtime.device, "dtype": data.runtime.dtype}
+            ways = EndToEnd(training, build_loader(data.config, data.source, **options))
             named = {"loader": ways.loader, "step": ways.step, "end to end": ways.end_to_end}
             taken = in_turns(named, 60 * minutes)
-            description = parts.data.description
+            description = data.description
         report(results, config, description, label, taken)
 
 
 def report(results: Results, config: Config, description: str, label: str, taken: dict[str, Samples]) -> None:
-    """One line each; that of training says which of the other two is the limit, and its share of it."""
+    """Writes one line each; the line of training names the slower of the other two, and its share of that."""
     model, batch_size = config.model, config.train.batch_size
     params = {"encoder": model.encoder, "size": config.views.size, "batch": batch_size, "photographs": label}
     rates = {name: batch_size / samples.median for name, samples in taken.items()}

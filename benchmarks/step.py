@@ -1,7 +1,7 @@
-"""Images per second of the whole training step: from the authors' way to ours one switch at a time, then the peers.
+"""Images per second of the whole training step: from the authors' to ours one switch at a time, then the peers.
 
-Views are the synthetic backend's. The row `fastsiam` is a run opened by `fastsiam.train.opened` and therefore what
-`fastsiam.train` runs. fp32 rows run as torch comes, so a GPU convolves them in TF32.
+Views are the synthetic backend's. The row `fastsiam` is the product's own loop: schedule, step, log and checks. fp32
+rows run with torch's defaults, so a GPU convolves them in TF32.
 """
 
 import contextlib
@@ -17,11 +17,12 @@ import torch
 
 from benchmarks.harness.cli import command
 from benchmarks.harness.flops import flops_per_image
+from benchmarks.harness.product import ProductRun
 from benchmarks.harness.results import Results
-from benchmarks.harness.timing import MIN_ROUNDS, Samples, count_launches, interleave, peak_memory
+from benchmarks.harness.timing import MIN_ROUNDS, Samples, count_launches, interleave, peak_memory, timed
 from benchmarks.harness.worker_process import Aside
 from benchmarks.peers import AbsentError, lightly, solo_learn
-from benchmarks.variants.step import Inputs, Switches, ablation, build_ablated, build_product, initial_weights, product
+from benchmarks.variants.step import Inputs, Switches, ablation, build_ablated, initial_weights, product
 from fastsiam.config import Config, load_config
 from fastsiam.errors import UserError
 from fastsiam.runtime import malloc
@@ -93,7 +94,6 @@ class Setting:
             build = functools.partial(build_ablated, switches, self.config, self.weights, self.device)
             rows.append(Row(name, switches, build, needed=name == "authors"))
         ours = product(self.device, self.dtype)
-        rows.append(Row("fastsiam", ours, functools.partial(build_product, self.config, stack), needed=True))
         plain = Switches(forward="lightly")
         fast = replace(plain, precision=ours.precision, channels_last=True)
         rows.append(Row("lightly", plain, self._peer(lightly.build_step, plain), needed=True))
@@ -105,6 +105,8 @@ class Setting:
         rows.append(Row("solo-learn", solo, build, needed=True))
         for row in rows:
             row.build = functools.partial(self._on_inputs, row.build, row.switches)
+        own = Row("fastsiam", ours, lambda: stack.enter_context(ProductRun(self.config)), needed=True)
+        rows.insert(next(index for index, row in enumerate(rows) if row.name == "lightly"), own)
         return rows
 
     def _on_inputs(self, build, switches):
@@ -175,7 +177,8 @@ def chosen(rows: list[Row], wanted: tuple[str, ...]) -> list[Row]:
     """Those of these names, or all where none is named; `UserError` lists the names where one is not there."""
     unknown = [name for name in wanted if name not in {row.name for row in rows}]
     if unknown:
-        raise UserError(f"--rows: there is no {', '.join(unknown)}; there are {', '.join(row.name for row in rows)}")
+        known = "; ".join(row.name for row in rows)
+        raise UserError(f"--rows: {'; '.join(unknown)} is not a row; write some of {known}", code="unknown-row")
     rows = [row for row in rows if not wanted or row.name in wanted]
     for row in rows:
         row.needed |= bool(wanted)
@@ -239,15 +242,6 @@ def write(results: Results, setting: Setting, row: Row, samples: Samples | None,
     else:
         numbers = setting.numbers(row, setting.params["batch"] / samples.median)
         results.add("step", row.name, setting.params, samples, **numbers, **more)
-
-
-def timed(function: Callable, device: torch.device) -> float:
-    """Seconds of one call, to the end of the device's work."""
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def free(rows: list[Row]) -> None:

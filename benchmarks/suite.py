@@ -83,7 +83,8 @@ def run(out: Path, clock: Clock, device: str, options: dict[str, Path | int | No
     """Run all of BENCHMARKS into `out` and print their tables; returns what failed, as "NAME (why)"."""
     taken = [benchmark.name for benchmark in BENCHMARKS if (out / f"{benchmark.name}.jsonl").exists()]
     if taken:
-        raise UserError(f"--out: {out} already holds results of {', '.join(taken)}; name another folder")
+        message = f"--out: {out} already holds results of {', '.join(taken)}; choose another folder"
+        raise UserError(message, code="results-exist")
     out.mkdir(parents=True, exist_ok=True)
     failed = []
     try:
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         options = {"images": images.resolve(), "solo_learn": solo_learn, "ranks": arguments.ranks}
         failed = run(out, clock, arguments.device, options)
     except UserError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
+        print(f"benchmarks: {error} [{error.code}]", file=sys.stderr)
         return 2
     if failed:
         print(f"benchmarks: failed: {', '.join(failed)}", file=sys.stderr)

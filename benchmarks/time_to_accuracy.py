@@ -68,7 +68,8 @@ def in_words(name: str, own: float) -> float:
     except ValueError:
         rate = 0.0
     if not rate > 0:
-        raise UserError(f"--rates: '{name}' is neither a positive base_lr, as in 0.4, nor a multiple, as in 2x")
+        message = f"--rates: '{name}' is not a rate; write a positive base_lr, as in 0.4, or a multiple, as in 2x"
+        raise UserError(message, code="not-a-rate")
     return rate
 
 
@@ -104,7 +105,8 @@ class Race:
             for variant, rate in best.items():
                 self._one(variant, seed, rate, total)
         if not best:
-            raise UserError(f"--contestants: none of {', '.join(contestants)} can run here")
+            message = f"--contestants: none of {', '.join(contestants)} can run here; name others"
+            raise UserError(message, code="no-contestant")
 
     def _one(self, variant, seed, base_lr, total) -> dict | None:
         """The line of a run, old or new; None for a peer that is absent."""
@@ -202,9 +204,11 @@ def check_config(config: Config) -> None:
     )
     for key, value, needed in wanted:
         if value != needed:
-            raise UserError(f"{key}: {value}, but the contestants of a race have {needed}; set it so")
+            message = f"{key}: {value} is not what all contestants of a race have; set it to {needed}"
+            raise UserError(message, code="not-in-common")
     if config.data.val is None or config.data.backend in ("synthetic", "ffcv"):
-        raise UserError("data.val and data.backend: a race reads labelled image files; set data.val, and no .beton")
+        message = "data.val: a race reads labelled image files; set data.val, and a data.backend that decodes"
+        raise UserError(message, code="no-image-files")
 
 
 class Images(NamedTuple):
@@ -255,9 +259,10 @@ def run(
     """
     for name in contestants:
         if name not in CONTESTANTS:
-            raise UserError(f"--contestants: '{name}' is not one of {', '.join(CONTESTANTS)}")
+            message = f"--contestants: '{name}' is unknown; write some of {', '.join(CONTESTANTS)}"
+            raise UserError(message, code="unknown-contestant")
     if seeds < 1 or not contestants or not rates or not own_rates:
-        raise UserError("--seeds, --contestants and --rates: at least one of each")
+        raise UserError("--seeds: a race needs a seed, a contestant and a rate; give one of each", code="empty-race")
     with tempfile.TemporaryDirectory() as scratch:
         lists = (results.folder or Path(scratch)).resolve() / "images"
         images = images_of(config, device.type, data, train, val, lists)
@@ -291,7 +296,8 @@ def conclude(folder: Path, params: dict) -> None:
     try:
         paths = plot.draw(found, controls_of, folder, BENCHMARK)
     except ImportError as error:
-        raise UserError(f"--out: the plot needs matplotlib ({error}); pip install matplotlib") from error
+        message = f"--out: the plot needs matplotlib ({error}); pip install matplotlib"
+        raise UserError(message, code="no-matplotlib") from error
     print(f"written: {', '.join(map(str, paths))}")
 
 

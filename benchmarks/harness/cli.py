@@ -69,6 +69,6 @@ def command(
         options = {option: getattr(arguments, option) for option in taken}
         run(Results(arguments.out, device), device=device, minutes=arguments.minutes, **options)
     except UserError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
+        print(f"benchmarks: {error} [{error.code}]", file=sys.stderr)
         return 2
     return 0

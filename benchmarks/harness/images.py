@@ -32,7 +32,8 @@ def photographs(folder: Path | str | None, cache: Path | str, count: int) -> tup
     if folder is not None:
         root = Path(folder)
         if not any(path.suffix.lower() in SUFFIXES for path in root.rglob("*")):
-            raise UserError(f"--images: {root} holds no file that ends in {' or '.join(SUFFIXES)}")
+            endings = " or ".join(SUFFIXES)
+            raise UserError(f"--images: {root} holds no file that ends in {endings}; give another", code="no-jpegs")
         return root, root.resolve().name
     root = Path(cache) / DRAWN
     for index in range(count):

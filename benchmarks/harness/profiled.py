@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(arguments, choose_device(arguments.device))
     except UserError as error:
-        print(f"benchmarks: {error}", file=sys.stderr)
+        print(f"benchmarks: {error} [{error.code}]", file=sys.stderr)
         return 2
 
 

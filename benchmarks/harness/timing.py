@@ -164,6 +164,15 @@ class _CudaTimer:
         return self._cycles_per_second
 
 
+def timed(function: Callable, device: torch.device) -> float:
+    """Returns seconds of one call, to the end of the device's work."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 def copy_bandwidth(device: torch.device, size: int | None = None, seconds: float | None = 10.0) -> float:
     """Bytes read plus bytes written per second by a copy of `size` bytes on the device, the median of 10.
 

@@ -30,7 +30,7 @@ def check_installed(checkout: Path | None) -> None:
     if checkout is None:
         raise AbsentError(NO_PATH)
     if not (checkout / "solo" / "methods" / "simsiam.py").is_file():
-        raise AbsentError(f"{checkout} is no checkout of solo-learn; {NO_PATH}")
+        raise AbsentError(f"{checkout} is not a checkout of solo-learn; {NO_PATH}")
     if str(checkout) not in sys.path:
         sys.path.append(str(checkout))
     try:

@@ -1,10 +1,10 @@
-"""Who takes part in a race to a kNN accuracy: the product, and SimSiam as three other projects run it.
+"""Contestants of a race to a kNN accuracy: the product, and SimSiam as three other projects run it.
 
 All of them train one model (architecture and initial weights of the config and its seed) on the same files with the
 same batch, rate schedule and augmentation numbers. Each brings its own loader, step, precision and memory layout:
 
-- fastsiam: what `fastsiam.train` runs for the config, by the same parts. Beside it, whatever the config has: with two
-  views of one size (plain), with four of one size, and with two that grow from half of it.
+- fastsiam: the product's own loop with the config, its schedule, log and checks included. Beside it, whatever the
+  config has: with two views of one size (plain), with four of one size, and with two that grow from half of it.
 - authors: PIL transforms in a DataLoader, fp32, eager; their predictor keeps its rate where the config's does.
 - lightly: its transform, heads and loss, fp32, eager, one rate for all parameters, as its example has it.
 - lightly + bf16 + channels-last: the same with the two switches that its example leaves off.
@@ -14,6 +14,7 @@ same batch, rate schedule and augmentation numbers. Each brings its own loader, 
 - solo-learn DALI: the same with the DALI pipeline that its configs for folders of images ask for.
 """
 
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -25,21 +26,20 @@ import torch
 from torch import nn
 
 import fastsiam
+from benchmarks.harness.product import ProductRun
 from benchmarks.peers import authors, lightly, solo_learn
 from fastsiam.config import Config
-from fastsiam.config.views import size_at, view_specs
-from fastsiam.data.build import build_loader
+from fastsiam.config.views import view_specs
 from fastsiam.data.sources.source import ImageSource
-from fastsiam.optim.build import build_optimizer
-from fastsiam.runtime import malloc
+from fastsiam.optim.build import set_learning_rate
 from fastsiam.runtime.device import DTYPES, autocast, choose_precision
-from fastsiam.runtime.runtime import Runtime
-from fastsiam.training.step import TrainingStep
 
 FASTSIAM = "fastsiam"
 PLAIN, FOUR_VIEWS, GROWING = "fastsiam plain", "fastsiam + 4 views", "fastsiam + growing views"
 OURS = (FASTSIAM, PLAIN, FOUR_VIEWS, GROWING)
 CHANNELS_LAST = "channels-last"
+# Parts in which the product counts its progress.
+WHOLE = 10**9
 
 
 @dataclass(frozen=True)
@@ -55,38 +55,85 @@ class Loading:
 
 @dataclass
 class Contestant:
-    """A model with the one step that trains it and the one loader that feeds it."""
+    """Model with the one step that trains it and the one loader that feeds it."""
 
     step: Callable[[torch.Tensor], torch.Tensor]
-    """From views [2N, 3, S, S] on the device to the loss of one training step, detached."""
+    """Maps views [2N, 3, S, S] on the device to the loss of one training step, detached."""
     epoch: Callable[[int], Iterable[torch.Tensor]]
-    """The views of an epoch's batches."""
+    """Returns the views of an epoch's batches."""
     model: nn.Module
     encoder: nn.Module
     """The part of `model` whose pooled features are evaluated."""
     optimizer: torch.optim.Optimizer
     """Groups with `scheduled`, for `fastsiam.optim.set_learning_rate`."""
     facts: dict[str, str | bool] = field(default_factory=dict)
-    """How it runs, for its result line: precision, memory format, compiler, loader."""
-    progress: float = 0.0
-    """The share of its time that is over: what the size of an epoch's views may depend on."""
+    """Facts of its result line: precision, memory format, compiler, loader."""
     sizes: tuple[int, ...] = ()
-    """Of its views, where there are several; each has a graph of its own to compile."""
+    """Sizes of its views, where there are several; each has a graph of its own to compile."""
     size: int | None = None
-    """One of them, whatever the progress says: for the warm-up."""
+    """The size of the views of `epoch`; None: as that function has them."""
+    close: Callable[[], None] = lambda: None
+    _stream: Iterator[torch.Tensor] | None = None
+    _loss: torch.Tensor | None = None
 
     def batches(self) -> Iterator[torch.Tensor]:
-        """Epoch after epoch, without end."""
-        number = 0
-        while True:
+        """Yields views of epoch after epoch, without end."""
+        for number in itertools.count():
             yield from self.epoch(number)
-            number += 1
+
+    def train_step(self, config: Config, progress: float) -> None:
+        """Takes one step on the next batch at the learning rate of `progress`, the share of its time that is over."""
+        if self._stream is None:
+            self._stream = self.batches()
+        set_learning_rate(self.optimizer, config, progress)
+        self._loss = self.step(next(self._stream))
+
+    def loss(self) -> float:
+        """Returns the loss of the last step; waits for the device."""
+        return self._loss.item()
 
     def train(self) -> None:
         self.model.train()
 
     def eval(self) -> None:
         self.model.eval()
+
+
+class Product(Contestant):
+    """The product's own loop, whose schedule follows the clock of the race in place of its own budget."""
+
+    def __init__(self, config: Config):
+        # The amount does not matter: `measure` is the race's. A last evaluation of no cost keeps nothing in reserve.
+        self.run = ProductRun(config.with_values({"budget": "1000h", "train.epochs": None}))
+        self._share, parts = 0.0, self.run.parts
+        parts.progress.measure = lambda: round(self._share * WHOLE)
+        parts.progress.state.progress = parts.progress.state.evaluation_cost = 0.0
+        runtime, method = parts.data.runtime, parts.step.method
+        facts = {
+            "precision": runtime.names["dtype"],
+            "memory_format": CHANNELS_LAST if config.train.channels_last else "contiguous",
+            "compiled": runtime.compiles,
+            "loader": parts.data.description,
+        }
+        super().__init__(
+            lambda views: parts.step(views, 1)["loss"].detach(),
+            lambda number: (batch.views for batch in parts.data.loader.epoch(number, size=self.size)),
+            method,
+            method.encoder,
+            parts.step.optimizer,
+            facts,
+            sizes=config.views.sizes,
+            close=self.run.close,
+        )
+
+    def train_step(self, config: Config, progress: float) -> None:
+        # At 1 the loop would end.
+        self._share = min(progress, 1 - 1 / WHOLE)
+        self.run.parts.progress.agree()
+        self.run()
+
+    def loss(self) -> float:
+        return self.run.parts.step.read().loss
 
 
 def initial_weights(config: Config) -> dict[str, torch.Tensor]:
@@ -100,47 +147,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def build_fastsiam(config: Config, source: ImageSource, device: torch.device) -> Contestant:
-    """Loader, step, optimizer and precision of a session of this config."""
-    if device.type == "cpu":
-        malloc.keep_freed()
-    runtime = Runtime.of(config.train)
-    loader = build_loader(config, source, device=device, dtype=runtime.dtype)
-    method = fastsiam.build_method(config)
-    method.load_state_dict(initial_weights(config))
-    method.to(device)
-    if config.train.channels_last:
-        method.to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(method, config)
-    train = TrainingStep(method, optimizer, config, runtime)
-    number = 0
-
-    def step(views):
-        nonlocal number
-        number += 1
-        return train(views, number)["loss"].detach()
-
-    def epoch(epoch):
-        size = contestant.size or size_at(config.views.sizes, epoch, contestant.progress)
-        return (batch.views for batch in loader.epoch(epoch, size=size))
-
-    contestant = Contestant(
-        step,
-        epoch,
-        method,
-        method.encoder,
-        optimizer,
-        {
-            "precision": _name(runtime.dtype),
-            "memory_format": CHANNELS_LAST if config.train.channels_last else "contiguous",
-            "compiled": runtime.compiles,
-            "loader": loader.backend.description,
-        },
-        sizes=config.views.sizes,
-    )
-    return contestant
 
 
 def overrides_of(variant: str, config: Config) -> list[str]:

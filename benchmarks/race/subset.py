@@ -14,22 +14,27 @@ def write_list(folder: Path, count: int | None, out: Path, option: str) -> Path:
     """
     source = open_source(str(folder), option)
     if not source.classes:
-        raise UserError(f"{option}: {folder} has no labels, which kNN needs: a folder of images for each class")
+        message = f"{option}: {folder} has no labels; kNN needs a folder of images for each class"
+        raise UserError(message, code="no-labels")
     if source.packed:
-        raise UserError(f"{option}: {folder} holds tar shards, and the others read image files; give a folder of them")
+        message = f"{option}: {folder} holds tar shards, which the peers cannot read; give a folder of image files"
+        raise UserError(message, code="packed-images")
     each = None if count is None else count // len(source.classes)
     if count is not None and (count < 1 or count % len(source.classes)):
-        raise UserError(f"{option}: {count} images are not equally many of {len(source.classes)} classes")
+        message = f"{option}: {count} is not a multiple of the {len(source.classes)} classes; give one that is"
+        raise UserError(message, code="unequal-classes")
     lines = []
     for label, name in enumerate(source.classes):
         members = [index for index in range(len(source)) if source.labels[index] == label]
         if each is not None and len(members) < each:
-            raise UserError(f"{option}: {each} images of each class asked for, and {name} has {len(members)}")
+            message = f"{option}: {each} images of each class are asked for, but {name} has {len(members)}; give less"
+            raise UserError(message, code="too-few-images")
         lines += [f"{folder.name}/{source.path(i).relative_to(source.root)}\t{name}" for i in members[:each]]
     out.mkdir(parents=True, exist_ok=True)
     link = out / folder.name
     if link.is_symlink() and link.resolve() != folder.resolve():
-        raise UserError(f"{option}: {link} leads to {link.resolve()}, another race's images; name another --out")
+        message = f"{option}: {link} leads to {link.resolve()}, another race's images; choose another --out"
+        raise UserError(message, code="other-images")
     if not link.is_symlink():
         link.symlink_to(folder.resolve())
     path = out / f"{folder.name}.txt"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import peers
-from benchmarks.race.contestants import FASTSIAM, OURS, PEERS, Contestant, Loading, build_fastsiam, seed_everything
+from benchmarks.race.contestants import FASTSIAM, OURS, PEERS, Contestant, Loading, Product, seed_everything
 from fastsiam.config import Config
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.image_header import UNREADABLE
@@ -166,54 +166,55 @@ def against_the_clock(
     """
     curve, images, passed = [], 0, 0
     contestant.train()
-    batches = contestant.batches()
     clock.start()
     while passed < evaluations:
-        contestant.progress = min(clock.seconds / seconds, 1.0)
-        set_learning_rate(contestant.optimizer, config, contestant.progress)
-        loss = contestant.step(next(batches))
+        contestant.train_step(config, min(clock.seconds / seconds, 1.0))
         images += config.train.batch_size
         share = min(int(clock.seconds / seconds * evaluations), evaluations)
         if share > passed:
             clock.stop()
             # A step longer than a share stands for all that it has passed: curves of one race are of one length.
             curve += [Point(clock.seconds, images, evaluate())] * (share - passed)
-            passed = share
-            say(f"  {clock.seconds:6.1f} s {images:9,} images   kNN {curve[-1].knn:5.2f} %   loss {loss.item():.3f}")
+            passed, loss = share, contestant.loss()
+            say(f"  {clock.seconds:6.1f} s {images:9,} images   kNN {curve[-1].knn:5.2f} %   loss {loss:.3f}")
             if passed < evaluations:
                 clock.start()
-    final = loss.item()
-    return tuple(curve), final if math.isfinite(final) else None
+    return tuple(curve), loss if math.isfinite(loss) else None
 
 
 def run_job(job: Job) -> Outcome:
-    """Build, warm up, race; for a process of its own. Raises `AbsentError` for a peer that cannot run here."""
+    """Builds, warms up and races, in a process of its own. Raises `AbsentError` for a peer that cannot run here."""
     began = time.perf_counter()
-    contestant, monitor = prepare(job)
-    setup = time.perf_counter() - began
-    warmup = warm_up(contestant, job.config)
-    clock = Clock(_device(job))
-    knn = lambda: monitor.knn(contestant)  # noqa: E731
-    seed_everything(job.config.train.seed)
-    curve, loss = against_the_clock(contestant, job.config, job.seconds, job.evaluations, knn, clock, _say)
+    with prepared(job) as (contestant, monitor):
+        setup = time.perf_counter() - began
+        warmup = warm_up(contestant, job.config)
+        clock = Clock(_device(job))
+        seed_everything(job.config.train.seed)
+        curve, loss = against_the_clock(
+            contestant, job.config, job.seconds, job.evaluations, lambda: monitor.knn(contestant), clock, _say
+        )
     return Outcome(curve, loss, setup, warmup, contestant.facts)
 
 
-def prepare(job: Job) -> tuple[Contestant, OnlineEvaluation]:
-    """The contestant of a job, and what evaluates it: one precision and one code for all."""
+@contextlib.contextmanager
+def prepared(job: Job) -> Iterator[tuple[Contestant, OnlineEvaluation]]:
+    """Yields the contestant of a job and its evaluation, which has one precision and one code for all."""
     device = _device(job)
     torch.backends.cudnn.benchmark = device.type == "cuda"
     seed_everything(job.config.train.seed)
     contestant = build(job)
-    return contestant, build_monitor(job.config, device)
+    try:
+        yield contestant, build_monitor(job.config, device)
+    finally:
+        contestant.close()
 
 
 def build(job: Job) -> Contestant:
     # Workers begin as forks of a process that has imported what all of them need.
     multiprocessing.set_forkserver_preload(["torch", "torchvision.transforms", peers.__name__])
-    source = open_source(job.config.data.train)
     if job.variant in OURS:
-        return build_fastsiam(job.config, source, _device(job))
+        return Product(job.config)
+    source = open_source(job.config.data.train)
     return PEERS[job.variant].build(job.config, source, _device(job), job.checkout, job.loading)
 
 
@@ -227,11 +228,10 @@ def build_monitor(config: Config, device: torch.device) -> OnlineEvaluation:
 
 def controls(config: Config) -> dict[str, float]:
     """kNN without training: of the seed's initial weights with filled batch-norm statistics, and of raw pixels."""
-    job = Job(FASTSIAM, config, 0.0, 0)
-    contestant, monitor = prepare(job)
-    contestant.size = config.views.full_size
-    untrained = monitor.untrained(contestant.model, _Views(contestant))
-    return {"untrained_knn": untrained, "raw_pixels_knn": monitor.raw_pixels()}
+    with prepared(Job(FASTSIAM, config, 0.0, 0)) as (contestant, monitor):
+        contestant.size = config.views.full_size
+        untrained = monitor.untrained(contestant.model, _Views(contestant))
+        return {"untrained_knn": untrained, "raw_pixels_knn": monitor.raw_pixels()}
 
 
 def try_loadings(job: Job) -> dict[Loading, float]:

@@ -1,5 +1,6 @@
-"""The training steps that `benchmarks.distributed` times: ours, and the other ways to reduce its gradients."""
+"""Steps of `benchmarks.distributed`: the product's, and other ways to share statistics and reduce gradients."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -8,13 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
+from benchmarks.harness.product import ProductRun
 from benchmarks.peers import AbsentError
 from benchmarks.variants.step import Forward, Switches
 from fastsiam.config import Config
-from fastsiam.errors import UserError
 from fastsiam.methods import build_method
 from fastsiam.optim.build import build_optimizer
-from fastsiam.runtime.device import autocast
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 from fastsiam.training.step import TrainingStep, data_parallel
@@ -29,66 +29,68 @@ class Way:
     """How a row computes, and what its ranks exchange."""
 
     compiled: str | None = None
-    """one graph, DDP around it; or pieces: DDP's optimiser cuts the graph at the bounds of buckets."""
+    """one graph, with DDP around it; or pieces: DDP's optimiser cuts the graph at the bounds of buckets."""
     statistics: str = "all ranks"
-    """Those of batch norm, per view: of all ranks, of one rank, or SyncBatchNorm: of all ranks, by that class."""
+    """Batch norm's, per view: of all ranks, of one rank, or SyncBatchNorm: of all ranks, by that class."""
     gradients: bool = True
-    """DDP averages them."""
+    """True where DDP averages them."""
 
 
+@dataclass
 class Step:
-    """One step on this rank's views [2N, 3, S, S]; its loss is returned, not read."""
+    """Step on this rank, a function of a call's number; nothing is read back from the device."""
 
-    def __init__(self, module: nn.Module, run: Callable, graphs: Callable[[], int], way: Way):
-        self.module, self.compiles = module, way.compiled is not None
-        self.graphs = graphs
-        """How many graphs have been compiled."""
-        self._run = run
-
-    def __call__(self, views: torch.Tensor) -> torch.Tensor:
-        try:
-            return self._run(views)
-        except UserError as error:
-            raise AbsentError(str(error)) from error
-
-    def check(self) -> None:
-        """Raise `AbsentError` after a step that should have been compiled, and was not."""
-        if self.compiles and not self.graphs():
-            raise AbsentError("torch.compile has compiled nothing")
+    run: Callable[[int], object]
+    module: nn.Module
+    graphs: Callable[[], int]
+    """Returns the number of graphs compiled so far."""
 
 
-def build_step(way: Way, config: Config, device: torch.device, dtype: torch.dtype, world: World) -> Step:
-    """The step of a new model, the same on all ranks; raises `AbsentError` for what this device cannot do."""
-    if way.statistics == "SyncBatchNorm" and device.type != "cuda":
+def build_product(way: Way, config: Config, runtime: Runtime, stack: contextlib.ExitStack) -> Step:
+    """Opens a run of the product, which ends with `stack`, on its own synthetic batch; all ranks must call."""
+    config = config.with_values({"train.compile": "on" if way.compiled else "off"})
+    run = stack.enter_context(ProductRun(config, runtime.world))
+    return Step(run, run.parts.step.method, lambda: _graphs(run.parts.step))
+
+
+def build_step(way: Way, config: Config, runtime: Runtime, views: list[torch.Tensor]) -> Step:
+    """Builds the step of a new model, the same on all ranks, on this rank's `views`, each [2N, 3, S, S].
+
+    Raises `AbsentError` for what this device cannot do.
+    """
+    if way.statistics == "SyncBatchNorm" and runtime.device.type != "cuda":
         raise AbsentError("torch.nn.SyncBatchNorm needs a CUDA device")
     torch.manual_seed(config.train.seed)
     if way.statistics == "SyncBatchNorm":
         # View by view through plain layers: that class has no statistics per view.
-        config = config.with_values({"model.bn_statistics": "joint"})
-        method = nn.SyncBatchNorm.convert_sync_batchnorm(build_method(config))
+        method = build_method(config.with_values({"model.bn_statistics": "joint"}))
+        method = nn.SyncBatchNorm.convert_sync_batchnorm(method)
     else:
-        method = build_method(config, world.size if way.statistics == "all ranks" else 1)
-    method.to(device)
+        method = build_method(config, runtime.world.size if way.statistics == "all ranks" else 1)
+    method.to(runtime.device)
     if config.train.channels_last:
         method.to(memory_format=torch.channels_last)
-    if way.statistics == "SyncBatchNorm" or way.compiled == PIECES:
-        return _around_ddp(way, method, config, device, dtype)
     optimizer = build_optimizer(method, config)
-    runtime = Runtime(world if way.gradients else World(), device, dtype, way.compiled == ONE_GRAPH)
-    # As inside a Runtime's block.
-    torch._dynamo.config.optimize_ddp = False
-    step = TrainingStep(method, optimizer, config, runtime)
-    compiled = step.compiled
-    return Step(
-        method,
-        lambda views: step(views, 1)["loss"].detach(),
-        lambda: compiled.report()["graphs"] if compiled else 0,
-        way,
-    )
+    if way.statistics == "SyncBatchNorm" or way.compiled == PIECES:
+        call, graphs = _around_ddp(way, method, optimizer, runtime)
+    else:
+        world, compiles = runtime.world if way.gradients else World(), way.compiled == ONE_GRAPH
+        step = TrainingStep(method, optimizer, config, Runtime(world, runtime.device, runtime.dtype, compiles, {}))
+        call, graphs = (lambda batch: step(batch, 1)), (lambda: _graphs(step))
+
+    def run(index):
+        with torch._dynamo.config.patch(optimize_ddp=way.compiled == PIECES):
+            call(views[index % len(views)])
+
+    return Step(run, method, graphs)
 
 
-def _around_ddp(way, method, config, device, dtype):
-    """DDP around the plain method, and the compiler, if asked for, around DDP: the order that DDP's optimiser needs."""
+def _graphs(step):
+    return step.compiled.report()["graphs"] if step.compiled else 0
+
+
+def _around_ddp(way, method, optimizer, runtime):
+    """DDP around the plain method, and the compiler, if any, around DDP: the order that DDP's optimiser needs."""
     module = Forward(method, Switches(forward="two_calls", loss="fused")) if way.compiled is None else method
     forward = data_parallel(module)
     graphs = 0
@@ -100,27 +102,22 @@ def _around_ddp(way, method, config, device, dtype):
 
     if way.compiled:
         forward = torch.compile(forward, backend=backend)
-    optimizer = build_optimizer(method, config)
-    precision = autocast(device, dtype)
 
-    def run(views):
+    def step(views):
         optimizer.zero_grad()
-        # Off for the whole process otherwise.
-        with torch._dynamo.config.patch(optimize_ddp=True), precision():
+        with runtime.autocast():
             try:
                 out = forward(views)
             except TorchDynamoException as error:
                 raise AbsentError(f"torch.compile(DDP(method)): {str(error).splitlines()[0]}") from error
-        loss = out["loss"] if isinstance(out, dict) else out
-        loss.backward()
+        (out["loss"] if isinstance(out, dict) else out).backward()
         optimizer.step()
-        return loss.detach()
 
-    return Step(method, run, lambda: graphs, way)
+    return step, lambda: graphs
 
 
 def all_reduce(count: int, device: torch.device) -> Callable[[int], None]:
-    """A function that sums `count` fp32 zeros over all ranks, in DDP's buckets, and waits for them on a CPU."""
+    """Returns a function that sums `count` fp32 zeros over all ranks, in DDP's buckets, and waits for them on a CPU."""
     buckets = torch.zeros(count, device=device).split(BUCKET_BYTES // 4)
 
     def run(index):

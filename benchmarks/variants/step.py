@@ -1,11 +1,7 @@
 """The training steps that `benchmarks.step` times: the authors', ours with one switch more a row, the product's."""
 
-import contextlib
 import dataclasses
 import functools
-import io
-import itertools
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,7 +16,6 @@ from fastsiam.kernels import negative_cosine
 from fastsiam.kernels.reference import negative_cosine_ref
 from fastsiam.optim.build import build_optimizer
 from fastsiam.runtime.device import autocast, choose_compile
-from fastsiam.train import opened
 
 INPUT_SETS = 2
 
@@ -153,15 +148,6 @@ def build_sgd(implementation: str, method: nn.Module, config: Config) -> torch.o
         return optimizer
     groups = [{"params": group["params"]} for group in optimizer.param_groups]
     return torch.optim.SGD(groups, **{key: optimizer.defaults[key] for key in ("lr", "momentum", "weight_decay")})
-
-
-def build_product(config: Config, stack: contextlib.ExitStack) -> Callable:
-    """The step of a run, which ends with `stack`; its run folder is a temporary one, and it prints nothing."""
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    with contextlib.redirect_stdout(io.StringIO()):
-        parts, _ = stack.enter_context(opened(config.with_values({"run.dir": folder, "run.name": "step"})))
-    numbers = itertools.count(1)
-    return lambda views: parts.step(views, next(numbers))["loss"].detach()
 
 
 def check_authors(config: Config, steps: int = 10) -> None:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from benchmarks import suite
 from benchmarks.harness import images
 from benchmarks.harness.checkout import CHECKOUT
 from benchmarks.suite import Benchmark, Clock, main
+from fastsiam.errors import UserError
 from tests.support.processes import run_python
 
 GOOD = """
@@ -88,9 +90,8 @@ def test_one_that_fails_fails_the_suite_and_the_others_run(scripts, tmp_path, ca
     assert scripts(*benchmarks, loss=raises, other="import os; os.abort()", silent="", last=GOOD) == 1
     printed = capfd.readouterr()
     assert "RuntimeError: the kernel is wrong" in printed.err
-    assert printed.err.splitlines()[-1] == (
-        "benchmarks: failed: loss (exit code 1), other (exit code -6), silent (no result lines)"
-    )
+    failed = re.findall(r"(\w+) \(", printed.err.splitlines()[-1])
+    assert failed == ["loss", "other", "silent"]
     left = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert left == ["last.jsonl", "loss.failed"]
 
@@ -108,7 +109,7 @@ time.sleep(600)
     # Three seconds of two minutes.
     assert scripts(Benchmark("hangs", 0.025), Benchmark("loss", 0.975), hangs=hangs, loss=GOOD) == 1
     printed = capfd.readouterr()
-    assert "failed: hangs (stopped after 3 s)" in printed.err
+    assert re.findall(r"(\w+) \(", printed.err.splitlines()[-1]) == ["hangs"]
     assert "loss: a CPU, 1 cores" in printed.out
     process = Path("/proc", (tmp_path / "child").read_text(), "stat")
     while process.exists() and process.read_text().rpartition(")")[2].split()[0] != "Z":
@@ -116,7 +117,8 @@ time.sleep(600)
 
 
 def test_one_for_which_there_is_no_time_is_not_begun(tmp_path):
-    assert suite.run_one(TWO[0], tmp_path, 0.0, "cpu", {}, limit=2.0) == "not begun: the time was over"
+    assert suite.run_one(TWO[0], tmp_path, 0.0, "cpu", {}, limit=2.0)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_suite_that_is_ended_prints_what_it_has(tmp_path, photos):
@@ -146,7 +148,7 @@ def test_results_are_not_mixed(scripts, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "loss.jsonl").write_text("")
     assert scripts(Benchmark("loss", 1.0), loss=GOOD) == 2
-    assert "already holds results of loss" in capsys.readouterr().err
+    assert "[results-exist]" in capsys.readouterr().err
 
 
 def test_shares_add_up_and_every_script_takes_its_options():
@@ -178,5 +180,6 @@ def test_drawn_images_are_a_function_of_their_index_and_weigh_as_photographs_do(
 def test_a_folder_of_photographs_goes_by_its_name(photos, tmp_path):
     assert images.photographs(photos, tmp_path / "unused", 99) == (photos, photos.name)
     assert not (tmp_path / "unused").exists()
-    with pytest.raises(ValueError, match=r"holds no file that ends in \.jpg"):
+    with pytest.raises(UserError) as caught:
         images.photographs(tmp_path, tmp_path, 1)
+    assert caught.value.code == "no-jpegs"

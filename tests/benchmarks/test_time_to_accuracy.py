@@ -222,10 +222,10 @@ def test_lists_hold_equally_many_of_each_class(demo_folder, tmp_path):
     expected = [bytes(name).decode() for name in whole.names]
     of_class = [[name for name in expected if name.startswith(f"{label}/")] for label in whole.classes]
     assert names == [name for members in of_class for name in members[:3]]
-    with pytest.raises(UserError, match="--train: 25 images are not equally many of 10 classes"):
-        write_list(demo_folder / "train", 25, tmp_path, "--train")
-    with pytest.raises(UserError, match="9 images of each class asked for, and .* has 8"):
-        write_list(demo_folder / "train", 90, tmp_path, "--train")
+    for count, code in ((25, "unequal-classes"), (90, "too-few-images")):
+        with pytest.raises(UserError) as caught:
+            write_list(demo_folder / "train", count, tmp_path, "--train")
+        assert caught.value.code == code
 
 
 def test_a_killed_race_takes_its_run_with_it(tmp_path):
@@ -258,8 +258,9 @@ def wait_for(condition):
 def test_rates_in_words():
     assert [in_words(word, 0.4) for word in ("0.5x", "1x", "0.3")] == [0.2, 0.4, 0.3]
     for wrong in ("x", "fast", "0", "-1x", "nan"):
-        with pytest.raises(UserError, match="--rates"):
+        with pytest.raises(UserError) as caught:
             in_words(wrong, 0.4)
+        assert caught.value.code == "not-a-rate"
 
 
 def test_what_contestants_do_not_share_is_refused(tiny_config):
@@ -270,8 +271,9 @@ def test_what_contestants_do_not_share_is_refused(tiny_config):
         ("views.crop_scale=[0.2, 0.9]", "views.crop_scale"),
         ("method.stop_gradient=false", "method.stop_gradient"),
     ):
-        with pytest.raises(UserError, match=key):
+        with pytest.raises(UserError) as caught:
             check_config(tiny_config(override))
+        assert (caught.value.key, caught.value.code) == (key, "not-in-common")
 
 
 def test_the_races_own_config_can_race():
@@ -283,10 +285,7 @@ def test_the_races_own_config_can_race():
 def test_a_wrong_contestant_is_one_sentence(tmp_path, capsys):
     arguments = ["--out", str(tmp_path), "--contestants", "fastsiam,lightning"]
     assert time_to_accuracy.main(arguments) == 2
-    assert (
-        "--contestants: 'lightning' is not one of fastsiam, fastsiam plain, fastsiam + 4 views, fastsiam + growing"
-        in capsys.readouterr().err
-    )
+    assert "[unknown-contestant]" in capsys.readouterr().err
 
 
 def test_a_line_of_another_kind_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """One run of a race: a fair clock, a warm-up that leaves no trace, peers that begin where we begin."""
 
+import contextlib
 import copy
 import importlib.util
 import itertools
@@ -10,27 +11,29 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.race.contestants import PEERS, Loading, Peer, build_fastsiam, overrides_of, seed_everything
+from benchmarks.race.contestants import PEERS, Contestant, Loading, Peer, Product, overrides_of, seed_everything
 from benchmarks.race.timed_run import Clock, Job, Point, against_the_clock, controls, try_loadings, warm_up
 from fastsiam.data.sources.open import open_source
-from fastsiam.runtime import malloc
 
 CPU = torch.device("cpu")
 INSTALLED = ["authors", *(["lightly"] if importlib.util.find_spec("lightly") else [])]
 
 
-@pytest.fixture(autouse=True)
-def memory():
-    """Ours keeps freed memory, as a session does until its end."""
-    yield
-    malloc.give_back_freed()
+@pytest.fixture
+def build():
+    """Returns a function that builds a contestant, which ends with the test."""
+    with contextlib.ExitStack() as stack:
 
+        def make(variant, config):
+            if variant == "fastsiam":
+                contestant = Product(config)
+            else:
+                source = open_source(config.data.train)
+                contestant = PEERS[variant].build(config, source, CPU, None, Loading("PIL", 0))
+            stack.callback(contestant.close)
+            return contestant
 
-def build(variant, config):
-    source = open_source(config.data.train)
-    if variant == "fastsiam":
-        return build_fastsiam(config, source, CPU)
-    return PEERS[variant].build(config, source, CPU, None, Loading("PIL", 0))
+        yield make
 
 
 def bits(contestant):
@@ -43,7 +46,7 @@ def bits(contestant):
 
 @pytest.mark.parametrize("variant", ["fastsiam", "authors"])
 @pytest.mark.parametrize("steps_before", [0, 1])
-def test_warm_up_leaves_every_bit_as_it_was(tiny_config, variant, steps_before):
+def test_warm_up_leaves_every_bit_as_it_was(build, tiny_config, variant, steps_before):
     contestant = build(variant, tiny_config())
     step = contestant.step
 
@@ -72,7 +75,7 @@ def test_warm_up_leaves_every_bit_as_it_was(tiny_config, variant, steps_before):
     assert all(parameter.grad is None for parameter in contestant.model.parameters())
 
 
-def test_a_warmed_up_run_trains_as_one_that_is_not(tiny_config):
+def test_a_warmed_up_run_trains_as_one_that_is_not(build, tiny_config):
     """The authors' loader draws from the global generators, which are put back too."""
     losses = {}
     for warm in (False, True):
@@ -85,8 +88,8 @@ def test_a_warmed_up_run_trains_as_one_that_is_not(tiny_config):
     assert len(set(losses[True])) == 4
 
 
-def test_every_size_of_views_is_warmed_up_before_the_clock(tiny_config):
-    """Each would compile on the clock otherwise; afterwards the size is what the progress says again."""
+def test_every_size_of_views_is_warmed_up_before_the_clock(build, tiny_config):
+    """Each would compile on the clock otherwise; afterwards the size follows progress."""
     config = tiny_config("views.size=24..32")
     contestant = build("fastsiam", config)
     step, sizes = contestant.step, []
@@ -98,7 +101,23 @@ def test_every_size_of_views_is_warmed_up_before_the_clock(tiny_config):
     contestant.step = seen
     warm_up(contestant, config, steps=2)
     assert sizes == [24, 24, 32, 32]
-    assert next(contestant.batches()).shape[-1] == 24
+    contestant.train_step(config, 0.0)
+    assert contestant.run.parts.data.size == 24
+
+
+def test_the_products_schedule_follows_the_clock_of_the_race(build, tiny_config):
+    config = tiny_config("optimizer.warmup=0", "views.size=8..16")
+    contestant, found = build("fastsiam", config), []
+    epoch = contestant.run.parts.data.steps_per_epoch
+    for number in range(3 * epoch):
+        contestant.train_step(config, min(number / epoch / 2, 1.0))
+        found.append((contestant.optimizer.param_groups[0]["lr"], contestant.run.parts.data.size))
+    expected = [config.learning_rate * (1 + math.cos(math.pi * min(n / epoch / 2, 1))) / 2 for n in range(3 * epoch)]
+    assert [rate for rate, _ in found] == pytest.approx(expected, abs=1e-6 * config.learning_rate)
+    # Whole epochs: the second one begins at half of the time, when the full size is due.
+    assert [size for _, size in found] == [8] * epoch + [16] * (2 * epoch)
+    assert contestant.run.parts.progress.state.step == 3 * epoch
+    assert math.isfinite(contestant.loss())
 
 
 def test_controls_see_views_of_the_full_size(tiny_config):
@@ -106,25 +125,20 @@ def test_controls_see_views_of_the_full_size(tiny_config):
     assert controls(tiny_config("views.size=8..16")) == controls(tiny_config())
 
 
-class Paced:
-    """A contestant whose step takes `pace` seconds of a clock that it moves itself."""
+class Paced(Contestant):
+    """Contestant whose step takes `pace` seconds of a clock that it moves itself."""
 
     def __init__(self, pace, config):
         self.time, self.pace, self.rates = 0.0, pace, []
-        weight = torch.nn.Parameter(torch.zeros(1))
-        groups = [{"params": [weight], "scheduled": True}]
-        self.optimizer = torch.optim.SGD(groups, lr=config.learning_rate)
+        model = torch.nn.Linear(1, 1)
+        groups = [{"params": list(model.parameters()), "scheduled": True}]
+        optimizer = torch.optim.SGD(groups, lr=config.learning_rate)
+        super().__init__(self.paced_step, lambda number: [None], model, model, optimizer)
 
     def now(self):
         return self.time
 
-    def train(self):
-        pass
-
-    def batches(self):
-        return itertools.repeat(None)
-
-    def step(self, _views):
+    def paced_step(self, _views):
         self.rates.append(self.optimizer.param_groups[0]["lr"])
         self.time += self.pace
         return torch.tensor(-0.5)
@@ -169,7 +183,7 @@ def test_everyone_anneals_to_zero_in_the_same_time(tiny_config, pace):
 
 
 @pytest.mark.parametrize("variant", INSTALLED)
-def test_peers_begin_with_our_weights_and_our_loss(tiny_config, variant):
+def test_peers_begin_with_our_weights_and_our_loss(build, tiny_config, variant):
     """Seed by seed, on the CIFAR ResNet that torchvision lacks; what their optimizers hold is all of the model."""
     stems = []
     for seed in (0, 1):
@@ -186,7 +200,7 @@ def test_peers_begin_with_our_weights_and_our_loss(tiny_config, variant):
     assert (stems[0] - stems[1]).abs().mean() > 0.05
 
 
-def test_whose_predictor_keeps_its_rate(tiny_config):
+def test_whose_predictor_keeps_its_rate(build, tiny_config):
     scheduled = {}
     for variant in ("fastsiam", *INSTALLED):
         contestant = build(variant, tiny_config())
@@ -195,7 +209,7 @@ def test_whose_predictor_keeps_its_rate(tiny_config):
     assert scheduled == {name: expected[name] for name in ("fastsiam", *INSTALLED)}
 
 
-def test_peers_see_the_configs_views(tiny_config):
+def test_peers_see_the_configs_views(build, tiny_config):
     """Without jitter, grey and flip, and with crops of the whole image: both views are the resized image."""
     plain = [f"views.{key}=0.0" for key in ("jitter", "grayscale", "flip")]
     config = tiny_config("views.size=48", "views.crop_scale=[1.0, 1.0]", *plain)
@@ -218,17 +232,12 @@ def test_a_trial_keeps_the_better_of_two_turns(tiny_config, monkeypatch):
 
 
 def test_variations_of_ours_have_four_views_or_views_that_grow(tiny_config):
-    """Of 16 px and batch 8: 32 views a step, and sides of 8 to 16 px over the first four fifths; plain by any."""
-    config = tiny_config()
+    config = tiny_config("views.size=8..16", "views.count=4")
     assert overrides_of("fastsiam", config) == overrides_of("authors", config) == []
-    four = build("fastsiam", tiny_config(*overrides_of("fastsiam + 4 views", config)))
-    assert next(four.batches()).shape == (32, 3, 16, 16)
-    growing = build("fastsiam", tiny_config(*overrides_of("fastsiam + growing views", config)))
-    sides = []
-    for epoch in range(5):
-        growing.progress = epoch / 5
-        sides.append(next(iter(growing.epoch(epoch))).shape[-1])
-    assert sides == [8, 8, 8, 8, 16]
-    both = tiny_config("views.size=8..16", "views.count=4")
-    plain = build("fastsiam", tiny_config("views.count=4", *overrides_of("fastsiam plain", both)))
-    assert next(plain.batches()).shape == (16, 3, 16, 16)
+    found = {}
+    for name in ("fastsiam + 4 views", "fastsiam + growing views", "fastsiam plain"):
+        views = tiny_config("views.size=8..16", "views.count=4", *overrides_of(name, config)).views
+        found[name] = views.count, views.sizes
+    assert found == {
+        "fastsiam + 4 views": (4, (16,)), "fastsiam + growing views": (2, (8, 16)), "fastsiam plain": (2, (16,)),
+    }  # fmt: skip

@@ -39,7 +39,7 @@ def test_statistics_are_those_of_the_sorted_samples():
     expected = np.percentile(raw, [20, 50, 80])
     assert (Samples(raw).p20, Samples(raw).median, Samples(raw).p80) == pytest.approx(tuple(expected), rel=1e-12)
     assert Samples((2.5,)).p20 == Samples((2.5,)).p80 == 2.5
-    with pytest.raises(ValueError, match="at least one sample"):
+    with pytest.raises(ValueError, match="sample"):
         Samples(())
 
 
@@ -131,9 +131,9 @@ def test_the_host_enqueues_while_the_device_is_busy(monkeypatch, clock, hide):
 
 @pytest.mark.parametrize("wrong", [{"repeats": 0}, {"calls": 0}, {"warmup": 0}])
 def test_nothing_to_time_is_an_error(wrong):
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="interleave"):
         interleave({"a": print}, device=CPU, **wrong)
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="interleave"):
         interleave({}, device=CPU)
 
 
@@ -162,7 +162,7 @@ def test_a_line_survives_the_file(tmp_path, capsys):
 
 def test_a_number_that_is_none_of_finite_is_refused(tmp_path):
     results = Results(tmp_path, CPU)
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(ValueError, match="JSON"):
         results.add("loss", "eager", {}, Samples((1.0,)), share=float("nan"))
     assert not (tmp_path / "loss.jsonl").exists()
 
