@@ -72,6 +72,7 @@ def rows(ranks):
     return {name: ranks(2, trained, config, way) for name, way in benchmark.ROWS.items() if name not in left_out}
 
 
+@pytest.mark.slow
 def test_rows_that_exchange_the_same_are_the_same_training(rows):
     for eager, *others in (
         ("fastsiam", "fastsiam, compiled", "compiled in pieces"),
@@ -86,6 +87,7 @@ def test_rows_that_exchange_the_same_are_the_same_training(rows):
     assert all((one - other).abs().max() > 1e-4 for one, other in pairwise([*apart, apart[0]]))
 
 
+@pytest.mark.slow
 def test_what_is_exchanged_shows_in_gradients_and_statistics(rows):
     for name, found in rows.items():
         way, ((first, gradients, _), (second, others, _)) = benchmark.ROWS[name], found
@@ -95,6 +97,7 @@ def test_what_is_exchanged_shows_in_gradients_and_statistics(rows):
         assert (averaged, shared) == (way.gradients, way.statistics == "all ranks"), name
 
 
+@pytest.mark.slow
 def test_graphs_are_one_or_a_piece_a_bucket(rows):
     graphs = {name: found[0][2] for name, found in rows.items()}
     assert graphs["fastsiam, compiled"] == graphs["gradients only, compiled"] == 1
@@ -110,6 +113,7 @@ def product_trained(config, way):
         return {key: value.clone() for key, value in step.module.state_dict().items()}, step.graphs()
 
 
+@pytest.mark.slow
 def test_the_products_rows_are_runs_on_both_ranks(ranks):
     config = small_config(2, *CONFIG)
     (eager, graphs), (second, _) = ranks(2, product_trained, config, benchmark.ROWS["fastsiam"])
@@ -167,6 +171,7 @@ def fails_on_the_second(world, device):
     world.barrier()
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others():
     with pytest.raises(torch.multiprocessing.ProcessRaisedException):
         in_ranks(2, "cpu", fails_on_the_second)

@@ -50,6 +50,7 @@ def light(what, folders, only):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.needs("dali")
 @pytest.mark.parametrize("what", PARTS)
 def test_every_part_runs_and_its_lines_go_into_tables(folders, what):
