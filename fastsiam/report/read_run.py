@@ -1,6 +1,5 @@
 """Reader of run folders in any state: running, killed, empty, of an older or a newer version."""
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import numpy as np
 
 from fastsiam.config.yaml_file import flat, read
 from fastsiam.errors import UserError
-from fastsiam.runtime.files import json_lines, read_arrays
+from fastsiam.runtime.files import json_lines, read_arrays, read_json
 
 # Horizontal axes, by the field of a line of metrics.jsonl that has the position of the run.
 AXES = {"time": "train_seconds", "images": "images_seen", "epochs": "images_seen"}
@@ -144,9 +143,9 @@ def open_run(path: Path, name: str) -> Run:
     return Run(
         name=name,
         path=path,
-        status=_read_json(path / "status.json"),
+        status=read_json(path / "status.json"),
         config=_read_config(path / "config.yaml"),
-        environment=_read_json(path / "environment.json"),
+        environment=read_json(path / "environment.json"),
         lines=tuple(json_lines(metrics)),
         pictures=read_arrays(path / "pictures.npz"),
         skipped=(*_read_skipped(path / "skip.tsv"), *_read_skipped(path / "skip_val.tsv")),
@@ -164,14 +163,6 @@ def _read_skipped(path: Path) -> list[str]:
     except OSError:
         return []
     return [reason for _, tab, reason in (line.partition("\t") for line in text.splitlines()) if tab]
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _read_config(path: Path) -> dict:
