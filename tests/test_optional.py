@@ -83,9 +83,10 @@ def test_an_error_other_than_a_missing_library_fails(monkeypatch):
     assert optional.missing(wrapped) == "ffcv"
 
 
-def test_without_chromium_pages_are_skipped(tmp_path):
+def test_without_chromium_and_a_compiler_their_tests_are_skipped(tmp_path):
     """A PATH without any, and no download of playwright's own."""
-    test = address("test_names_from_outside_stay_text")
-    code, printed = without((), "-q", test, PATH=str(tmp_path), PLAYWRIGHT_BROWSERS_PATH=str(tmp_path))
+    tests = map(address, ("test_names_from_outside_stay_text", "test_inductor_gives_eagers_loss_and_gradients"))
+    code, printed = without((), "-q", *tests, PATH=str(tmp_path), PLAYWRIGHT_BROWSERS_PATH=str(tmp_path))
     assert code == 0, printed[-2000:]
     assert "playwright install chromium" in printed
+    assert "test_inductor_gives_eagers_loss_and_gradients needs g++: apt-get install" in printed

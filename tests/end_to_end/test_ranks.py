@@ -179,6 +179,7 @@ def train_compiled(overrides):
     return train_here(overrides)
 
 
+@pytest.mark.needs("g++")
 def test_compiled_on_two_ranks_it_trains_as_in_eager_mode(ranks, wider, tmp_path):
     """One graph with its collectives inside DDP; Inductor."""
     shared = ("data.val=null", "train.max_steps=4", "train.log_every_steps=1")

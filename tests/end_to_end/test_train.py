@@ -164,6 +164,7 @@ def test_out_of_memory_names_the_largest_batch_that_fits_and_its_price(tiny, tmp
     assert said.count("\n") == 1
 
 
+@pytest.mark.needs("g++")
 def test_compiled_training_follows_eager_training(tiny, tmp_path):
     """The forced compile is fullgraph; a recompile after the second step would raise."""
     # The cache belongs to the code, not to the model: other tests have compiled it for other layouts.

@@ -212,6 +212,7 @@ def test_a_method_of_a_config_is_one_graph_that_is_compiled_once(tiny_config):
     compiles_to_the_same(build_method(tiny_config("model.zero_init_residual=false")), "aot_eager")
 
 
+@pytest.mark.needs("g++")
 def test_inductor_gives_eagers_loss_and_gradients():
     # One convolution instead of a ResNet: each kernel costs the C++ compiler seconds.
     encoder = nn.Sequential(

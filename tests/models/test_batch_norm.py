@@ -52,6 +52,7 @@ def test_all_views_are_one_plain_call_per_view(name, num_views, way):
     assert {layer.num_views for layer in split.modules() if isinstance(layer, PER_VIEW)} == {num_views}
 
 
+@pytest.mark.needs("g++")
 def test_compiled_by_inductor_a_step_in_fp32_is_the_plain_one():
     """Weights and statistics after a step of SGD; the eager form of a CPU is the plain call per view."""
     torch._dynamo.reset()

@@ -46,6 +46,7 @@ def test_auto_compiles_where_cuda_triton_and_a_compiler_are_found(monkeypatch, m
 
 
 @pytest.mark.slow
+@pytest.mark.needs("g++")
 def test_inductor_compiles_one_graph_that_steps_as_the_module_does():
     module = seeded(Net)
     compiled = Compiled(module)

@@ -31,6 +31,7 @@ print(counters["aot_autograd"]["autograd_cache_hit"], *loss.scale.grad.tolist())
 
 
 @pytest.mark.slow
+@pytest.mark.needs("g++")
 def test_an_edited_backward_of_an_operator_is_not_taken_from_the_compile_cache(tmp_path):
     """The gradient of an edited formula, where the forward graph is the same and its compiled form is in the cache."""
     shutil.copytree(REPOSITORY / "fastsiam", tmp_path / "fastsiam", ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,21 +1,27 @@
-"""What some tests need beyond `pip install -e '.[dev]'`; where it is missing they are skipped and say how to get it."""
+"""Libraries and programs beyond `pip install -e '.[dev]'`: tests that need a missing one are skipped by name."""
 
+import os
 import shutil
 from importlib import util
 
 import pytest
 
-# By the name that `@pytest.mark.needs` takes: the module, and what installs it.
+from fastsiam.doctor.facts import has_python_headers
+
+# By the name that `@pytest.mark.needs` takes: the module (None for a program), and what installs it.
 LIBRARIES = {
     "dali": ("nvidia.dali", "pip install -e '.[dali]', or '.[dali-cu13]' beside a torch for CUDA 13"),
     "ffcv": ("ffcv", "pip install -e '.[ffcv]' (it is compiled: the README names the packages for that)"),
     "playwright": ("playwright", "pip install playwright"),
+    "g++": (None, "apt-get install -y g++ python3-dev, or set CXX to another C++ compiler"),
 }
 CHROMIUM = "no Chromium: apt-get install -y chromium, or without root: playwright install chromium"
 
 
 def installed(library: str) -> bool:
     module = LIBRARIES[library][0]
+    if module is None:
+        return shutil.which(os.environ.get("CXX", library)) is not None and has_python_headers()
     try:
         return util.find_spec(module) is not None
     except ModuleNotFoundError:
@@ -41,7 +47,7 @@ def missing(error: BaseException | None) -> str | None:
         if isinstance(error, ImportError) and error.name:
             for library, (module, _) in LIBRARIES.items():
                 # A namespace package may be absent with all that it would hold.
-                if f"{module}.".startswith(f"{error.name}.") and not installed(library):
+                if module and f"{module}.".startswith(f"{error.name}.") and not installed(library):
                     return library
         error = error.__cause__ or error.__context__
     return None
