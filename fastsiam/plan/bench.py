@@ -12,15 +12,11 @@ import torch
 
 from fastsiam.config import Config
 from fastsiam.data.backends.base import Batch
-from fastsiam.data.backends.choose import choose_backend
-from fastsiam.data.backends.store_size import with_its_store
 from fastsiam.data.backends.synthetic import IMAGENET_TRAIN_IMAGES
-from fastsiam.data.build import with_its_cores
 from fastsiam.data.loader import check_batch_size, check_divides
-from fastsiam.data.sources.open import open_sources
 from fastsiam.errors import Notice
 from fastsiam.plan.results import Rate
-from fastsiam.run.training_data import facts_of_images
+from fastsiam.run.training_data import open_images
 from fastsiam.runtime.rank_check import check_alike, facts_of_config
 from fastsiam.runtime.runtime import Runtime
 
@@ -51,21 +47,17 @@ class Bench:
         self.runtime, self.world, self.device = runtime, runtime.world, runtime.device
         self.notes: list[str] = []
         self._drawing_since: float | None = None
-        world = self.world
-        check_alike(world, facts_of_config(config))
-        with_cores = with_its_cores(config, world)
-        with world.together():
-            check_divides(config.train.batch_size, world.size)
-            self.backend, _ = choose_backend(config.data.backend, config.data.train)
-        with world.together(), world.leader_first():
-            self.source, self.val = open_sources(config, self.notes.append, self._drawing)
-            self.config = with_its_store(with_cores, self.source, self.notes.append)
-            if self.source is not None:
-                check_batch_size(config.train.batch_size, len(self.source), config.data.train)
+        check_alike(self.world, facts_of_config(config))
+        self.config, self.backend, _, self.source, self.val = open_images(
+            config, runtime, self.notes.append, self._drawing
+        )
         since = self._drawing_since
         self.drawing_seconds = 0.0 if since is None else time.monotonic() - since
         """Seconds for drawing the demo images, which a run finds drawn."""
-        check_alike(world, {"data.backend": self.backend, **facts_of_images(self.source, self.val)})
+        with self.world.together():
+            check_divides(config.train.batch_size, self.world.size)
+            if self.source is not None:
+                check_batch_size(config.train.batch_size, len(self.source), config.data.train)
         # The load of the last minute; this process has not been busy for long.
         load = min(os.getloadavg()[0], len(os.sched_getaffinity(0)))
         if load >= 0.5:
@@ -159,7 +151,8 @@ class Bench:
         return bool(self.world.largest(int(time.perf_counter() - began >= seconds))[0])
 
     def _drawing(self, text: str) -> None:
-        self._drawing_since = time.monotonic()
+        # The first line is that of drawing, if there is any to do; a later one comes when all is open.
+        self._drawing_since = self._drawing_since or time.monotonic()
         self.say(text)
 
 

@@ -1,9 +1,10 @@
 """Data of a run: images for training and for kNN, the excluded ones, and the loader."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from fastsiam.config import Config
 from fastsiam.config.views import size_at, specs_of_run
@@ -50,14 +51,8 @@ class TrainingData:
         empty for a new run. Raises `UserError` where data or batch are not fit for training, or differ between ranks.
         """
         world = runtime.world
-        loading = with_its_cores(config, world)
-        with world.together():
-            backend, reason = choose_backend(config.data.backend, config.data.train)
-        with world.together(), world.leader_first():
-            source, val = open_sources(config, journal.warn, journal.say)
-            loading = with_its_store(loading, source, journal.say)
-        source, val = with_levels(world, folder if saved else None, source, val)
-        check_alike(world, {**runtime.names, "data.backend": backend, **facts_of_images(source, val)})
+        images = open_images(config, runtime, journal.warn, journal.say, folder if saved else None)
+        loading, backend, reason, source, val = images
         bad_files = BadFiles(config.data.max_bad_fraction, folder, journal, world)
         skips = (
             bad_files.skip_list(source, "skip", config.data.train),
@@ -119,6 +114,43 @@ class TrainingData:
     def names(self, indices) -> list[str]:
         """Names of images, relative to data.train."""
         return [] if self.source is None else [self.source.name(index) for index in indices]
+
+
+class Images(NamedTuple):
+    """Images of a config, and the backend that decodes them."""
+
+    config: Config
+    """With the number of workers and the store's size filled in."""
+    backend: str
+    backend_reason: str
+    source: ImageSource | None
+    """None with the synthetic backend."""
+    val: ImageSource | None
+    """None without kNN."""
+
+
+def open_images(
+    config: Config,
+    runtime: Runtime,
+    warn: Callable[[str], None],
+    say: Callable[[str], None],
+    run: Path | None = None,
+) -> Images:
+    """Opens the images of a config, drawing missing demo images; all ranks must call.
+
+    `warn` and `say` print a line; `run`: the folder of a run that is resumed. Raises `UserError` where the images are
+    not fit for training, or differ between ranks.
+    """
+    world = runtime.world
+    filled = with_its_cores(config, world)
+    with world.together():
+        backend, reason = choose_backend(config.data.backend, config.data.train)
+    with world.together(), world.leader_first():
+        source, val = open_sources(config, warn, say)
+        filled = with_its_store(filled, source, say)
+    source, val = with_levels(world, run, source, val)
+    check_alike(world, {**runtime.names, "data.backend": backend, **facts_of_images(source, val)})
+    return Images(filled, backend, reason, source, val)
 
 
 def facts_of_images(train: ImageSource | None, val: ImageSource | None) -> dict:
