@@ -128,6 +128,7 @@ def test_a_file_of_16_bits_a_colour_is_told_from_one_of_8(tmp_path):
     assert [(row.verdict, row.kind) for row in rows] == [("ok", PLAIN), ("16-bit", ODD)]
 
 
+@pytest.mark.slow
 def test_worker_processes_find_the_same(folder):
     alone = scanned(folder)
     shutil.rmtree(cache_folder(folder))

@@ -11,15 +11,16 @@ from fastsiam.data.sources import beton, excluded, formats, scan_manifest
 from fastsiam.data.sources.folder import ARCHIVES
 from fastsiam.data.sources.image_header import UNREADABLE
 from fastsiam.data.sources.index_cache import cache_folder, open_folder
+from fastsiam.data.sources.labels import are_splits
 from fastsiam.data.sources.levels import Levels
 from fastsiam.data.sources.lists import source_of_list
 from fastsiam.data.sources.pixel_range import levels_of
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.data.sources.tables import is_numbered, shown
-from fastsiam.data.sources.tar import COMPRESSED, no_plain_shards, source_of_shards
-from fastsiam.errors import UserError
+from fastsiam.data.sources.tar import COMPRESSED, is_hidden, no_plain_shards, source_of_shards
+from fastsiam.errors import Notice, UserError
 
-# What would give labels to shards, and to files.
+# Advice on labels for shards, and for files.
 _LABELS_OF = (
     "KEY.cls or KEY.json beside KEY.jpg would give them",
     "a folder a class, or a list with labels after a tab, would give them",
@@ -107,46 +108,62 @@ def _check_is_a_list(path, key):
 
 
 def open_sources(config: Config, warn, say) -> tuple[ImageSource | None, ImageSource | None]:
-    """The training images of a config and its labelled ones for kNN; draws the demo images where asked and absent.
+    """Returns the training images of a config and its labelled ones for kNN; draws missing demo images.
 
-    None for the first with the synthetic backend, for the second where there is no kNN. A `data.val` that does not
-    exist, or is of demo images while data.train has others, is told through `warn`; labels that cannot serve raise
-    `UserError`.
+    None for the first with the synthetic backend, for the second where there is no kNN. `warn` gets a `Notice` for a
+    `data.val` that does not exist, or holds demo images while data.train does not. Raises `UserError` for labels that
+    kNN cannot use.
     """
     data = config.data
     if data.backend == "synthetic":
         return None, None
     draw_missing_demo(config, say)
+    splits = splits_in(data.train)
+    if splits:
+        text = f"data.train: {data.train} holds {', '.join(splits)}, and all of their images are used"
+        warn(Notice(f"{text}; set data.train={data.train}/{splits[0]} to train on one of them", "trains-on-splits"))
     train = open_source(
         data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction, levels=data.deep_pixels
     )
     return train, open_validation(config, train, warn)
 
 
+def splits_in(location: str) -> list[str]:
+    """Returns the subfolders of a folder that has several, all of which divide a data set (train, val); else []."""
+    if not os.path.isdir(location):
+        return []
+    with os.scandir(location) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name))
+    # The training images first, as a default to name.
+    names.sort(key=lambda name: not name.lower().startswith("train"))
+    return names if len(names) > 1 and are_splits(names) else []
+
+
 def open_validation(config: Config, train: ImageSource, warn) -> ImageSource | None:
-    """The images of data.val where they can serve `train`; see `open_sources`."""
+    """Returns the images of data.val for kNN with `train`; see `open_sources`."""
     data = config.data
     if data.val is None:
         return None
     advice = "set data.val to labelled images of your classes, or data.val=null"
     if not is_there(data.val):
-        warn(f"no kNN: there is no {data.val}; {advice}")
+        warn(Notice(f"data.val: there is no {data.val}, so no kNN; {advice}", "no-validation"))
         return None
     levels = train.levels if train.levels.ranges else data.deep_pixels
     val = open_source(data.val, "data.val", max_bad_fraction=data.max_bad_fraction, levels=levels)
     try:
         check_labels(train, val)
     except UserError:
-        # The config's own val beside somebody's images, not a mistake of theirs.
+        # Whoever sets data.train alone leaves the config's data.val, which is not a mistake.
         if not (Path(data.val).parent / demo_images.NOTE).is_file():
             raise
-        warn(f"no kNN: {data.val} holds demo images and {data.train} does not; {advice}")
+        sentence = f"data.val: {data.val} holds demo images and {data.train} does not, so no kNN; {advice}"
+        warn(Notice(sentence, "demo-validation"))
         return None
     return val
 
 
 def demo_folder(config: Config) -> Path | None:
-    """FOLDER of data.train=FOLDER/train where demo images are asked for and nothing else lies there; need not exist."""
+    """Returns FOLDER of data.train=FOLDER/train where demo images belong, drawn or not; None otherwise."""
     data = config.data
     if data.backend == "synthetic" or data.demo_seed is None or Path(data.train).name != "train":
         return None
@@ -155,7 +172,7 @@ def demo_folder(config: Config) -> Path | None:
 
 
 def draw_missing_demo(config: Config, say) -> None:
-    """Draw the demo images of `data.demo_seed` where they are missing; raises `UserError` where they are others."""
+    """Draws the demo images of `data.demo_seed` where they are missing; raises `UserError` where others exist."""
     folder = demo_folder(config)
     if folder is None:
         return
@@ -163,34 +180,38 @@ def draw_missing_demo(config: Config, say) -> None:
         say(f"drawing   the demo images of seed {config.data.demo_seed} into {folder}")
     try:
         demo_images.draw_demo(folder, config.data.demo_seed)
-    except (ValueError, OSError) as error:
-        raise UserError(f"data.demo_seed: {error}; set data.train to a folder of images to use yours") from error
+    except (UserError, OSError) as error:
+        sentence = f"data.demo_seed: {error}; set data.train to a folder of images to use yours"
+        raise UserError(sentence, "demo-images") from error
 
 
 def _table_in(root: Path, key: str) -> str:
-    """What to type where a folder without labels holds a table that may have them; "" for none."""
+    """Returns advice to read a table in a folder without labels; "" where there is none."""
     names = sorted(os.listdir(root)) if os.path.isdir(root) else []
     name = next((name for name in names if name.lower().endswith((".csv", ".tsv", ".jsonl", ".txt"))), None)
-    return name and f"{key}={shown(root / name)} reads it as a list"
+    return f"{key}={shown(root / name)} reads it as a list" if name else ""
 
 
 def check_labels(train: ImageSource, val: ImageSource) -> None:
-    """Raise `UserError` where kNN is impossible: no labels, or classes of `val` that `train` does not have."""
+    """Raises `UserError` where kNN is impossible: no labels, or classes of `val` that `train` does not have."""
     for key, source in (("data.train", train), ("data.val", val)):
         if not source.classes:
             reason = source.labelling or _table_in(source.root, key) or _LABELS_OF[source.packed is None]
             raise UserError(
                 f"{key}: kNN needs labels, and {shown(source.root)} has none ({reason}); set data.val=null to train "
-                "without kNN"
+                "without kNN",
+                "no-labels",
             )
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown and is_numbered(val.classes) and not is_numbered(train.classes):
         raise UserError(
             f"data.val: its labels are numbers ({shown(unknown[0], 20)}, ...), those of data.train are words "
-            f"({shown(train.classes[0], 20)}, ...); label both alike, or set data.val=null"
+            f"({shown(train.classes[0], 20)}, ...); label both alike, or set data.val=null",
+            "labels-differ",
         )
     if unknown:
         raise UserError(
             f"data.val: {len(unknown)} of its {len(val.classes)} classes are not in data.train, for example "
-            f"{shown(unknown[0], 40)}; set data.val to images of the same classes, or data.val=null"
+            f"{shown(unknown[0], 40)}; set data.val to images of the same classes, or data.val=null",
+            "unknown-classes",
         )

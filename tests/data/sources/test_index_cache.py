@@ -151,6 +151,7 @@ def test_a_size_that_a_crash_has_lost_is_read_again(folder):
     assert (source.sizes(np.array([5])) > 0).all()
 
 
+@pytest.mark.slow
 def test_a_file_that_was_replaced_in_place_fails_once_and_is_read_again_at_the_next_start(folder):
     def epoch():
         source = open_source(str(folder))

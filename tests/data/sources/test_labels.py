@@ -11,8 +11,9 @@ from PIL import Image
 
 from fastsiam.data.sources.index_cache import cache_folder
 from fastsiam.data.sources.open import check_labels, open_source
-from fastsiam.evaluate.online import Monitor
+from fastsiam.evaluate.online import OnlineEvaluation
 from fastsiam.methods import build_method
+from fastsiam.runtime.runtime import Runtime
 from tests.support.files import LONG_AGO, settle
 from tests.support.refusals import refuses
 
@@ -127,7 +128,7 @@ def test_what_gives_no_labels_is_named_where_knn_needs_them(tmp_path, file, text
     (tmp_path / "val" / file).write_text(text)
     train, val = open_source(str(tmp_path / "train")), open_source(str(tmp_path / "val"), "data.val")
     assert len(val) == 2
-    with refuses(None, "data.val") as error:
+    with refuses("no-labels", "data.val") as error:
         check_labels(train, val)
     assert re.search(reason, str(error.value))
     assert len(str(error.value)) <= 300
@@ -136,7 +137,7 @@ def test_what_gives_no_labels_is_named_where_knn_needs_them(tmp_path, file, text
 def test_numbers_do_not_meet_words(tmp_path):
     pictures(tmp_path / "train", "cat/0.png", "dog/1.png")
     pictures(tmp_path / "val", "0/0.png", "1/1.png")
-    with refuses(None, "data.val"):
+    with refuses("labels-differ", "data.val"):
         check_labels(open_source(str(tmp_path / "train")), open_source(str(tmp_path / "val")))
 
 
@@ -161,6 +162,7 @@ def test_the_kept_list_ends_with_a_change_of_the_annotations(tmp_path, place, mo
     assert kept["labelling"].startswith(f"by {os.path.basename(place)}")
 
 
+@pytest.mark.slow
 def test_images_without_a_label_are_trained_on_and_do_not_vote(tiny_config, demo_folder, tmp_path):
     """kNN of a set with strays is that of the set without them."""
     accuracies = []
@@ -175,9 +177,6 @@ def test_images_without_a_label_are_trained_on_and_do_not_vote(tiny_config, demo
         assert len(train) == 80 + 2 * stray
         torch.manual_seed(0)
         method = build_method(config)
-        monitor = Monitor(
-            config, train, val, torch.device("cpu"), torch.float32, lambda: torch.autocast("cpu", enabled=False),
-            (None, None),
-        )  # fmt: skip
-        accuracies.append(monitor.knn(method))
+        online = OnlineEvaluation(config, train, val, (None, None), Runtime.of(config.train))
+        accuracies.append(online.knn(method))
     assert accuracies[0] == accuracies[1] > 0

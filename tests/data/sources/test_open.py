@@ -138,9 +138,9 @@ def test_labels_that_cannot_serve_knn_are_refused(tmp_path, photos):
     picture(tmp_path / "flat/1.jpg")
     picture(tmp_path / "other/class0/1.jpg")
     picture(tmp_path / "other/class9/1.jpg")
-    with refuses(None, "data.val"):
+    with refuses("no-labels", "data.val"):
         check_labels(train, open_source(str(tmp_path / "flat")))
-    with refuses(None, "data.val"):
+    with refuses("unknown-classes", "data.val"):
         check_labels(train, open_source(str(tmp_path / "other")))
     check_labels(train, train)
 
@@ -169,7 +169,7 @@ def test_the_quickstart_draws_its_images_with_and_without_knn(drawing):
     assert [path.name for path in (drawing / "data/demo").iterdir() if path.is_dir()] == ["train", "val"]
     length, val, warned, said = opened(quickstart())
     assert (length, val, warned, said) == (20, 10, [], []), "not drawn again"
-    with refuses(None, "data.demo_seed"):
+    with refuses("demo-images", "data.demo_seed"):
         opened(quickstart("data.demo_seed=7"))
 
 
@@ -182,10 +182,18 @@ def test_the_quickstart_takes_somebodys_own_images(drawing, photos, place, drawn
     shutil.copytree(photos, drawing / place)
     length, val, warned, said = opened(quickstart(f"data.train={place}"))
     assert (length, val, said) == (16, None, [])
-    assert len(warned) == 1
+    assert [notice.code for notice in warned] == ["demo-validation" if drawn else "no-validation"]
     assert opened(quickstart(f"data.train={place}", "data.val=null")) == (16, None, [], [])
     assert opened(quickstart(f"data.train={place}", f"data.val={place}"))[:2] == (16, 16)
     assert (drawing / "data/demo").exists() == drawn
+
+
+def test_a_folder_of_splits_is_trained_on_as_a_whole_with_a_notice(drawing):
+    opened(quickstart())
+    length, _, warned, _ = opened(quickstart("data.train=data/demo", "data.val=null"))
+    assert (length, [notice.code for notice in warned]) == (30, ["trains-on-splits"])
+    (drawing / "data/demo/cats").mkdir()
+    assert opened(quickstart("data.train=data/demo", "data.val=null"))[2] == []
 
 
 def test_demo_images_are_not_drawn_for_a_folder_that_is_missing(drawing):

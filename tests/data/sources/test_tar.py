@@ -136,7 +136,7 @@ def test_labels_that_cannot_be_read_leave_none_and_a_reason(tmp_path, members, t
 
 def test_shards_without_labels_are_refused_for_knn(tmp_path, picture):
     source, _ = opened(tmp_path, ("a.jpg", picture))
-    with refuses(None, "data.train") as error:
+    with refuses("no-labels", "data.train") as error:
         check_labels(source, source)
     assert "KEY.cls" in str(error.value)
 
