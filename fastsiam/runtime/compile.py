@@ -21,7 +21,7 @@ from fastsiam.errors import UserError
 def eager_reason(device: torch.device) -> str | None:
     """Reason for which train.compile=auto does not compile for `device` on this machine, or None."""
     if device.type != "cuda":
-        return "auto compiles for CUDA only"
+        return "compiles for CUDA only"
     if find_spec("triton") is None:
         return "Triton is not installed"
     if shutil.which(os.environ.get("CXX", "g++")) is None:
