@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fastsiam import cli
 from fastsiam.config import Config, load_config
 from fastsiam.errors import UserError
+from fastsiam.runtime.collection import collection_paused
 from fastsiam.training.cost import process_began
 
 if TYPE_CHECKING:
@@ -76,8 +77,9 @@ def pretrain(config: Config, *, began: float | None = None) -> "Result":
     process is one rank of several. Raises `UserError` for what the user can put right; where that shows before
     training, nothing has been written. Stops in good order, with a checkpoint, on SIGTERM, SIGUSR1 and Ctrl-C.
     """
-    from fastsiam.run.finish import finish
-    from fastsiam.runtime.distributed import World
+    with collection_paused():
+        from fastsiam.run.finish import finish
+        from fastsiam.runtime.distributed import World
 
     world = World.of_environment()
     with world.joined(config.train.device), opened(config, world, began) as (parts, earlier):

@@ -1,5 +1,6 @@
 """Schedule of the evaluations of a run: kNN after its epochs, collapse measures at their steps; logs the numbers."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,10 @@ class EvaluationSchedule:
                 self._online = OnlineEvaluation(
                     data.config, data.source, data.val, data.skips, runtime, watchdog.beat, journal.say
                 )
+        # Measured before the first kNN and not before the first step, which would wait for it: 4 s of the quickstart's
+        # 8, minutes with ImageNet.
+        measures_controls = self.has_knn and config.evaluate.controls and progress.state.untrained_knn is None
+        self._untrained = copy.deepcopy(method).cpu() if measures_controls else None
 
     def close(self) -> None:
         """Free the decoders."""
@@ -83,14 +88,21 @@ class EvaluationSchedule:
         self._pictures.write_pairs()
 
     def measure_controls(self) -> None:
-        """Measure kNN before training, of raw pixels and of the untrained encoder, where the config asks for it."""
-        state = self._progress.state
-        if state.step or not self._config.evaluate.controls or not self.has_knn:
+        """Measure kNN of raw pixels and of the untrained encoder, once and where the config asks for it.
+
+        Not in mid-epoch: it takes batches from the loader.
+        """
+        if self._untrained is None:
             return
-        state.untrained_knn = self._online.untrained(self._method, self._loader)
+        state, device = self._progress.state, next(self._method.parameters()).device
+        self._loader.close()
+        state.untrained_knn = self._online.untrained(self._untrained.to(device), self._loader)
         state.raw_pixels_knn = self._online.raw_pixels()
+        self._untrained = None
+        self._loader.close()
         self._journal.write_at_step(
             "knn",
+            step=0,
             knn_top1=state.untrained_knn,
             control="untrained",
             raw_pixels_knn_top1=state.raw_pixels_knn,
@@ -117,6 +129,7 @@ class EvaluationSchedule:
         """Measure kNN, unless it was measured at this very step; returns top-1 in percent."""
         step = self._progress.state.step
         if self._last_knn is None or self._last_knn[0] != step:
+            self.measure_controls()
             with self._progress.evaluating():
                 top1 = self._online.knn(self._method, self._pictures, step)
             self._last_knn = (step, top1)

@@ -102,7 +102,9 @@ class Run:
                 _report_resumption(self, saved)
             elif world.is_first:
                 self.folder.write_header()
-        evaluation.measure_controls()
+        if not self.progress.budget.counts_steps:
+            # Here the first kNN may come in mid-epoch.
+            evaluation.measure_controls()
         self.progress.agree()
         journal.begin_progress("decoding the first batch")
 

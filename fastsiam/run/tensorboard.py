@@ -35,33 +35,45 @@ class EventFiles:
     def __init__(self, folder: Path, warn: Callable[[Notice], None]):
         self._folder, self._warn = folder, warn
         self._writer = None
+        self._purges_from: int | None = None
+        """Step from which the next file takes back points; None where no file is to be made."""
 
     def begin(self, lines: Sequence[dict] = ()) -> None:
-        """Starts a file after `lines`, all that metrics.jsonl has; TensorBoard then forgets the points after them."""
-        self.close()
-        last = max((line["step"] for line in lines if scalars(line)), default=0)
-        try:
-            # The import takes 0.2 s, which a command that trains nothing shall not pay.
-            from torch.utils.tensorboard import SummaryWriter
+        """Starts a file after `lines`, all that metrics.jsonl has; TensorBoard then forgets the points after them.
 
-            self._writer = SummaryWriter(str(self._folder), purge_step=last)
-        except ImportError as error:
-            self._warn(Notice(f"TensorBoard files are not written: {error}; pip install tensorboard", "no-tensorboard"))
-        except OSError as error:
-            self._stop(error)
+        That of a new run is made with its first point: the import of TensorBoard, 0.2 s, is not before the first step.
+        """
+        self.close()
+        self._purges_from = max((line["step"] for line in lines if scalars(line)), default=0)
         # Purging goes by whole steps, and a step may have lines before and after a checkpoint.
-        for line in lines:
-            if line.get("step") == last:
-                self.add(line)
+        again = [line for line in lines if line.get("step") == self._purges_from]
+        if lines:
+            self._open()
+        for line in again:
+            self.add(line)
 
     def add(self, line: dict) -> None:
         """Copies a line that metrics.jsonl has just been given; nothing before `begin`."""
+        points = scalars(line)
+        if points and self._purges_from is not None:
+            self._open()
         if self._writer is None:
             return
         try:
-            for tag, value in scalars(line).items():
+            for tag, value in points.items():
                 self._writer.add_scalar(tag, value, line["step"])
             self._writer.flush()
+        except OSError as error:
+            self._stop(error)
+
+    def _open(self):
+        purge_step, self._purges_from = self._purges_from, None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
+        except ImportError as error:
+            self._warn(Notice(f"TensorBoard files are not written: {error}; pip install tensorboard", "no-tensorboard"))
         except OSError as error:
             self._stop(error)
 

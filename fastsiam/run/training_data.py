@@ -42,6 +42,8 @@ class TrainingData:
     loader: Loader
     identity: dict
     """Data, views and backend as a checkpoint holds them."""
+    size: int
+    """Side in pixels of the views of the epoch begun last."""
 
     @classmethod
     def open(cls, config: Config, runtime: Runtime, folder: Path, saved: dict, journal: Journal) -> "TrainingData":
@@ -74,7 +76,7 @@ class TrainingData:
             found = identity(source, specs_of_run(config.views), backend)
             if saved:
                 check_identity(saved["identity"], found, folder)
-        return cls(loading, runtime, reason, source, val, skips, bad_files, loader, found)
+        return cls(loading, runtime, reason, source, val, skips, bad_files, loader, found, loader.size)
 
     def __enter__(self) -> "TrainingData":
         return self
@@ -96,11 +98,6 @@ class TrainingData:
         return self.loader.steps_per_epoch
 
     @property
-    def size(self) -> int:
-        """Side in pixels of the views of the epoch begun last."""
-        return self.loader.size
-
-    @property
     def description(self) -> str:
         """Decoder of the loader, in words."""
         return "synthetic: one fixed batch" if self.source is None else self.loader.backend.description
@@ -108,8 +105,8 @@ class TrainingData:
     def epoch(self, progress: Progress) -> Iterator[Batch]:
         """Batches from the cursor of the run to the end of its epoch, with views of the size that is due."""
         state = progress.state
-        size = size_at(self.config.views.sizes, state.epoch, state.epoch_progress)
-        return self.loader.epoch(state.epoch, state.cursor, size)
+        self.size = size_at(self.config.views.sizes, state.epoch, state.epoch_progress)
+        return self.loader.epoch(state.epoch, state.cursor, self.size)
 
     def names(self, indices) -> list[str]:
         """Names of images, relative to data.train."""

@@ -46,12 +46,13 @@ def test_a_run_trains_at_each_size_and_evaluates_at_the_full_one(tiny, tmp_path,
     assert re.search(r"epoch \d/5  step \d+/50  (16|24|32) px  loss", said)
     assert "views     the run ended" not in said
     trained = [side for training, side in sides_seen if training]
-    # The control fills its batch-norm statistics with 25 batches.
-    assert trained == 25 * [32] + [size for size in SIZES for _ in range(10)]
+    steps = [size for size in SIZES for _ in range(10)]
+    # Before the first kNN the control fills its batch-norm statistics with 25 batches.
+    assert trained == steps[:10] + 25 * [32] + steps[10:]
     assert {side for training, side in sides_seen if not training} == {32}
     metrics = lines(tmp_path / "runs/run")
     train = [line["view_size"] for line in metrics if line["kind"] == "train"]
-    assert train == [size for size in SIZES for _ in range(10)]
+    assert train == steps
     controls, *knn = (line for line in metrics if line["kind"] == "knn")
     assert [line["step"] for line in knn] == [10, 20, 30, 40, 50]
     fixed = tiny("views.size=32", "evaluate.controls=true", "train.max_steps=1", "run.name=fixed")
