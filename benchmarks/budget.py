@@ -58,7 +58,7 @@ def run(results: Results, *, device: torch.device, minutes: float) -> None:
 
 
 def live(start: list[str], killed_after: float | None = None) -> float:
-    """Run a command to its end, or for so many seconds; returns how long its process has lived."""
+    """Runs a command to its end, or for so many seconds; returns the lifetime of its process in seconds."""
     began = time.monotonic()
     with subprocess.Popen(start, cwd=CHECKOUT) as process:
         try:

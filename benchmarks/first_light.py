@@ -27,7 +27,7 @@ PRODUCTS = 60
 
 
 def versions(arguments, device: torch.device) -> int:
-    """What is installed, what imports, and whether numba and NVML work."""
+    """Prints what is installed and what imports, and tries numba and NVML."""
     for package in PACKAGES:
         try:
             print(package, importlib.metadata.version(package))
@@ -53,7 +53,7 @@ def versions(arguments, device: torch.device) -> int:
 
 
 def ceilings(arguments, device: torch.device) -> int:
-    """The two numbers that predictions are made from: bytes a second of a copy, FLOP a second of a bf16 product."""
+    """Measures what predictions rely on: bytes a second of a copy, FLOP a second of a bf16 product."""
     side = 256 if arguments.tiny else 8192
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     taken = interleave({"product": lambda index: a @ b}, device=device, repeats=10, seconds=5)
@@ -64,7 +64,7 @@ def ceilings(arguments, device: torch.device) -> int:
 
 
 def under_load(arguments, device: torch.device) -> int:
-    """Whether DALI's views are the same while the device is kept busy: what it lends must be read before it is reused.
+    """Compares DALI's views with those made while the device is busy: its buffers must be read before it reuses them.
 
     Exit code 1 where one differs.
     """
@@ -98,7 +98,7 @@ def under_load(arguments, device: torch.device) -> int:
 
 
 def said(arguments, device: torch.device) -> int:
-    """The result lines below a folder, one short line each, and the training run's."""
+    """Prints the result lines below a folder, shortened, and those of the training run."""
     for path in sorted([*arguments.results.rglob("*.jsonl"), *arguments.results.rglob("*.dirty")]):
         for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
             if line.get("benchmark"):

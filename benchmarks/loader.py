@@ -47,10 +47,10 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """What the loaders of one comparison share."""
+    """Comparison: what its loaders share."""
 
     paths: tuple[str, ...]
-    """As many as an epoch reads; the files of a small folder come several times."""
+    """Paths of an epoch; the files of a small folder come several times."""
     photographs: str
     size: int
     workers: int
@@ -101,7 +101,7 @@ def cpu_seconds() -> float:
 
 
 def drain(batches: Iterable, device: torch.device) -> int:
-    """How many images came in batches `[x1, ...]` of views [N, 3, S, S], all of them on `device` and finished."""
+    """Returns the number of images in batches `[x1, ...]` of views [N, 3, S, S], after all are finished on `device`."""
     images = 0
     for batch in batches:
         views = [x.to(device, non_blocking=True) for x in batch]
@@ -158,7 +158,7 @@ def decoded_twice(case: Case, backend: str):
 
 
 def from_beton(case: Case):
-    """The files as `prepare ffcv` stores them by default, written before anything is timed."""
+    """Loader of the files as `prepare ffcv` stores them by default, written before anything is timed."""
     try:
         choose_backend("ffcv")
     except ImportError as error:
@@ -171,7 +171,7 @@ def from_beton(case: Case):
 
 
 def from_memory(case: Case):
-    """The files decoded to the size of the views beforehand: what is timed is cropping and augmenting."""
+    """Loader of files decoded to the size of the views beforehand: only crops and augmentation are timed."""
     folder = tempfile.TemporaryDirectory()
     with mock.patch.dict(os.environ, XDG_CACHE_HOME=folder.name):
         epoch, description = ours(case, "resident", store_size=case.size)
@@ -188,7 +188,7 @@ def _with(folder: tempfile.TemporaryDirectory, epoch: Callable[[int], int]) -> C
 
 
 def source_of(paths: tuple[str, ...]) -> ImageSource:
-    """The files as a source; one may come several times."""
+    """Returns the files as a source; one may come several times."""
     return new_source(Path("/"), [(Path(path).resolve().relative_to("/"), os.stat(path).st_size) for path in paths])
 
 
@@ -225,7 +225,7 @@ def builders(device: torch.device, checkout: Path | None) -> dict[str, Callable]
 
 
 def measure(results: Results, case: Case, builds: dict[str, Callable], seconds: float) -> None:
-    """One comparison: build the rows, run an epoch of each in turns, write their lines."""
+    """Builds the rows of one comparison, runs an epoch of each in turns, and writes their lines."""
     rows, absent = [], {}
     for name, build in builds.items():
         try:
@@ -250,19 +250,19 @@ def measure(results: Results, case: Case, builds: dict[str, Callable], seconds: 
 
 
 def cpu_seconds_per_image(row: Row, rounds: int) -> float:
-    """The median of the last `rounds` epochs, which are the timed ones."""
+    """Returns the median of the last `rounds` epochs, which are the timed ones."""
     return float(np.median(row.cpu_seconds[-rounds:])) / row.images
 
 
 def files_of(folder: Path) -> list[str]:
-    """The JPEGs below a folder, absolute, sorted by their relative names."""
+    """Returns the JPEGs below a folder as absolute paths, sorted by their relative names."""
     source = open_source(str(folder.resolve()))
     paths = (str(source.path(index)) for index in range(len(source)))
     return [path for path in paths if path.lower().endswith(SUFFIXES)]
 
 
 def cases(files: list[str], label: str, device: torch.device) -> list[Case]:
-    """The full comparison with a thread a core; fewer threads; smaller views."""
+    """Returns the full comparison with a thread a core, then those with fewer threads and with smaller views."""
     cores, batch_size = len(os.sched_getaffinity(0)), BATCH[device.type]
 
     def case(size, workers):

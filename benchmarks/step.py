@@ -63,7 +63,7 @@ class Row:
 
 
 class Setting:
-    """One table: a config on a device, with what its rows share."""
+    """Setting of one table: a config on a device, with what its rows share."""
 
     def __init__(self, config: Config, device: torch.device, checkout: Path | None):
         self.config, self.device, self.checkout = config, device, checkout
@@ -74,7 +74,7 @@ class Setting:
         self.params = {"encoder": config.model.encoder, "size": config.views.size, "batch": config.train.batch_size}
 
     def rows(self, stack: contextlib.ExitStack) -> list[Row]:
-        """In the table's order; what the steps hold open is closed with `stack`.
+        """Returns rows in the table's order; what their steps hold open is closed with `stack`.
 
         What the allocator has once kept it uses again, whatever it is told then: rows that keep freed memory run in a
         process of their own, which takes its turns.
@@ -88,7 +88,7 @@ class Setting:
         return rows
 
     def rows_here(self, stack: contextlib.ExitStack) -> list[Row]:
-        """The same, all of them in this process."""
+        """Returns the same rows, all of them in this process."""
         rows = []
         for name, switches in ablation(self.device, self.dtype).items():
             build = functools.partial(build_ablated, switches, self.config, self.weights, self.device)
@@ -127,7 +127,7 @@ class Setting:
         )
 
     def numbers(self, row: Row, images_per_second: float) -> dict:
-        """What a line says beside its time."""
+        """Returns the numbers of a line besides its time."""
         h200 = self.device.type == "cuda" and "H200" in torch.cuda.get_device_name(self.device)
         rooflines = h200 and (self.params["encoder"], self.params["size"]) == ("resnet50", 224)
         call = functools.partial(row.step, 0)
@@ -147,14 +147,14 @@ class Setting:
 
 
 def _serve_kept(name: str, config: Config, checkout: Path | None, stack: contextlib.ExitStack) -> Callable[[int], None]:
-    """In the process aside: build the row of this name, on a CPU."""
+    """Builds the row of this name in the process aside, on a CPU."""
     malloc.keep_freed()
     rows = Setting(config, torch.device("cpu"), checkout).rows_here(stack)
     return next(row for row in rows if row.name == name).build()
 
 
 def measure(results: Results, setting: Setting, seconds: float, wanted: tuple[str, ...] = ()) -> None:
-    """Build what fits into the time, run its rows in turns, write their lines.
+    """Builds what fits into the time, runs its rows in turns, and writes their lines.
 
     `wanted`: these rows alone, each of them built whatever the time.
     """
@@ -174,7 +174,7 @@ def measure(results: Results, setting: Setting, seconds: float, wanted: tuple[st
 
 
 def chosen(rows: list[Row], wanted: tuple[str, ...]) -> list[Row]:
-    """Those of these names, or all where none is named; `UserError` lists the names where one is not there."""
+    """Returns the rows of these names, or all where none is named; raises `UserError` for an unknown name."""
     unknown = [name for name in wanted if name not in {row.name for row in rows}]
     if unknown:
         known = "; ".join(row.name for row in rows)
@@ -201,7 +201,7 @@ def measure_graphs(results: Results, setting: Setting, graphs: list[Row], deadli
 
 
 def prepare(setting: Setting, rows: list[Row], deadline: float) -> dict[str, str]:
-    """Build rows and run two steps of each, the needed ones first; returns why the others are absent."""
+    """Builds rows and runs two steps of each, the needed ones first; returns why the others are absent."""
     absent, rounds = {}, WARMUP + MIN_ROUNDS * CALLS[setting.device.type]
     order = sorted(rows, key=lambda row: (not row.needed, COMPILE_SECONDS[row.switches.compile]))
     for row in order:
@@ -245,7 +245,7 @@ def write(results: Results, setting: Setting, row: Row, samples: Samples | None,
 
 
 def free(rows: list[Row]) -> None:
-    """Forget the models, what was compiled for them, and the allocator's cache."""
+    """Frees the models, what was compiled for them, and the allocator's cache."""
     for row in rows:
         row.step = None
     torch.compiler.reset()

@@ -80,7 +80,7 @@ class Clock:
 
 
 def run(out: Path, clock: Clock, device: str, options: dict[str, Path | int | None]) -> list[str]:
-    """Run all of BENCHMARKS into `out` and print their tables; returns what failed, as "NAME (why)"."""
+    """Runs all of BENCHMARKS into `out` and prints their tables; returns what failed, as "NAME (why)"."""
     taken = [benchmark.name for benchmark in BENCHMARKS if (out / f"{benchmark.name}.jsonl").exists()]
     if taken:
         message = f"--out: {out} already holds results of {', '.join(taken)}; choose another folder"
@@ -102,7 +102,7 @@ def run(out: Path, clock: Clock, device: str, options: dict[str, Path | int | No
 
 
 def end_on_sigterm() -> None:
-    """As an error ends it: its process goes with it, and tables are printed."""
+    """Makes SIGTERM end the suite as an error does: its process ends too, and tables are printed."""
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
@@ -116,7 +116,7 @@ def print_tables(out: Path) -> None:
 def run_one(
     benchmark: Benchmark, out: Path, minutes: float, device: str, options: dict[str, Path | int | None], limit: float
 ) -> str | None:
-    """One benchmark in its own process, stopped after `limit` seconds; returns why it failed, or None."""
+    """Runs one benchmark in its own process, stopped after `limit` seconds; returns why it failed, or None."""
     command = [sys.executable, "-m", benchmark.module, "--out", str(out), "--device", device, "--minutes", f"{minutes}"]
     command += benchmark.arguments
     for name in benchmark.options:
@@ -139,8 +139,10 @@ def run_one(
 
 
 def stopped_after(seconds: float, command: list[str]) -> int:
-    """The exit code of a command, which ends with all the processes that it has started; `subprocess.TimeoutExpired`
-    where it takes longer."""
+    """Returns the exit code of a command, which ends with all the processes that it has started.
+
+    Raises `subprocess.TimeoutExpired` where it takes longer.
+    """
     process = subprocess.Popen(command, cwd=CHECKOUT, start_new_session=True)
     try:
         return process.wait(seconds)

@@ -1,4 +1,4 @@
-"""How fast a contestant reaches a kNN accuracy, and how far each comes in equal time.
+"""Race to a kNN accuracy: the time in which each contestant reaches it, and the accuracy of each in equal time.
 
     python -m benchmarks.time_to_accuracy --config benchmarks/race/cifar10_cpu.yaml --data data/cifar10 --train 10000 \\
         --val 2000 --minutes-each 5 --seeds 3 --target 45 --solo-learn PATH --out DIR
@@ -51,7 +51,7 @@ DEFAULT = (FASTSIAM, PLAIN, "authors", "lightly", "solo-learn", "solo-learn DALI
 
 
 def apart(function, *arguments):
-    """Call in a new process, whose memory, thread pools and workers end with it."""
+    """Calls a function in a new process, whose memory, thread pools and workers end with it."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -74,7 +74,7 @@ def in_words(name: str, own: float) -> float:
 
 
 class Race:
-    """The runs of one race, the config's data and settings being fixed."""
+    """Race with fixed data and settings: its runs."""
 
     def __init__(self, lines: Lines, name: str, images: "Images", seconds: float, target: float, checkout, call):
         """`call(function, *arguments)` runs a job of the config `name`, `apart` or in this process."""
@@ -109,7 +109,7 @@ class Race:
             raise UserError(message, code="no-contestant")
 
     def _one(self, variant, seed, base_lr, total) -> dict | None:
-        """The line of a run, old or new; None for a peer that is absent."""
+        """Returns the line of a run, old or new; None for a peer that is absent."""
         self._done += 1
         params = {**self.params, "seed": seed, "base_lr": base_lr}
         print(f"run {self._done} of {total}: {variant}, seed {seed}, base_lr {base_lr:g}", flush=True)
@@ -142,7 +142,7 @@ class Race:
         return line
 
     def _loading(self, job):
-        """How this peer loads fastest: tried once a race."""
+        """Returns the fastest way in which this peer loads; tried once a race."""
         params = {**self.params, "trial": "loader"}
         line = self._lines.find("trial", job.variant, params)
         if line is None:
@@ -165,7 +165,7 @@ class Race:
         )
 
     def _params(self):
-        """What the runs of a race share; `settings` stands for all of the config that they compute with."""
+        """Returns what the runs of a race share; `settings` is a hash of all that they compute with."""
         config, data = self.config, self.config.data
         sources = [open_source(data.train), open_source(data.val, "data.val")]
         sections = config.model_dump(mode="json", include={"views", "model", "method", "optimizer", "evaluate"})
@@ -191,7 +191,7 @@ class Race:
 
 
 def check_config(config: Config) -> None:
-    """Raise `UserError` for what the contestants do not all have."""
+    """Raises `UserError` for a setting that the contestants do not all have."""
     views, optimizer = config.views, config.optimizer
     wanted = (
         ("optimizer.name", optimizer.name, "sgd"),
@@ -212,16 +212,16 @@ def check_config(config: Config) -> None:
 
 
 class Images(NamedTuple):
-    """What a race reads."""
+    """Images of a race."""
 
     overrides: list[str]
-    """Of the config."""
+    """Overrides of the config."""
     label: str
     """The folder that holds train and val."""
 
 
 def images_of(config: str, device: str, data: Path | None, train: int | None, val: int | None, lists: Path) -> Images:
-    """Those of `data`, or the config's own, cut down to equally many of each class by files in `lists`."""
+    """Returns the images of `data`, or the config's own, cut down to equally many of each class by files in `lists`."""
     if data is None:
         own = load_config(config)
         draw_missing_demo(own, print)
@@ -253,7 +253,7 @@ def run(
     solo_learn: Path | None = None,
     call=apart,
 ) -> None:
-    """The whole race, or what is left of it; then its standings and its plot.
+    """Runs the whole race, or the rest of it, then writes its standings and its plot.
 
     `minutes` are for all of it where `minutes_each` does not say how long a run trains.
     """

@@ -1,4 +1,4 @@
-"""Which commit the code beside this file is: by git, or in a copy without `.git` by the file COMMIT in its root.
+"""Commit of the code beside this file: from git, or in a copy without `.git` from the file COMMIT in its root.
 
 COMMIT is what `{ git rev-parse HEAD; git ls-tree -r HEAD; } > COMMIT` writes in a checkout: the commit and the hash of
 each of its files, so that a copy can tell by itself whether it still is that commit.

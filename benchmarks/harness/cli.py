@@ -1,4 +1,4 @@
-"""The command line of a benchmark: python -m benchmarks.NAME [--out DIR] [--device D] [--minutes M] ..."""
+"""Command line of a benchmark: python -m benchmarks.NAME [--out DIR] [--device D] [--minutes M] ..."""
 
 import argparse
 import inspect
@@ -12,12 +12,12 @@ from fastsiam.runtime.device import choose_device
 
 
 def words(text: str) -> tuple[str, ...]:
-    """What stands between commas."""
+    """Splits at commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def row_names(text: str) -> tuple[str, ...]:
-    """What stands between semicolons: a row's name may have commas in it."""
+    """Splits at semicolons, because a row's name may contain commas."""
     return tuple(name.strip() for name in text.split(";") if name.strip())
 
 
@@ -47,9 +47,9 @@ OPTIONS = {
 def command(
     run: Callable[..., None], name: str, description: str, minutes: float, argv: list[str] | None = None
 ) -> int:
-    """Call `run(results, *, device, minutes, ...)` as the command line says, with those of OPTIONS that it takes.
+    """Calls `run(results, *, device, minutes, ...)` as the command line says, with those of OPTIONS that it takes.
 
-    Returns the exit code: 0, or 2 for a mistake that a sentence on stderr explains.
+    Returns the exit code: 0, or 2 for an error that a sentence on stderr explains.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--out", type=Path, help=f"folder for {name}.jsonl; without it lines are only printed")

@@ -1,7 +1,7 @@
-"""The JPEGs that loaders are measured on: a folder of real photographs, or drawn ones of the same size and weight.
+"""JPEGs that loaders are measured on: a folder of photographs, or drawn ones of the same size and weight.
 
 Drawn images stand in where no photographs are given. They cost a decoder about as many bits as ImageNet's median file
-(500x375, 114 kB), but no drawn image is a photograph: results say which were read.
+(500x375, 114 kB), but no drawn image is a photograph: results name which were read.
 """
 
 from pathlib import Path

@@ -46,7 +46,7 @@ def kind(kernel: str) -> str:
 
 
 def kernels(step, device: torch.device) -> tuple[dict[str, tuple[float, float]], float]:
-    """By kernel (on a CPU: by operator) milliseconds and launches a step, and the wall's milliseconds a step."""
+    """Returns milliseconds and launches a step by kernel (on a CPU by operator), and wall milliseconds a step."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -102,7 +102,7 @@ def write_profile(folder: Path, name: str, params: dict, found: dict, wall: floa
 
 
 def build(setting: bench.Setting, rows: list[bench.Row]) -> list[bench.Row]:
-    """Those that build and run two steps here; why another does not is printed, and the others go on."""
+    """Builds rows and runs two steps of each; prints why a row fails, and continues with the others."""
     ready = []
     for row in rows:
         began = time.perf_counter()

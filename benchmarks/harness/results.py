@@ -45,7 +45,7 @@ class Results:
         self._environment = environment(device)
 
     def add(self, benchmark: str, variant: str, params: dict, samples: Samples | None, **numbers) -> dict:
-        """Write one result and return its line; `samples` is None for a variant that is absent.
+        """Writes one result and returns its line; `samples` is None for a variant that is absent.
 
         `params` tells apart what is measured (batch, dtype, mode): rows of a table are compared within equal params.
         `numbers` are further columns; a number that is not finite raises `ValueError`.
@@ -79,7 +79,7 @@ class Results:
 
 
 def readable(line: dict) -> str:
-    """One result as a line of text: what, then the median with [p20, p80] and n, then its other numbers."""
+    """Returns one result as text: its name, the median with [p20, p80] and n, its other numbers."""
     known = {"schema", "benchmark", "variant", "params", "samples_seconds", "environment"}
     known |= {"median_seconds", "p20_seconds", "p80_seconds"}
     words = [f"{line['benchmark']} {line['variant']}", *(f"{key}={value}" for key, value in line["params"].items())]

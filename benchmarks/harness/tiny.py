@@ -5,7 +5,7 @@ from importlib import import_module
 
 
 def shrink(name: str) -> None:
-    """Set the sizes of a benchmark's module, in this process."""
+    """Sets the sizes of a benchmark's module, in this process."""
     module = import_module(f"benchmarks.{name}")
     small = {
         "loss": lambda: {"BATCHES": {"cpu": (8,)}, "_REPEATS": {"cpu": 3}},

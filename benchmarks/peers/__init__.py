@@ -49,7 +49,7 @@ def data_loader(paths: list[str], transform, batch_size: int, workers: int, devi
 
 
 def plain_encoder(model) -> nn.Module:
-    """The encoder of a config's `model` section with plain batch norm; `num_features` is its width.
+    """Builds the encoder of a config's `model` section with plain batch norm; `num_features` is its width.
 
     torchvision's ResNet without classifier; a CIFAR ResNet, which torchvision lacks, is ours.
     """
@@ -64,5 +64,5 @@ def plain_encoder(model) -> nn.Module:
 
 
 def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The entries of a state dict below `prefix`, without it."""
+    """Returns the entries of a state dict below `prefix`, without it."""
     return {name.removeprefix(f"{prefix}."): value for name, value in weights.items() if name.startswith(f"{prefix}.")}

@@ -1,4 +1,4 @@
-"""The authors' way: two encoder calls, eager fp32 NCHW, PIL transforms in a DataLoader.
+"""The authors' SimSiam: two encoder calls, eager fp32 NCHW, PIL transforms in a DataLoader.
 
 Written anew from the paper (arXiv 2011.10566, Algorithm 1 and section 4) and the settings that
 facebookresearch/simsiam names in its README and options; none of its code is here.
@@ -43,7 +43,7 @@ class SimSiam(nn.Module):
 
 
 def build_step(config, weights, device, *, precision=contextlib.nullcontext, memory_format=torch.contiguous_format):
-    """The step, in fp32 unless `precision` is an autocast; SGD as torch builds it by default, no fused kernel.
+    """Builds the step, in fp32 unless `precision` is an autocast; SGD as torch builds it by default, not fused.
 
     The predictor keeps its rate where the config says so, as their --fix-pred-lr does.
     """
@@ -96,7 +96,7 @@ class GaussianBlur:
 
 
 def build_transform(spec: ViewSpec) -> TwoCrops:
-    """The paper's augmentation (section 4 "Baseline settings") from a PIL image to two tensors [3, size, size].
+    """Builds the paper's augmentation (section 4 "Baseline settings") of a PIL image to two tensors [3, size, size].
 
     Without blur its transform is left out (appendix D).
     """

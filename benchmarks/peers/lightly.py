@@ -12,7 +12,7 @@ ABSENT = "lightly is not installed; pip install lightly"
 
 
 def check_installed() -> None:
-    """Raise `AbsentError` unless lightly can be imported."""
+    """Raises `AbsentError` unless lightly can be imported."""
     try:
         import lightly.loss
         import lightly.models.modules

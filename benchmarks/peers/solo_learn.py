@@ -26,7 +26,7 @@ OTHER_IMAGES = "custom"
 
 
 def check_installed(checkout: Path | None) -> None:
-    """Put the checkout on the import path; raise `AbsentError` without one, or where it cannot be imported."""
+    """Puts the checkout on the import path; raises `AbsentError` without one, or where it cannot be imported."""
     if checkout is None:
         raise AbsentError(NO_PATH)
     if not (checkout / "solo" / "methods" / "simsiam.py").is_file():

@@ -44,7 +44,7 @@ WHOLE = 10**9
 
 @dataclass(frozen=True)
 class Loading:
-    """Who makes a peer's views: `kind` is PIL in a DataLoader of `workers` processes, or DALI with as many threads."""
+    """Loading of a peer's views: `kind` is PIL in a DataLoader of `workers` processes, or DALI with as many threads."""
 
     kind: str
     workers: int
@@ -137,20 +137,20 @@ class Product(Contestant):
 
 
 def initial_weights(config: Config) -> dict[str, torch.Tensor]:
-    """The weights that a run of this config and seed begins with, on the CPU."""
+    """Returns the weights with which a run of this config and seed begins, on the CPU."""
     torch.manual_seed(config.train.seed)
     return fastsiam.build_method(config).state_dict()
 
 
 def seed_everything(seed: int) -> None:
-    """The global generators that peers draw from; ours draws none."""
+    """Seeds the global generators, from which peers draw and the product does not."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def overrides_of(variant: str, config: Config) -> list[str]:
-    """What a variation of ours changes in the config of a race; nothing for a peer."""
+    """Returns the overrides of a variation of ours; none for a peer."""
     size = config.views.full_size
     recipes = {PLAIN: (2, f"{size}"), FOUR_VIEWS: (4, f"{size}"), GROWING: (2, f"{size // 2}..{size}")}
     if variant not in recipes:
@@ -161,7 +161,7 @@ def overrides_of(variant: str, config: Config) -> list[str]:
 
 @dataclass(frozen=True)
 class Peer:
-    """How another project's training is put together."""
+    """Training of another project, as its own recipe builds it."""
 
     build_step: Callable
     loaders: dict[str, Callable]
@@ -170,10 +170,10 @@ class Peer:
     """bf16 where the hardware multiplies it."""
     channels_last: bool = False
     checkout: bool = False
-    """It comes from a checkout, whose path its functions take."""
+    """True where it comes from a checkout, whose path its functions take."""
 
     def candidates(self) -> list[Loading]:
-        """What a trial chooses from: no worker, one, and as many as there are cores; DALI with a thread a core."""
+        """Returns the choices of a trial: PIL with up to a worker a core, DALI with a thread a core."""
         cores = len(os.sched_getaffinity(0))
         counts = {"PIL": sorted({0, 1, max(cores // 2, 1), cores}), "DALI": [cores]}
         return [Loading(kind, workers) for kind in self.loaders for workers in counts[kind]]

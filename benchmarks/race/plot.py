@@ -13,7 +13,7 @@ _GREY = "#555555"
 
 
 def draw(found: list[Standing], controls: list[dict], folder: Path, name: str) -> list[Path]:
-    """Write `folder`/`name`.png and .svg; returns their paths.
+    """Writes `folder`/`name`.png and .svg; returns their paths.
 
     `controls`: result lines with kNN without training, whose mean is a dotted line. Raises `ImportError` without
     matplotlib.

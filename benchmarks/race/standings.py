@@ -1,4 +1,4 @@
-"""What a race has come to: which runs there are, the best rate of a grid, and one row for each contestant.
+"""Standings of a race: its runs, the best rate of a grid, and one row for each contestant.
 
 Lines of `time_to_accuracy.jsonl` are of four kinds: `run`, `trial` (how a peer loads fastest), `control` (kNN without
 training), and `absent`. A run is known by its contestant and its params, which name no commit: a race goes on from its
@@ -26,7 +26,7 @@ class Lines:
         self._lines = read(results.folder / f"{BENCHMARK}.jsonl") if results.folder else []
 
     def find(self, kind: str, variant: str, params: dict) -> dict | None:
-        """The line that an earlier start has written."""
+        """Returns the line that an earlier start has written."""
         for line in self._lines:
             if (line["kind"], line["variant"], line["params"]) == (kind, variant, params):
                 return line
@@ -39,7 +39,7 @@ class Lines:
 
 
 def read(path: Path) -> list[dict]:
-    """The lines of an earlier start, none where there is no file.
+    """Returns the lines of an earlier start, none where there is no file.
 
     The end of a line that a killed run left half written is cut off. Raises `UserError` for what is no line of ours.
     """
@@ -53,12 +53,12 @@ def read(path: Path) -> list[dict]:
 
 
 def seconds_to(curve: Iterable[tuple[float, int, float]], target: float) -> float | None:
-    """Of the first evaluation at or over `target` percent; None where no evaluation is. Nothing is interpolated."""
+    """Returns seconds of the first evaluation at or over `target` percent, or None; nothing is interpolated."""
     return next((seconds for seconds, _, knn in curve if knn >= target), None)
 
 
 def best_rate(runs: Iterable[dict]) -> float:
-    """The rate with the highest final kNN; of equals the lowest."""
+    """Returns the rate with the highest final kNN; of equals the lowest."""
     return max(runs, key=lambda run: (run["knn"], -run["params"]["base_lr"]))["params"]["base_lr"]
 
 
@@ -101,7 +101,7 @@ class Standing:
         return statistics.fmean(run["images_per_second"] for run in self.runs)
 
     def numbers(self) -> dict:
-        """For standings.json."""
+        """Returns the object of standings.json."""
         seconds = self.seconds or (None, None)
         return {
             "contestant": self.variant,
@@ -125,7 +125,7 @@ def mean_std(values: list[float]) -> tuple[float, float | None]:
 
 
 def standings(lines: Iterable[dict]) -> list[Standing]:
-    """One for each contestant and setting, in the order of the lines; the target is the last line's."""
+    """Returns one for each contestant and setting, in the order of the lines; the target is the last line's."""
     groups = {}
     runs = [line for line in lines if line.get("kind") == "run"]
     for run in runs:

@@ -34,19 +34,19 @@ _TRIAL_SHARE, _TRIAL_SECONDS, _TRIAL_TURNS = 0.02, 5.0, 2
 
 @dataclass(frozen=True)
 class Job:
-    """What a process of its own needs for one run."""
+    """Job of a process: one run."""
 
     variant: str
     config: Config
-    """With the run's seed, rate, batch and data."""
+    """The config with the run's seed, rate, batch and data."""
     seconds: float
     """Training time, evaluation and warm-up not counted."""
     evaluations: int
-    """At equal shares of `seconds`, the last one at the end."""
+    """Number of evaluations at equal shares of `seconds`, the last one at the end."""
     loading: Loading | None = None
     """A peer's, as its trial has chosen; None for ours."""
     checkout: Path | None = None
-    """Of solo-learn."""
+    """Path of solo-learn."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Point:
     """One evaluation."""
 
     seconds: float
-    """Of the clock."""
+    """Time of the clock."""
     images: int
     """Consumed by training steps."""
     knn: float
@@ -67,15 +67,15 @@ class Outcome:
 
     curve: tuple[Point, ...]
     final_loss: float | None
-    """Of the last step; None where it was not finite."""
+    """Loss of the last step; None where it was not finite."""
     setup_seconds: float
     """To build model and loader, decoding into memory included."""
     warmup_seconds: float
-    """Of the thrown-away steps: compilation, first calls, the start of workers."""
+    """Seconds of the thrown-away steps: compilation, first calls, the start of workers."""
     facts: dict
 
     def numbers(self) -> dict:
-        """For a result line."""
+        """Returns the numbers of a result line."""
         last = self.curve[-1]
         return {
             "knn": last.knn,
@@ -116,8 +116,9 @@ class Clock:
 
 @contextlib.contextmanager
 def thrown_away(contestant: Contestant) -> Iterator[None]:
-    """What is trained inside leaves no trace: weights, buffers, optimizer and the generators of this process are put
-    back bit by bit. What was compiled and who was started stays.
+    """Undoes what is trained inside: weights, buffers, optimizer and random generators are put back bit by bit.
+
+    Compiled code and started workers stay.
     """
     model, optimizer = contestant.model, contestant.optimizer
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -137,7 +138,7 @@ def thrown_away(contestant: Contestant) -> Iterator[None]:
 
 
 def warm_up(contestant: Contestant, config: Config, steps: int = WARMUP_STEPS) -> float:
-    """Run the first steps on a state that is thrown away, in each size of views; returns their seconds."""
+    """Runs the first steps on a state that is thrown away, in each size of views; returns their seconds."""
     start = time.perf_counter()
     with thrown_away(contestant):
         for size in contestant.sizes or (None,):
@@ -160,7 +161,7 @@ def against_the_clock(
     clock: Clock,
     say: Callable[[str], None] = print,
 ) -> tuple[tuple[Point, ...], float | None]:
-    """Train until the clock is at `seconds`; returns the evaluations at equal shares of it and the last loss.
+    """Trains until the clock is at `seconds`; returns the evaluations at equal shares of it and the last loss.
 
     An evaluation comes after the first step that ends at or past its share; the clock stands meanwhile.
     """

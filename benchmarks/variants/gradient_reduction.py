@@ -26,7 +26,7 @@ BUCKET_BYTES = 25 << 20
 
 @dataclass(frozen=True)
 class Way:
-    """How a row computes, and what its ranks exchange."""
+    """Computation of a row, and the exchange between its ranks."""
 
     compiled: str | None = None
     """one graph, with DDP around it; or pieces: DDP's optimiser cuts the graph at the bounds of buckets."""

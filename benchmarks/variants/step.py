@@ -1,4 +1,4 @@
-"""The training steps that `benchmarks.step` times: the authors', ours with one switch more a row, the product's."""
+"""Training steps of `benchmarks.step`: the authors', then ours with one more switch in each row."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ INPUT_SETS = 2
 
 @dataclass(frozen=True)
 class Switches:
-    """What a row of the ablation turns on."""
+    """Switches of a row."""
 
     precision: str = "fp32"
     channels_last: bool = False
@@ -40,7 +40,7 @@ class Switches:
 
 
 def product(device: torch.device, dtype: torch.dtype) -> Switches:
-    """What `fastsiam.train` turns on by itself on this device."""
+    """Returns what `fastsiam.train` turns on by itself on this device."""
     return Switches(
         precision="bf16" if dtype == torch.bfloat16 else "fp32",
         channels_last=True,
@@ -86,7 +86,7 @@ def ablation(device: torch.device, dtype: torch.dtype) -> dict[str, Switches]:
 
 
 class Forward(nn.Module):
-    """The method's forward with the encoder called for all views at once or view by view, and either loss."""
+    """Forward of the method with the encoder called for all views at once or view by view, and either loss."""
 
     def __init__(self, method: nn.Module, switches: Switches):
         super().__init__()
@@ -106,7 +106,7 @@ class Forward(nn.Module):
 
 
 def build_ablated(switches: Switches, config: Config, weights: dict, device: torch.device) -> Callable:
-    """The step with these switches, on a new copy of the model."""
+    """Builds the step with these switches, on a new copy of the model."""
     precision = autocast(device, torch.bfloat16 if switches.precision == "bf16" else torch.float32)
     memory_format = torch.channels_last if switches.channels_last else torch.contiguous_format
     if switches.forward == "authors":
@@ -138,7 +138,7 @@ def build_ablated(switches: Switches, config: Config, weights: dict, device: tor
 
 
 def build_sgd(implementation: str, method: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The product's parameter groups and numbers in one of three implementations."""
+    """Builds the product's parameter groups and numbers in one of three implementations."""
     chosen = "apex" if implementation == "apex" else "torch"
     try:
         optimizer = build_optimizer(method, config.with_values({"optimizer.implementation": chosen}))
@@ -151,7 +151,7 @@ def build_sgd(implementation: str, method: nn.Module, config: Config) -> torch.o
 
 
 def check_authors(config: Config, steps: int = 10) -> None:
-    """Raise `RuntimeError` unless the authors' steps are our eager ones, losses and weights.
+    """Raises `RuntimeError` unless losses and weights of the authors' steps equal those of our eager ones.
 
     Three steps in fp32 to 1e-5 and `steps` in float64 to 1e-9; on the CPU, the mathematics being the same on all
     devices, with 8 images of at most 64 px. Ten steps of ResNet-50 in fp32 do not tell: rounding that differs with the
@@ -163,7 +163,7 @@ def check_authors(config: Config, steps: int = 10) -> None:
 
 
 def compare(config: Config, dtype: torch.dtype, *, steps: int, rate: float, tolerance: float) -> None:
-    """Raise `RuntimeError` where losses or weights of the authors' way and of ours differ by more than `tolerance`."""
+    """Raises `RuntimeError` where losses or weights of the authors' way and of ours differ by more than `tolerance`."""
     size, batch_size, cpu = min(config.views.size, 64), 8, torch.device("cpu")
     config = config.with_values({"optimizer.base_lr": rate * 256 / batch_size, "train.batch_size": batch_size})
     weights = initial_weights(config)
@@ -185,7 +185,7 @@ def compare(config: Config, dtype: torch.dtype, *, steps: int, rate: float, tole
 
 
 def initial_weights(config: Config, device="cpu") -> dict[str, torch.Tensor]:
-    """Those that a session of this config starts with."""
+    """Returns the weights with which a run of this config starts."""
     torch.manual_seed(config.train.seed)
     return fastsiam.build_method(config).to(device).state_dict()
 
@@ -207,7 +207,7 @@ class Inputs:
         ]
 
     def of(self, switches: Switches) -> list[torch.Tensor]:
-        """As the row's own loader would deliver: only ours casts."""
+        """Returns batches as the row's own loader would deliver them: only ours casts."""
         ours = switches.forward in ("one_call", "two_calls") and switches.precision == "bf16"
         memory_format = torch.channels_last if switches.channels_last else torch.contiguous_format
         return self.like(torch.bfloat16 if ours else torch.float32, memory_format)
