@@ -56,6 +56,7 @@ def test_an_error_of_the_products_loop_is_raised_by_the_call(tiny, monkeypatch):
         ProductRun(load_config("quickstart", tiny("data.train=nowhere")))
 
 
+@pytest.mark.slow
 def test_every_row_is_the_same_function_in_fp32():
     """Losses and weights over four steps; a strong weight decay makes that of each optimizer show."""
     config = small_config(3, "optimizer.weight_decay=0.1")
@@ -127,6 +128,7 @@ def test_a_row_aside_runs_there_and_its_errors_end_it(capfd):
         aside.bind("x")
 
 
+@pytest.mark.slow
 def test_rows_that_keep_memory_run_aside(lines):
     """Their steps are the product's: losses cannot be seen from here, times and switches can."""
     found = lines(minutes=5)
@@ -135,6 +137,7 @@ def test_rows_that_keep_memory_run_aside(lines):
     assert all(found[name]["median_seconds"] > 0 for name in kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("r18_cifar10_800ep", 10), ("r50_100ep", 1)])
 def test_the_authors_step_is_ours_in_the_settings_that_are_timed(name, steps):
     """ResNet-50 takes 10 s a step in float64 on one core."""
@@ -211,6 +214,7 @@ def lines(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_lines_hold_rates_and_nothing_is_dropped(lines):
     found = lines(minutes=5)
     assert list(found) == [*ablation(CPU, torch.float32), "fastsiam", "lightly", "solo-learn"]

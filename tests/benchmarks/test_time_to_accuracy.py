@@ -188,6 +188,7 @@ def test_the_plot_has_a_line_a_run_and_their_mean(tmp_path, monkeypatch):
     assert "<svg" in paths[1].read_text()
 
 
+@pytest.mark.slow
 def test_a_real_race_in_this_process(tmp_path, tiny, monkeypatch):
     """Ours and the authors' on 80 drawn images for a second each: every number follows from the curve."""
     monkeypatch.setattr(Peer, "candidates", lambda self: [Loading("PIL", 0)])
@@ -228,6 +229,7 @@ def test_lists_hold_equally_many_of_each_class(demo_folder, tmp_path):
         assert caught.value.code == code
 
 
+@pytest.mark.slow
 def test_a_killed_race_takes_its_run_with_it(tmp_path):
     """The run's process says who it is and sleeps; its parent is killed."""
     (tmp_path / "sleeper.py").write_text(
