@@ -104,7 +104,7 @@ def picture():
 
 @pytest.fixture
 def resident_cache(tmp_path, monkeypatch):
-    """Where the backend resident keeps decoded images during a test."""
+    """Folder in which the backend resident keeps decoded images during a test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/fastsiam/resident"
 

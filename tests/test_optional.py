@@ -69,7 +69,7 @@ def test_a_test_without_its_library_is_skipped_and_says_what_installs_it():
 
 
 def test_an_error_other_than_a_missing_library_fails(monkeypatch):
-    """Where a library is there, nothing that it raises is a reason to skip."""
+    """Errors of a library that is installed are not a reason to skip."""
     monkeypatch.setattr(optional, "installed", lambda library: library != "ffcv")
     assert optional.missing(ModuleNotFoundError("no", name="ffcv")) == "ffcv"
     assert optional.missing(ModuleNotFoundError("no", name="nvidia.dali")) is None

@@ -20,7 +20,7 @@ class Key:
     range: str
     """Values that the key takes, `integer > 1`."""
     default: str
-    """As in YAML, or `required`."""
+    """Default value as in YAML, or `required`."""
 
 
 def keys() -> dict[str, Key]:

@@ -9,7 +9,7 @@ class Line(NamedTuple):
 
     status: Literal["ok", "warning", "error"]
     code: str
-    """In kebab case; `ok` where all is well."""
+    """Kebab case; `ok` where all is well."""
     text: str
     cure: str = ""
     """A command or a setting; empty where all is well."""

@@ -115,7 +115,7 @@ def test_what_nvml_says(package):
 
 
 def card(compute):
-    """What `probe_torch` asks of torch for the second of two GPUs, whose computing is `compute`."""
+    """Stands in for torch with two GPUs, of which the second computes `compute`."""
     properties = types.SimpleNamespace(name="NVIDIA L4", major=8, minor=9, total_memory=24 * 10**9)
     cuda = types.SimpleNamespace(
         get_device_properties=lambda index: {1: properties}[index],

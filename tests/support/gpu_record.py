@@ -55,6 +55,6 @@ def folder_name(device: torch.device) -> str:
 
 
 def _is_whole(config) -> bool:
-    """Whether all tests marked gpu were asked for and no others."""
+    """Returns True where all tests marked gpu were asked for and no others."""
     everywhere = config.args_source != pytest.Config.ArgsSource.ARGS
     return config.option.markexpr == "gpu" and not config.option.keyword and everywhere

@@ -27,7 +27,7 @@ class Killer:
         self.fatal, self.operations = fatal, []
 
     def at(self, operation: str) -> bool:
-        """Whether the process dies in this operation."""
+        """Returns True where the process dies in this operation."""
         self.operations.append(operation)
         return len(self.operations) - 1 == self.fatal
 

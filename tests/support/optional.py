@@ -37,7 +37,7 @@ def needed(item: pytest.Item) -> list[str]:
 
 
 def reason(item: pytest.Item, library: str) -> str:
-    """Why a test is skipped: which one, what it misses, and the command that installs that."""
+    """Reason for a skip: the test, the library that it needs, and the command that installs it."""
     return f"{item.name.partition('[')[0]} needs {library}: {LIBRARIES[library][1]}"
 
 
