@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 
@@ -29,17 +28,6 @@ from fastsiam.runtime.cores import usable_cores
 # Images that are read, decoded and kept in memory as a sample of all; two batches at least.
 SAMPLE_IMAGES = 256
 OWN_AUGMENTATION = "dali, its own augmentation"
-
-
-class Candidate(NamedTuple):
-    """A backend other than the config's."""
-
-    name: str
-    values: dict
-    """Config values that choose it."""
-    reason: str | None = None
-    """The reason why it cannot be measured."""
-    note: str | None = None
 
 
 class Loaders:
@@ -137,23 +125,23 @@ class Loaders:
         found = world.collect(elapsed * float(sample.file_sizes.mean()) / num_bytes if num_bytes else None)
         return None if None in found else max(found) / world.size
 
-    def others(self, loading: Loading) -> list[Candidate]:
-        """Returns the backends other than the config's."""
+    def others(self, loading: Loading) -> list[tuple[str, dict, str | None, str | None]]:
+        """Returns the backends other than the config's: name, values, the reason why it cannot be measured, a note."""
         if is_beton(self.bench.source.root):
             names = [name for name in ("dali", "pil") if name != self.own_name]
-            return [Candidate(name, {}, "reads image files, not a .beton") for name in names]
+            return [(name, {}, "reads image files, not a .beton", None) for name in names]
         missing = None if dali_installed() else "not installed (pip install nvidia-dali-cuda120)"
-        size, needed, free = loading.store_size, loading.resident_bytes, loading.free_bytes
-        store = {"data.backend": "resident", "data.store_size": size}
+        needed, free = loading.resident_bytes, loading.free_bytes
+        store = {"data.backend": "resident", "data.store_size": loading.store_size}
         note = f"{needed / 1e9:.2g} GB of memory; measured on {len(self.sample):,} images"
         too_large = f"{needed / 1e9:,.0f} GB of decoded images, and {free / 1e9:,.0f} GB of memory are free"
         found = [
-            Candidate("dali", {"data.backend": "dali"}, missing),
-            Candidate("pil", {"data.backend": "pil"}),
-            Candidate("resident", store, too_large if needed > free / 2 else None, note),
-            Candidate("ffcv", {}, "reads .beton files; python -m fastsiam.prepare ffcv writes one of these images"),
+            ("dali", {"data.backend": "dali"}, missing, None),
+            ("pil", {"data.backend": "pil"}, None, None),
+            ("resident", store, too_large if needed > free / 2 else None, note),
+            ("ffcv", {}, "reads .beton files; python -m fastsiam.prepare ffcv writes one of these images", None),
         ]
-        return [one for one in found if one.name != self.own_name]
+        return [one for one in found if one[0] != self.own_name]
 
     @contextlib.contextmanager
     def _own_cache(self, config: Config) -> Iterator[None]:
@@ -189,7 +177,7 @@ def sample_of(source: ImageSource, batch_size: int, seed: int) -> ImageSource:
 def other_loaders(bench: Bench, loaders: Loaders, loading: Loading) -> tuple[LoaderRate, ...]:
     """Measures every backend but the config's, each in an equal part of the time."""
     candidates = loaders.others(loading)
-    parts, found = sum(one.reason is None for one in candidates), []
+    parts, found = sum(reason is None for _, _, reason, _ in candidates), []
     for name, values, reason, note in candidates:
         if loaders.own_name == OWN_AUGMENTATION and values:
             values = values | {"data.augment": "fastsiam"}
