@@ -89,7 +89,7 @@ def test_a_budget_is_parsed_once(monkeypatch):
     assert config.to_spend is config.to_spend
 
 
-@pytest.mark.parametrize(("budget", "code"), [("0.8kWh", None), ("7 images", None)])
+@pytest.mark.parametrize(("budget", "code"), [("0.8kWh", "no-energy-counter"), ("7 images", "budget-too-small")])
 def test_what_this_run_cannot_spend_is_refused(tiny, tmp_path, budget, code):
     """Energy that nothing measures here, and less than a batch of 8."""
     error = refused("train", "--config", "quickstart", *tiny("train.epochs=null", f"budget={budget}"))
