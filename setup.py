@@ -51,10 +51,7 @@ setup(
         "tiff": ["tifffile", "imagecodecs"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
         "peers": ["lightly"],
-        "dev": [
-            *("pytest", "pytest-xdist", "playwright", "tifffile", "imagecodecs"),
-            *("ruff", "build", "setuptools", "wheel"),
-        ],
+        "dev": ["pytest", "ruff", "build", "setuptools", "wheel", "playwright", "tifffile", "imagecodecs"],
     },
     entry_points={"console_scripts": ["fastsiam=fastsiam.__main__:main"]},
 )

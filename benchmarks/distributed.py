@@ -164,7 +164,7 @@ def views_of_rank(config: Config, runtime: Runtime) -> list[torch.Tensor]:
         # The synthetic backend has the same numbers for every rank.
         seeded = config.with_values({"train.seed": seed + INPUT_SETS * world.rank})
         options = {"device": runtime.device, "dtype": runtime.dtype, "rank": world.rank, "world_size": world.size}
-        views.append(next(build_loader(seeded, **options).epoch(0)).views)
+        views.append(next(build_loader(seeded, **options).epoch(0)).views[0])
     return views
 
 
@@ -208,7 +208,7 @@ def run(results: Results, *, device: torch.device, minutes: float, ranks: int | 
     config = load_config(name, overrides)
     params = {
         "encoder": config.model.encoder,
-        "size": config.views.size,
+        "size": config.views[0].size,
         "batch": config.train.batch_size,
         "ranks": size,
         "threads a rank": threads_of_each(size),

@@ -69,25 +69,24 @@ def under_load(arguments, device: torch.device) -> int:
     Exit code 1 where one differs.
     """
     from benchmarks.loader import files_of, source_of
-    from fastsiam.config.views import view_specs
     from fastsiam.data.backends.choose import open_backend
     from fastsiam.data.loader import Loader
 
     files, images, batch = files_of(arguments.images), *((128, 32) if arguments.tiny else (1024, 128))
     source = source_of(tuple(files[index % len(files)] for index in range(images)))
-    specs = view_specs(load_config("r50_100ep").views)
+    groups = load_config("r50_100ep").view_groups
     cuda = device.type == "cuda"
     weights = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) if cuda else None
 
     def sums(busy):
-        backend = open_backend(arguments.backend, source, specs[0].size, 2, batch, 8, device)
-        loader = Loader(source, specs, backend, batch_size=batch, seed=0, dtype=torch.bfloat16)
+        backend = open_backend(arguments.backend, source, (groups[0].spec.size,), batch, 8, device)
+        loader = Loader(source, groups, backend, batch_size=batch, seed=0, dtype=torch.bfloat16)
         found = []
         with contextlib.closing(backend):
             for made in loader.epoch(0):
                 for _ in range(PRODUCTS if busy else 0):
                     weights @ weights
-                found.append(made.views.float().sum((1, 2, 3)))
+                found.append(made.views[0].float().sum((1, 2, 3)))
         return torch.stack(found)
 
     quiet, loaded = sums(busy=False), sums(busy=cuda)

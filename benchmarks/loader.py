@@ -30,7 +30,7 @@ from benchmarks.harness.results import Results
 from benchmarks.harness.timing import interleave
 from benchmarks.peers import AbsentError, authors, lightly, solo_learn
 from fastsiam.config import load_config
-from fastsiam.config.views import ViewSpec, view_specs
+from fastsiam.config.views import ViewSpec
 from fastsiam.data.backends.choose import choose_backend, open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources.open import open_source
@@ -132,21 +132,21 @@ def ours(
     except ImportError as error:
         raise AbsentError(str(error)) from error
     config = load_config("r50_100ep", [f"views.size={case.size}", f"views.color={color}"])
-    specs = view_specs(config.views, num_views)
+    groups = (config.view_groups[0]._replace(count=num_views),)
     source = source or source_of(case.paths)
     device = decode_device or case.device
     if backend_augments:
-        from fastsiam.data.backends.dali_augment import open_recipe
+        from fastsiam.data.backends import dali_augment
 
-        opened = open_recipe(source, specs, case.batch_size, case.workers, device, dtype)
+        opened = dali_augment.open_backend(source, groups, case.batch_size, case.workers, device, dtype)
     else:
-        numbers = case.size, num_views, case.batch_size, case.workers
+        numbers = (case.size,), case.batch_size, case.workers
         opened = open_backend(backend, source, *numbers, device, store_size)
     numbers = {"batch_size": case.batch_size, "seed": 0, "dtype": dtype}
-    loader = Loader(source, specs, opened, **numbers, backend_augments=backend_augments)
+    loader = Loader(source, groups, opened, **numbers)
 
     def epoch(index):
-        return drain((batch.views.chunk(num_views) for batch in loader.epoch(index)), case.device)
+        return drain((batch.views[0].chunk(num_views) for batch in loader.epoch(index)), case.device)
 
     return epoch, opened.description
 

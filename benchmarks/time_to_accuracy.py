@@ -182,7 +182,7 @@ class Race:
             "val": len(sources[1]),
             "encoder": config.model.encoder,
             **width,
-            "size": config.views.full_size,
+            "size": config.views[0].full_size,
             "batch": config.train.batch_size,
             "seconds": self._seconds,
             "evaluations": self.evaluations,
@@ -192,7 +192,7 @@ class Race:
 
 def check_config(config: Config) -> None:
     """Raises `UserError` for a setting that the contestants do not all have."""
-    views, optimizer = config.views, config.optimizer
+    views, optimizer = config.views[0], config.optimizer
     wanted = (
         ("optimizer.name", optimizer.name, "sgd"),
         ("optimizer.schedule", optimizer.schedule, "cosine"),

@@ -146,11 +146,11 @@ def train(
         for batch in run.log.timed(data.epoch(progress)):
             rate = set_learning_rate(step.optimizer, config, state.progress, state.epoch_progress)
             evaluation.remember(batch.views, batch.indices)
-            step(batch.views, state.step + 1, batch.indices)  # nothing is read back from the device
+            out = step(batch.views, state.step + 1, batch.indices)  # nothing is read back from the device
             progress.advance()
             run.finished_step(step)
             asked = run.ask_ranks()  # one exchange; brings progress up to date
-            step.method.after_step(progress.value)
+            step.method.after_step(progress.value, out)
             if run.must_read(asked) or evaluation.is_due:
                 reading = run.read(step, evaluation)  # waits for the device
                 if reading.is_nonfinite:

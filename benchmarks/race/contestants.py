@@ -29,7 +29,6 @@ import fastsiam
 from benchmarks.harness.product import ProductRun
 from benchmarks.peers import authors, lightly, solo_learn
 from fastsiam.config import Config
-from fastsiam.config.views import view_specs
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.optim.build import set_learning_rate
 from fastsiam.runtime.device import DTYPES, autocast, choose_precision
@@ -68,9 +67,9 @@ class Contestant:
     """Groups with `scheduled`, for `fastsiam.optim.set_learning_rate`."""
     facts: dict[str, str | bool] = field(default_factory=dict)
     """Facts of its result line: precision, memory format, compiler, loader."""
-    sizes: tuple[int, ...] = ()
+    sizes: tuple[tuple[int, ...], ...] = ()
     """Sizes of its views, where there are several; each has a graph of its own to compile."""
-    size: int | None = None
+    size: tuple[int, ...] | None = None
     """The size of the views of `epoch`; None: as that function has them."""
     close: Callable[[], None] = lambda: None
     _stream: Iterator[torch.Tensor] | None = None
@@ -116,13 +115,13 @@ class Product(Contestant):
             "loader": parts.data.description,
         }
         super().__init__(
-            lambda views: parts.step(views, 1)["loss"].detach(),
-            lambda number: (batch.views for batch in parts.data.loader.epoch(number, size=self.size)),
+            lambda views: parts.step([views], 1)["loss"].detach(),
+            lambda number: (batch.views[0] for batch in parts.data.loader.epoch(number, sizes=self.size)),
             method,
             method.encoder,
             parts.step.optimizer,
             facts,
-            sizes=config.views.sizes,
+            sizes=config.view_stages,
             close=self.run.close,
         )
 
@@ -151,7 +150,7 @@ def seed_everything(seed: int) -> None:
 
 def overrides_of(variant: str, config: Config) -> list[str]:
     """Returns the overrides of a variation of ours; none for a peer."""
-    size = config.views.full_size
+    size = config.views[0].full_size
     recipes = {PLAIN: (2, f"{size}"), FOUR_VIEWS: (4, f"{size}"), GROWING: (2, f"{size // 2}..{size}")}
     if variant not in recipes:
         return []
@@ -190,7 +189,7 @@ class Peer:
         step = self.build_step(config, weights, device, *more, **numbers)
         paths = [str(source.path(index)) for index in range(len(source))]
         numbers = {"batch_size": config.train.batch_size, "workers": loading.workers, "device": device}
-        loader = self.loaders[loading.kind](paths, *more, spec=view_specs(config.views)[0], **numbers)
+        loader = self.loaders[loading.kind](paths, *more, spec=config.view_groups[0].spec, **numbers)
 
         def epoch(_number):
             for batch in loader:

@@ -230,7 +230,7 @@ def build_monitor(config: Config, device: torch.device) -> OnlineEvaluation:
 def controls(config: Config) -> dict[str, float]:
     """kNN without training: of the seed's initial weights with filled batch-norm statistics, and of raw pixels."""
     with prepared(Job(FASTSIAM, config, 0.0, 0)) as (contestant, monitor):
-        contestant.size = config.views.full_size
+        contestant.size = config.view_stages[-1]
         untrained = monitor.untrained(contestant.model, _Views(contestant))
         return {"untrained_knn": untrained, "raw_pixels_knn": monitor.raw_pixels()}
 
@@ -268,7 +268,7 @@ def _rate(contestant, batches, seconds):
 
 @dataclass(frozen=True)
 class _Batch:
-    views: torch.Tensor
+    views: list[torch.Tensor]
 
 
 class _Views:
@@ -278,7 +278,7 @@ class _Views:
         self._contestant = contestant
 
     def epoch(self, number: int) -> Iterator[_Batch]:
-        return (_Batch(views) for views in self._contestant.epoch(number))
+        return (_Batch([views]) for views in self._contestant.epoch(number))
 
 
 def _device(job):

@@ -76,7 +76,7 @@ def build_step(way: Way, config: Config, runtime: Runtime, views: list[torch.Ten
     else:
         world, compiles = runtime.world if way.gradients else World(), way.compiled == ONE_GRAPH
         step = TrainingStep(method, optimizer, config, Runtime(world, runtime.device, runtime.dtype, compiles, {}))
-        call, graphs = (lambda batch: step(batch, 1)), (lambda: _graphs(step))
+        call, graphs = (lambda batch: step([batch], 1)), (lambda: _graphs(step))
 
     def run(index):
         with torch._dynamo.config.patch(optimize_ddp=way.compiled == PIECES):
@@ -107,7 +107,7 @@ def _around_ddp(way, method, optimizer, runtime):
         optimizer.zero_grad()
         with runtime.autocast():
             try:
-                out = forward(views)
+                out = forward([views] if way.compiled else views)
             except TorchDynamoException as error:
                 raise AbsentError(f"torch.compile(DDP(method)): {str(error).splitlines()[0]}") from error
         (out["loss"] if isinstance(out, dict) else out).backward()

@@ -164,7 +164,7 @@ def check_authors(config: Config, steps: int = 10) -> None:
 
 def compare(config: Config, dtype: torch.dtype, *, steps: int, rate: float, tolerance: float) -> None:
     """Raises `RuntimeError` where losses or weights of the authors' way and of ours differ by more than `tolerance`."""
-    size, batch_size, cpu = min(config.views.size, 64), 8, torch.device("cpu")
+    size, batch_size, cpu = min(config.views[0].size, 64), 8, torch.device("cpu")
     config = config.with_values({"optimizer.base_lr": rate * 256 / batch_size, "train.batch_size": batch_size})
     weights = initial_weights(config)
     rows = {name: Switches(forward=name) for name in ("authors", "one_call")}
@@ -197,7 +197,7 @@ class Inputs:
         self._views = []
         for seed in range(INPUT_SETS):
             loader = build_loader(config.with_values({"train.seed": seed}), device=device)
-            self._views.append(next(loader.epoch(0)).views)
+            self._views.append(next(loader.epoch(0)).views[0])
         self.like = functools.cache(self._like)
 
     def _like(self, dtype: torch.dtype, memory_format: torch.memory_format) -> list[torch.Tensor]:

@@ -112,11 +112,11 @@ class DataConfig(Section):
 
 
 class ViewsConfig(Section):
-    """One recipe for all views; what is not written is filled in from the recipe."""
+    """One group of views, all by one recipe, which fills in what is not written."""
 
     recipe: Literal[tuple(RECIPES)]
     """Augmentation whose numbers fill in the keys that are not written; config/views.py names the sources."""
-    count: Annotated[int, Field(ge=2)] = 2
+    count: PositiveInt = 2
     """Views of each image, all from one decode. 2 is the paper's loss; above, its mean over all ordered pairs."""
     size: int | str
     """Side of a view in pixels, or LOW..HIGH (as 128..224): it grows over the first 80 % of the run, from epoch to
@@ -196,10 +196,10 @@ class ViewsConfig(Section):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The sides that views have in turn; one for a fixed size."""
+        """Sides in pixels that the views have in turn; one for a fixed size."""
         return (self.size,) if isinstance(self.size, int) else sizes_between(*parse_range(self.size))
 
     @property
     def full_size(self) -> int:
-        """The last of them, at which everything is evaluated."""
+        """Last of `sizes`; kNN and collapse are measured at that of the first group."""
         return self.sizes[-1]

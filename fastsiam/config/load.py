@@ -95,7 +95,7 @@ def differing_keys(one: Config, other: Config) -> list[str]:
 def differences(one: Config, other: Config) -> dict[str, tuple]:
     """Returns the dotted keys in which two configs compute something else, sorted, with both values."""
     a, b = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
-    without_effect = {"views.blur_kind"} if not one.views.blur and not other.views.blur else set()
+    without_effect = set() if any(group.blur for group in (*one.views, *other.views)) else {"views.blur_kind"}
     return {
         key: (a.get(key), b.get(key))
         for key in sorted(a.keys() | b.keys())
@@ -128,7 +128,7 @@ def _named(config: Config, path: Path, changed: bool) -> Config:
         written = flat(check(Config, _read(path)).model_dump(mode="json"))
         # data.train is operational (a data set may move) but another folder is by default another run.
         kept = {k: v for k, v in function.items() if k not in OPERATIONAL or k in ("data.train", "data.val")}
-        overridden = {k: v for k, v in kept.items() if written.get(k, v) != v}
+        overridden = {k: v for k, v in kept.items() if k not in written or written[k] != v}
         if overridden:
             name += "-" + hashlib.sha256(json.dumps(overridden, sort_keys=True).encode()).hexdigest()[:8]
     return config.with_values({"run.name": name})

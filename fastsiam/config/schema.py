@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from fastsiam.config.budget import EXAMPLES, Budget, parse_budget
 from fastsiam.config.data_sections import DataConfig, PositiveFloat, PositiveInt, Section, ViewsConfig
 from fastsiam.config.model_sections import MethodConfig, ModelConfig, OptimizerConfig
+from fastsiam.config.views import ViewGroup, spec_of, stages_of
 from fastsiam.config.yaml_file import check, set_value
 from fastsiam.errors import UserError
 
@@ -80,7 +81,8 @@ class RunConfig(Section):
 
 class Config(Section):
     data: DataConfig
-    views: ViewsConfig
+    views: Annotated[tuple[ViewsConfig, ...], Field(strict=False)]
+    """One group of views, or a list of groups. The first group's size and normalisation serve kNN and collapse."""
     model: ModelConfig
     method: MethodConfig
     optimizer: OptimizerConfig
@@ -93,6 +95,24 @@ class Config(Section):
     """Limit in place of train.epochs: 2h, 45min, 10M images, 0.8kWh (by NVML) or 15USD (at budget_price_per_hour)."""
     budget_price_per_hour: PositiveFloat | None = None
     """Cost of an hour of all machines of the run, in the currency of the budget."""
+
+    @field_validator("views", mode="before")
+    @classmethod
+    def one_group_or_a_list(cls, given):
+        return given if isinstance(given, list | tuple) else [given]
+
+    @field_validator("views")
+    @classmethod
+    def at_least_two_views(cls, groups):
+        if sum(group.count for group in groups) < 2:
+            raise UserError("views.count: one view of each image has nothing to agree with; set 2", "out-of-range")
+        return groups
+
+    @field_serializer("views", mode="wrap")
+    def as_written(self, groups, dump):
+        """One group without a list around it, as configs have always been."""
+        dumped = dump(groups)
+        return dumped[0] if len(dumped) == 1 else list(dumped)
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -131,6 +151,16 @@ class Config(Section):
         if self.train.epochs is not None:
             return Budget("epochs", self.train.epochs, f"{self.train.epochs} epochs")
         return parse_budget(self.budget, self.budget_price_per_hour)
+
+    @functools.cached_property
+    def view_groups(self) -> tuple[ViewGroup, ...]:
+        """Groups of views at their full size."""
+        return tuple(ViewGroup(group.count, spec_of(group)) for group in self.views)
+
+    @functools.cached_property
+    def view_stages(self) -> tuple[tuple[int, ...], ...]:
+        """Sides in pixels of the groups' views at each stage of the run; one stage where no view grows."""
+        return stages_of([group.sizes for group in self.views])
 
     @property
     def learning_rate(self) -> float:

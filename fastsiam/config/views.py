@@ -1,7 +1,9 @@
-"""What a view is: the numbers of its augmentation, the recipes of the papers with their sources, the size by epoch."""
+"""Views of an image: numbers of their augmentation, recipes of the papers with their sources, sizes by epoch."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from typing import NamedTuple
 
 # Channel statistics of ImageNet's training images in RGB, the field's convention (torchvision's presets).
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -10,7 +12,7 @@ CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """One view of an image: random resized crop, flip, blur, colour, clamp, solarize, normalise, in that order.
+    """Makes one view of an image: random resized crop, flip, blur, colour, clamp, solarize, normalise, in that order.
 
     Probabilities in [0, 1]; `brightness`, `contrast`, `saturation` draw a factor from [1 - x, 1 + x] and `hue` a
     turn from [-x, x], as torchvision's ColorJitter does; `blur_sigma` is in pixels of the view, and `blur_kind` one of
@@ -35,8 +37,15 @@ class ViewSpec:
     std: tuple[float, float, float] = IMAGENET_STD
 
     def numbers(self) -> dict:
-        """Everything but `size` and `color`, which a config states itself."""
+        """Returns everything but `size` and `color`, which a config states itself."""
         return {key: value for key, value in asdict(self).items() if key not in ("size", "color")}
+
+
+class ViewGroup(NamedTuple):
+    """Views of one kind: so many of each image, all by the same spec."""
+
+    count: int
+    spec: ViewSpec
 
 
 # Fields that views had not always, with what views did before: files and checkpoints of those runs do not name them.
@@ -60,19 +69,24 @@ MOST_SIZES = 5
 _RANGE = re.compile(r"(\d+)\s*\.\.\s*(\d+)")
 
 
-def view_specs(views, num_views: int | None = None) -> tuple[ViewSpec, ...]:
-    """The specs that a config's `views` section asks for, one per view, at their full size."""
-    numbers = {field.name: getattr(views, field.name) for field in fields(ViewSpec) if field.name != "size"}
-    return (ViewSpec(size=views.full_size, **numbers),) * (num_views or views.count)
+def spec_of(section) -> ViewSpec:
+    """Returns the spec of one group in a config, at its full size."""
+    numbers = {field.name: getattr(section, field.name) for field in fields(ViewSpec) if field.name != "size"}
+    return ViewSpec(size=section.full_size, **numbers)
 
 
-def specs_of_run(views) -> tuple[ViewSpec, ...]:
-    """The specs of all views at each size that a run comes to: what its checkpoints are compared by."""
-    return tuple(replace(spec, size=size) for size in views.sizes for spec in view_specs(views))
+def specs_of_run(groups: Sequence[ViewGroup], stages: Sequence[tuple[int, ...]]) -> tuple[ViewSpec, ...]:
+    """Returns the spec of every view at every stage of a run; checkpoints are compared by them."""
+    return tuple(
+        replace(group.spec, size=size)
+        for sizes in stages
+        for group, size in zip(groups, sizes, strict=True)
+        for _ in range(group.count)
+    )
 
 
 def described(specs: tuple[ViewSpec, ...]) -> str:
-    """All that specs ask for, as text: alike for specs that make the same views, and the same in each version.
+    """Returns specs as text that is the same for the same views in each version; its hash is in every checkpoint.
 
     A field that was added later is named only where it changes the views.
     """
@@ -90,13 +104,13 @@ class _Described:
 
 
 def parse_range(text: str) -> tuple[int, int] | None:
-    """Both ends of `LOW..HIGH`; None for another text."""
+    """Returns both ends of `LOW..HIGH`, or None for another text."""
     match = _RANGE.fullmatch(text.strip())
     return (int(match[1]), int(match[2])) if match else None
 
 
 def sizes_between(low: int, high: int) -> tuple[int, ...]:
-    """The sides in pixels that views of `low..high` have in turn, both ends among them.
+    """Returns the sides in pixels that views of `low..high` have in turn, both ends among them.
 
     Between the ends lie multiples of 32, or of 8 where `high` is at most 64; of twice, four times, ... as much where
     there would be more than `MOST_SIZES` sizes in all.
@@ -107,19 +121,30 @@ def sizes_between(low: int, high: int) -> tuple[int, ...]:
     return sizes
 
 
-def size_at(sizes: tuple[int, ...], epoch: int, epoch_progress: float) -> int:
-    """Side in pixels of the views of epoch number `epoch`, which begins when `epoch_progress` of the run is over.
+def stages_of(sizes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
+    """Returns the sides of all groups at each stage of a run, from the sides that each group has in turn.
 
-    All sizes but the last have equal shares of the first `RAMP` of the run, measured from its first to its last epoch:
+    There are as many stages as the group with the most sizes has; at the last one every group has its full size.
+    """
+    last = max(map(len, sizes)) - 1
+    return tuple(
+        tuple(of_group[stage * (len(of_group) - 1) // max(last, 1)] for of_group in sizes) for stage in range(last + 1)
+    )
+
+
+def sizes_at(stages: tuple[tuple[int, ...], ...], epoch: int, epoch_progress: float) -> tuple[int, ...]:
+    """Returns the sides of the groups' views in epoch number `epoch`, which begins at `epoch_progress` of the run.
+
+    All stages but the last have equal shares of the first `RAMP` of the run, measured from its first to its last epoch:
     where epochs are alike, the last one has the full size, however few there are. Epochs are taken to be as long as
-    those before. One size lasts the whole epoch, and what it depends on stands in every checkpoint.
+    those before. A stage lasts whole epochs, and what it depends on stands in every checkpoint.
     """
     if epoch == 0:
-        return sizes[0]
+        return stages[0]
     before_the_last = 1 - epoch_progress / epoch
     if epoch_progress >= RAMP * before_the_last:
-        return sizes[-1]
-    return sizes[int(epoch_progress / (RAMP * before_the_last) * (len(sizes) - 1))]
+        return stages[-1]
+    return stages[int(epoch_progress / (RAMP * before_the_last) * (len(stages) - 1))]
 
 
 def _with_multiples(low, high, step):

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -104,13 +105,19 @@ def apply_override(model: type[BaseModel], values: dict, override: str) -> str:
 
 
 def set_value(model: type[BaseModel], values: dict, key: str, value: object) -> None:
-    """Sets a dotted key in the nested `values`; sections that are not there are made."""
+    """Sets a dotted key in the nested `values`; missing sections are made, and a number picks from a list of them."""
     *sections, last = key.split(".")
     node = values
     for section in sections:
-        node = node.setdefault(section, {})
-        if not isinstance(node, dict):
+        if isinstance(node, list):
+            node = node[int(section)] if section.isdecimal() and int(section) < len(node) else None
+        else:
+            node = node.setdefault(section, {})
+        if not isinstance(node, dict | list):
             raise UserError(f"{key}: {section} is a value, not a section{did_you_mean(model, key)}", "not-a-section")
+    if isinstance(node, list):
+        place = ".".join(sections)
+        raise UserError(f"{key}: {place} is a list; write {place}.0.{last} for its first entry", "not-a-section")
     node[last] = value
 
 
@@ -134,14 +141,15 @@ _CODES = {
 
 def _explained(model, problem: dict) -> UserError:
     known = schema_keys(model)
-    parts = [str(part) for part in problem["loc"]]
+    # Without the place in a list of sections, which has the keys of one.
+    parts = [part for part in problem["loc"] if isinstance(part, str)]
     while parts and ".".join(parts) not in known and problem["type"] != "extra_forbidden":
         parts.pop()
     key, value, kind = ".".join(parts), problem["input"], problem["type"]
     if kind == "extra_forbidden":
         return UserError(f"{key} is not a key{did_you_mean(model, key)}", "unknown-key")
     if kind == "missing":
-        return UserError(f"{'.'.join(map(str, problem['loc']))} is missing", "missing-key")
+        return UserError(f"{'.'.join(p for p in problem['loc'] if isinstance(p, str))} is missing", "missing-key")
     if kind == "value_error":
         error = problem["ctx"]["error"]
         return UserError(str(error), getattr(error, "code", None))
@@ -181,8 +189,9 @@ def schema_keys(model: type[BaseModel], prefix: str = "") -> dict[str, None]:
     keys: dict[str, None] = {}
     for name, field in model.model_fields.items():
         keys[prefix + name] = None
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys.update(schema_keys(field.annotation, f"{prefix}{name}."))
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                keys.update(schema_keys(part, f"{prefix}{name}."))
     return keys
 
 

@@ -1,20 +1,22 @@
-"""The draws of a batch handed to the augmenter, the same for every backend."""
+"""Augmenter of all backends: crops and draws in, views out."""
 
 import numpy as np
 import torch
 
 from fastsiam.config.views import ViewSpec
-from fastsiam.data.rng import NO_JITTER, AugmentDraws
+from fastsiam.data.rng import AugmentDraws
 from fastsiam.kernels import augment_views
 
 
 def augment(crops: torch.Tensor, draws: AugmentDraws, spec: ViewSpec, dtype: torch.dtype) -> torch.Tensor:
-    """Flip, blur, colour, clamp, solarize, normalise.
+    """Flips, blurs, jitters, clamps, solarizes and normalises crops; finished views stay as they are.
 
     `crops`: uint8 [B, S, S, 3]; `draws`: B rows. Returns [B, 3, S, S] of `dtype`, channels-last in memory, on the
     device of `crops`. `spec.color` chooses the jitter: `exact` is torchvision's, operation by operation with a
     clamp after each; `matrix` folds it into one affine map and clamps once.
     """
+    if crops.is_floating_point():
+        return crops
     return augment_views(
         crops,
         **host_draws(draws),
@@ -27,7 +29,5 @@ def augment(crops: torch.Tensor, draws: AugmentDraws, spec: ViewSpec, dtype: tor
 
 
 def host_draws(draws: AugmentDraws) -> dict[str, torch.Tensor]:
-    """The draws as the tensors that `augment_views` takes."""
-    arrays = {name: getattr(draws, name) for name in ("flip", "sigma", "order", "grayscale", "solarize")}
-    arrays["factors"] = np.where(draws.jitter[:, None], draws.factors, np.float32(NO_JITTER))
-    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    """Returns draws as the tensors that `augment_views` takes."""
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in vars(draws).items()}

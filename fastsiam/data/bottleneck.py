@@ -141,7 +141,7 @@ def describe(config: Config, source: ImageSource | None, backend: str, device: t
     """What `advise` needs to know of a run."""
     cores = usable_cores()
     count = len(source or ())
-    side = round(STORED_SIDE * config.views.full_size)
+    side = round(STORED_SIDE * max(group.full_size for group in config.views))
     return Loading(
         backend=backend,
         workers=cores if config.data.workers is None else config.data.workers,

@@ -1,4 +1,4 @@
-"""The loader contract: an epoch is an epoch, in our order, whichever backend decodes.
+"""Loaders: each epoch has all batches in our order, whichever backend decodes.
 
 A backend turns `CropRequest`s into uint8 crops and nothing else. Order, boxes, sharding, augmentation and the
 count of what was delivered are here, the same for all of them.
@@ -13,10 +13,18 @@ from functools import partial
 import numpy as np
 import torch
 
-from fastsiam.config.views import ViewSpec
+from fastsiam.config.views import ViewGroup, ViewSpec
 from fastsiam.data import rng
 from fastsiam.data.augment import augment
-from fastsiam.data.backends.base import Backend, Batch, CropRequest, LoaderError, UndecodableError, check_delivery
+from fastsiam.data.backends.base import (
+    Backend,
+    Batch,
+    CropRequest,
+    EvaluationBatch,
+    LoaderError,
+    UndecodableError,
+    check_delivery,
+)
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.image_header import UNREADABLE
 from fastsiam.data.sources.source import ImageSource
@@ -25,7 +33,7 @@ from fastsiam.kernels.reference import normalize, to_unit
 
 
 class Loader:
-    """Batches of augmented training views.
+    """Makes batches of augmented training views.
 
     `batch_size` is that of all processes together; the last, incomplete batch of an epoch is dropped, as in the
     paper's code. Process `rank` of `world_size` takes the rank-th part of every batch.
@@ -34,7 +42,7 @@ class Loader:
     def __init__(
         self,
         source: ImageSource,
-        specs: tuple[ViewSpec, ...],
+        groups: tuple[ViewGroup, ...],
         backend: Backend,
         *,
         batch_size: int,
@@ -43,43 +51,39 @@ class Loader:
         skip: SkipList | None = None,
         rank: int = 0,
         world_size: int = 1,
-        backend_augments: bool = False,
     ):
-        """`backend` crops at the size of the specs.
+        """`backend` crops at the sizes of the groups.
 
-        `skip` knows which images are left out; without one the first that cannot be decoded stops the run.
-
-        `backend_augments`: requests carry the draws, and the backend delivers finished views.
+        `skip` knows which images are excluded; without one the first that cannot be decoded stops the run.
         """
         check_divides(batch_size, world_size)
         check_batch_size(batch_size, len(source), source.root)
-        self.source, self.specs, self.backend = source, specs, backend
+        self.source, self.groups, self.backend = source, groups, backend
         self.batch_size, self.seed, self.dtype = batch_size, seed, dtype
         self.skip = skip or SkipList(len(source), 0.0, source.kinds >= UNREADABLE)
-        self.rank, self.world_size, self.backend_augments = rank, world_size, backend_augments
+        self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = len(source) // batch_size
-        self.size = specs[0].size
-        """Side in pixels of the views of the epoch begun last."""
+        self.sizes = full_sizes(groups)
+        """Sides in pixels of the groups' views in the epoch begun last."""
         self._cold = True
 
-    def epoch(self, epoch: int, cursor: int = 0, size: int | None = None) -> Iterator[Batch]:
-        """The batches of an epoch from `cursor` on, the number of its images that finished steps have consumed.
+    def epoch(self, epoch: int, cursor: int = 0, sizes: tuple[int, ...] | None = None) -> Iterator[Batch]:
+        """Yields the batches of an epoch from `cursor` on, the number of its images that finished steps have consumed.
 
-        `size`: side of the views in pixels, None for that of the specs. It changes no order, no box and no other draw.
+        `sizes`: side of each group's views in pixels, None for the full ones. They change no order, box or other draw.
         Raises `LoaderError` where the backend delivers other images than asked for, or too few.
         """
         if cursor % self.batch_size:
             raise ValueError(f"cursor {cursor} is not at a batch of {self.batch_size}")
         expected = (self.steps_per_epoch - cursor // self.batch_size) * self.batch_size // self.world_size
-        self._resize(size or self.specs[0].size)
+        self._resize(sizes or full_sizes(self.groups))
         delivered = 0
         try:
             for crops, request in self._crops(epoch, cursor):
                 indices = request.indices
                 delivered += len(indices)
-                views = crops if self.backend_augments else self.augmented(crops, request.drawn)
                 cold, self._cold = self._cold, False
-                yield Batch(views, _labels(self.source, indices), indices, cold)
+                yield Batch(self.augmented(crops, request.drawn), _labels(self.source, indices), indices, cold)
         finally:
             # A backend that is left in mid-epoch may have to start again.
             self._cold |= delivered < expected
@@ -90,14 +94,14 @@ class Loader:
             )
 
     def close(self) -> None:
-        """Free what the backend holds; the next epoch starts it again."""
+        """Frees what the backend holds; the next epoch starts it again."""
         self.backend.close()
         self._cold = True
 
-    def _resize(self, size):
-        if size != self.size:
-            self.backend.resize(size)
-            self.size, self._cold = size, True
+    def _resize(self, sizes):
+        if sizes != self.sizes:
+            self.backend.resize(sizes)
+            self.sizes, self._cold = sizes, True
 
     def _crops(self, epoch, cursor):
         """A batch with files that cannot be decoded is asked for again without them."""
@@ -107,7 +111,7 @@ class Loader:
             with _thread() as pool:
                 try:
                     for indices, crops in self.backend.crops(self._requests(epoch, cursor, pending, pool)):
-                        request = check_delivery(pending, indices, crops, len(self.specs))
+                        request = check_delivery(pending, indices, crops)
                         cursor += self.batch_size
                         yield crops, request
                     finished = True
@@ -134,9 +138,18 @@ class Loader:
 
     def _request(self, epoch, indices, sizes):
         """A function of its arguments and the seed."""
-        views = list(enumerate(self.specs))
-        boxes = np.stack([rng.crop_boxes(spec, self.seed, epoch, indices, view, sizes) for view, spec in views])
-        return CropRequest(indices, boxes, sizes, self.drawn(epoch, indices))
+        boxes = [
+            np.stack([rng.crop_boxes(spec, self.seed, epoch, indices, view, sizes) for view in views])
+            for spec, views in self._numbered_views()
+        ]
+        return CropRequest(indices, tuple(boxes), sizes, self.drawn(epoch, indices))
+
+    def _numbered_views(self):
+        """Yields the spec and the numbers of each group's views; draws are addressed by them, counted over groups."""
+        first = 0
+        for count, spec in self.groups:
+            yield spec, range(first, first + count)
+            first += count
 
     @staticmethod
     def _noted(pending, asked):
@@ -144,7 +157,7 @@ class Loader:
         return pending[-1]
 
     def _readable(self, epoch, asked):
-        """Replacements for those that are left out, and for those whose header cannot be read."""
+        """Replaces images that are excluded, or whose header cannot be read."""
         while True:
             indices = rng.replace_skipped(self.seed, epoch, asked, self.skip.mask)
             reasons = self.source.look(indices)
@@ -153,21 +166,22 @@ class Loader:
             self.skip.add(reasons)
 
     def drawn(self, epoch: int, indices: np.ndarray) -> tuple[rng.AugmentDraws, ...]:
-        """The augmentations of each view of these images in an epoch."""
-        return tuple(rng.augment_draws(s, self.seed, epoch, indices, v) for v, s in enumerate(self.specs))
+        """Returns the augmentations of these images in an epoch, [V_g*N] rows a group."""
+        return tuple(
+            rng.AugmentDraws.concatenate([rng.augment_draws(spec, self.seed, epoch, indices, view) for view in views])
+            for spec, views in self._numbered_views()
+        )
 
-    def augmented(self, crops: torch.Tensor, drawn: tuple[rng.AugmentDraws, ...]) -> torch.Tensor:
-        """Views [V*N, 3, S, S] of uint8 crops [V*N, S, S, 3], with the draws of each view."""
-        if len(set(self.specs)) == 1:
-            return augment(crops, rng.AugmentDraws.concatenate(drawn), self.specs[0], self.dtype)
-        views = zip(crops.chunk(len(self.specs)), drawn, self.specs, strict=True)
-        return torch.cat([augment(crop, part, spec, self.dtype) for crop, part, spec in views])
+    def augmented(self, crops: list[torch.Tensor], drawn: tuple[rng.AugmentDraws, ...]) -> list[torch.Tensor]:
+        """Returns views [V_g*N, 3, S_g, S_g] a group, made of uint8 crops [V_g*N, S_g, S_g, 3] and their draws."""
+        groups = zip(crops, drawn, self.groups, strict=True)
+        return [augment(crops, drawn, group.spec, self.dtype) for crops, drawn, group in groups]
 
 
 class EvaluationLoader:
-    """Each image once, in the source's order: the centred crop of `crop_ratio`, resized and normalised.
+    """Delivers each image once, in the source's order: the centred crop of `crop_ratio`, resized and normalised.
 
-    Images that cannot be decoded are left out.
+    Images that cannot be decoded are excluded.
     """
 
     def __init__(
@@ -185,8 +199,8 @@ class EvaluationLoader:
         self.batch_size, self.crop_ratio, self.dtype = batch_size, crop_ratio, dtype
         self.skip = skip or SkipList(len(source), 0.0, source.kinds >= UNREADABLE)
 
-    def batches(self, indices: np.ndarray | None = None) -> Iterator[Batch]:
-        """All images, or those of `indices`; the last batch may be smaller."""
+    def batches(self, indices: np.ndarray | None = None) -> Iterator[EvaluationBatch]:
+        """Yields all images, or those of `indices`; the last batch may be smaller."""
         rest = np.arange(len(self.source)) if indices is None else indices
         self.skip.add(self.source.look(rest[~self.skip.mask[rest]]))
         finished = False
@@ -194,11 +208,11 @@ class EvaluationLoader:
             rest = rest[~self.skip.mask[rest]]
             pending: deque[CropRequest] = deque()
             try:
-                for found, crops in self.backend.crops(self._requests(rest, pending)):
-                    check_delivery(pending, found, crops, 1)
+                for found, (crops, *others) in self.backend.crops(self._requests(rest, pending)):
+                    check_delivery(pending, found, [crops, *others])
                     rest = rest[len(found) :]
-                    views = normalize(to_unit(crops), self.spec.mean, self.spec.std, self.dtype)
-                    yield Batch(views, _labels(self.source, found), found)
+                    images = normalize(to_unit(crops), self.spec.mean, self.spec.std, self.dtype)
+                    yield EvaluationBatch(images, _labels(self.source, found), found)
                 finished = True
             except UndecodableError as error:
                 self.source.forget(error.reasons)
@@ -210,14 +224,14 @@ class EvaluationLoader:
         for start in range(0, len(indices), self.batch_size):
             part = indices[start : start + self.batch_size]
             sizes = self.source.sizes(part)
-            request = CropRequest(part, rng.center_boxes(sizes, self.crop_ratio)[None], sizes)
+            request = CropRequest(part, (rng.center_boxes(sizes, self.crop_ratio)[None],), sizes)
             pending.append(request)
             yield request
 
 
 @contextlib.contextmanager
 def _thread():
-    """One thread that draws, gone with the block; what it has not begun is dropped."""
+    """Starts one thread that draws; it ends with the block, without what it has not begun."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="draws")
     try:
         yield pool
@@ -225,19 +239,29 @@ def _thread():
         pool.shutdown(cancel_futures=True)
 
 
+def full_sizes(groups: tuple[ViewGroup, ...]) -> tuple[int, ...]:
+    """Returns the side in pixels of each group's views at full size."""
+    return tuple(group.spec.size for group in groups)
+
+
 def check_divides(batch_size: int, world_size: int) -> None:
-    """Raise `UserError` for a batch that the processes cannot share equally."""
+    """Raises `UserError` for a batch that the ranks cannot share equally."""
     if batch_size % world_size:
-        raise UserError(f"train.batch_size: {batch_size} does not divide over {world_size} processes")
+        raise UserError(
+            f"train.batch_size: {batch_size} does not divide by {world_size} ranks; set a multiple of {world_size}",
+            "batch-not-divisible",
+        )
 
 
 def check_batch_size(batch_size: int, num_images: int, where) -> None:
-    """Raise `UserError` for a batch that the data cannot fill."""
+    """Raises `UserError` for a batch that the data cannot fill."""
     if batch_size > num_images:
         images = "1 image" if num_images == 1 else f"{num_images} images"
         fitting = 1 << max(num_images.bit_length() - 1, 0)
         advice = f"set train.batch_size={fitting} or less, or add images" if fitting > 1 else "add images"
-        raise UserError(f"train.batch_size: {batch_size} is more than the {images} under {where}; {advice}")
+        raise UserError(
+            f"train.batch_size: {batch_size} is more than the {images} under {where}; {advice}", "batch-too-large"
+        )
 
 
 def _labels(source, indices):

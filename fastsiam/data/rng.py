@@ -48,10 +48,8 @@ class AugmentDraws:
 
     flip: np.ndarray
     """[N] bool."""
-    jitter: np.ndarray
-    """[N] bool; where False the factors are those of no change."""
     factors: np.ndarray
-    """[N, 4] float32: brightness, contrast, saturation factors and the turn of the hue."""
+    """[N, 4] float32: brightness, contrast, saturation factors and the turn of the hue; `NO_JITTER` for no change."""
     order: np.ndarray
     """[N, 4] int64: which of the four comes first, second, ..."""
     grayscale: np.ndarray
@@ -158,7 +156,6 @@ def augment_draws(spec: ViewSpec, seed: int, epoch: int, indices, view: int) -> 
     blurred = draw("blur") < spec.blur
     return AugmentDraws(
         flip=draw("flip") < spec.flip,
-        jitter=jitter,
         factors=factors,
         order=_PERMUTATIONS[(draw("color_order") * len(_PERMUTATIONS)).astype(np.int64)],
         grayscale=draw("grayscale") < spec.grayscale,

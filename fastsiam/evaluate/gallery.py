@@ -60,10 +60,12 @@ class Pictures:
         self._first: tuple[torch.Tensor, np.ndarray] | None = None
         self._arrays: dict[str, np.ndarray] | None = None
 
-    def remember(self, step: int, views: torch.Tensor, indices: np.ndarray) -> None:
+    def remember(self, step: int, views: list[torch.Tensor], indices: np.ndarray) -> None:
         """Keeps a copy of the first pairs of the first step; nothing is read back from the device."""
         if step == 1 and self._writes and self._source is not None:
-            first, second = views.split(len(indices))[:2]
+            first, *others = (view for group in views for view in group.split(len(indices)))
+            # Views of two sizes make no pair; where no other has the first one's size, it stands alone.
+            second = next((view for view in others if view.shape == first.shape), first)
             pairs = torch.stack([first[:PAIRS], second[:PAIRS]])
             self._first = pairs, np.array(indices[:PAIRS])
 

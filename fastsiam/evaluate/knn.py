@@ -56,7 +56,7 @@ def extract(encoder, batches, precision, most: int) -> tuple[torch.Tensor, torch
     labels, features, count = torch.empty(most, dtype=torch.int64), None, 0
     for batch in batches:
         with precision():
-            found = encoder(batch.views)
+            found = encoder(batch.images)
         if features is None:
             features = torch.empty(most, found.shape[1], device=found.device)
         rows = slice(count, count := count + len(found))

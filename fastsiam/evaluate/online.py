@@ -67,7 +67,7 @@ class OnlineEvaluation:
 
     def raw_pixels(self) -> float:
         """The same kNN on the pixels themselves, pooled to at most 32 px."""
-        side = min(self._config.views.full_size, PIXEL_SIDE)
+        side = min(self._config.views[0].full_size, PIXEL_SIDE)
         return self._knn(lambda views: F.adaptive_avg_pool2d(views.float(), side).flatten(1))
 
     def untrained(self, method, loader) -> float:
@@ -87,7 +87,7 @@ class OnlineEvaluation:
     def collapse(self, method) -> Measures:
         """The collapse measures of z on the probe images."""
         if self._probe is None:
-            self._probe = [batch.views for batch in self._train.batches(self._probe_indices)]
+            self._probe = [batch.images for batch in self._train.batches(self._probe_indices)]
         with evaluation_mode(method):
             parts = []
             for views in self._probe:
@@ -149,7 +149,7 @@ class OnlineEvaluation:
         loader = self._train if source is self._train.source else self._val
         # A DataLoader draws a seed for its workers.
         with torch.random.fork_rng(devices=[]):
-            crops = torch.cat([batch.views for batch in self._watched(loader.batches(indices))])
+            crops = torch.cat([batch.images for batch in self._watched(loader.batches(indices))])
         loader.backend.close()
         return crops
 

@@ -11,6 +11,8 @@ ResNet-50 at batch 512, in Inductor's code for sm_90). In eager mode F.batch_nor
 that is faster, the whole encoder for each view (`view_by_view`).
 """
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
@@ -89,20 +91,31 @@ def _count(views, world_size):
     return world_size * views.numel() // (views.shape[0] * views.shape[2])
 
 
+@contextlib.contextmanager
+def views_at_a_time(module: nn.Module, num_views: int):
+    """Lets calls of `module` take batches of so many views, as long as the block lasts.
+
+    Layers with one set of statistics over all views keep it.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, _PerView) and layer.num_views > 1]
+    before = [layer.num_views for layer in layers]
+    for layer in layers:
+        layer.num_views = num_views
+    try:
+        yield
+    finally:
+        for layer, number in zip(layers, before, strict=True):
+            layer.num_views = number
+
+
 def view_by_view(module: nn.Module, images: torch.Tensor, num_views: int) -> torch.Tensor:
-    """What `module` makes of [V*N, ...], by one call for each view: the same function and the same gradients.
+    """Applies `module` to [V*N, ...] by one call for each view: the same function and the same gradients.
 
     In eager mode it spares each batch norm the join of its views, four passes over all activations. For modules whose
     statistics are per view and of one rank.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, _PerView)]
-    try:
-        for layer in layers:
-            layer.num_views = 1
+    with views_at_a_time(module, 1):
         return torch.cat([module(view) for view in images.chunk(num_views)])
-    finally:
-        for layer in layers:
-            layer.num_views = num_views
 
 
 def gains_by_view(module: nn.Module, device_type: str) -> bool:

@@ -71,9 +71,10 @@ def _batch_tips(config: Config, measured: Measured) -> list[Tip]:
 
 
 def _step_tips(config: Config, measured: Measured, limit: Limit) -> list[Tip]:
-    train, on_gpu, full_size = config.train, not measured.shares_cores, config.views.full_size
+    train, on_gpu, full_size = config.train, not measured.shares_cores, config.views[0].full_size
     # Five sevenths, as 160 px of 224, in whole strides of a ResNet at ImageNet's sizes.
-    smaller = full_size * 5 // 7 // 32 * 32 if len(config.views.sizes) == 1 and full_size >= 96 else 0
+    one_size = len(config.views) == len(config.view_stages) == 1
+    smaller = full_size * 5 // 7 // 32 * 32 if one_size and full_size >= 96 else 0
     share = f"{(smaller / full_size) ** 2:.2f} of the arithmetic of {full_size} px"
     candidates = [
         (

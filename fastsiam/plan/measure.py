@@ -155,7 +155,7 @@ class _Measurements:
         @torch.no_grad()
         def extract():
             with bench.runtime.autocast():
-                return stepper.method.encoder(next(batches).views).float()
+                return stepper.method.encoder(next(batches).images).float()
 
         with evaluation_mode(stepper.method):
             start = bench.timed(extract)

@@ -45,7 +45,7 @@ class Stepper:
         synthetic = bench.config.with_values(SYNTHETIC | {"train.batch_size": batch_size})
         self.views = next(build_loader(synthetic, **bench.loader_options).epoch(0)).views
 
-    def __call__(self, views: torch.Tensor | None = None) -> None:
+    def __call__(self, views: list[torch.Tensor] | None = None) -> None:
         """Takes a step on `views`, or on normal numbers; raises `torch.OutOfMemoryError`."""
         self.step.attempt(self.views if views is None else views, 1)
 
@@ -57,13 +57,13 @@ class Stepper:
 
     def collapse_seconds(self) -> float:
         """Measures one collapse measure, on as many images as in a run."""
-        repeats = math.ceil(collapse.PROBE_IMAGES / len(self.views))
+        repeats = math.ceil(collapse.PROBE_IMAGES / len(self.views[0]))
 
         def measure():
             parts = []
             for _ in range(repeats):
                 with self._bench.runtime.autocast():
-                    parts.append(self.method.embed(self.views[: collapse.PROBE_IMAGES]).float())
+                    parts.append(self.method.embed(self.views[0][: collapse.PROBE_IMAGES]).float())
             collapse.measure(torch.cat(parts)[: collapse.PROBE_IMAGES])
 
         with evaluation_mode(self.method), torch.no_grad():

@@ -48,7 +48,7 @@ def _bought(run: Run, energy: str) -> str:
 
 
 def _machine(plan: Plan, config: Config) -> list[str]:
-    measured, views = plan.measured, config.views
+    measured, views = plan.measured, config.views[0]
     ranks = f", {measured.ranks} ranks" if measured.ranks > 1 else ""
     knn = f"{measured.val_images:,} for kNN" if measured.val_images else "no kNN"
     size = f"{views.size} px" if len(views.sizes) == 1 else f"{views.full_size} px (faster while {views.size} px grow)"

@@ -57,6 +57,7 @@ def choice_lines(
     `reason`: why the run has its backend; `data_lines`: those of `source_lines`. Nothing is decided here.
     """
     model, train, device, world_size = config.model, config.train, runtime.device, runtime.world.size
+    num_views = sum(group.count for group in config.views)
     lines = [f"fastsiam  {fastsiam.__version__}, torch {torch.__version__}; {where}"]
     if num_train:
         val = f", {num_val:,} for kNN under {config.data.val}" if num_val else ", no kNN"
@@ -67,7 +68,7 @@ def choice_lines(
         lines.append(f"ranks     {world_size}, {share} images a step each; batch-norm statistics over all of them")
     lines += [
         f"backend   {loader_text}, {reason}",
-        f"views     {_views_text(config.views)}, recipe {config.views.recipe}, " + _augmenter_text(config, device),
+        f"views     {', '.join(map(_views_text, config.views))}, " + _augmenter_text(config, device),
         f"model     {config.method.name}, {model.encoder} ({model.stem} stem"
         + (f", width {model.width}" if model.width else "")
         + f"), projector {model.projector.layers} x {model.projector.out}, predictor {model.predictor.hidden}, "
@@ -75,7 +76,7 @@ def choice_lines(
         f"step      batch {train.batch_size}, learning rate {config.learning_rate:g} = {config.optimizer.base_lr:g} x "
         f"{train.batch_size} / 256, {_optimizer_text(config)}, "
         f"{'channels-last' if train.channels_last else 'channels-first'}, "
-        f"loss {'fused (Triton)' if loss_is_fused(config.views.count, device) else 'in plain torch'}",
+        f"loss {'fused (Triton)' if loss_is_fused(num_views, device) else 'in plain torch'}",
     ]
     lines.append(f"device    {_runtime_text(runtime)}")
     if numba_cache.NOTE and device.type == "cpu":
@@ -94,8 +95,8 @@ def _views_text(views):
     if len(views.sizes) > 1:
         text += f" ({', '.join(map(str, views.sizes))})"
     if views.count != 2:
-        text += f" of each image (images/s count images, views/s are {views.count} times that)"
-    return text
+        text += " of each image"
+    return f"{text}, recipe {views.recipe}"
 
 
 def _optimizer_text(config):
@@ -114,12 +115,12 @@ def _augmenter_text(config, device):
             "and hue in YIQ, contrast about mid-grey, brightness), the blur after it and a sampled Gaussian "
             "whatever views.blur_kind says, 8 bits between operations"
         )
-    colour = f"colour {config.views.color}, augmented by "
+    colour = f"colour {', '.join(dict.fromkeys(group.color for group in config.views))}, augmented by "
     if device.type == "cuda":
         return colour + "Triton"
     once = "once on this machine" if numba_cache.KEEPS_CODE else "at each start"
-    first = "" if is_compiled(config.views.color == "exact") else f" (compiled now, {once}: about 15 s)"
-    return f"{colour}numba{first}"
+    cached = all(is_compiled(group.color == "exact") for group in config.views)
+    return f"{colour}numba" + ("" if cached else f" (compiled now, {once}: about 15 s)")
 
 
 def source_lines(*sources: ImageSource | None) -> list[str]:
@@ -194,9 +195,9 @@ def closing_lines(
             f"({rate:,.0f} images/s), {duration(state.wall_seconds)} in all"
         )
         lines = [(text, None)]
-        if data.size != config.views.full_size:
-            text = f"views     the run ended at {data.size} px, before the full size of {config.views.full_size}"
-            lines.append((text, None))
+        if data.sizes != config.view_stages[-1]:
+            now, full = (" and ".join(map(str, sizes)) for sizes in (data.sizes, config.view_stages[-1]))
+            lines.append((f"views     the run ended at {now} px, before the full size of {full}", None))
         lines += _held_rate_lines(config, progress)
         if knn is not None:
             lines.append((_knn_line(config, state, knn), "bold"))

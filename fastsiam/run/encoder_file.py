@@ -12,7 +12,6 @@ from torch import nn
 
 import fastsiam
 from fastsiam.config import Config, load_config
-from fastsiam.config.views import view_specs
 from fastsiam.config.yaml_file import shortened
 from fastsiam.errors import UserError
 from fastsiam.models.encoder import build_encoder
@@ -32,13 +31,13 @@ def describe_encoder(config: Config, step: int, commit: str | None) -> dict:
     `mean` and `std` [3] normalise RGB in [0, 1]; `size` is the side in pixels of the views that it was trained on;
     `step` counts its training steps; `commit` is that of the code.
     """
-    spec = view_specs(config.views)[0]
+    spec = config.view_groups[0].spec
     return {
         **{key: getattr(config.model, key) for key in _BUILDS},
         "mean": list(spec.mean),
         "std": list(spec.std),
         "size": spec.size,
-        "recipe": config.views.recipe,
+        "recipe": config.views[0].recipe,
         "method": config.method.name,
         "step": step,
         "commit": commit,

@@ -7,7 +7,6 @@ import numpy as np
 import torch
 
 from fastsiam.config import Config
-from fastsiam.config.views import view_specs
 from fastsiam.errors import Notice
 from fastsiam.evaluate import collapse
 from fastsiam.evaluate.gallery import Pictures
@@ -41,7 +40,7 @@ class EvaluationSchedule:
         """Sentence on the collapse of the run, if it counts as collapsed."""
         self._measured_at: int | None = None
         self._last_knn: tuple[int, float] | None = None
-        spec = view_specs(config.views)[0]
+        spec = config.view_groups[0].spec
         self._pictures = Pictures(folder, data.source, data.val, spec, journal.warn, runtime.world.is_first)
         self._online = None
         if data.source is not None:

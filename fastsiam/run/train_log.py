@@ -55,7 +55,7 @@ class TrainLog:
         return laps.next()
 
     def _view_size(self):
-        return {"view_size": self._data.size} if len(self._data.config.views.sizes) > 1 else {}
+        return {"view_size": self._data.sizes[0]} if len(self._data.config.view_stages) > 1 else {}
 
     def _fields(self, reading, lap: Lap) -> dict:
         fields = {"loss": reading.loss, "images_per_second": lap.images_per_second}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastsiam.config import Config
-from fastsiam.config.views import size_at, specs_of_run
+from fastsiam.config.views import sizes_at, specs_of_run
 from fastsiam.data.backends.choose import choose_backend
 from fastsiam.data.backends.store_size import with_its_store
 from fastsiam.data.build import build_loader, with_its_cores
@@ -42,8 +42,8 @@ class TrainingData:
     loader: Loader
     identity: dict
     """Data, views and backend as a checkpoint holds them."""
-    size: int
-    """Side in pixels of the views of the epoch begun last."""
+    sizes: tuple[int, ...]
+    """Sides in pixels of the groups' views in the epoch begun last."""
 
     @classmethod
     def open(cls, config: Config, runtime: Runtime, folder: Path, saved: dict, journal: Journal) -> "TrainingData":
@@ -73,10 +73,10 @@ class TrainingData:
                 world_size=world.size,
                 say=journal.say,
             )
-            found = identity(source, specs_of_run(config.views), backend)
+            found = identity(source, specs_of_run(config.view_groups, config.view_stages), backend)
             if saved:
                 check_identity(saved["identity"], found, folder)
-        return cls(loading, runtime, reason, source, val, skips, bad_files, loader, found, loader.size)
+        return cls(loading, runtime, reason, source, val, skips, bad_files, loader, found, loader.sizes)
 
     def __enter__(self) -> "TrainingData":
         return self
@@ -103,10 +103,10 @@ class TrainingData:
         return "synthetic: one fixed batch" if self.source is None else self.loader.backend.description
 
     def epoch(self, progress: Progress) -> Iterator[Batch]:
-        """Batches from the cursor of the run to the end of its epoch, with views of the size that is due."""
+        """Batches from the cursor of the run to the end of its epoch, with views of the sizes that are due."""
         state = progress.state
-        self.size = size_at(self.config.views.sizes, state.epoch, state.epoch_progress)
-        return self.loader.epoch(state.epoch, state.cursor, self.size)
+        self.sizes = sizes_at(self.config.view_stages, state.epoch, state.epoch_progress)
+        return self.loader.epoch(state.epoch, state.cursor, self.sizes)
 
     def names(self, indices) -> list[str]:
         """Names of images, relative to data.train."""

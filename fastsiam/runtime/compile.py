@@ -35,23 +35,23 @@ class Compiled:
     Raises `UserError` where the compiler fails. Out of memory and errors of the running step are raised as they are.
     """
 
-    def __init__(self, module: nn.Module, *, sizes: tuple[int, ...] = (), paused: Callable = contextlib.nullcontext):
+    def __init__(self, module: nn.Module, *, sizes: tuple = (), paused: Callable = contextlib.nullcontext):
         """Compile on the first call, and again for a new shape.
 
-        `sizes`: sides S that views [B, 3, S, S] take in turn; several get a graph of static shapes each, which is not
-        a recompilation. `paused()`: context (of the watchdog) in which each compilation runs.
+        `sizes`: sides of the groups of views at each stage of a run; several stages get a graph of static shapes each,
+        which is not a recompilation. `paused()`: context (of the watchdog) in which each compilation runs.
         """
         self._planned = set(sizes) if len(sizes) > 1 else set()
         # With None the second shape would get a graph for shapes of any size.
         dynamic = False if self._planned else None
         self._run = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=self._inductor)
         self._paused = paused
-        self._met: set[int] = set()
-        self._side, self._began = 0, 0.0
+        self._met: set[tuple[int, ...]] = set()
+        self._sides, self._began = (), 0.0
         self._graphs, self._reported, self._seconds = 0, 0, 0.0
 
-    def __call__(self, views: torch.Tensor):
-        self._side, self._began = views.shape[-1], time.perf_counter()
+    def __call__(self, views: list[torch.Tensor]):
+        self._sides, self._began = tuple(group.shape[-1] for group in views), time.perf_counter()
         try:
             result = self._run(views)
         except RuntimeError as error:
@@ -89,7 +89,7 @@ class Compiled:
             compiled = torch._inductor.compile(graph, inputs)
         self._seconds += time.perf_counter() - self._began
         self._graphs += 1
-        self._met |= {self._side} & self._planned
+        self._met |= {self._sides} & self._planned
         return compiled
 
 

@@ -51,12 +51,12 @@ class TrainingStep:
     ):
         """`method` is on the device already. `paused()`: a context for the time that a compilation takes."""
         self.method, self.optimizer, self._runtime, self._world = method, optimizer, runtime, runtime.world
-        views, device = config.views, runtime.device
-        self._batch_size, self._num_views, self._full_size = config.train.batch_size, views.count, views.full_size
-        self._grows = len(views.sizes) > 1
+        device = runtime.device
+        self._batch_size, self._groups = config.train.batch_size, config.view_groups
+        self._grows = len(config.view_stages) > 1
         self.compiled = None
         if runtime.compiles:
-            self.compiled = Compiled(method, sizes=views.sizes, paused=paused)
+            self.compiled = Compiled(method, sizes=config.view_stages, paused=paused)
         self._forward = self.compiled or method
         if self._world.size > 1:
             self._forward = _averaging_gradients(method, self._forward)
@@ -68,8 +68,8 @@ class TrainingStep:
         if self._scaler:
             self.optimizer.register_step_pre_hook(self._count_skipped)
 
-    def __call__(self, views: torch.Tensor, number: int, indices: np.ndarray | None = None) -> dict:
-        """Step `number` on views [V*N, 3, S, S] of the images `indices`; no value is read back from the device.
+    def __call__(self, views: list[torch.Tensor], number: int, indices: np.ndarray | None = None) -> dict:
+        """Step `number` on groups of views of the images `indices`; no value is read back from the device.
 
         Raises `UserError` with advice where memory does not suffice.
         """
@@ -82,7 +82,7 @@ class TrainingStep:
         except torch.OutOfMemoryError:
             pass
         # Outside the handler: the traceback would hold the activations of the step that did not fit.
-        raise self._does_not_fit(views)
+        raise self._does_not_fit(views[0])
 
     def rehearse_growth(self) -> None:
         """On a GPU, where views begin smaller: forward and backward of blank views of their full size.
@@ -103,7 +103,7 @@ class TrainingStep:
         for name, buffer in self.method.named_buffers():
             buffer.copy_(before[name])
 
-    def attempt(self, views: torch.Tensor, number: int, forward: Callable | None = None) -> dict:
+    def attempt(self, views: list[torch.Tensor], number: int, forward: Callable | None = None) -> dict:
         """The step, where torch's own error may say that memory does not suffice.
 
         `forward`: in place of the compiled method, or of the one that averages gradients.
@@ -171,10 +171,9 @@ class TrainingStep:
         return UserError(out_of_memory_advice(self._batch_size, fits), "out-of-memory")
 
     def _blank_views(self, like, batch_size):
-        """Zeros as views of the full size, with the dtype and device of `like`."""
-        side = self._full_size
-        views = like.new_zeros(self._num_views * batch_size, 3, side, side)
-        return views.contiguous(memory_format=torch.channels_last)
+        """Zeros as views of the full sizes, with the dtype and device of `like`."""
+        shapes = [(count * batch_size, 3, spec.size, spec.size) for count, spec in self._groups]
+        return [like.new_zeros(shape).contiguous(memory_format=torch.channels_last) for shape in shapes]
 
     def _fits(self, like, batch_size):
         """Tried as it is: to compile for each batch takes minutes, and what fits uncompiled fits compiled as well."""

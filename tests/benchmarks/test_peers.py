@@ -26,7 +26,7 @@ def our_step(config, dtype=torch.float32):
 
     def step(views):
         optimizer.zero_grad()
-        loss = method(views)["loss"]
+        loss = method([views])["loss"]
         loss.backward()
         optimizer.step()
         return loss.detach()

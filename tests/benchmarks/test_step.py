@@ -193,7 +193,7 @@ def _counted_by_hand(config):
     for layer in model.modules():
         if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear):
             layer.register_forward_hook(add)
-    view = torch.zeros(2, 3, config.views.size, config.views.size)
+    view = torch.zeros(2, 3, config.views[0].size, config.views[0].size)
     model.predictor(model.projector(model.encoder(view)))
     return total
 

@@ -182,7 +182,7 @@ def test_a_key_written_twice_is_an_error(tmp_path):
 
 
 def test_what_is_written_beats_the_recipe_and_the_recipe_fills_the_rest():
-    views = load_config("r18_cifar10_800ep", ["views.hue=0.2"]).views
+    (views,) = load_config("r18_cifar10_800ep", ["views.hue=0.2"]).views
     assert (views.hue, views.blur, views.brightness, views.mean) == (0.2, 0.0, 0.4, (0.4914, 0.4822, 0.4465))
 
 

@@ -37,7 +37,6 @@ def untouched(count):
     """Draws that ask for nothing."""
     return AugmentDraws(
         flip=np.zeros(count, bool),
-        jitter=np.zeros(count, bool),
         factors=np.tile(np.array([1, 1, 1, 0], np.float32), (count, 1)),
         order=np.tile(np.arange(4), (count, 1)),
         grayscale=np.zeros(count, bool),
@@ -49,7 +48,7 @@ def untouched(count):
 def jittered(count, seed=0, **ranges):
     """Draws of the colour jitter alone, on every image."""
     drawn = augment_draws(replace(EXACT, jitter=1.0, **ranges), seed, 0, np.arange(count), 0)
-    return replace(untouched(count), jitter=drawn.jitter, factors=drawn.factors, order=drawn.order)
+    return replace(untouched(count), factors=drawn.factors, order=drawn.order)
 
 
 def color_matrix(factors, order=(0, 1, 2, 3), mean=(0.5, 0.5, 0.5), grayscale=False):
@@ -90,7 +89,7 @@ def torchvision_view(crop, draws, row, functional=TF, late_blur=False, early_sol
         image = functional.hflip(image)
     image = image if late_blur else blur(image)
     image = solarize(image) if early_solarize else image
-    if draws.jitter[row]:
+    if jittered(draws)[row]:
         image = torchvision_jitter(image, draws.factors[row], draws.order[row], functional)
     if draws.grayscale[row]:
         image = functional.rgb_to_grayscale(image, 3)
@@ -277,7 +276,7 @@ def test_operations_come_in_the_order_flip_blur_color_solarize(moved, least):
 
 def test_images_that_no_draw_chose_are_the_plain_crop_and_no_others():
     crops, draws = make_crops(96), augment_draws(EXACT, 0, 0, np.arange(96), 0)
-    left = ~(draws.flip | draws.jitter | draws.grayscale | draws.solarize | (draws.sigma > 0))
+    left = ~(draws.flip | jittered(draws) | draws.grayscale | draws.solarize | (draws.sigma > 0))
     spec = replace(EXACT, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     plain = normalize(to_unit(crops), spec.mean, spec.std, torch.float32)
     change = (augment(crops, draws, spec, torch.float32) - plain).abs().flatten(1).amax(1).numpy()

@@ -64,10 +64,10 @@ def test_every_backend_turns_as_pil_does(turned, backend):
         source = beton_of(source.root, "raw")
     source = dataclasses.replace(source, kinds=source.kinds.copy())
     store = (SIZE,) if backend == "resident" else ()
-    opened = open_backend(backend, source, SIZE, 1, len(source), 0 if backend == "pil" else 1, CPU, *store)
+    opened = open_backend(backend, source, (SIZE,), len(source), 0 if backend == "pil" else 1, CPU, *store)
     sizes = source.sizes(everything)
-    request = CropRequest(everything, np.concatenate([np.zeros_like(sizes), sizes], 1)[None], sizes)
-    ((_, crops),) = opened.crops([request])
+    request = CropRequest(everything, (np.concatenate([np.zeros_like(sizes), sizes], 1)[None],), sizes)
+    ((_, (crops,)),) = opened.crops([request])
     opened.close()
     expected = np.stack([image.resize((SIZE, SIZE), Image.Resampling.BILINEAR) for image in shown]).astype(int)
     assert np.abs(crops.numpy() - expected).max() <= 2

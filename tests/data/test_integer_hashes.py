@@ -93,9 +93,9 @@ def test_crops_of_the_pil_backend(tmp_path):
     source = open_source(str(tmp_path))
     indices = np.arange(4)
     assert source.sizes(indices).tolist() == sizes.tolist()
-    request = CropRequest(indices, np.stack([boxes(view, indices, sizes) for view in (0, 1)]), sizes)
-    backend = open_backend("pil", source, SPEC.size, 2, 4, 0, torch.device("cpu"))
-    ((found, crops),) = backend.crops([request])
+    request = CropRequest(indices, (np.stack([boxes(view, indices, sizes) for view in (0, 1)]),), sizes)
+    backend = open_backend("pil", source, (SPEC.size,), 4, 0, torch.device("cpu"))
+    ((found, (crops,)),) = backend.crops([request])
     assert found.tolist() == [0, 1, 2, 3]
     assert crops.shape == (8, 24, 24, 3)
     assert digest(crops.numpy()) == "df8411aa2782e4f6"

@@ -23,7 +23,7 @@ from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.open import open_source
-from fastsiam.config.views import RECIPES
+from fastsiam.config.views import RECIPES, ViewGroup
 import dataclasses
 
 torch.set_num_threads(1)
@@ -31,9 +31,9 @@ folder, name, first = sys.argv[1:]
 spec = dataclasses.replace(RECIPES["demo"], size=32)
 source = open_source(folder)
 batch_size = 4
-backend = open_backend(name, source, 32, 2, batch_size, 1 if name == "dali" else 0, torch.device("cpu"))
+backend = open_backend(name, source, (32,), batch_size, 1 if name == "dali" else 0, torch.device("cpu"))
 skip = SkipList(len(source), 1.0)
-loader = Loader(source, (spec, spec), backend, batch_size=batch_size, seed=0, dtype=torch.float32, skip=skip)
+loader = Loader(source, (ViewGroup(2, spec),), backend, batch_size=batch_size, seed=0, dtype=torch.float32, skip=skip)
 built, build = [], backend._build
 backend._build = lambda: built.append(1) or build()
 
@@ -42,7 +42,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 def epoch(number, size=None):
-    assert sum(len(batch.indices) for batch in loader.epoch(number, size=size)) == len(source)
+    assert sum(len(batch.indices) for batch in loader.epoch(number, sizes=size and (size,))) == len(source)
     if number in (int(first), 29):
         print(len(built), len(skip.found), resident(), flush=True)
 """
@@ -90,7 +90,6 @@ def grown(script, folder, backend, first):
     return [b - a for a, b in zip(before, after, strict=True)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dali", "pil"])
 def test_thirty_epochs_take_the_memory_of_five(folder, backend):
     built, found, more = grown(EPOCHS, folder, backend, first=5)
@@ -98,7 +97,6 @@ def test_thirty_epochs_take_the_memory_of_five(folder, backend):
     assert more < GROWTH
 
 
-@pytest.mark.slow
 @pytest.mark.needs("dali")
 def test_changing_the_size_of_views_takes_no_memory(folder):
     built, found, more = grown(SIZES, folder, "dali", first=8)
@@ -106,7 +104,6 @@ def test_changing_the_size_of_views_takes_no_memory(folder):
     assert more < GROWTH
 
 
-@pytest.mark.slow
 @pytest.mark.needs("dali")
 def test_bad_files_take_no_memory(folder):
     """The last 160 of 200. DALI's graph is built again after each, or two where both were in flight."""
@@ -156,7 +153,7 @@ def test_before_all_headers_are_read_nothing_is_assumed(folder):
 
 
 def test_only_the_mixed_decoder_gets_them(folder, monkeypatch):
-    made = open_backend("dali", known(folder, [[900, 2000]]), 32, 2, 16, 4, torch.device("cpu"))
+    made = open_backend("dali", known(folder, [[900, 2000]]), (32,), 16, 4, torch.device("cpu"))
     assert made._memory() == {}
     properties = SimpleNamespace(total_memory=10**10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fastsiam.config import load_config
-from fastsiam.config.views import RECIPES
+from fastsiam.config.views import RECIPES, ViewGroup
 from fastsiam.data import rng
 from fastsiam.data.backends.base import CropRequest
 from fastsiam.data.backends.choose import open_backend
@@ -29,7 +29,7 @@ SIZE = 24
 CPU = torch.device("cpu")
 SPEC = dataclasses.replace(RECIPES["simsiam"], size=SIZE)
 
-# A backend a line: (source, size, number of views, batch size) to the opened backend.
+# A backend a line: (source, sizes, batch size) to the opened backend.
 BACKENDS = {
     "dali": lambda *what: open_backend("dali", *what, 1, CPU),
     "pil": lambda *what: open_backend("pil", *what, 0, CPU),
@@ -43,11 +43,11 @@ def opened(backend, root, size, batch_size):
     """The images of a folder as the backend reads them, and the backend for two views; .betons hold pixels."""
     if backend == "ffcv":
         source = beton_of(Path(root), "raw")
-        return source, open_backend("ffcv", source, size, 2, batch_size, 1, CPU)
+        return source, open_backend("ffcv", source, (size,), batch_size, 1, CPU)
     source = open_source(root)
     if backend == "resident":
-        return source, open_backend("resident", source, size, 2, batch_size, 1, CPU, STORE)
-    return source, BACKENDS[backend](source, size, 2, batch_size)
+        return source, open_backend("resident", source, (size,), batch_size, 1, CPU, STORE)
+    return source, BACKENDS[backend](source, (size,), batch_size)
 
 
 def turned(orientation):
@@ -144,9 +144,9 @@ def crops_of(kinds):
         requests = []
         for epoch in range(8):
             boxes = [rng.crop_boxes(SPEC, 0, epoch, everything, view, sizes) for view in (0, 1)]
-            requests.append(CropRequest(everything, np.stack(boxes), sizes))
-        opened = BACKENDS[backend](kinds, SIZE, 2, len(kinds))
-        found = torch.stack([crops for _, crops in opened.crops(requests)])
+            requests.append(CropRequest(everything, (np.stack(boxes),), sizes))
+        opened = BACKENDS[backend](kinds, (SIZE,), len(kinds))
+        found = torch.stack([crops for _, (crops,) in opened.crops(requests)])
         opened.close()
         return found.view(8, 2, len(kinds), SIZE, SIZE, 3).float()
 
@@ -204,7 +204,7 @@ def test_the_same_seed_gives_the_same_order_and_boxes(maps, backend):
     plain = dataclasses.replace(
         SPEC, flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0, mean=(0.0,) * 3, std=(1 / 255,) * 3, color="matrix"
     )
-    made = Loader(source, (plain, plain), made_of, batch_size=4, seed=3, dtype=torch.float32)
+    made = Loader(source, (ViewGroup(2, plain),), made_of, batch_size=4, seed=3, dtype=torch.float32)
     for epoch in (0, 5):
         batches = list(made.epoch(epoch))
         indices = np.concatenate([batch.indices for batch in batches])
@@ -212,7 +212,7 @@ def test_the_same_seed_gives_the_same_order_and_boxes(maps, backend):
         for batch in batches:
             sizes = source.sizes(batch.indices)
             asked = [rng.crop_boxes(plain, 3, epoch, batch.indices, view, sizes) for view in (0, 1)]
-            seen = boxes_seen(batch.views.permute(0, 2, 3, 1))
+            seen = boxes_seen(batch.views[0].permute(0, 2, 3, 1))
             assert np.abs(seen - np.concatenate(asked)).max() < 1.5
     made_of.close()
 
@@ -222,8 +222,8 @@ def statistics(backend, color, root):
     """Mean [3] and covariance [3, 3] of the pixels of 2,048 views."""
     spec = dataclasses.replace(SPEC, size=16, color=color)
     source, made_of = opened(backend, root, 16, 16)
-    made = Loader(source, (spec, spec), made_of, batch_size=16, seed=1, dtype=torch.float32)
-    views = torch.cat([batch.views for epoch in range(64) for batch in made.epoch(epoch)])
+    made = Loader(source, (ViewGroup(2, spec),), made_of, batch_size=16, seed=1, dtype=torch.float32)
+    views = torch.cat([batch.views[0] for epoch in range(64) for batch in made.epoch(epoch)])
     made_of.close()
     assert len(views) == 2048
     pixels = views.permute(1, 0, 2, 3).reshape(3, -1).double()
@@ -249,14 +249,14 @@ def test_delivered_pixels_have_pils_mean_and_covariance(photos, backend, color):
 def test_evaluation_decodes_as_training_does(kinds, backend):
     """The same box of the same file, asked for by training and by evaluation, bit for bit."""
     everything = np.arange(len(kinds))
-    opened = BACKENDS[backend](kinds, SIZE, 1, len(kinds))
+    opened = BACKENDS[backend](kinds, (SIZE,), len(kinds))
     plain = dataclasses.replace(SPEC, mean=(0.0,) * 3, std=(1 / 255,) * 3)
     made = EvaluationLoader(kinds, plain, opened, batch_size=len(kinds), crop_ratio=0.8, dtype=torch.float32)
     (batch,) = made.batches()
     sizes = kinds.sizes(everything)
-    request = CropRequest(everything, rng.center_boxes(sizes, 0.8)[None], sizes)
-    ((_, crops),) = BACKENDS[backend](kinds, SIZE, 1, len(kinds)).crops([request])
-    assert (batch.views.permute(0, 2, 3, 1).round() == crops).all()
+    request = CropRequest(everything, (rng.center_boxes(sizes, 0.8)[None],), sizes)
+    ((_, (crops,)),) = BACKENDS[backend](kinds, (SIZE,), len(kinds)).crops([request])
+    assert (batch.images.permute(0, 2, 3, 1).round() == crops).all()
     opened.close()
 
 

@@ -246,7 +246,7 @@ def test_versions_and_sizes():
 
 def test_the_numbers_are_those_of_the_configs():
     config = load_config("r50_100ep")
-    assert config.train.batch_size * 2 * 3 * config.views.size**2 == machine.PIL_BATCH
+    assert config.train.batch_size * 2 * 3 * config.views[0].size ** 2 == machine.PIL_BATCH
     assert str(RUNS) == RunConfig().dir
 
 

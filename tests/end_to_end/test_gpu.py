@@ -15,10 +15,8 @@ from torch import nn
 import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data.augment import augment
-from fastsiam.data.backends.choose import dali_installed, open_backend
-from fastsiam.data.loader import Loader
+from fastsiam.data.backends.choose import dali_installed
 from fastsiam.data.rng import augment_draws
-from fastsiam.data.sources.open import open_source
 from fastsiam.doctor import facts
 from fastsiam.doctor import software as checks
 from fastsiam.kernels import crop_resize, negative_cosine
@@ -28,7 +26,7 @@ from fastsiam.runtime.energy import EnergyMeter
 from fastsiam.train import opened
 from tests.support.gpu_record import DECODER
 from tests.support.images import pictures
-from tests.support.loaders import SPEC, STORE
+from tests.support.loaders import LEVELS, RECIPE, SPEC, make
 from tests.support.runs import lines
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("resident_cache")]
@@ -37,11 +35,9 @@ BACKENDS = ("dali", "pil", "resident") if dali_installed() else ("pil", "residen
 
 def crops(photos, backend, device):
     """The crops of an epoch, and the backend in words."""
-    source = open_source(str(photos))
-    workers = 0 if backend == "pil" else 1
-    opened = open_backend(backend, source, SPEC.size, 2, 5, workers, torch.device(device), STORE)
-    loader = Loader(source, (SPEC, SPEC), opened, batch_size=5, seed=0, dtype=torch.float32)
-    return [batch.clone() for _, batch in opened.crops(loader._requests(0, 0, deque()))], opened.description
+    made = make(photos, backend, device=device)
+    found = [crops.clone() for _, (crops,) in made.backend.crops(made._requests(0, 0, deque()))]
+    return found, made.backend.description
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,12 +52,11 @@ def test_crops_are_on_the_device_and_those_of_the_cpu(photos, backend, record_pr
 
 def test_dalis_own_augmentation_on_the_device_is_that_of_the_cpu(photos):
     """Fails where DALI is not installed: no commit is verified without it."""
-    from tests.support.dali_recipes import EVERYTHING, make
-
-    there = make(photos, EVERYTHING).epoch(0)
-    for here, expected in zip(make(photos, EVERYTHING, device="cuda").epoch(0), there, strict=True):
-        assert here.views.is_cuda
-        assert (here.views.cpu() - expected.views).abs().mean() < 1.0
+    spec = dataclasses.replace(LEVELS, size=24, solarize=0.4)
+    ours, theirs = (make(photos, RECIPE, spec=spec, batch_size=8, device=device) for device in ("cuda", "cpu"))
+    for here, expected in zip(ours.epoch(0), theirs.epoch(0), strict=True):
+        assert here.views[0].is_cuda
+        assert (here.views[0].cpu() - expected.views[0]).abs().mean() < 1.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -11,8 +11,6 @@ from fastsiam.train import main
 from tests.support.processes import REPOSITORY
 from tests.support.runs import lines
 
-pytestmark = pytest.mark.slow
-
 SHARED = REPOSITORY.parent / "shared/data"
 EPOCHS = 4
 

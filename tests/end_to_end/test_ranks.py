@@ -13,8 +13,6 @@ from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from tests.support.runs import lines, numbers, train_here
 
-pytestmark = pytest.mark.slow
-
 
 def refused_here(overrides):
     """What a run says that does not begin, or the exit code of a rank that leaves in silence."""
@@ -171,7 +169,7 @@ def test_ranks_that_see_other_images_are_told(ranks, wider, photos):
 
 def test_a_batch_that_does_not_divide_is_told_once(ranks, wider, tmp_path):
     said, code = ranks(2, refused_here, wider("odd", "train.batch_size=15"))
-    assert said == "train.batch_size: 15 does not divide over 2 processes"
+    assert said == "train.batch_size: 15 does not divide by 2 ranks; set a multiple of 2"
     assert code == 2
     assert not (tmp_path / "runs").exists()
 

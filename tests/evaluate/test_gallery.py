@@ -65,7 +65,7 @@ def first_step(monkeypatch):
 
     def spy(self, step, views, indices):
         if step == 1:
-            seen.append((views.clone(), indices.copy()))
+            seen.append((views[0].clone(), indices.copy()))
         real(self, step, views, indices)
 
     monkeypatch.setattr(Pictures, "remember", spy)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsiam
 from fastsiam.config import load_config
-from fastsiam.data.backends.base import Batch
+from fastsiam.data.backends.base import EvaluationBatch
 from fastsiam.errors import UserError
 from fastsiam.evaluate import knn, online
 from fastsiam.evaluate.knn import count_correct, extract, knn_accuracy
@@ -115,7 +115,7 @@ def test_the_bank_is_in_memory_once_and_the_callers_stays_as_it_is():
     """Features of 400 images in batches of 50: one allocation of their size, and none more for the search."""
     rows, labels = features(400, 8, dim=96)
     parts = zip(rows.split(50), labels.split(50), strict=True)
-    batches = [Batch(views, part, torch.arange(50).numpy()) for views, part in parts]
+    batches = [EvaluationBatch(views, part, torch.arange(50).numpy()) for views, part in parts]
     with Allocated() as extracting:
         bank, found = extract(lambda views: 2 * views.bfloat16(), batches, torch.no_grad, 410)
     assert extracting.above(bank.nbytes) == 1

@@ -63,7 +63,7 @@ def test_training_steps_are_algorithm_1s_on_plain_modules(tiny_config):
         set_learning_rate(ours, config, 0.1 * step)
         ours.zero_grad()
         theirs.zero_grad()
-        out = method(views)
+        out = method([views])
         expected = algorithm_1(f, h, *views.chunk(2))
         assert out["loss"].item() == pytest.approx(expected.item(), abs=1e-12)
         assert not out["z"].requires_grad
@@ -71,14 +71,14 @@ def test_training_steps_are_algorithm_1s_on_plain_modules(tiny_config):
         expected.backward()
         ours.step()
         theirs.step()
-        method.after_step(0.1 * (step + 1))
+        method.after_step(0.1 * (step + 1), out)
     torch.testing.assert_close(method.state_dict(), plain.state_dict(), atol=1e-10, rtol=1e-10)
 
 
 def test_z_is_the_projection_of_both_views(tiny_config):
     method = build_method(tiny_config()).eval()
     views = views_of()
-    z = method(views)["z"]
+    z = method([views])["z"]
     torch.testing.assert_close(z, torch.cat([method.projector(method.encoder(view)) for view in views.chunk(2)]))
     assert (method.embed(views) == z).all()
 
@@ -93,7 +93,7 @@ def test_stop_gradient_of_the_config_decides_what_the_projection_learns(tiny_con
     t1, t2 = (z1.detach(), z2.detach()) if stop_gradient else (z1, z2)
     expected = -(F.cosine_similarity(p1, t2).mean() + F.cosine_similarity(p2, t1).mean()) / 2
     expected.backward()
-    method(views)["loss"].backward()
+    method([views])["loss"].backward()
     got, other = method.projector[0].weight.grad, plain.projector[0].weight.grad
     torch.testing.assert_close(got, other, atol=1e-6, rtol=1e-4)
 
@@ -187,7 +187,7 @@ def losses_and_gradients(method, call, steps=3):
     losses = []
     for step in range(steps):
         method.zero_grad()
-        loss = call(views_of(seed=step))["loss"]
+        loss = call([views_of(seed=step)])["loss"]
         loss.backward()
         losses.append(loss.item())
     return losses, {name: parameter.grad.clone() for name, parameter in method.named_parameters()}
@@ -221,3 +221,56 @@ def test_inductor_gives_eagers_loss_and_gradients():
     projector = nn.Sequential(nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8, affine=False))
     torch.manual_seed(0)
     compiles_to_the_same(split_statistics(SimSiam(encoder, projector, nn.Linear(8, 8)), 2), "inductor")
+
+
+def groups_of(seed, counts=((2, 16), (3, 8)), images=4):
+    """Groups of views [V_g*N, 3, S, S] in fp64, each view with statistics of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.cat(
+            [(view + 1) * torch.randn(images, 3, size, size, generator=generator).double() for view in range(count)]
+        )
+        for count, size in counts
+    ]
+
+
+@pytest.mark.parametrize("statistics", ["per_view", "joint"])
+def test_groups_of_two_sizes_are_one_call_per_view(tiny_config, statistics):
+    """Loss, gradients and running statistics of the encoder called view by view, or group by group where joint."""
+    groups = "views=[{recipe: demo, size: 16, color: matrix}, {recipe: demo, size: 8, color: matrix, count: 3}]"
+    torch.manual_seed(0)
+    method = build_method(tiny_config(groups, f"model.bn_statistics={statistics}")).double()
+    plain = build_method(tiny_config("model.bn_statistics=joint")).double()
+    plain.load_state_dict(method.state_dict())
+    views = groups_of(0)
+    calls = [*views[0].chunk(2), *views[1].chunk(3)] if statistics == "per_view" else views
+    features = [plain.encoder(view) for view in calls]
+    if statistics == "per_view":
+        z = [plain.projector(part) for part in features]
+        p = [plain.predictor(part) for part in z]
+    else:
+        projected = plain.projector(torch.cat(features))
+        z, p = projected.chunk(5), plain.predictor(projected).chunk(5)
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    expected = sum(-F.cosine_similarity(p[i], z[j].detach()).mean() for i, j in pairs) / len(pairs)
+    out = method(views)
+    assert out["z"].shape == (20, 16)
+    assert out["loss"].item() == pytest.approx(expected.item(), abs=1e-12)
+    out["loss"].backward()
+    expected.backward()
+    for (name, one), (_, other) in zip(method.named_parameters(), plain.named_parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-12, rtol=1e-8, msg=name)
+    torch.testing.assert_close(dict(method.named_buffers()), dict(plain.named_buffers()), atol=1e-12, rtol=1e-10)
+
+
+def test_groups_are_one_graph_that_is_compiled_once(tiny_config):
+    groups = "views=[{recipe: demo, size: 16, color: matrix}, {recipe: demo, size: 8, color: matrix, count: 3}]"
+    torch._dynamo.reset()
+    method = build_method(tiny_config(groups)).double()
+    eager = deepcopy(method)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled = torch.compile(method, fullgraph=True, backend="aot_eager")
+        for seed in range(3):
+            views = groups_of(seed)
+            assert compiled(views)["loss"].item() == pytest.approx(eager(views)["loss"].item(), abs=1e-10)
+    torch.testing.assert_close(dict(method.named_buffers()), dict(eager.named_buffers()), atol=1e-10, rtol=1e-8)

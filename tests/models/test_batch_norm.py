@@ -87,7 +87,7 @@ def test_a_method_that_sends_views_one_by_one_trains_the_same(tiny_config, monke
         method.encoder.register_forward_hook(lambda module, arguments, out, calls=calls: calls.append(len(out)))
         # The choice of a CUDA device, made on this one.
         monkeypatch.setattr(simsiam, "gains_by_view", lambda module, _, device=device: gains_by_view(module, device))
-        loss = method(views)["loss"]
+        loss = method([views])["loss"]
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in method.named_parameters()}
         found.append((calls, {"loss": loss.detach(), **gradients, **dict(method.named_buffers())}))
@@ -169,7 +169,7 @@ def test_joint_statistics_change_the_loss_of_a_config(tiny_config):
     for mode in ("per_view", "joint"):
         torch.manual_seed(0)
         method = build_method(tiny_config(f"model.bn_statistics={mode}"))
-        losses.append(method(views)["loss"].item())
+        losses.append(method([views])["loss"].item())
         states.append(method.encoder.bn1.num_batches_tracked.item())
     assert abs(losses[0] - losses[1]) > 1e-3
     assert states == [2, 1]

@@ -213,7 +213,7 @@ def train(config, dtype, backend, world_size, joint=False):
         views[IMAGES:] = 0.5 * views[:IMAGES] + views[IMAGES:] + 0.3
         if ranks > 1:
             views = shard(views, 2)
-        loss = call(views.to(dtype))["loss"]
+        loss = call([views.to(dtype)])["loss"]
         optimizer.zero_grad()
         loss.backward()
         mean_loss = loss.detach().clone()
@@ -254,7 +254,6 @@ CASES = {
 COMPILED = pytest.param("one layer, float32, inductor", marks=pytest.mark.needs("g++"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", [*(case for case in CASES if case not in COMPILED.values), COMPILED])
 def test_two_ranks_train_as_one(ranks, tiny_config, case):
     model, mode, dtype, tolerance, backend = CASES[case]
@@ -267,7 +266,6 @@ def test_two_ranks_train_as_one(ranks, tiny_config, case):
         assert one[2] == (1 if backend else 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("joint", [False, True], ids=["per_view", "joint"])
 def test_statistics_left_to_each_rank_are_another_training(ranks, joint):
     """The tests above can fail."""

@@ -131,7 +131,7 @@ def test_a_beton_without_its_index_cut_short_or_of_another_one_is_refused(photos
     shutil.copy(index_path(source.root), index_path(path))
     os.truncate(path, path.stat().st_size - 24)
     with pytest.raises(UserError, match="holds 16 images, 15 of them whole"):
-        open_backend("ffcv", open_source(str(path)), 24, 2, 5, 1, torch.device("cpu"))
+        open_backend("ffcv", open_source(str(path)), (24,), 5, 1, torch.device("cpu"))
     path.write_bytes(b"nothing")
     with pytest.raises(UserError, match="cannot be read as a .beton"):
-        open_backend("ffcv", open_source(str(path)), 24, 2, 5, 1, torch.device("cpu"))
+        open_backend("ffcv", open_source(str(path)), (24,), 5, 1, torch.device("cpu"))

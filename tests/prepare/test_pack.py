@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastsiam.config.views import RECIPES
+from fastsiam.config.views import RECIPES, ViewGroup
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources.image_header import UNKNOWN, UNWANTED
@@ -67,11 +67,11 @@ def test_views_from_a_pack_are_those_from_the_folder(photos, packed, backend):
     views = []
     for location in (photos, packed):
         source = open_source(str(location))
-        opened = open_backend(backend, source, 24, 2, 8, 1 if backend == "dali" else 0, torch.device("cpu"))
+        opened = open_backend(backend, source, (24,), 8, 1 if backend == "dali" else 0, torch.device("cpu"))
         spec = RECIPES["demo"]
-        made = Loader(source, (spec, spec), opened, batch_size=8, seed=0, dtype=torch.float32)
+        made = Loader(source, (ViewGroup(2, spec),), opened, batch_size=8, seed=0, dtype=torch.float32)
         batches = list(made.epoch(0))
-        views.append([(batch.indices.tolist(), batch.labels.tolist(), batch.views) for batch in batches])
+        views.append([(batch.indices.tolist(), batch.labels.tolist(), batch.views[0]) for batch in batches])
         opened.close()
     assert len(views[0]) == 2
     for (indices, labels, one), (packed_indices, packed_labels, other) in zip(*views, strict=True):
@@ -117,9 +117,9 @@ def test_an_image_that_a_shard_no_longer_holds_is_named(packed, backend):
     shards = sorted(packed.glob("*.tar"))
     last = int(source.packed.offset[-1])
     os.truncate(shards[-1], last + 100)
-    opened = open_backend(backend, source, 24, 2, 16, 1 if backend == "dali" else 0, torch.device("cpu"))
+    opened = open_backend(backend, source, (24,), 16, 1 if backend == "dali" else 0, torch.device("cpu"))
     spec = RECIPES["demo"]
-    made = Loader(source, (spec, spec), opened, batch_size=16, seed=0, dtype=torch.float32)
+    made = Loader(source, (ViewGroup(2, spec),), opened, batch_size=16, seed=0, dtype=torch.float32)
     name = f"{shards[-1].name}/{os.fsdecode(source.names[-1])}"
     with pytest.raises(UserError, match=re.escape(name)):
         list(made.epoch(0))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsiam.config.views import RECIPES
+from fastsiam.config.views import RECIPES, ViewGroup
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.build import build_loader
 from fastsiam.data.loader import Loader
@@ -214,9 +214,9 @@ def test_runs_find_the_manifest_and_read_no_header_that_it_holds(folder, monkeyp
 def test_images_that_a_scan_excludes_are_not_used_and_not_counted(folder, backend):
     rows = scanned(folder)
     source = open_source(str(folder))
-    opened = open_backend(backend, source, 16, 2, 8, 1 if backend == "dali" else 0, torch.device("cpu"))
+    opened = open_backend(backend, source, (16,), 8, 1 if backend == "dali" else 0, torch.device("cpu"))
     spec = RECIPES["demo"]
-    made = Loader(source, (spec, spec), opened, batch_size=8, seed=0, dtype=torch.float32)
+    made = Loader(source, (ViewGroup(2, spec),), opened, batch_size=8, seed=0, dtype=torch.float32)
     used = np.concatenate([batch.indices for epoch in range(4) for batch in made.epoch(epoch)])
     opened.close()
     assert len(used) == 4 * 16

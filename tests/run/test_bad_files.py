@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastsiam.config.views import ViewGroup
 from fastsiam.data import rng
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import EvaluationLoader, Loader
@@ -43,8 +44,8 @@ def damaged(photos, tmp_path):
 def make(root, backend, skip=None, batch_size=4, source=None, workers=None):
     source = source or open_source(str(root))
     workers = (1 if backend == "dali" else 0) if workers is None else workers
-    opened = open_backend(backend, source, SPEC.size, 2, batch_size, workers, CPU)
-    return Loader(source, (SPEC, SPEC), opened, batch_size=batch_size, seed=0, dtype=torch.float32, skip=skip)
+    opened = open_backend(backend, source, (SPEC.size,), batch_size, workers, CPU)
+    return Loader(source, (ViewGroup(2, SPEC),), opened, batch_size=batch_size, seed=0, dtype=torch.float32, skip=skip)
 
 
 def reporting(source, fraction=0.5):
@@ -83,7 +84,7 @@ def test_bad_files_are_named_once_and_others_take_their_place(photos, damaged, b
 
 def _views(batch):
     """The index of each image and its views [V, 3, S, S]."""
-    return zip(batch.indices.tolist(), batch.views.view(2, -1, 3, SIZE, SIZE).transpose(0, 1), strict=True)
+    return zip(batch.indices.tolist(), batch.views[0].view(2, -1, 3, SIZE, SIZE).transpose(0, 1), strict=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -95,7 +96,7 @@ def test_going_on_in_mid_epoch_gives_what_an_undisturbed_run_gives(damaged, back
     again = make(root, backend, SkipList(16, 0.5, known=skip.mask))
     for batch, same in zip(whole[2:], again.epoch(0, cursor=8), strict=True):
         assert batch.indices.tolist() == same.indices.tolist()
-        assert torch.equal(batch.views, same.views)
+        assert torch.equal(batch.views[0], same.views[0])
 
 
 @pytest.mark.parametrize(("backend", "workers"), [("dali", 3), ("pil", 2)])
@@ -105,7 +106,7 @@ def test_batches_under_way_in_other_workers_do_not_come_twice(damaged, backend, 
     made = make(root, backend, SkipList(16, 0.5), batch_size=2, workers=workers)
     for batch, same in zip(made.epoch(0), expected, strict=True):
         assert batch.indices.tolist() == same.indices.tolist()
-        assert torch.equal(batch.views, same.views)
+        assert torch.equal(batch.views[0], same.views[0])
     made.backend.close()
 
 
@@ -139,11 +140,11 @@ def test_evaluation_leaves_them_out(photos, damaged, backend):
 
     def evaluate(folder, indices, fraction):
         source = open_source(str(folder))
-        opened = open_backend(backend, source, SIZE, 1, 5, 1 if backend == "dali" else 0, CPU)
+        opened = open_backend(backend, source, (SIZE,), 5, 1 if backend == "dali" else 0, CPU)
         skip = SkipList(16, fraction)
         loader = EvaluationLoader(source, SPEC, opened, batch_size=5, crop_ratio=0.875, dtype=torch.float32, skip=skip)
         batches = list(loader.batches(indices))
-        return np.concatenate([batch.indices for batch in batches]), torch.cat([batch.views for batch in batches])
+        return np.concatenate([batch.indices for batch in batches]), torch.cat([batch.images for batch in batches])
 
     indices, views = evaluate(root, None, 0.5)
     assert indices.tolist() == rest.tolist()

@@ -93,7 +93,7 @@ def test_mean_and_std_are_those_of_the_recipe(config, mean, std, tmp_path):
     save_encoder(encoder, description, tmp_path / "encoder.safetensors")
     loaded = load_encoder(tmp_path)
     assert (loaded.mean, loaded.std) == (mean, std)
-    assert loaded.description["size"] == config.views.full_size
+    assert loaded.description["size"] == config.views[0].full_size
 
 
 def test_an_encoder_is_on_the_disk_before_it_has_its_name_and_has_the_mode_of_other_files(
@@ -138,7 +138,6 @@ def test_files_of_an_earlier_version_load(tiny, tmp_path):
         load_encoder(tmp_path / "checkpoint.pt")
 
 
-@pytest.mark.slow
 def test_the_encoder_of_a_run_that_runs_and_of_one_that_was_stopped(tiny, tmp_path):
     folder = tmp_path / "runs/run"
     slow = (

@@ -22,7 +22,7 @@ from fastsiam.data.sources.open import open_source
 source = open_source(%r)
 for open_backend in (dali, pil):
     for workers in (None, 0, 3):
-        print(open_backend(source, 16, 2, 4, workers, torch.device("cpu")).description)
+        print(open_backend(source, (16,), 4, workers, torch.device("cpu")).description)
 """
 
 
@@ -33,7 +33,6 @@ def test_whole_cores(allowed, quota, whole):
     assert cores.whole_cores(allowed, quota) == whole
 
 
-@pytest.mark.slow
 def test_decoders_follow_affinity(photos):
     done = run_python("-c", BOUND % str(photos))
     found = re.findall(r"(\d+|no) (?:threads|workers)", done.stdout)

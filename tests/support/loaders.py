@@ -2,29 +2,44 @@
 
 import dataclasses
 
+import numpy as np
 import torch
 
-from fastsiam.config.views import RECIPES
+from fastsiam.config.views import RECIPES, ViewGroup
+from fastsiam.data import rng
 from fastsiam.data.backends.choose import open_backend
-from fastsiam.data.loader import Loader
+from fastsiam.data.loader import Loader, full_sizes
 from fastsiam.data.sources.open import open_source
 from tests.support.ffcv_files import beton_of
 
 SIZE = 24
 SPEC = dataclasses.replace(RECIPES["simsiam"], size=SIZE)
+# Levels of 0 to 255 as they are after all draws of the paper.
+LEVELS = dataclasses.replace(RECIPES["simsiam"], mean=(0.0,) * 3, std=(1 / 255,) * 3)
 
 # At least the longest side of the photos: a store of this size loses nothing but to rounding.
 STORE = 200
 CPU = torch.device("cpu")
+# data.augment=dali: a backend that augments.
+RECIPE = "dali's recipe"
 
 
-def make(photos, backend, *, batch_size=5, workers=None, dtype=torch.float32, rank=0, world_size=1, spec=SPEC, seed=0):
-    source = source_of(photos, backend)
+def make(
+    photos, backend, *, groups=None, spec=SPEC, count=2, batch_size=5, workers=None, dtype=torch.float32,
+    rank=0, world_size=1, seed=0, skip=None, device=CPU,
+):  # fmt: skip
+    """Returns a loader of `groups` of views, or of `count` views of one spec."""
+    source, groups = source_of(photos, backend), groups or (ViewGroup(count, spec),)
     workers = (0 if backend == "pil" else 1) if workers is None else workers
-    opened = open_backend(backend, source, spec.size, 2, batch_size // world_size, workers, CPU, STORE)
-    return Loader(
-        source, (spec, spec), opened, batch_size=batch_size, seed=seed, dtype=dtype, rank=rank, world_size=world_size
-    )
+    if backend == RECIPE:
+        from fastsiam.data.backends import dali_augment
+
+        opened = dali_augment.open_backend(source, groups, batch_size, workers, torch.device(device), dtype)
+    else:
+        sizes, share = full_sizes(groups), batch_size // world_size
+        opened = open_backend(backend, source, sizes, share, workers, torch.device(device), STORE)
+    numbers = {"batch_size": batch_size, "seed": seed, "rank": rank, "world_size": world_size}
+    return Loader(source, groups, opened, dtype=dtype, skip=skip, **numbers)
 
 
 def source_of(photos, backend):
@@ -32,6 +47,11 @@ def source_of(photos, backend):
     if backend != "ffcv":
         return open_source(str(photos))
     return beton_of(photos, "mixed")
+
+
+def jittered(drawn: rng.AugmentDraws) -> np.ndarray:
+    """[N] bool: views whose colour changes."""
+    return (drawn.factors != np.float32(rng.NO_JITTER)).any(1)
 
 
 def count_decoders(monkeypatch):

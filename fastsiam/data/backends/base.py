@@ -1,9 +1,12 @@
-"""Contract of the backends: requests for crops in, uint8 crops out, in the order of the requests."""
+"""Contract of the backends: requests for crops in, uint8 crops out, in the order of the requests.
+
+Views come in groups: all views of a group have one size, and are delivered as one tensor.
+"""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,11 +15,11 @@ from fastsiam.data.rng import AugmentDraws
 
 
 class LoaderError(RuntimeError):
-    """A backend delivered something else than it was asked for."""
+    """Raised when a backend delivers other images than it was asked for, or another number of crops."""
 
 
 class UndecodableError(Exception):
-    """What a backend raises for a batch with files that it cannot decode; it can be asked again then."""
+    """Raised by a backend for a batch with files that it cannot decode; it takes requests again afterwards."""
 
     def __init__(self, reasons: dict[int, str]):
         super().__init__("; ".join(reasons.values()))
@@ -26,24 +29,24 @@ class UndecodableError(Exception):
 
 @dataclass(frozen=True)
 class CropRequest:
-    """One batch for a backend: N images and V boxes of each."""
+    """One batch for a backend: N images, and V_g boxes of each for every group g of views."""
 
     indices: np.ndarray
     """[N] int64 into the source."""
-    boxes: np.ndarray
-    """[V, N, 4] int32: top, left, height, width in pixels of the displayed image."""
+    boxes: tuple[np.ndarray, ...]
+    """[V_g, N, 4] int32 a group: top, left, height, width in pixels of the displayed image."""
     sizes: np.ndarray
     """[N, 2] int32: height and width of the displayed image, as the boxes were drawn for."""
     drawn: tuple[AugmentDraws, ...] = ()
-    """V times N rows; none for evaluation."""
+    """[V_g*N] rows a group, view by view; empty for evaluation."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """V views of N images: view v of image n is `views[v * N + n]`."""
+    """Views of N images, in groups: view v of image n is row `v * N + n` of its group."""
 
-    views: torch.Tensor
-    """[V*N, 3, S, S], channels-last, normalised, in the compute dtype on the compute device."""
+    views: list[torch.Tensor]
+    """[V_g*N, 3, S_g, S_g] a group, channels-last, normalised, in the compute dtype on the compute device."""
     labels: torch.Tensor
     """[N] int64 on the host; -1 without labels."""
     indices: np.ndarray
@@ -52,19 +55,30 @@ class Batch:
     """The backend was started for it: graphs built, kernels compiled, processes spawned."""
 
 
+class EvaluationBatch(NamedTuple):
+    """One view of each of N images: the whole or its centre, without augmentation."""
+
+    images: torch.Tensor
+    """[N, 3, S, S], otherwise as `Batch.views`."""
+    labels: torch.Tensor
+    """[N] int64 on the host; -1 without labels."""
+    indices: np.ndarray
+    """[N] int64 into the source."""
+
+
 class Backend(Protocol):
-    """Decodes each image once and crops it V times."""
+    """Decodes each image once and crops all its views."""
 
     description: str
     """Decoder with its version, printed and recorded with the run."""
 
-    def resize(self, size: int) -> None:
-        """Crops are of `size` pixels from the next call of `crops` on; frees what was built for another size."""
+    def resize(self, sizes: tuple[int, ...]) -> None:
+        """Sets the side of each group's crops from the next call of `crops` on; frees what was built for others."""
 
-    def crops(self, requests: Iterable[CropRequest]) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
-        """For each request in turn its indices, as they went through the backend, and uint8 [V*N, S, S, 3].
+    def crops(self, requests: Iterable[CropRequest]) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+        """Yields for each request its indices, as they went through the backend, and crops [V_g*N, S_g, S_g, 3] uint8.
 
-        A backend that augments gives finished views instead, [V*N, 3, S, S] as `Batch` holds them.
+        Floating-point tensors [V_g*N, 3, S_g, S_g] are finished views, which the loader takes as they are.
         Raises `UndecodableError` for the first request with files that cannot be decoded.
         """
 
@@ -72,15 +86,14 @@ class Backend(Protocol):
         """Free threads, processes and memory; the next call of `crops` begins anew."""
 
 
-def check_delivery(
-    pending: deque[CropRequest], indices: np.ndarray, crops: torch.Tensor, num_views: int
-) -> CropRequest | None:
-    """The oldest pending request; `LoaderError` unless `indices` and the number of `crops` are its own."""
+def check_delivery(pending: deque[CropRequest], indices: np.ndarray, crops: list[torch.Tensor]) -> CropRequest | None:
+    """Returns the oldest pending request; raises `LoaderError` unless `indices` and numbers of `crops` are its own."""
     request = pending.popleft() if pending else None
     asked = request.indices if request else np.empty(0, np.int64)
-    if not np.array_equal(asked, indices) or len(crops) != num_views * len(asked):
+    expected = [boxes.shape[0] * boxes.shape[1] for boxes in request.boxes] if request else []
+    if not np.array_equal(asked, indices) or list(map(len, crops)) != expected:
         raise LoaderError(
-            f"asked for {num_views} views of the images {asked[:8].tolist()}... ({len(asked)}), "
-            f"got {len(crops)} crops of {np.asarray(indices)[:8].tolist()}... ({len(indices)})"
+            f"asked for {expected} crops of the images {asked[:8].tolist()}... ({len(asked)}), "
+            f"got {list(map(len, crops))} of {np.asarray(indices)[:8].tolist()}... ({len(indices)})"
         )
     return request

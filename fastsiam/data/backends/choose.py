@@ -15,8 +15,7 @@ from fastsiam.errors import MissingLibraryError
 def open_backend(
     name: str,
     source: ImageSource,
-    size: int,
-    num_views: int,
+    sizes: tuple[int, ...],
     batch_size: int,
     workers: int | None,
     device: torch.device,
@@ -25,24 +24,25 @@ def open_backend(
 ) -> Backend:
     """Opens a backend by its config name: `dali`, `pil`, `ffcv` or `resident`.
 
-    `store_size` and `say`, which prints a line while images are decoded, are for `resident` alone.
+    `sizes`: side in pixels of each group's views. `store_size` and `say`, which prints a line while images are decoded,
+    are for `resident` alone.
     """
     module = import_module(f"fastsiam.data.backends.{name}")
     if name == "resident":
-        return module.open_backend(open_cache(source, store_size, workers, device), source, size, device, say)
-    return module.open_backend(source, size, num_views, batch_size, workers, device)
+        return module.open_backend(open_cache(source, store_size, workers, device), source, sizes, device, say)
+    return module.open_backend(source, sizes, batch_size, workers, device)
 
 
 def open_cache(source: ImageSource, size: int, workers: int | None, device: torch.device):
     """Returns the `StoreCache` of the images as squares of `size` pixels; data.backend=auto's backend decodes them."""
     from fastsiam.data.backends.decoded_cache import BATCH, StoreCache
 
-    decoder = open_backend(choose_backend("auto")[0], source, size, 1, BATCH, workers, device)
+    decoder = open_backend(choose_backend("auto")[0], source, (size,), BATCH, workers, device)
     return StoreCache.of(source, size, decoder, device)
 
 
 def choose_backend(asked: str, location: str | Path | None = None) -> tuple[str, str]:
-    """The backend that `data.backend` leads to for the images at `location`, and the reason in words."""
+    """Returns the backend that `data.backend` leads to for the images at `location`, and the reason in words."""
     if asked == "ffcv" or (asked == "auto" and is_beton(location)):
         if util.find_spec("ffcv") is None:
             # Says what to install.

@@ -1,4 +1,4 @@
-"""Work that makes a batch on its device: on a GPU beside the step before, in a stream of its own.
+"""Makes a batch on its device: on a GPU beside the step before, in a stream of its own.
 
 In the step's own stream a copy would begin when that step ends, and hold the memory that it reads until then.
 """
@@ -24,8 +24,8 @@ class Passed:
 
 
 class Lane(Protocol):
-    def __call__(self, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Mark]:
-        """What `work` returns, ready for whatever the caller enqueues next, and a mark behind the work.
+    def __call__(self, work: Callable[[], list[torch.Tensor]]) -> tuple[list[torch.Tensor], Mark]:
+        """Returns what `work` returns, ready for whatever the caller enqueues next, and a mark behind the work.
 
         Memory that the work reads, and that torch does not own, must stay as it is until the mark is passed.
         """
@@ -50,5 +50,6 @@ class _Beside:
             mark = self._stream.record_event()
         step.wait_event(mark)
         # Allocated for this stream, and freed when the step is enqueued: not to be used again before the step is done.
-        result.record_stream(step)
+        for tensor in result:
+            tensor.record_stream(step)
         return result, mark

@@ -48,12 +48,12 @@ class _ConvertedError(Exception):
     """Files that DALI refuses have been left to PIL."""
 
 
-def open_backend(source, size, num_views, batch_size, workers, device) -> "DaliBackend":
-    return DaliBackend(source, size, num_views, batch_size, threads_for(workers), device)
+def open_backend(source, sizes, batch_size, workers, device) -> "DaliBackend":
+    return DaliBackend(source, sizes, batch_size, threads_for(workers), device)
 
 
 def decoder_memory(source: ImageSource, batch_size: int, threads: int, device_bytes: int) -> dict[str, int]:
-    """Hints of fn.decoders.image: what the mixed decoder allocates at once, in place of growing in mid-epoch.
+    """Returns hints of fn.decoders.image: what the mixed decoder allocates at once, in place of growing in mid-epoch.
 
     They fit the largest image, and are left at DALI's own where some header has not been read yet, or where they would
     take more than a tenth of the device's memory.
@@ -89,10 +89,10 @@ def decode_graph(files, decoder: str, packed: bool, memory: dict[str, int]):
 
 
 class DaliBackend:
-    """DALI decodes, and our kernel crops on the device that it decodes on."""
+    """Decodes by DALI, and crops by our kernel on the device that DALI decodes on."""
 
-    def __init__(self, source: ImageSource, size, num_views, batch_size, threads, device: torch.device):
-        self._source, self._size, self._batch_size = source, size, batch_size
+    def __init__(self, source: ImageSource, sizes, batch_size, threads, device: torch.device):
+        self._source, self._sizes, self._batch_size = source, sizes, batch_size
         self._threads, self._device, self._packed = threads, device, source.packed is not None
         self._on_gpu = device.type == "cuda"
         self._decoder, self._device_id = ("mixed", device.index or 0) if self._on_gpu else ("cpu", None)
@@ -125,8 +125,8 @@ class DaliBackend:
             if not finished:
                 self.close()
 
-    def resize(self, size):
-        self._size = size
+    def resize(self, sizes):
+        self._sizes = sizes
 
     def close(self):
         self._cropped.synchronize()
@@ -135,7 +135,7 @@ class DaliBackend:
         self._converted.clear()
 
     def _next(self):
-        """Indices and crops of the oldest batch in flight; None where there is no more.
+        """Returns indices and crops of the oldest batch in flight, or None where there is no more.
 
         Raises `UndecodableError`, and `_ConvertedError` where the batches in flight are to be asked for again.
         """
@@ -161,7 +161,7 @@ class DaliBackend:
         return self._convert(reasons)
 
     def _rewind(self):
-        """Ask for the batches in flight once more."""
+        """Asks for the batches in flight once more."""
         self._requests = itertools.chain(tuple(self._in_flight), self._requests)
         self.close()
 
@@ -186,15 +186,18 @@ class DaliBackend:
         return image_graph(self._next_inputs, self._decoder, self._packed, memory, **options)
 
     def _inputs(self, request):
-        """What the graph takes beside files and indices."""
+        """Returns what the graph takes beside files and indices."""
         return ()
 
     def _deliver(self, request, outputs):
-        """uint8 crops [V*N, S, S, 3] of the images that the graph has decoded."""
+        """Returns uint8 crops [V_g*N, S_g, S_g, 3] a group, of the images that the graph has decoded."""
         (images,) = outputs
         self._check_sizes(request, np.array(images.shape())[:, :2])
         addresses = np.array([images[row].data_ptr() for row in range(len(images))], np.int64)
-        crops, self._cropped = self._lane(lambda: self._crop(addresses, request.sizes, request.boxes, self._size))
+        groups = list(zip(request.boxes, self._sizes, strict=True))
+        crops, self._cropped = self._lane(
+            lambda: [self._crop(addresses, request.sizes, boxes, size) for boxes, size in groups]
+        )
         return crops
 
     def _next_inputs(self):

@@ -14,7 +14,7 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import pipeline_def
 
-from fastsiam.config.views import ViewSpec
+from fastsiam.config.views import ViewGroup, ViewSpec
 from fastsiam.data.backends.dali import DaliBackend, decode_graph
 from fastsiam.data.rng import AugmentDraws
 from fastsiam.data.sources.source import ImageSource
@@ -34,12 +34,12 @@ _TYPES = {
 _COLOUR = ("brightness", "contrast", "saturation", "hue")
 
 
-def open_recipe(source, specs, batch_size, workers, device, dtype) -> "RecipeBackend":
-    return RecipeBackend(source, specs, batch_size, threads_for(workers), device, dtype)
+def open_backend(source, groups, batch_size, workers, device, dtype) -> "RecipeBackend":
+    return RecipeBackend(source, groups, batch_size, threads_for(workers), device, dtype)
 
 
 @pipeline_def(enable_conditionals=True)
-def view_graph(source, specs: tuple[ViewSpec, ...], decoder: str, packed: bool, memory: dict[str, int]):
+def view_graph(source, specs: list[ViewSpec], decoder: str, packed: bool, memory: dict[str, int]):
     """[files, indices, boxes of each view, draws of each view] -> [index, shape of the image, views [S, S, 3] of each].
 
     The views are finished, float32; the other arguments are those of `fastsiam.data.backends.dali.image_graph`.
@@ -130,29 +130,36 @@ def arguments(drawn: AugmentDraws) -> dict[str, np.ndarray]:
 
 
 class RecipeBackend(DaliBackend):
-    """Finished views [V*N, 3, S, S], channels-last, of requests that carry their draws."""
+    """Delivers finished views [V_g*N, 3, S_g, S_g] a group, channels-last."""
 
-    def __init__(self, source: ImageSource, specs: tuple[ViewSpec, ...], batch_size, threads, device, dtype):
-        super().__init__(source, specs[0].size, len(specs), batch_size, threads, device)
-        self._specs, self._dtype = specs, dtype
+    def __init__(self, source: ImageSource, groups: tuple[ViewGroup, ...], batch_size, threads, device, dtype):
+        super().__init__(source, tuple(group.spec.size for group in groups), batch_size, threads, device)
+        self._groups, self._dtype = groups, dtype
         self.description += ", augmented by DALI"
 
-    def resize(self, size):
-        # The size is a constant of the graph.
+    def resize(self, sizes):
+        # The sizes are constants of the graph.
         self.close()
-        super().resize(size)
-        self._specs = tuple(replace(spec, size=size) for spec in self._specs)
+        super().resize(sizes)
 
     def _graph(self, memory, options):
-        return view_graph(self._next_inputs, self._specs, self._decoder, self._packed, memory, **options)
+        specs = [
+            replace(spec, size=size)
+            for (count, spec), size in zip(self._groups, self._sizes, strict=True)
+            for _ in range(count)
+        ]
+        return view_graph(self._next_inputs, specs, self._decoder, self._packed, memory, **options)
 
     def _inputs(self, request):
-        drawn, batch_size = arguments(AugmentDraws.concatenate(request.drawn)), len(request.indices)
-        return *corners(request.boxes), *(
-            drawn[name][view * batch_size : (view + 1) * batch_size]
-            for view, spec in enumerate(self._specs)
-            for name in operands(spec)
-        )
+        batch_size = len(request.indices)
+        boxes = [view for of_group in request.boxes for view in corners(of_group)]
+        drawn = [
+            arguments(of_group)[name][first : first + batch_size]
+            for group, of_group in zip(self._groups, request.drawn, strict=True)
+            for first in range(0, group.count * batch_size, batch_size)
+            for name in operands(group.spec)
+        ]
+        return *boxes, *drawn
 
     def _deliver(self, request, outputs):
         shapes, *views = outputs
@@ -161,6 +168,7 @@ class RecipeBackend(DaliBackend):
         return finished
 
     def _own(self, views):
-        """What the graph made of each view as one tensor of ours."""
-        joined = torch.cat([torch.from_dlpack(view.as_tensor()) for view in views]).to(self._device)
-        return joined.permute(0, 3, 1, 2).to(self._dtype)
+        """Returns the graph's views as tensors of ours, one a group."""
+        rest = iter(views)
+        joined = [torch.cat([torch.from_dlpack(next(rest).as_tensor()) for _ in range(n)]) for n, _ in self._groups]
+        return [group.to(self._device).permute(0, 3, 1, 2).to(self._dtype) for group in joined]

@@ -138,8 +138,8 @@ class StoreCache:
             pending: deque[CropRequest] = deque()
             try:
                 for indices, crops in self.backend.crops(_whole_images(source, rest, pending)):
-                    check_delivery(pending, indices, crops, 1)
-                    images[indices] = crops.cpu().numpy()
+                    check_delivery(pending, indices, crops)
+                    images[indices] = crops[0].cpu().numpy()
                     rest = rest[len(indices) :]
                     if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
                         said = time.monotonic()
@@ -168,7 +168,7 @@ def _whole_images(source, indices, pending):
     for first in range(0, len(indices), BATCH):
         part = indices[first : first + BATCH]
         sizes = source.sizes(part)
-        request = CropRequest(part, np.concatenate([np.zeros_like(sizes), sizes], 1)[None], sizes)
+        request = CropRequest(part, (np.concatenate([np.zeros_like(sizes), sizes], 1)[None],), sizes)
         pending.append(request)
         yield request
 

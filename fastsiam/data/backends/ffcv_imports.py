@@ -1,4 +1,4 @@
-"""What is used of ffcv, imported so that torch keeps its number of threads; says what to install where it fails."""
+"""Imports what is used of ffcv: torch keeps its number of threads, and a failure names what to install."""
 
 import torch
 
@@ -15,10 +15,6 @@ try:
     from ffcv.fields.rgb_image import IMAGE_MODES
     from ffcv.libffcv import imdecode
     from ffcv.memory_allocator import MemoryAllocator
-    from ffcv.pipeline.allocation_query import AllocationQuery, allocate_query
-    from ffcv.pipeline.compiler import Compiler
-    from ffcv.pipeline.graph import INITIAL_STATE
-    from ffcv.pipeline.operation import Operation
     from ffcv.reader import Reader
     from ffcv.writer import DatasetWriter
 except ImportError as error:
@@ -29,16 +25,11 @@ finally:
 
 __all__ = [
     "IMAGE_MODES",
-    "INITIAL_STATE",
     "INSTALL",
-    "AllocationQuery",
-    "Compiler",
     "DatasetWriter",
     "IntField",
     "MemoryAllocator",
-    "Operation",
     "RGBImageField",
     "Reader",
-    "allocate_query",
     "imdecode",
 ]

@@ -18,20 +18,23 @@ from fastsiam.data.sources.image_header import BadImageError, other_size
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.runtime.cores import usable_cores
 
+# A worker lives so long after a SIGTERM: time for the run's last step and checkpoint.
+_SECONDS_TO_OUTLIVE = 25
 
-def open_backend(source, size, num_views, batch_size, workers, device) -> "PilBackend":
+
+def open_backend(source, sizes, batch_size, workers, device) -> "PilBackend":
     workers = usable_cores() if workers is None else workers
-    return PilBackend(source, size, workers, device)
+    return PilBackend(source, sizes, workers, device)
 
 
 class PilBackend:
     """Crops by PIL's antialiased bilinear filter; `workers` processes, 0 for none."""
 
-    def __init__(self, source: ImageSource, size: int, workers: int, device: torch.device):
+    def __init__(self, source: ImageSource, sizes: tuple[int, ...], workers: int, device: torch.device):
         turbo = features.version_feature("libjpeg_turbo")
         jpeg = f"libjpeg-turbo {turbo}" if turbo else f"libjpeg {features.version('jpg')}"
         self.description = f"pil {PIL.__version__} ({jpeg}, {workers or 'no'} workers)"
-        self._source, self._size, self._workers, self._device = source, size, workers, device
+        self._source, self._sizes, self._workers, self._device = source, sizes, workers, device
         self._requests = _Requests()
         self._loader = None
 
@@ -44,18 +47,18 @@ class PilBackend:
         for indices, crops in batches:
             if isinstance(crops, dict):
                 raise UndecodableError(crops)
-            yield indices.numpy(), crops.to(self._device, non_blocking=True)
+            yield indices.numpy(), [group.to(self._device, non_blocking=True) for group in crops]
 
-    def resize(self, size):
+    def resize(self, sizes):
         self.close()
-        self._size = size
+        self._sizes = sizes
 
     def close(self):
         self._loader = None
 
     def _build(self):
         return DataLoader(
-            _Crops(self._source, self._size),
+            _Crops(self._source, self._sizes),
             batch_sampler=self._requests,
             num_workers=self._workers,
             collate_fn=_collate,
@@ -87,7 +90,7 @@ def _deaf():
 def _outlive_signals(_worker):
     """In a worker: a SIGTERM leaves time for a step and a checkpoint; multiprocessing itself ends workers by it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(25))
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_SECONDS_TO_OUTLIVE))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
@@ -98,15 +101,16 @@ class _Requests:
 
     def __iter__(self):
         for request in self.current:
-            yield list(zip(request.indices.tolist(), request.boxes.transpose(1, 0, 2), request.sizes, strict=True))
+            boxes = zip(*(group.transpose(1, 0, 2) for group in request.boxes), strict=True)
+            yield list(zip(request.indices.tolist(), boxes, request.sizes, strict=True))
 
 
 class _Crops(Dataset):
-    def __init__(self, source, size):
-        self._source, self._size = source, size
+    def __init__(self, source, sizes):
+        self._source, self._sizes = source, sizes
 
     def __getitem__(self, item):
-        """The image's index and its crops uint8 [V, S, S, 3], or the sentence that names a bad file."""
+        """Returns an index and its crops uint8 [V_g, S_g, S_g, 3] a group, or the sentence that names a bad file."""
         index, boxes, expected = item
         try:
             image = decode_image(self._source, index)
@@ -115,9 +119,11 @@ class _Crops(Dataset):
         # Boxes for another size would be filled up with black.
         if image.size[::-1] != tuple(expected):
             return index, other_size(self._source.name(index), image.size[::-1], expected)
-        size = [self._size, self._size]
-        crops = [np.asarray(TF.resized_crop(image, *box.tolist(), size, InterpolationMode.BILINEAR)) for box in boxes]
-        return index, np.stack(crops)
+        crops = [
+            [TF.resized_crop(image, *box.tolist(), [size, size], InterpolationMode.BILINEAR) for box in of_group]
+            for of_group, size in zip(boxes, self._sizes, strict=True)
+        ]
+        return index, [np.stack([np.asarray(crop) for crop in of_group]) for of_group in crops]
 
 
 def _collate(samples):
@@ -125,5 +131,5 @@ def _collate(samples):
     bad = {index: crop for index, crop in samples if isinstance(crop, str)}
     if bad:
         return torch.tensor(indices), bad
-    views = torch.from_numpy(np.stack(crops, 1))
-    return torch.tensor(indices), views.view(-1, *views.shape[2:])
+    groups = [torch.from_numpy(np.stack(of_group, 1)).flatten(0, 1) for of_group in zip(*crops, strict=True)]
+    return torch.tensor(indices), groups

@@ -28,14 +28,14 @@ _COPY_BYTES = 256 << 20
 _stores: "WeakValueDictionary[tuple[Path, str], Store]" = WeakValueDictionary()
 
 
-def open_backend(cache: StoreCache, source: ImageSource, size: int, device, say) -> "ResidentBackend":
+def open_backend(cache: StoreCache, source: ImageSource, sizes: tuple[int, ...], device, say) -> "ResidentBackend":
     """Decodes the images into the cache first, unless an earlier start has; `say` prints a line about it."""
     store = _stores.get((cache.folder, str(device)))
     if store is None:
         store = Store(cache, source, device, say)
         _stores[cache.folder, str(device)] = store
     cache.recall_headers(source)
-    return ResidentBackend(size, store)
+    return ResidentBackend(sizes, store)
 
 
 class Store:
@@ -86,8 +86,8 @@ def check_memory(cache: StoreCache, device: torch.device) -> None:
 class ResidentBackend:
     """Crops by `crop_resize` out of a store."""
 
-    def __init__(self, size: int, store: Store):
-        self._size, self._store = size, store
+    def __init__(self, sizes: tuple[int, ...], store: Store):
+        self._sizes, self.store = sizes, store
         cache = store.cache
         self.description = (
             f"resident ({cache.number:,} images of {cache.size} px, {gigabytes(cache.bytes)} of {store.device.type} "
@@ -95,17 +95,21 @@ class ResidentBackend:
         )
 
     def crops(self, requests):
-        images = self._store.images()
+        images = self.store.images()
         for request in requests:
-            bad = {index: self._store.bad[index] for index in request.indices.tolist() if index in self._store.bad}
+            bad = {index: self.store.bad[index] for index in request.indices.tolist() if index in self.store.bad}
             if bad:
                 raise UndecodableError(bad)
-            boxes = boxes_in_store(request.boxes, request.sizes, self._store.cache.size)
-            indices = torch.from_numpy(np.tile(request.indices, len(boxes)))
-            yield request.indices, crop_resize(images, torch.from_numpy(boxes).view(-1, 4), self._size, indices)
+            groups = zip(request.boxes, self._sizes, strict=True)
+            yield request.indices, [self._crop(images, request, boxes, size) for boxes, size in groups]
 
-    def resize(self, size):
-        self._size = size
+    def _crop(self, images, request, boxes, size):
+        boxes = boxes_in_store(boxes, request.sizes, self.store.cache.size)
+        indices = torch.from_numpy(np.tile(request.indices, len(boxes)))
+        return crop_resize(images, torch.from_numpy(boxes).view(-1, 4), size, indices)
+
+    def resize(self, sizes):
+        self._sizes = sizes
 
     def close(self):
         """The store stays, for the other backends and for the next epoch."""

@@ -1,6 +1,7 @@
-"""The side of the squares that `data.backend=resident` stores images as, where data.store_size leaves it open."""
+"""Chooses the side of the squares that `data.backend=resident` stores images as, where data.store_size is null."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,9 +16,9 @@ _SAMPLE = 1000
 
 
 def with_its_store(config: Config, source: ImageSource | None, say=lambda line: None) -> Config:
-    """`data.store_size: null` of the backend resident made a number, which `say` is told.
+    """Makes `data.store_size: null` of the backend resident a number, and prints it by `say`.
 
-    The same images and views have the same one on every machine: it does not depend on the memory that is free.
+    The same images and views get the same number on every machine: free memory has no part in it.
     """
     data = config.data
     if source is None or data.backend != "resident" or data.store_size is not None:
@@ -27,12 +28,12 @@ def with_its_store(config: Config, source: ImageSource | None, say=lambda line: 
     return config.with_values({"data.store_size": size})
 
 
-def choose_store_size(source: ImageSource, views: ViewsConfig) -> int:
-    """The median side of the images, in pixels: no less than that of a view, and no more than has any use for one.
+def choose_store_size(source: ImageSource, groups: Sequence[ViewsConfig]) -> int:
+    """Returns the median side of the images in pixels, at least that of a view, and at most what views can use.
 
-    A crop of the smallest area, `views.crop_scale`, has as many pixels as a view then.
+    They can use a store in which a crop of the smallest area, `views.crop_scale`, has as many pixels as a view.
     """
-    view, fitting = views.full_size, math.isqrt(int(MOST_BYTES / (3 * len(source))))
+    view, fitting = max(group.full_size for group in groups), math.isqrt(int(MOST_BYTES / (3 * len(source))))
     if fitting <= view:
         return view
     sample = np.unique(np.linspace(0, len(source) - 1, min(len(source), _SAMPLE)).astype(np.int64))
@@ -41,4 +42,5 @@ def choose_store_size(source: ImageSource, views: ViewsConfig) -> int:
     sizes = source.image_sizes[sample].astype(np.float64)
     sides = np.sqrt(sizes.prod(1))[(sizes > 0).all(1)]
     median = round(float(np.median(sides))) if len(sides) else view
-    return max(view, min(median, math.ceil(view / views.crop_scale[0] ** 0.5), fitting))
+    useful = max(math.ceil(group.full_size / group.crop_scale[0] ** 0.5) for group in groups)
+    return max(view, min(median, useful, fitting))

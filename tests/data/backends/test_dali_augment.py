@@ -12,13 +12,18 @@ import fastsiam
 from fastsiam.config import load_config
 from fastsiam.config.views import RECIPES
 from fastsiam.data import rng
-from fastsiam.data.backends.choose import open_backend
-from fastsiam.data.loader import Loader
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.open import open_source
-from tests.support.dali_recipes import EVERYTHING, make
+from tests.support.loaders import LEVELS, RECIPE, jittered
+from tests.support.loaders import make as make_loader
 
+# Levels of 0 to 255 are delivered as they are.
+EVERYTHING = dataclasses.replace(LEVELS, size=24, solarize=0.4, grayscale=0.3)
 NOTHING = dataclasses.replace(EVERYTHING, flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0, solarize=0.0)
+
+
+def make(photos, spec, dtype=torch.float32, skip=None):
+    return make_loader(photos, RECIPE, spec=spec, batch_size=8, workers=1, dtype=dtype, skip=skip)
 
 
 def views(photos, spec, epochs=(0, 1, 2)):
@@ -27,7 +32,7 @@ def views(photos, spec, epochs=(0, 1, 2)):
     found, drawn = [], []
     for epoch in epochs:
         for batch in made.epoch(epoch):
-            found.append(batch.views.permute(0, 2, 3, 1).double())
+            found.append(batch.views[0].permute(0, 2, 3, 1).double())
             drawn += [rng.augment_draws(spec, 0, epoch, batch.indices, view) for view in range(2)]
     return torch.cat(found).numpy(), rng.AugmentDraws.concatenate(drawn)
 
@@ -74,7 +79,7 @@ def test_views_follow_the_documented_formulas(photos):
     crops, _ = views(photos, NOTHING)
     found, drawn = views(photos, EVERYTHING)
     assert len(found) == 96
-    for used in (drawn.flip, drawn.jitter, drawn.grayscale, drawn.sigma > 0, drawn.solarize):
+    for used in (drawn.flip, jittered(drawn), drawn.grayscale, drawn.sigma > 0, drawn.solarize):
         assert 10 < used.sum() < 90
     differences = [np.abs(found[row] - by_formulas(crops[row], drawn, row)) for row in range(len(found))]
     assert np.max(differences) <= 2
@@ -96,16 +101,8 @@ def test_flips_and_greys_are_those_drawn(photos):
 def test_without_any_draw_views_are_pils_crops(photos):
     """What the other tests compare with; the filter rounds once where Pillow's rounds twice."""
     crops, _ = views(photos, NOTHING, epochs=(0,))
-    source = open_source(str(photos))
-    pil = Loader(
-        source,
-        (NOTHING, NOTHING),
-        open_backend("pil", source, 24, 2, 8, 0, torch.device("cpu")),
-        batch_size=8,
-        seed=0,
-        dtype=torch.float32,
-    )
-    expected = torch.cat([batch.views for batch in pil.epoch(0)]).permute(0, 2, 3, 1).double().numpy()
+    pil = make_loader(photos, "pil", spec=NOTHING, batch_size=8)
+    expected = torch.cat([batch.views[0] for batch in pil.epoch(0)]).permute(0, 2, 3, 1).double().numpy()
     difference = np.abs(crops - expected)
     assert difference.mean() < 0.5
     assert difference.mean((1, 2, 3)).max() < 1.0
@@ -120,12 +117,12 @@ def test_the_loader_delivers_finished_views(photos, dtype):
     batches = list(made.epoch(1))
     assert np.concatenate([batch.indices for batch in batches]).tolist() == rng.epoch_order(0, 1, 16).tolist()
     for batch in batches:
-        assert batch.views.dtype == dtype
-        assert batch.views.shape == (16, 3, 24, 24)
-        assert batch.views.is_contiguous(memory_format=torch.channels_last)
+        assert batch.views[0].dtype == dtype
+        assert batch.views[0].shape == (16, 3, 24, 24)
+        assert batch.views[0].is_contiguous(memory_format=torch.channels_last)
     mean, std = (torch.tensor(x, dtype=torch.float64) for x in (spec.mean, spec.std))
     expected = ((torch.from_numpy(levels) / 255 - mean) / std).permute(0, 3, 1, 2)
-    found = torch.cat([batch.views for batch in batches]).double()
+    found = torch.cat([batch.views[0] for batch in batches]).double()
     torch.testing.assert_close(found, expected, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
 
 

@@ -51,13 +51,13 @@ def believed_plain(location, monkeypatch):
 
 
 def evaluated(source, batch_size=4):
-    opened = open_backend("dali", source, SPEC.size, 1, batch_size, 2, CPU)
+    opened = open_backend("dali", source, (SPEC.size,), batch_size, 2, CPU)
     told = []
     skip = SkipList(12, 0.5, report=lambda *found: told.append(found))
     made = EvaluationLoader(source, SPEC, opened, batch_size=batch_size, crop_ratio=1.0, dtype=torch.float32, skip=skip)
     batches = list(made.batches())
     opened.close()
-    return np.concatenate([b.indices for b in batches]).tolist(), torch.cat([b.views for b in batches]), told
+    return np.concatenate([b.indices for b in batches]).tolist(), torch.cat([b.images for b in batches]), told
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastsiam.config import load_config
-from fastsiam.config.views import RECIPES
+from fastsiam.config.views import RECIPES, ViewGroup
 from fastsiam.data import rng
 from fastsiam.data.backends import choose
 from fastsiam.data.backends.choose import open_backend
@@ -32,13 +32,13 @@ CPU = torch.device("cpu")
 
 
 def make(source, batch_size=5, backend="ffcv"):
-    opened = open_backend(backend, source, SIZE, 2, batch_size, 0 if backend == "pil" else 2, CPU)
-    return Loader(source, (SPEC, SPEC), opened, batch_size=batch_size, seed=0, dtype=torch.float32)
+    opened = open_backend(backend, source, (SIZE,), batch_size, 0 if backend == "pil" else 2, CPU)
+    return Loader(source, (ViewGroup(2, SPEC),), opened, batch_size=batch_size, seed=0, dtype=torch.float32)
 
 
 def crops_of(source, backend="ffcv", epoch=0):
     made = make(source, backend=backend)
-    return torch.cat([crops for _, crops in made.backend.crops(made._requests(epoch, 0, deque()))]).float()
+    return torch.cat([crops for _, (crops,) in made.backend.crops(made._requests(epoch, 0, deque()))]).float()
 
 
 def test_crops_of_the_same_pixels_are_pils_within_one_level(photos):
@@ -62,24 +62,19 @@ def test_boxes_are_those_of_the_originals_however_far_they_were_shrunk(photos):
     source = beton_of(photos, "raw", 80)
     request = next(make(source)._requests(0, 0, deque()))
     expected = next(make(open_source(str(photos)), backend="pil")._requests(0, 0, deque()))
-    assert (request.boxes == expected.boxes).all()
+    assert (request.boxes[0] == expected.boxes[0]).all()
     assert max(max(pixels.shape) for _, pixels in stored_images(source.root)[0]) == 80
     difference = (crops_of(source) - crops_of(open_source(str(photos)), "pil")).abs()
     assert difference.mean() < 2.0
 
 
 def test_each_image_is_decoded_once_for_both_views(photos, monkeypatch):
-    """The operation as Python runs it, with decodings counted; compiled, it is the same code."""
+    """The loop as Python runs it, with decodings counted; compiled, it is the same code."""
     from fastsiam.data.backends import ffcv
 
     compiled, calls = crops_of(beton_of(photos, "jpg")), []
-    real = ffcv.imdecode
-    monkeypatch.setattr(ffcv, "imdecode", lambda *a: calls.append(a[2:4]) or real(*a))
-    monkeypatch.setattr(ffcv.Compiler, "is_enabled", False)
-    operation = ffcv.DecodeOnce(2, SIZE)
-    operation.accept_globals(None, ffcv._read.py_func)
-    code = operation.generate_code()
-    monkeypatch.setattr(ffcv, "_compiled", lambda: code)
+    monkeypatch.setattr(ffcv, "_decode_jpeg", lambda *a: calls.append(a[2:4]) or ffcv.imdecode(*a))
+    monkeypatch.setattr(ffcv, "_decode_once", ffcv._decode_once.py_func)
     interpreted = crops_of(beton_of(photos, "jpg"))
     source = beton_of(photos, "jpg")
     order = rng.epoch_order(0, 0, 16)[:15]
@@ -91,8 +86,8 @@ def test_each_image_is_decoded_once_for_both_views(photos, monkeypatch):
 def test_epochs_left_early_or_not_leave_neither_threads_nor_memory(photos, monkeypatch):
     from fastsiam.data.backends import ffcv
 
-    decoding, real = set(), ffcv._compiled()
-    monkeypatch.setattr(ffcv, "_compiled", lambda: lambda *a: decoding.add(threading.current_thread()) or real(*a))
+    decoding, real = set(), ffcv._decode_once
+    monkeypatch.setattr(ffcv, "_decode_once", lambda *a: decoding.add(threading.current_thread()) or real(*a))
     made = make(beton_of(photos, "mixed"), batch_size=2)
 
     def epochs(numbers):
@@ -120,7 +115,7 @@ def test_epochs_left_early_or_not_leave_neither_threads_nor_memory(photos, monke
 def test_leaving_early_waits_for_what_still_writes_to_the_buffers(photos, monkeypatch):
     from fastsiam.data.backends import ffcv
 
-    running, real = [], ffcv._compiled()
+    running, real = [], ffcv._decode_once
 
     def slow(*arguments):
         running.append(arguments)
@@ -129,7 +124,7 @@ def test_leaving_early_waits_for_what_still_writes_to_the_buffers(photos, monkey
         running.pop()
 
     made = make(beton_of(photos, "jpg"), batch_size=4)
-    monkeypatch.setattr(ffcv, "_compiled", lambda: slow)
+    monkeypatch.setattr(ffcv, "_decode_once", slow)
     leaving = made.backend.crops(made._requests(1, 0, deque()))
     next(leaving)
     while not running:
@@ -141,9 +136,9 @@ def test_leaving_early_waits_for_what_still_writes_to_the_buffers(photos, monkey
 @pytest.mark.parametrize("num_views", [1, 2])
 def test_crops_that_are_kept_do_not_change(photos, num_views):
     made = make(beton_of(photos, "mixed"), batch_size=2)
-    made.specs = made.specs[:num_views]
-    made.backend = open_backend("ffcv", made.source, SIZE, num_views, 2, 2, CPU)
-    kept = [(crops, crops.clone()) for _, crops in made.backend.crops(made._requests(0, 0, deque()))]
+    made.groups = (made.groups[0]._replace(count=num_views),)
+    made.backend = open_backend("ffcv", made.source, (SIZE,), 2, 2, CPU)
+    kept = [(crops, crops.clone()) for _, (crops,) in made.backend.crops(made._requests(0, 0, deque()))]
     assert len(kept) == 8
     assert all(torch.equal(crops, then) for crops, then in kept)
 
@@ -157,11 +152,11 @@ from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.backends.base import CropRequest
 from fastsiam.data.sources.open import open_source
 source = open_source(sys.argv[1])
-backend = open_backend("ffcv", source, 8, 1, 4, 1, torch.device("cpu"))
+backend = open_backend("ffcv", source, (8,), 4, 1, torch.device("cpu"))
 indices = np.arange(4)
 sizes = source.sizes(indices)
 boxes = np.concatenate((np.zeros((1, 4, 2), np.int32), sizes[None]), 2)
-print(len(list(backend.crops([CropRequest(indices, boxes, sizes)]))[0][1]), torch.get_num_threads())
+print(len(list(backend.crops([CropRequest(indices, (boxes,), sizes)]))[0][1][0]), torch.get_num_threads())
 """
     done = run_python("-c", script, beton_of(photos, "jpg").root)
     assert done.stdout.split() == ["4", "3"], done.stderr
@@ -182,19 +177,18 @@ def test_a_jpeg_damaged_after_writing_is_named(photos, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "expected"),
+    ("overrides", "key"),
     [
-        (["data.backend=ffcv"], "data.train: data.backend=ffcv reads .beton files, and data/imagenet/train is none"),
-        (["data.backend=ffcv", "data.train=x.beton"], "python -m fastsiam.prepare ffcv data/imagenet/val OUT.beton"),
-        (["data.backend=dali", "data.train=x.beton"], "and data.backend=dali cannot read it; set data.backend=ffcv"),
-        (["data.backend=pil", "data.val=x.beton"], "data.val: x.beton was written by python -m fastsiam.prepare ffcv"),
+        (["data.backend=ffcv"], "data.train"),
+        (["data.backend=ffcv", "data.train=x.beton"], "data.val"),
+        (["data.backend=dali", "data.train=x.beton"], "data.train"),
+        (["data.backend=pil", "data.val=x.beton"], "data.val"),
     ],
 )
-def test_a_backend_and_data_that_do_not_go_together_are_one_sentence(overrides, expected):
+def test_a_backend_that_cannot_read_the_data_is_refused(overrides, key):
     with pytest.raises(UserError) as error:
         load_config("r50_100ep", overrides)
-    assert expected in str(error.value)
-    assert "\n" not in str(error.value)
+    assert error.value.key == key
 
 
 def test_auto_takes_ffcv_for_a_beton_alone():
@@ -219,7 +213,7 @@ def test_without_ffcv_the_extra_and_the_system_packages_are_named(monkeypatch, r
     absent = reason.startswith("No module")
     monkeypatch.setattr(choose.util, "find_spec", lambda name: None if absent and name == "ffcv" else object())
     with pytest.raises(ImportError, match=r"pkg-config libopencv-dev libturbojpeg0-dev .*pip install .*ffcv") as error:
-        open_backend(choose.choose_backend("ffcv")[0], None, SIZE, 2, 5, 1, CPU)
+        open_backend(choose.choose_backend("ffcv")[0], None, (SIZE,), 5, 1, CPU)
     assert reason in str(error.value)
 
 

@@ -47,7 +47,7 @@ def test_the_graph_for_a_gpu_crops_as_pil_does(scenes, monkeypatch):
     loaders = [make(scenes, backend, batch_size=10) for backend in ("dali", "pil")]
     on_a_gpu(monkeypatch, loaders[0])
     found, expected = (
-        torch.cat([crops for _, crops in made.backend.crops(made._requests(0, 0, deque()))]) for made in loaders
+        torch.cat([crops for _, (crops,) in made.backend.crops(made._requests(0, 0, deque()))]) for made in loaders
     )
     assert decoders == [("image", "cpu")]
     difference = (found.int() - expected.int()).abs()
@@ -83,7 +83,7 @@ def test_memory_that_a_device_still_reads_is_not_written_to(photos, backend):
 
     def crops(loader, epoch, count):
         batches = loader.backend.crops(loader._requests(epoch, 0, deque()))
-        found = [crops for _, crops in itertools.islice(batches, count)]
+        found = [crops for _, (crops,) in itertools.islice(batches, count)]
         batches.close()
         return found
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 import fastsiam
 from fastsiam.config import load_config
+from fastsiam.config.views import ViewGroup
 from fastsiam.data import build, rng
 from fastsiam.data.backends import choose, decoded_cache, pil, resident
 from fastsiam.data.backends.choose import open_backend
@@ -21,7 +22,7 @@ from fastsiam.data.sources.image_header import PLAIN, UNREADABLE, UNWANTED
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.kernels.crop_numba import crop_on_cpu
-from tests.support.loaders import SPEC
+from tests.support.loaders import SPEC, make
 from tests.support.processes import REPOSITORY
 from tests.support.runs import lines
 
@@ -56,24 +57,24 @@ def tiles(tmp_path):
 
 
 def open_resident(source, store_size, size=24, device=CPU):
-    return open_backend("resident", source, size, 2, 4, 0, device, store_size)
+    return open_backend("resident", source, (size,), 4, 0, device, store_size)
 
 
 def crops_of(source, backend, size):
     """Requests of an epoch and the crops [V, N, S, S, 3] that come for them."""
     spec = dataclasses.replace(SPEC, size=size)
-    made = Loader(source, (spec, spec), backend, batch_size=4, seed=0, dtype=torch.float32)
+    made = Loader(source, (ViewGroup(2, spec),), backend, batch_size=4, seed=0, dtype=torch.float32)
     requests = list(made._requests(0, 0, deque()))
     return [
         (request, crops.view(2, -1, size, size, 3))
-        for request, (_, crops) in zip(requests, backend.crops(requests), strict=True)
+        for request, (_, (crops,)) in zip(requests, backend.crops(requests), strict=True)
     ]
 
 
 def differences(folder, store_size, size):
     """Crops out of a store less those of PIL, [V, crops, S, S, 3]."""
     source = open_source(str(folder))
-    both = (open_resident(source, store_size, size), open_backend("pil", source, size, 2, 4, 0, CPU))
+    both = (open_resident(source, store_size, size), open_backend("pil", source, (size,), 4, 0, CPU))
     ours, theirs = (torch.cat([crops for _, crops in crops_of(source, one, size)], 1).float() for one in both)
     return ours - theirs
 
@@ -84,11 +85,11 @@ def test_images_stored_at_their_own_size_are_cropped_as_the_decoded_files_are(ti
     found = crops_of(source, open_resident(source, 32, size), size)
     assert len(found) == 3
     for (request, crops), (_, pils) in zip(
-        found, crops_of(source, open_backend("pil", source, size, 2, 4, 0, CPU), size), strict=True
+        found, crops_of(source, open_backend("pil", source, (size,), 4, 0, CPU), size), strict=True
     ):
         images = [np.asarray(Image.open(source.path(index))) for index in request.indices]
         addresses = np.array([image.ctypes.data for image in images], np.int64)
-        expected = crop_on_cpu(addresses, request.sizes, request.boxes, size)
+        expected = crop_on_cpu(addresses, request.sizes, request.boxes[0], size)
         assert torch.equal(crops.flatten(0, 1), expected)
         assert (crops.int() - pils.int()).abs().max() <= 1
 
@@ -155,9 +156,9 @@ def test_backends_over_the_same_images_hold_one_store(photos, decoded):
     source = open_source(str(photos))
     training, evaluation = open_resident(source, 48, 24), open_resident(open_source(str(photos)), 48, 32)
     other = open_resident(source, 40)
-    assert training._store is evaluation._store is not other._store
+    assert training.store is evaluation.store is not other.store
     training.close()
-    assert evaluation._store.images() is training._store.images()
+    assert evaluation.store.images() is training.store.images()
     assert len(resident._stores) == 2
     del training, evaluation, other
     gc.collect()
@@ -171,7 +172,7 @@ def test_evaluation_and_training_share_it(photos, decoded):
     training = build.build_loader(config, source)
     evaluation = build.build_evaluation_loader(config, source)
     assert isinstance(evaluation, EvaluationLoader)
-    assert training.backend._store is evaluation.backend._store
+    assert training.backend.store is evaluation.backend.store
     assert sum(len(batch.indices) for batch in evaluation.batches()) == len(decoded) == 16
 
 
@@ -215,7 +216,7 @@ def test_files_that_cannot_be_decoded_are_named_when_they_are_asked_for(photos, 
         backend = open_resident(source, 48)
         said = []
         skip = SkipList(16, 0.2, report=lambda index, reason, count, said=said: said.append((index, reason)))
-        made = Loader(source, (SPEC, SPEC), backend, batch_size=4, seed=0, dtype=torch.float32, skip=skip)
+        made = Loader(source, (ViewGroup(2, SPEC),), backend, batch_size=4, seed=0, dtype=torch.float32, skip=skip)
         # No box is drawn for an image without a size.
         with np.errstate(invalid="raise", divide="raise"):
             delivered = np.concatenate([batch.indices for batch in made.epoch(0)])
@@ -224,7 +225,9 @@ def test_files_that_cannot_be_decoded_are_named_when_they_are_asked_for(photos, 
         assert sorted(index for index, _ in said) == bad
         assert all("cannot be decoded" in reason for _, reason in said)
         junk_known = SkipList(16, 0.0, np.arange(16) == bad[0])
-        strict = Loader(source, (SPEC, SPEC), backend, batch_size=16, seed=0, dtype=torch.float32, skip=junk_known)
+        strict = Loader(
+            source, (ViewGroup(2, SPEC),), backend, batch_size=16, seed=0, dtype=torch.float32, skip=junk_known
+        )
         with pytest.raises(UserError, match="class2/10.jpg cannot be decoded"):
             list(strict.epoch(0))
     # 15 have a header that can be read; each was tried once, but for those of the batch that was asked for again.
@@ -242,7 +245,7 @@ def test_what_does_not_fit_is_refused_with_the_size_that_would(photos, decoded, 
     # Not read yet, but it will be: 23,200 bytes are left.
     with pytest.raises(UserError, match="; set data.store_size=19 or less, or data.backend=auto"):
         open_resident(source, 20)
-    held._store.images()
+    held.store.images()
     assert open_resident(source, 20)
     monkeypatch.setattr(resident, "free_bytes", lambda device: 40)
     with pytest.raises(UserError, match="; set data.backend=auto"):
@@ -277,14 +280,14 @@ def test_a_store_outlives_the_verdicts_of_a_scan(photos, decoded):
     source.kinds[[5, 9]], source.kinds[12] = UNWANTED, UNREADABLE
     backend = open_resident(source, 48)
     assert source.kinds[[5, 9, 12]].tolist() == [UNWANTED, UNWANTED, UNREADABLE]
-    assert list(backend._store.bad) == [12]
+    assert list(backend.store.bad) == [12]
     del backend
     gc.collect()
     later = open_source(str(photos))
     later.kinds[12] = UNREADABLE
     backend = open_resident(later, 48)
     assert later.kinds[[5, 9]].tolist() == [PLAIN, PLAIN]
-    assert (backend._store.images()[[5, 9]].float().std((1, 2, 3)) > 1).all()
+    assert (backend.store.images()[[5, 9]].float().std((1, 2, 3)) > 1).all()
     assert sorted(decoded) == [*range(12), 13, 14, 15]
 
 
@@ -311,12 +314,12 @@ def test_a_disk_without_room_is_one_sentence(photos, monkeypatch, resident_cache
         open_resident(open_source(str(photos)), 48)
 
 
-def test_the_first_lines_say_size_and_memory(photos, decoded, capsys):
-    backend = open_resident(open_source(str(photos)), 48)
+def test_the_first_lines_say_size_and_memory(photos, decoded):
+    printed = []
+    backend = open_backend("resident", open_source(str(photos)), (24,), 4, 0, CPU, 48, printed.append)
     assert backend.description == (
         f"resident (16 images of 48 px, 0.000111 GB of cpu memory; decoded by pil {pil.PIL.__version__} on cpu)"
     )
-    printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("decoding  16 images once, to 48 px: 0.000111 GB of memory")
     assert printed[1].startswith("decoded   in ")
 
@@ -334,10 +337,8 @@ def test_a_run_computes_what_one_that_decodes_every_time_does(tiny, tmp_path):
 
 
 def test_ranks_ask_for_disjoint_parts_of_one_order(photos):
-    source = open_source(str(photos))
     for rank in range(2):
-        made = Loader(source, (SPEC, SPEC), open_resident(source, 48), batch_size=8, seed=0, dtype=torch.float32,
-                      rank=rank, world_size=2)  # fmt: skip
+        made = make(photos, "resident", batch_size=8, rank=rank, world_size=2)
         found = np.concatenate([batch.indices for batch in made.epoch(3)])
         order = rng.epoch_order(0, 3, 16).reshape(2, 2, 4)
         assert found.tolist() == order[:, rank].reshape(-1).tolist()

@@ -144,10 +144,10 @@ def test_every_backend_shows_them_alike_and_with_their_contrast(folder, backend)
     everything = np.arange(len(source))
     reader = beton_of(folder, "raw") if backend == "ffcv" else source
     store = (SIZE,) if backend == "resident" else ()
-    opened = open_backend(backend, reader, SIZE, 1, len(source), 0 if backend == "pil" else 1, CPU, *store)
+    opened = open_backend(backend, reader, (SIZE,), len(source), 0 if backend == "pil" else 1, CPU, *store)
     sizes = reader.sizes(everything)
-    request = CropRequest(everything, np.concatenate([np.zeros_like(sizes), sizes], 1)[None], sizes)
-    ((_, crops),) = opened.crops([request])
+    request = CropRequest(everything, (np.concatenate([np.zeros_like(sizes), sizes], 1)[None],), sizes)
+    ((_, (crops,)),) = opened.crops([request])
     opened.close()
     for index, crop in zip(everything, crops.numpy().astype(int), strict=True):
         name = name_of(source, index)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastsiam.config.views import RECIPES
+from fastsiam.config.views import RECIPES, ViewGroup
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources import formats, index_cache
@@ -155,8 +155,8 @@ def test_a_size_that_a_crash_has_lost_is_read_again(folder):
 def test_a_file_that_was_replaced_in_place_fails_once_and_is_read_again_at_the_next_start(folder):
     def epoch():
         source = open_source(str(folder))
-        opened = open_backend("dali", source, 8, 2, 40, 1, torch.device("cpu"))
-        made = Loader(source, (RECIPES["demo"],) * 2, opened, batch_size=40, seed=0, dtype=torch.float32)
+        opened = open_backend("dali", source, (8,), 40, 1, torch.device("cpu"))
+        made = Loader(source, (ViewGroup(2, RECIPES["demo"]),), opened, batch_size=40, seed=0, dtype=torch.float32)
         return next(made.epoch(0))
 
     epoch()

@@ -1,0 +1,133 @@
+"""views as a list of groups: two sizes and two recipes from one decode, each as a run of that group alone gives it."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fastsiam.config import load_config
+from fastsiam.config.views import RECIPES, ViewGroup
+from fastsiam.data import rng
+from fastsiam.data.augment import augment
+from fastsiam.data.backends.synthetic import SyntheticLoader
+from fastsiam.data.build import build_loader
+from fastsiam.errors import UserError
+from fastsiam.run.checkpoint import identity
+from fastsiam.train import main
+from tests.support.loaders import LEVELS, RECIPE, count_decoders, make
+from tests.support.runs import lines
+
+BACKENDS = ("dali", "pil", "ffcv", "resident", RECIPE)
+LARGE = ViewGroup(2, dataclasses.replace(LEVELS, size=32))
+SMALL = ViewGroup(3, dataclasses.replace(LEVELS, size=16, crop_scale=(0.05, 0.2), solarize=0.5, color="matrix"))
+YAML = (
+    "views=[{recipe: demo, size: 16..24, color: matrix, count: 2}, "
+    "{recipe: simsiam_cifar10, size: 16, color: exact, count: 3}]"
+)
+pytestmark = pytest.mark.usefixtures("resident_cache")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_group_is_what_a_run_of_that_group_alone_gives(photos, backend):
+    """Bit for bit at two pairs of sizes; views of the second group have the numbers that follow the first one's."""
+    both = make(photos, backend, groups=(LARGE, SMALL), batch_size=8)
+    for sizes in ((32, 16), (24, 12)):
+        large, small = (dataclasses.replace(g.spec, size=size) for g, size in zip((LARGE, SMALL), sizes, strict=True))
+        # Five views of the small group's spec: the last three have the numbers that they have behind another group.
+        alone = [make(photos, backend, spec=spec, count=n, batch_size=8) for spec, n in ((large, 2), (small, 5))]
+        for batch, one, other in zip(both.epoch(1, sizes=sizes), *(made.epoch(1) for made in alone), strict=True):
+            assert batch.indices.tolist() == one.indices.tolist()
+            assert [tuple(group.shape) for group in batch.views] == [(16, 3, *2 * sizes[:1]), (24, 3, *2 * sizes[1:])]
+            assert all(group.is_contiguous(memory_format=torch.channels_last) for group in batch.views)
+            assert torch.equal(batch.views[0], one.views[0])
+            assert torch.equal(batch.views[1], other.views[0][16:])
+        for made in alone:
+            made.close()
+    both.close()
+
+
+@pytest.mark.parametrize("backend", ["dali", RECIPE])
+def test_dalis_graph_has_one_decoder_for_all_groups(photos, monkeypatch, backend):
+    decoders = count_decoders(monkeypatch)
+    made = make(photos, backend, groups=(LARGE, SMALL), batch_size=8)
+    assert sum(len(group) for batch in made.epoch(0) for group in batch.views) == 80
+    assert decoders == [("image", "cpu")]
+    made.close()
+
+
+def test_draws_of_a_group_are_augmented_by_its_own_spec(photos):
+    made = make(photos, "pil", groups=(LARGE, SMALL), batch_size=8)
+    batch = next(made.epoch(0))
+    drawn = rng.AugmentDraws.concatenate(
+        [rng.augment_draws(SMALL.spec, 0, 0, batch.indices, view) for view in (2, 3, 4)]
+    )
+    for found, expected in zip(vars(made.drawn(0, batch.indices)[1]).values(), vars(drawn).values(), strict=True):
+        assert np.array_equal(found, expected)
+    crops = torch.randint(0, 256, (24, 16, 16, 3), dtype=torch.uint8)
+    _, found = made.augmented([crops.new_zeros(16, 32, 32, 3), crops], made.drawn(0, batch.indices))
+    assert torch.equal(found, augment(crops, drawn, SMALL.spec, torch.float32))
+
+
+def test_synthetic_groups_have_the_sizes_asked_for():
+    made = SyntheticLoader((LARGE, SMALL), batch_size=4, seed=0, device="cpu", dtype=torch.float32, num_images=8)
+    for sizes in ((32, 16), (8, 24)):
+        for batch in made.epoch(0, sizes=sizes):
+            assert [group.shape[-1] for group in batch.views] == list(sizes)
+            assert [len(group) for group in batch.views] == [8, 12]
+
+
+def test_groups_of_a_config_are_read_written_and_read_again(tmp_path):
+    config = load_config("quickstart", [YAML, "views.1.count=4", "views.1.hue=0.05"])
+    assert [(group.count, group.spec.size, group.spec.hue) for group in config.view_groups] == [
+        (2, 24, 0.1),
+        (4, 16, 0.05),
+    ]
+    assert config.view_groups[1].spec.mean == RECIPES["simsiam_cifar10"].mean
+    assert config.view_stages == ((16, 16), (24, 16))
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml").views == config.views
+    assert config.run.name != load_config("quickstart").run.name
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "code"),
+    [
+        (["views.1.count=3"], None, "unknown-key"),
+        ([YAML, "views.size=16"], "views.size", "not-a-section"),
+        ([YAML, "views.2.size=16"], "views.2.size", "not-a-section"),
+        ([YAML, "views.1.size=0"], "views.size", None),
+        ([YAML, "views.1.cuont=1"], None, "unknown-key"),
+        (["views=[]"], "views.count", "out-of-range"),
+        (["views.count=1"], "views.count", "out-of-range"),
+    ],
+)
+def test_a_mistake_names_its_key(overrides, key, code):
+    with pytest.raises(UserError) as error:
+        load_config("quickstart", overrides)
+    assert (error.value.key, error.value.code) == (key, code)
+
+
+def test_a_checkpoint_knows_its_groups():
+    def known(*overrides):
+        from fastsiam.config.views import specs_of_run
+
+        config = load_config("quickstart", overrides)
+        return identity(None, specs_of_run(config.view_groups, config.view_stages), "dali")["views"]
+
+    changes = ((), (YAML,), (YAML, "views.1.count=2"), (YAML, "views.1.size=24"), (YAML, "views.0.size=24"))
+    assert len({known(*overrides) for overrides in changes}) == 5
+
+
+def test_a_run_of_two_groups_grows_and_measures_at_the_first_ones_size(tiny, tmp_path):
+    """Stopped and resumed in mid-epoch, with another size before than after."""
+    for steps in (4, "null"):
+        assert main(["--config", "quickstart", *tiny(YAML, f"train.max_steps={steps}", "train.epochs=2")]) == 0
+    train = [line for line in lines(tmp_path / "runs/run") if line["kind"] == "train"]
+    assert {line["view_size"] for line in train} == {16, 24}
+    assert (tmp_path / "runs/run/encoder.safetensors").exists()
+
+
+def test_a_config_of_groups_builds_its_loader(tiny_config):
+    made = build_loader(tiny_config("data.backend=synthetic", YAML))
+    assert [tuple(group.shape) for group in next(made.epoch(0)).views] == [(16, 3, 24, 24), (24, 3, 16, 16)]
