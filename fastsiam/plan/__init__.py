@@ -1,1 +1,1 @@
-"""What `python -m fastsiam.plan` does: measure a config on this machine, predict its run, and say what limits it."""
+"""Measures a config on this machine, predicts its run, and names the stage that limits it."""

@@ -37,7 +37,7 @@ class Loaders:
         self.bench, self.config = bench, with_batch_size(bench.config, batch_size)
         self.sample = bench.source and sample_of(bench.source, batch_size, bench.config.train.seed)
         self.decoding_seconds = 0.0
-        """Of all images for data.backend=resident; 0 where an earlier run has decoded them."""
+        """Time to decode all images for data.backend=resident; 0 where an earlier run has decoded them."""
         self._stack = contextlib.ExitStack()
         self._folder = self._stack.enter_context(tempfile.TemporaryDirectory())
 

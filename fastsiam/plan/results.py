@@ -89,16 +89,16 @@ class Measured:
     disk_cores: float
     """Cores that waited for a disk."""
     joules_per_image: float | None
-    """Of the GPUs of all ranks, in training."""
+    """Energy of the GPUs of all ranks, in training."""
     energy: str
-    """How energy was measured, or why not."""
+    """Source of the energy reading, or the reason why there is none."""
     step_images_per_second: Rate
     """The step alone."""
     loaders: tuple[LoaderRate, ...]
     """The config's own first; empty with synthetic images."""
     batch_sizes: tuple[BatchRate, ...]
     seconds_per_image: dict[str, float | None]
-    """By stage, each alone with the whole machine.
+    """Seconds of each stage alone with the whole machine.
 
     disk: a file's bytes past the page cache, with data.workers readers; decoding: decoding once and cropping every
     view, from the page cache; step: forward, backward and optimizer of one rank alone; communication: what averaging

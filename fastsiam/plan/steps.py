@@ -77,7 +77,7 @@ class Affordable:
     seconds_per_image: float = 0.0
     bytes_per_image: float = 0.0
     seconds: float = 0.0
-    """Of a measurement."""
+    """Time of a measurement."""
     memory: int = 0
     """Free bytes."""
 
