@@ -67,7 +67,7 @@ class StoreCache:
         """Tell a source the sizes of its images, so that it opens no file."""
         with np.load(self.folder / "headers.npz") as headers:
             known = (source.kinds == UNKNOWN) & (headers["kinds"] < UNREADABLE)
-            source.image_sizes[known], source.kinds[known] = headers["sizes"][known], headers["kinds"][known]
+            source.learn(known, headers["sizes"][known], headers["kinds"][known], cache=False)
 
     def decode_once(self, source: ImageSource, say: Callable[[str], None]) -> None:
         """Fill the folder unless it is there; a process that finds another one at it waits.
@@ -149,7 +149,7 @@ class StoreCache:
                 rest = rest[~np.isin(rest, list(error.reasons))]
         self.backend.close()
         # A source says once why a header cannot be read: to the loader that asks for the image.
-        source.kinds[list(unreadable)] = UNKNOWN
+        source.mark(list(unreadable), UNKNOWN)
         return bad
 
 
@@ -157,11 +157,11 @@ class StoreCache:
 def _without_verdicts(source):
     """For a while no image is UNWANTED: a store outlives the scan whose verdict that is."""
     unwanted = source.kinds == UNWANTED
-    source.kinds[unwanted] = UNKNOWN
+    source.mark(unwanted, UNKNOWN)
     try:
         yield
     finally:
-        source.kinds[unwanted] = UNWANTED
+        source.mark(unwanted, UNWANTED)
 
 
 def _whole_images(source, indices, pending):

@@ -38,7 +38,7 @@ def choose_store_size(source: ImageSource, groups: Sequence[ViewsConfig]) -> int
         return view
     sample = np.unique(np.linspace(0, len(source) - 1, min(len(source), _SAMPLE)).astype(np.int64))
     # Whose header cannot be read is told by the loader, which looks again.
-    source.kinds[list(source.look(sample))] = UNKNOWN
+    source.mark(list(source.look(sample)), UNKNOWN)
     sizes = source.image_sizes[sample].astype(np.float64)
     sides = np.sqrt(sizes.prod(1))[(sizes > 0).all(1)]
     median = round(float(np.median(sides))) if len(sides) else view
