@@ -9,6 +9,8 @@ import pytest
 
 from tests.support.processes import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 PLUGIN = """
 import pytest, torch
 from pathlib import Path
