@@ -91,8 +91,12 @@ class Contestant:
         """Returns the loss of the last step; waits for the device."""
         return self._loss.item()
 
-    def train(self) -> None:
-        self.model.train()
+    @property
+    def training(self) -> bool:
+        return self.model.training
+
+    def train(self, mode: bool = True) -> None:
+        self.model.train(mode)
 
     def eval(self) -> None:
         self.model.eval()
