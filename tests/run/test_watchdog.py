@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_be_written_does_not_keep_it(tmp_path):
         assert f"in {function}" in done.stderr
         assert "stacks of a hang would go to stderr: [Errno 2] No such file or directory" in done.stderr
         if code == ExitCode.STUCK:
-            assert "the stacks of all threads are on stderr; the same command" in done.stderr
+            assert "thread stacks are on stderr; rerun the command" in done.stderr
             assert "and its status is not written: [Errno 2]" in done.stderr
 
 
