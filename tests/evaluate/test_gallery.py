@@ -99,7 +99,7 @@ def test_of_more_views_than_two_the_first_two_of_an_image_are_a_pair(tmp_path, d
     source = open_source(f"{demo_folder}/train")
     pictures = Pictures(tmp_path, source, None, SPEC, pytest.fail, writes=True)
     shades = torch.arange(3 * 10) * 8 / 255
-    pictures.remember(1, (shades.view(-1, 1, 1, 1).expand(-1, 3, 4, 4) - 0.5) / 0.25, np.arange(10))
+    pictures.remember(1, [(shades.view(-1, 1, 1, 1).expand(-1, 3, 4, 4) - 0.5) / 0.25], np.arange(10))
     pictures.write_pairs()
     found = read_arrays(tmp_path / "pictures.npz")["pair_images"][:, :, 0, 0, 0]
     assert found.tolist() == [[8 * row for row in range(start, start + 8)] for start in (0, 10)]
@@ -179,12 +179,12 @@ def test_a_full_disk_warns_once_and_the_run_goes_on(tmp_path, demo_folder):
     source, said = open_source(f"{demo_folder}/train"), []
     pictures = Pictures(tmp_path, source, source, SPEC, said.append, writes=True)
     for _ in range(2):
-        pictures.remember(1, torch.zeros(16, 3, 16, 16), np.arange(8))
+        pictures.remember(1, [torch.zeros(16, 3, 16, 16)], np.arange(8))
         with largest_file(500):
             pictures.write_pairs()
     assert [notice.code for notice in said] == ["pictures-unwritten"]
     assert list(tmp_path.iterdir()) == []
-    pictures.remember(1, torch.zeros(16, 3, 16, 16), np.arange(8))
+    pictures.remember(1, [torch.zeros(16, 3, 16, 16)], np.arange(8))
     pictures.write_pairs()
     assert [path.name for path in tmp_path.iterdir()] == ["pictures.npz"]
 
