@@ -9,7 +9,6 @@ from fastsiam.config import Config
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.evaluate import collapse
 from fastsiam.kernels import numba_cache
-from fastsiam.kernels.augment_numba import is_compiled
 from fastsiam.methods.simsiam import loss_is_fused
 from fastsiam.optim.build import scale_at
 from fastsiam.run.evaluation_schedule import EvaluationSchedule
@@ -118,9 +117,7 @@ def _augmenter_text(config, device):
     colour = f"colour {', '.join(dict.fromkeys(group.color for group in config.views))}, augmented by "
     if device.type == "cuda":
         return colour + "Triton"
-    once = "once on this machine" if numba_cache.KEEPS_CODE else "at each start"
-    cached = all(is_compiled(group.color == "exact") for group in config.views)
-    return f"{colour}numba" + ("" if cached else f" (compiled now, {once}: about 15 s)")
+    return colour + ("numba" if numba_cache.KEEPS_CODE else "numba (compiled at each start: about 15 s)")
 
 
 def source_lines(*sources: ImageSource | None) -> list[str]:

@@ -106,7 +106,7 @@ class Run:
             # Here the first kNN may come in mid-epoch.
             evaluation.measure_controls()
         self.progress.agree()
-        journal.begin_progress("decoding the first batch")
+        journal.begin_progress("decoding the first batch (on the first run numba compiles for about 15 s)")
 
     def finished_step(self, step: TrainingStep) -> None:
         """After each step: the watchdog, the clock, and a line for what was compiled."""
