@@ -24,7 +24,7 @@ def same(left, right):
     names = rng.AugmentDraws.__dataclass_fields__
     parts = zip(left.drawn, right.drawn, strict=True)
     arrays = [(getattr(a, name), getattr(b, name)) for a, b in parts for name in names]
-    arrays += [(getattr(left, name), getattr(right, name)) for name in ("indices", "boxes", "sizes")]
+    arrays += [(left.indices, right.indices), (left.sizes, right.sizes), *zip(left.boxes, right.boxes, strict=True)]
     return all(a.dtype == b.dtype and np.array_equal(a, b) for a, b in arrays)
 
 
