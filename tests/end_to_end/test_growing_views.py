@@ -197,7 +197,7 @@ def test_what_does_not_fit_is_told_for_the_full_size_and_all_views(step_of, monk
         return real(views)
 
     monkeypatch.setattr(step.method, "forward", small_gpu)
-    with pytest.raises(UserError, match=r"out of memory at train.batch_size=4; 2 fits \(tried\)"):
+    with pytest.raises(UserError, match=r"out of memory at 4; 2 fits \(tried\)"):
         step.rehearse() if rehearsed else step(torch.randn(12, 3, 16, 16), 1)
 
 

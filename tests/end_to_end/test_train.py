@@ -103,7 +103,8 @@ def test_a_run_folder_of_another_config_is_refused(tiny, tmp_path, capsys):
     assert (tmp_path / "runs/run-2/encoder.safetensors").is_file()
     (tmp_path / "runs/mine").mkdir()
     (tmp_path / "runs/mine/thesis.txt").write_text("x")
-    assert "is no run folder" in refused(capsys, tmp_path, "--config", "quickstart", *tiny("run.name=mine"))
+    said = refused(capsys, tmp_path, "--config", "quickstart", *tiny("run.name=mine"))
+    assert said.endswith("[not-a-run-folder]\n")
 
 
 def test_an_image_that_cannot_be_decoded_is_named_and_the_checkpoint_stays(tiny, demo_folder, tmp_path, capsys):

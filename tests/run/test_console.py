@@ -8,6 +8,7 @@ from rich.console import Console
 
 from fastsiam.config import load_config
 from fastsiam.run.folder import RunFolder, run_path
+from fastsiam.run.lines import KINDS
 from fastsiam.run.metrics import Journal
 from fastsiam.run.progress_line import ProgressLine, duration
 from fastsiam.runtime.distributed import World
@@ -108,3 +109,4 @@ def test_a_run_speaks_after_its_first_step_whatever_is_logged(tiny, tmp_path, ca
     assert [f"  step {step}/10  loss " in said for step in (1, 2, 10)] == [True, False, True]
     lines = [json.loads(line) for line in (tmp_path / "runs/run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == [10]
+    assert all(KINDS[line["kind"]].__required_keys__ <= line.keys() for line in lines)

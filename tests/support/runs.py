@@ -44,11 +44,11 @@ TINY = (
 
 
 def lines(folder):
-    """Lines of a run's metrics.jsonl, each with the fields of its kind and no others."""
+    """Lines of a run's metrics.jsonl, which have no other fields than their kinds."""
     found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for line in found:
         kind = KINDS[line["kind"]]
-        assert kind.__required_keys__ <= line.keys() <= kind.__required_keys__ | kind.__optional_keys__, line
+        assert line.keys() <= kind.__required_keys__ | kind.__optional_keys__, line
     return found
 
 
