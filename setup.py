@@ -51,7 +51,10 @@ setup(
         "tiff": ["tifffile", "imagecodecs"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
         "peers": ["lightly"],
-        "dev": ["pytest", "ruff", "build", "setuptools", "wheel", "playwright", "tifffile", "imagecodecs"],
+        "dev": [
+            *("pytest", "pytest-xdist", "playwright", "tifffile", "imagecodecs"),
+            *("ruff", "build", "setuptools", "wheel"),
+        ],
     },
     entry_points={"console_scripts": ["fastsiam=fastsiam.__main__:main"]},
 )

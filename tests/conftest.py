@@ -2,18 +2,22 @@
 
 import io
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+# Each process of the tests has one thread, and so has what it starts.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Triton reads this where a kernel is defined: without a GPU its interpreter runs them, on CPU tensors.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fastsiam.config import load_config
 from fastsiam.data.demo_images import draw_demo
+from fastsiam.runtime.cores import usable_cores
 from tests.support import optional
 from tests.support.gloo_ranks import Ranks
 from tests.support.gpu_record import GpuRecord
@@ -130,8 +134,15 @@ def tiny_config(tiny):
     return lambda *more: load_config("quickstart.yaml", tiny(*more))
 
 
+def pytest_xdist_auto_num_workers(config):
+    """A process a core, up to four; none for a single file or for the tests of a GPU, which count what they measure."""
+    paths = [argument.partition("::")[0] for argument in config.args]
+    alone = len(paths) == 1 and Path(paths[0]).is_file()
+    return 0 if alone or config.option.markexpr == "gpu" else min(usable_cores(), 4)
+
+
 def pytest_configure(config):
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not hasattr(config, "workerinput"):
         config.pluginmanager.register(GpuRecord())
 
 

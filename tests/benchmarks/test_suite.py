@@ -121,6 +121,7 @@ def test_one_for_which_there_is_no_time_is_not_begun(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_suite_that_is_ended_prints_what_it_has(tmp_path, photos):
     """As `timeout` ends it; what was under way is put aside."""
     started = tmp_path / "started"

@@ -93,6 +93,7 @@ def turned_spectrum(images):
     return np.abs(np.fft.rfft(spectrum[:, rows, columns], axis=2))[:, :, :10].reshape(len(images), -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("feature", "metric"),
     [
@@ -109,6 +110,7 @@ def test_neither_colour_nor_place_nor_pixels_tell_the_class(quickstart, feature,
     assert accuracy_of(feature, quickstart, metric) < 35
 
 
+@pytest.mark.slow
 def test_the_pattern_tells_the_class(quickstart):
     """Without this, pure noise would pass for good images."""
     assert accuracy_of(turned_spectrum, quickstart, "euclidean") > 70

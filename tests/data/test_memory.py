@@ -90,6 +90,7 @@ def grown(script, folder, backend, first):
     return [b - a for a, b in zip(before, after, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["dali", "pil"])
 def test_thirty_epochs_take_the_memory_of_five(folder, backend):
     built, found, more = grown(EPOCHS, folder, backend, first=5)
@@ -97,6 +98,7 @@ def test_thirty_epochs_take_the_memory_of_five(folder, backend):
     assert more < GROWTH
 
 
+@pytest.mark.slow
 @pytest.mark.needs("dali")
 def test_changing_the_size_of_views_takes_no_memory(folder):
     built, found, more = grown(SIZES, folder, "dali", first=8)
@@ -104,6 +106,7 @@ def test_changing_the_size_of_views_takes_no_memory(folder):
     assert more < GROWTH
 
 
+@pytest.mark.slow
 @pytest.mark.needs("dali")
 def test_bad_files_take_no_memory(folder):
     """The last 160 of 200. DALI's graph is built again after each, or two where both were in flight."""

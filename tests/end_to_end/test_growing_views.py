@@ -83,6 +83,7 @@ def test_a_run_of_one_epoch_is_refused_and_the_dry_run_says_the_same(tiny, tmp_p
         )
 
 
+@pytest.mark.slow
 def test_killed_in_mid_epoch_at_the_middle_size_it_ends_as_if_undisturbed(tiny, tmp_path):
     """A step at 24 px takes about 30 ms at this width."""
     runs = tmp_path / "runs"
@@ -120,6 +121,7 @@ def test_a_budget_of_images_stopped_in_mid_epoch_goes_on_at_its_size(tiny, tmp_p
     assert [size for _, size, _ in kept[0]] == 10 * [16] + 10 * [16] + 10 * [24] + 15 * [32]
 
 
+@pytest.mark.slow
 def test_each_size_is_one_graph_of_static_shapes_and_no_recompilation(tiny, tmp_path, monkeypatch):
     torch._dynamo.reset()
     shapes = []

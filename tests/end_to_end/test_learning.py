@@ -11,6 +11,8 @@ from fastsiam.train import main
 from tests.support.processes import REPOSITORY
 from tests.support.runs import lines
 
+pytestmark = pytest.mark.slow
+
 SHARED = REPOSITORY.parent / "shared/data"
 EPOCHS = 4
 

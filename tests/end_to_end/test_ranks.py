@@ -13,6 +13,8 @@ from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from tests.support.runs import lines, numbers, train_here
 
+pytestmark = pytest.mark.slow
+
 
 def refused_here(overrides):
     """What a run says that does not begin, or the exit code of a rank that leaves in silence."""

@@ -106,6 +106,7 @@ def test_the_script_asks_for_what_the_text_says():
     assert int(given) < 300
 
 
+@pytest.mark.slow
 def test_the_end_of_its_time_requeues_a_job_that_then_is_done(job):
     job = job("views.size=32", "model.width=16", "train.batch_size=16", "checkpoint.every_seconds=1000")
     shell = job.start()
@@ -126,6 +127,7 @@ def test_the_end_of_its_time_requeues_a_job_that_then_is_done(job):
     assert (job.folder / "srun_options").read_text() == 2 * "--kill-on-bad-exit=0\n"
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_not_requeued(job):
     job = job("optimizer.base_lr=1e30")
     batch = job.folder / "train.sbatch"

@@ -14,6 +14,8 @@ from fastsiam.train import main
 from tests.support.processes import torchrun
 from tests.support.runs import EVERY_STEP, assert_same_run, lines, wait_for_step
 
+pytestmark = pytest.mark.slow
+
 
 def workers(process):
     """Process ids of the ranks in their order."""

@@ -59,6 +59,7 @@ def test_the_encoder_of_a_run_loads(tiny, tmp_path):
     assert encoder(torch.zeros(2, 3, 16, 16)).shape == (2, 32)
 
 
+@pytest.mark.slow
 def test_any_folder_of_photographs_trains_with_the_papers_config(photos, tmp_path):
     small = ("model.encoder=resnet18", "views.size=32", "train.max_steps=3", "train.batch_size=8")
     arguments = ["--config", "r50_100ep.yaml", f"data.train={photos}", *small, f"run.dir={tmp_path}/runs"]
@@ -165,6 +166,7 @@ def test_out_of_memory_names_the_largest_batch_that_fits_and_its_price(tiny, tmp
     assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.needs("g++")
 def test_compiled_training_follows_eager_training(tiny, tmp_path):
     """The forced compile is fullgraph; a recompile after the second step would raise."""

@@ -256,6 +256,7 @@ def test_the_reference_has_the_same_signature():
     assert inspect.signature(augment_views) == inspect.signature(reference.augment_views_ref)
 
 
+@pytest.mark.slow
 def test_torch_keeps_its_number_of_threads():
     """In a process of its own: numba starts its threads once, with OpenMP's number for all libraries."""
     program = (

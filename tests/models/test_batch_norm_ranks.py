@@ -254,6 +254,7 @@ CASES = {
 COMPILED = pytest.param("one layer, float32, inductor", marks=pytest.mark.needs("g++"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*(case for case in CASES if case not in COMPILED.values), COMPILED])
 def test_two_ranks_train_as_one(ranks, tiny_config, case):
     model, mode, dtype, tolerance, backend = CASES[case]
@@ -266,6 +267,7 @@ def test_two_ranks_train_as_one(ranks, tiny_config, case):
         assert one[2] == (1 if backend else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", [False, True], ids=["per_view", "joint"])
 def test_statistics_left_to_each_rank_are_another_training(ranks, joint):
     """The tests above can fail."""

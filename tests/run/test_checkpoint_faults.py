@@ -24,6 +24,7 @@ def state(step, size=50_000):
     return {"step": step, "weight": torch.full((size,), float(step))}
 
 
+@pytest.mark.slow
 def test_a_kill_at_every_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path):
     done = run_python("-m", "tests.support.kill_at_every_write", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -170,6 +171,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_a_run_outlives_a_disk_that_is_full(tiny, tmp_path):
     """Checkpoints that cannot be written are warnings, the last one is the end; metrics go on; space lets it go on."""
     folder = tmp_path / "runs/run"

@@ -138,6 +138,7 @@ def test_files_of_an_earlier_version_load(tiny, tmp_path):
         load_encoder(tmp_path / "checkpoint.pt")
 
 
+@pytest.mark.slow
 def test_the_encoder_of_a_run_that_runs_and_of_one_that_was_stopped(tiny, tmp_path):
     folder = tmp_path / "runs/run"
     slow = (

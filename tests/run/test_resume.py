@@ -40,6 +40,7 @@ def long(tiny):
     return lambda name, *more: tiny(*slower, f"run.name={name}", *more)
 
 
+@pytest.mark.slow
 def test_killed_twice_in_mid_epoch_it_ends_as_if_undisturbed(long, tmp_path):
     runs = tmp_path / "runs"
     assert main(["--config", "quickstart", *long("whole")]) == 0
@@ -59,6 +60,7 @@ def test_killed_twice_in_mid_epoch_it_ends_as_if_undisturbed(long, tmp_path):
     assert_same_run(runs / "whole", runs / "killed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends_and_the_same_command_goes_on(long, tmp_path, number, code):
     folder = tmp_path / "runs/stopped"
@@ -95,6 +97,7 @@ with StopSignals(abandon=lambda: print("in order", flush=True)) as stop:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("names", "code"),
     [("INT INT", 130), ("TERM INT", 130), ("USR1 USR1 INT", 130), ("INT TERM", 130), ("TERM TERM USR1", 0)],
@@ -146,6 +149,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_things_in_order_where_the_run_is_stuck(tiny, tmp_path):
     """In a terminal: its cursor is shown again, the status is not running, and nothing claims a hang."""
     folder, (terminal, inner) = tmp_path / "runs/run", pty.openpty()
@@ -181,6 +185,7 @@ def test_a_second_ctrl_c_leaves_things_in_order_where_the_run_is_stuck(tiny, tmp
     assert list(folder.glob("stacks*")) == []
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_run_at_once_without_a_half_written_file(long, tmp_path):
     folder = tmp_path / "runs/stopped"
     process = start(long("stopped", "evaluate.controls=false", EVERY_STEP))

@@ -80,6 +80,7 @@ def test_no_temporary_folder_at_all(nowhere, monkeypatch):
         (cache_dirs.cache_root() / "index").mkdir(parents=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("home", ["read-only", "absent"])
 def test_kernels_compile_where_neither_the_package_nor_home_can_be_written(tmp_path, home):
     package, site = tmp_path / "app/fastsiam", tmp_path / "site"

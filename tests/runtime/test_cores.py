@@ -33,6 +33,7 @@ def test_whole_cores(allowed, quota, whole):
     assert cores.whole_cores(allowed, quota) == whole
 
 
+@pytest.mark.slow
 def test_decoders_follow_affinity(photos):
     done = run_python("-c", BOUND % str(photos))
     found = re.findall(r"(\d+|no) (?:threads|workers)", done.stdout)

@@ -35,6 +35,7 @@ print(0, resident())
 """
 
 
+@pytest.mark.slow
 def test_a_step_takes_its_memory_from_the_last_one():
     lines = run_python("-c", SCRIPT).stdout.splitlines()
     (default, at_first), (kept, within), (_, at_last) = (map(float, line.split()) for line in lines)

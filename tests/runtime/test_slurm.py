@@ -83,6 +83,7 @@ def test_mpirun_is_refused(name):
     slurm.fill_in({name: "4", "WORLD_SIZE": "4"})
 
 
+@pytest.mark.slow
 def test_two_tasks_are_one_run(tiny, tmp_path):
     step = STEP | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0"}
     step |= {"SLURM_JOB_ID": str(os.getpid()), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
