@@ -6,6 +6,7 @@ its first step. Uses only the command line, config keys and that file, so that m
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, help="folder of the demo images; without it they are drawn")
     parser.add_argument("--out", type=Path, help="folder for startup.jsonl; without it lines are only printed")
     arguments = parser.parse_args(argv)
+    # Unwinds, so that the run at hand is killed too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory() as folder:
         images = arguments.images and arguments.images.resolve()
         if images is None:

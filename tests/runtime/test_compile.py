@@ -126,8 +126,8 @@ probe.register_fake(torch.empty_like)
 
 
 class Probed(nn.Module):
-    def forward(self, x):
-        return probe(x)
+    def forward(self, views):
+        return probe(views[0])
 
 
 def test_the_pause_covers_the_compilation_and_not_the_step(monkeypatch):
@@ -147,7 +147,7 @@ def test_the_pause_covers_the_compilation_and_not_the_step(monkeypatch):
     monkeypatch.setattr(WHEN_RUN, "call", lambda: seen.append(("runs", depth[0])))
     compiled = Compiled(Probed(), paused=paused)
     for shape in (3, 3, (2, 2)):
-        compiled(torch.ones(shape))
+        compiled([torch.ones(shape)])
     assert seen == [("compiles", 1), ("runs", 0), ("runs", 0), ("compiles", 1), ("runs", 0)]
 
 
@@ -155,4 +155,4 @@ def test_an_error_of_the_running_step_is_raised_as_it_is(monkeypatch):
     monkeypatch.setattr(WHEN_RUN, "call", lambda: (_ for _ in ()).throw(RuntimeError("device lost")))
     replaced_backend(monkeypatch, lambda graph, inputs: graph.forward)
     with pytest.raises(RuntimeError, match="^device lost$"):
-        Compiled(Probed())(torch.ones(3))
+        Compiled(Probed())([torch.ones(3)])
