@@ -51,7 +51,9 @@ class Compiled:
         self._graphs, self._reported, self._seconds = 0, 0, 0.0
 
     def __call__(self, views: list[torch.Tensor]):
-        self._sides, self._began = tuple(group.shape[-1] for group in views), time.perf_counter()
+        self._began = time.perf_counter()
+        if self._planned:
+            self._sides = tuple(group.shape[-1] for group in views)
         try:
             result = self._run(views)
         except RuntimeError as error:

@@ -78,8 +78,8 @@ def test_a_run_of_one_epoch_is_refused_and_the_dry_run_says_the_same(tiny, tmp_p
     for more in ([], ["--dry-run"]):
         error = refused(capsys, tmp_path, "--config", "quickstart", *more, *tiny(*one))
         assert error == (
-            "fastsiam: views.size: 16..32 grows from epoch to epoch, and 1 epochs are no more than one; set "
-            "views.size=32, or more to spend\n"
+            "fastsiam: views.size: 16..32 grows from epoch to epoch, and 1 epochs are at most one epoch; set "
+            "views.size=32, or train longer [no-epochs-to-grow]\n"
         )
 
 
@@ -149,11 +149,11 @@ def test_each_size_is_one_graph_of_static_shapes_and_no_recompilation(tiny, tmp_
 
 
 def test_what_was_not_planned_is_counted_as_a_recompilation(monkeypatch):
-    """The net's input stands for views: its last side is 6."""
+    """The eight rows of the net's input stand for groups of views: their last side is 6."""
     torch._dynamo.reset()
     replaced_backend(monkeypatch, lookup_backend("eager"))
     module = seeded(Net)
-    compiled = Compiled(module, sizes=(6, 7))
+    compiled = Compiled(module, sizes=((6,) * 8, (7,) * 8))
     compare(compiled, module, sizes=(8, 10, 8))
     report = compiled.report()
     assert (report["graphs"], report["recompiles"]) == (2, 1)
@@ -173,7 +173,7 @@ def step_of(tiny_config):
 
 def test_the_rehearsal_of_the_full_size_leaves_no_trace(step_of, sides_seen):
     step = step_of("views.size=16..32", "views.count=3")
-    views = torch.randn(12, 3, 16, 16)
+    views = [torch.randn(12, 3, 16, 16)]
     step(views, 1)
     before = copy.deepcopy(step.state_dict())
     step.rehearse()
@@ -194,13 +194,14 @@ def test_what_does_not_fit_is_told_for_the_full_size_and_all_views(step_of, monk
     real = step.method.forward
 
     def small_gpu(views):
-        if views.shape[0] * views.shape[2] ** 2 > 2 * 3 * 32**2 or (len(views) == 12 and views.shape[2] == 16):
+        (group,) = views
+        if group.shape[0] * group.shape[2] ** 2 > 2 * 3 * 32**2 or (len(group) == 12 and group.shape[2] == 16):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(views)
 
     monkeypatch.setattr(step.method, "forward", small_gpu)
     with pytest.raises(UserError, match=r"out of memory at 4; 2 fits \(tried\)"):
-        step.rehearse() if rehearsed else step(torch.randn(12, 3, 16, 16), 1)
+        step.rehearse() if rehearsed else step([torch.randn(12, 3, 16, 16)], 1)
 
 
 @pytest.mark.parametrize("size", ["16", "16..32"])
@@ -209,7 +210,7 @@ def test_smaller_batches_are_tried_without_compiling_them(step_of, monkeypatch, 
     torch._dynamo.reset()
     replaced_backend(monkeypatch, lookup_backend("eager"))
     step = step_of(f"views.size={size}", compiles=True)
-    step(torch.randn(8, 3, 16, 16), 1)
+    step([torch.randn(8, 3, 16, 16)], 1)
     assert step.compiled.report()["graphs"] == 1
     assert all(step._fits(torch.empty(0), batch_size) for batch_size in range(2, 12))
     assert step.compiled.report()["graphs"] == 1
