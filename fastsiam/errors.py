@@ -3,7 +3,7 @@
 import re
 from enum import IntEnum
 
-_LEADING_KEY = re.compile(r"((?:[a-z_]+\.)*[a-z_]+|[A-Z]+|--[a-z-]+): ")
+_LEADING_KEY = re.compile(r"((?:[a-z_]+\.(?:\d+\.)?)*[a-z_]+|[A-Z]+|--[a-z-]+): ")
 
 
 class UserError(ValueError):

@@ -147,8 +147,8 @@ def train(
             rate = set_learning_rate(step.optimizer, config, state.progress, state.epoch_progress)
             evaluation.remember(batch.views, batch.indices)
             out = step(batch.views, state.step + 1, batch.indices)  # nothing is read back from the device
-            progress.advance()
             run.finished_step(step)
+            progress.advance()
             asked = run.ask_ranks()  # one exchange; brings progress up to date
             step.method.after_step(progress.value, out)
             if run.must_read(asked) or evaluation.is_due:

@@ -1,4 +1,4 @@
-"""Images that a run leaves out: those that a scan has found, and those that could not be decoded on the way."""
+"""Lists of excluded images: those that a scan has found, and those that a run could not decode."""
 
 import os
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _SHOWN = 10
 
 
 class SkipList:
-    """Which images are left out. `found` counts towards the limit, what was known before does not."""
+    """Mask of the excluded images. `found` counts towards the limit; images known before do not."""
 
     def __init__(
         self,
@@ -24,16 +24,16 @@ class SkipList:
         report: Callable[[int, str, int], None] = lambda index, reason, count: None,
         location: str = "PATH",
     ):
-        """`known`: [N] bool. `report(index, reason, count)` is told of each file found, and how many there are.
+        """`known`: [N] bool. `report(index, reason, count)` is called for each file found; `count` is their number.
 
-        `location`: of the images, for what is said to the user.
+        `location`: of the images, for messages.
         """
         self.mask = np.zeros(num_images, bool) if known is None else known.copy()
         self.found: dict[int, str] = {}
         self._max_fraction, self._report, self._location = max_fraction, report, location
 
     def add(self, reasons: dict[int, str]) -> None:
-        """Leave these images out from now on; raises `UserError` with the list where they become too many."""
+        """Excludes these images from now on; raises `UserError` with the list where they become too many."""
         for index, reason in reasons.items():
             if not self.mask[index]:
                 self.mask[index] = True
@@ -46,15 +46,16 @@ class SkipList:
             more = f"\n  and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
             raise UserError(
                 f"{len(self.found)} of {len(self.mask):,} images cannot be used, more than data.max_bad_fraction="
-                f"{self._max_fraction:g} allows; python -m fastsiam.prepare scan {self._location} finds them all "
-                f"beforehand, and runs leave out what it found:\n  {names}{more}"
+                f"{self._max_fraction:g} allows; python -m fastsiam.prepare scan {self._location} finds them all, "
+                f"and later runs exclude them:\n  {names}{more}",
+                "too-many-bad-images",
             )
         if self.mask.all():
-            raise UserError("none of the images can be decoded")
+            raise UserError("none of the images can be decoded", "no-decodable-images")
 
 
 class SkipFile:
-    """The names that a run has found, a line each with the reason after a tab: a resumed run begins with them."""
+    """The images that a run has excluded, a line each with the reason after a tab: a resumed run begins with them."""
 
     def __init__(self, path: Path, source: ImageSource):
         self._path, self._source = path, source

@@ -14,6 +14,7 @@ the boxes, 0.26 GB, and writes the batch, 0.15 GB.
 import itertools
 import os
 from collections import deque
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata
@@ -101,6 +102,7 @@ class DaliBackend:
         self._requests = iter(())
         self._in_flight: deque[CropRequest] = deque()
         self._converted = Converted(source)
+        self._refusals = _Refusals(source, self._converted, threads, self._device_id)
         self._crop = partial(crop_scattered, device=device) if self._on_gpu else crop_on_cpu
         self._lane, self._cropped = lane_to(device), Passed()
 
@@ -149,7 +151,7 @@ class DaliBackend:
             # Before another is built: 400 graphs in a row grew the process by 40 MB where each lived on until
             # the next was there, by 3 MB where it did not.
             self._pipeline = None
-            reasons = self._refused()
+            reasons = self._refusals.of_oldest(self._in_flight)
             if not reasons:
                 raise
         else:
@@ -215,7 +217,7 @@ class DaliBackend:
         return files, request.indices.reshape(-1, 1), *self._inputs(request)
 
     def _file(self, index):
-        """What the graph decodes, as uint8: path or bytes of the file, or of what PIL made of it."""
+        """Returns what the graph decodes, as uint8: path or bytes of the file, or of its conversion by PIL."""
         if self._source.kinds[index] == ODD:
             file = self._converted.bytes(index) if self._packed else os.fsencode(self._converted.path(index))
         else:
@@ -223,7 +225,7 @@ class DaliBackend:
         return np.frombuffer(file, np.uint8)
 
     def _check_sizes(self, request, sizes):
-        """The boxes were drawn for the sizes in the files' headers: another size is another picture."""
+        """Leaves images to PIL that have another size than their header says: their boxes were drawn for that."""
         wrong = np.flatnonzero((sizes != request.sizes).any(1))
         if len(wrong):
             self._convert(
@@ -234,7 +236,7 @@ class DaliBackend:
             )
 
     def _convert(self, reasons):
-        """Leave files, by index with what is wrong with them for DALI, to PIL: raises `_ConvertedError`.
+        """Leaves files, by index with their fault for DALI, to PIL: raises `_ConvertedError`.
 
         Raises `UndecodableError` for those that PIL does not decode either, or has converted already.
         """
@@ -247,7 +249,7 @@ class DaliBackend:
         raise _ConvertedError
 
     def _refused_by_pil(self, index, reason):
-        """Why an image cannot be used that DALI refuses for `reason`; None where PIL decodes it."""
+        """Returns why an image that DALI refuses for `reason` cannot be used, or None where PIL decodes it."""
         try:
             image = decode_image(self._source, index)
         except BadImageError as error:
@@ -255,10 +257,17 @@ class DaliBackend:
         height, width = self._source.image_sizes[index].tolist()
         return reason if self._source.kinds[index] == ODD or image.size != (width, height) else None
 
-    def _refused(self):
-        """Sentences for files of the oldest batch in flight that has some which DALI refuses: its error names none."""
+
+class _Refusals:
+    """Finds the files that DALI refuses, whose errors name none: decodes one file at a time in graphs of their own."""
+
+    def __init__(self, source: ImageSource, converted: Converted, threads: int, device_id: int | None):
+        self._source, self._converted, self._threads, self._device_id = source, converted, threads, device_id
+
+    def of_oldest(self, requests: Iterable[CropRequest]) -> dict[int, str]:
+        """Returns sentences by index, for the first of `requests` that holds files which DALI refuses."""
         with ThreadPoolExecutor(self._threads) as pool:
-            for request in self._in_flight:
+            for request in requests:
                 parts = np.array_split(request.indices, min(self._threads, len(request.indices)))
                 found = {index: reason for part in pool.map(self._refused_in_turn, parts) for index, reason in part}
                 if found:
@@ -266,7 +275,7 @@ class DaliBackend:
         return {}
 
     def _refused_in_turn(self, indices):
-        """Those among `indices` that DALI does not decode by themselves, and why; a graph that fails is invalid."""
+        """Lists those among `indices` that DALI refuses, and why. A graph that fails is invalid afterwards."""
         refused, indices = [], indices.tolist()
         while indices:
             decoded, reason = self._decode_in_turn(indices)
@@ -278,7 +287,7 @@ class DaliBackend:
         return refused
 
     def _decode_in_turn(self, indices):
-        """How many of `indices` one graph decodes before it fails, and what it says then."""
+        """Returns how many of `indices` one graph decodes before it fails, and its error."""
         files = (([self._encoded(index)], [np.array([index])]) for index in indices)
         options = {"batch_size": 1, "num_threads": 1, "device_id": self._device_id, "prefetch_queue_depth": 1}
         graph = image_graph(lambda: next(files), self._decoder, True, {}, exec_async=False, **options)
@@ -291,7 +300,7 @@ class DaliBackend:
         return len(indices), None
 
     def _encoded(self, index):
-        """The bytes that DALI is to decode, as uint8; where they cannot be had, some that it does not."""
+        """Returns the bytes that DALI is to decode, as uint8; where they cannot be read, some that it refuses."""
         try:
             odd = self._source.kinds[index] == ODD
             file = self._converted.bytes(index) if odd else self._source.read(index)
@@ -301,7 +310,7 @@ class DaliBackend:
 
 
 def decoder_text() -> str:
-    """nvImageCodec, which decodes for DALI, with its version; it comes as a package of its own for each CUDA."""
+    """Returns name and version of nvImageCodec, DALI's decoder, which is one package for each CUDA."""
     for name in ("nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"):
         try:
             return f"nvimgcodec {metadata.version(name)}"

@@ -46,8 +46,9 @@ class Converted:
             path.write_bytes(content)
         except OSError as error:
             raise UserError(
-                f"{self._source.name(index)} is converted for DALI, but {tempfile.gettempdir()} does not take it "
-                f"({error}); set TMPDIR to a folder with room, or data.backend=pil"
+                f"{self._source.name(index)} must be converted for DALI, but {tempfile.gettempdir()} cannot be written "
+                f"({error}); set TMPDIR to a folder with room, or data.backend=pil",
+                "conversion-unwritten",
             ) from error
         self._written += 1
         return path

@@ -91,7 +91,8 @@ class StoreCache:
         except OSError as error:
             raise UserError(
                 f"data.backend: resident keeps {gigabytes(self.bytes)} of decoded images under {self.folder.parent}, "
-                f"which cannot be written ({error}); set XDG_CACHE_HOME to a folder that can"
+                f"which cannot be written ({error}); set XDG_CACHE_HOME to a folder that can",
+                "store-unwritten",
             ) from error
 
     def _decode(self, source, say):

@@ -172,13 +172,14 @@ def _open(source):
     try:
         reader = Reader(str(path))
     except (OSError, AssertionError, ValueError, IndexError, KeyError) as error:
-        raise UserError(f"{path} cannot be read as a .beton ({error}); write it anew") from error
+        raise UserError(f"{path} cannot be read as a .beton ({error}); write it again", "beton-unreadable") from error
     table = reader.alloc_table[np.argsort(reader.alloc_table["ptr"])]
     file = np.asarray(np.memmap(path, np.uint8, mode="r"))
     if len({len(source), reader.num_samples, len(reader.metadata), len(table)}) > 1:
         raise UserError(
             f"{path} holds {reader.num_samples} images, {len(table)} of them whole, and {index_path(path).name} names "
-            f"{len(source)}; write both anew by python -m fastsiam.prepare ffcv"
+            f"{len(source)}; write both again by python -m fastsiam.prepare ffcv",
+            "beton-differs",
         )
     records = np.ascontiguousarray(reader.metadata[f"f{reader.field_names.index('image')}"])
     addresses, sizes = (np.ascontiguousarray(table[name]).astype(np.int64) for name in ("ptr", "size"))

@@ -66,7 +66,7 @@ class Store:
 
 
 def check_memory(cache: StoreCache, device: torch.device) -> None:
-    """Raise `UserError` where a store would not fit beside the stores that are there or coming."""
+    """Raises `UserError` where a store would not fit beside the stores that are there or coming."""
     # The store of a run that has ended: its objects refer to each other, and torch keeps what they free.
     gc.collect()
     if device.type == "cuda":
@@ -77,9 +77,10 @@ def check_memory(cache: StoreCache, device: torch.device) -> None:
         largest = int((max(room, 0) / (3 * cache.number)) ** 0.5)
         advice = f"set data.store_size={largest} or less, or" if largest else "set"
         raise UserError(
-            f"data.store_size: {cache.number:,} images of {cache.size} px take {gigabytes(cache.bytes)} of "
-            f"{device.type} memory, and {gigabytes(max(room, 0))} are to be had ({HEAD_ROOM:.0%} of what is free is "
-            f"left to model and activations); {advice} data.backend=auto"
+            f"data.store_size: {cache.number:,} images of {cache.size} px need {gigabytes(cache.bytes)} of "
+            f"{device.type} memory, but {gigabytes(max(room, 0))} are available ({HEAD_ROOM:.0%} of free memory is "
+            f"reserved for the model); {advice} data.backend=auto",
+            "store-too-large",
         )
 
 
