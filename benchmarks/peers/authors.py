@@ -19,20 +19,20 @@ from fastsiam.config.views import ViewSpec
 class SimSiam(nn.Module):
     """Algorithm 1 on plain modules; the names of its weights are those of `fastsiam.build_method`."""
 
-    def __init__(self, model):
+    def __init__(self, model, heads):
         super().__init__()
         self.encoder = plain_encoder(model)
-        hidden, out = model.projector.hidden, model.projector.out
+        hidden, out = heads.projector.hidden, heads.projector.out
         width, layers = self.encoder.num_features, []
-        for _ in range(model.projector.layers - 1):
+        for _ in range(heads.projector.layers - 1):
             layers += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
             width = hidden
         self.projector = nn.Sequential(*layers, nn.Linear(width, out, bias=False), nn.BatchNorm1d(out, affine=False))
         self.predictor = nn.Sequential(
-            nn.Linear(out, model.predictor.hidden, bias=False),
-            nn.BatchNorm1d(model.predictor.hidden),
+            nn.Linear(out, heads.predictor.hidden, bias=False),
+            nn.BatchNorm1d(heads.predictor.hidden),
             nn.ReLU(inplace=True),
-            nn.Linear(model.predictor.hidden, out),
+            nn.Linear(heads.predictor.hidden, out),
         )
 
     def forward(self, x1, x2):
@@ -47,7 +47,7 @@ def build_step(config, weights, device, *, precision=contextlib.nullcontext, mem
 
     The predictor keeps its rate where the config says so, as their --fix-pred-lr does.
     """
-    model = SimSiam(config.model).to(device, memory_format=memory_format)
+    model = SimSiam(config.model, config.method).to(device, memory_format=memory_format)
     model.load_state_dict(weights)
     criterion = nn.CosineSimilarity(dim=1)
     backbone = [*model.encoder.parameters(), *model.projector.parameters()]

@@ -30,7 +30,7 @@ def build_step(config, weights, device, *, precision=contextlib.nullcontext, mem
     from lightly.loss import NegativeCosineSimilarity
 
     encoder = plain_encoder(config.model)
-    projector, predictor = _heads(config.model, encoder.num_features)
+    projector, predictor = _heads(config.method, encoder.num_features)
     # A strict load of every part shows that the architecture is the same.
     encoder.load_state_dict(part(weights, "encoder"))
     projector.layers.load_state_dict(part(weights, "projector"))
@@ -62,19 +62,19 @@ def build_step(config, weights, device, *, precision=contextlib.nullcontext, mem
     return step
 
 
-def _heads(model, num_features):
+def _heads(heads, num_features):
     from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
     from lightly.models.modules.heads import ProjectionHead
 
-    hidden, out = model.projector.hidden, model.projector.out
-    if model.projector.layers == 3:
+    hidden, out = heads.projector.hidden, heads.projector.out
+    if heads.projector.layers == 3:
         projector = SimSiamProjectionHead(num_features, hidden, out)
     else:
         # As their CIFAR-10 benchmark builds its two layers.
-        widths = [num_features, *[hidden] * (model.projector.layers - 1)]
+        widths = [num_features, *[hidden] * (heads.projector.layers - 1)]
         blocks = [(a, b, nn.BatchNorm1d(b), nn.ReLU(inplace=True)) for a, b in pairwise(widths)]
         projector = ProjectionHead([*blocks, (widths[-1], out, nn.BatchNorm1d(out, affine=False), None)])
-    return projector, SimSiamPredictionHead(out, model.predictor.hidden, out)
+    return projector, SimSiamPredictionHead(out, heads.predictor.hidden, out)
 
 
 def build_loader(paths, *, spec, batch_size, workers, device):

@@ -56,7 +56,7 @@ def build_step(
     logging.disable(logging.WARNING)
     method = SimSiam(OmegaConf.create(_settings(config, memory_format)))
     logging.disable(logging.NOTSET)
-    _make_same_architecture(method, config.model, weights)
+    _make_same_architecture(method, config, weights)
     # Without a trainer there is nothing to log to.
     method.log_dict = lambda *_, **__: None
     method.to(device, memory_format=memory_format)
@@ -79,16 +79,16 @@ def build_step(
 
 
 def _settings(config, memory_format) -> dict:
-    model, optimizer = config.model, config.optimizer
+    model, heads, optimizer = config.model, config.method, config.optimizer
     # It knows no CIFAR ResNet: `_make_same_architecture` puts one in this one's place.
     backbone = model.encoder if model.width is None else "resnet18"
     return {
         "method": "simsiam",
         "backbone": {"name": backbone, "kwargs": {"zero_init_residual": model.zero_init_residual}},
         "method_kwargs": {
-            "proj_hidden_dim": model.projector.hidden,
-            "proj_output_dim": model.projector.out,
-            "pred_hidden_dim": model.predictor.hidden,
+            "proj_hidden_dim": heads.projector.hidden,
+            "proj_output_dim": heads.projector.out,
+            "pred_hidden_dim": heads.predictor.hidden,
         },
         "data": {
             "dataset": "cifar10" if model.stem == "cifar" else "imagenet",
@@ -110,16 +110,17 @@ def _settings(config, memory_format) -> dict:
     }
 
 
-def _make_same_architecture(method, model, weights):
+def _make_same_architecture(method, config, weights):
+    model, heads = config.model, config.method
     if model.width is not None:
         method.backbone = plain_encoder(model)
         features = method.backbone.num_features
-        method.projector[0] = nn.Linear(features, model.projector.hidden, bias=False)
+        method.projector[0] = nn.Linear(features, heads.projector.hidden, bias=False)
         method.classifier = nn.Linear(features, method.num_classes)
     elif model.stem == "cifar":
         # Theirs pads by 2, which makes 34 px of 32.
         method.backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
-    if model.projector.layers == 2:
+    if heads.projector.layers == 2:
         # Theirs always has three layers, the appendix's for CIFAR-10 two.
         method.projector = nn.Sequential(*method.projector[:3], *method.projector[6:])
     method.backbone.load_state_dict(part(weights, "encoder"))

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -130,5 +131,7 @@ def _named(config: Config, path: Path, changed: bool) -> Config:
         kept = {k: v for k, v in function.items() if k not in OPERATIONAL or k in ("data.train", "data.val")}
         overridden = {k: v for k, v in kept.items() if k not in written or written[k] != v}
         if overridden:
-            name += "-" + hashlib.sha256(json.dumps(overridden, sort_keys=True).encode()).hexdigest()[:8]
+            # Heads under the name of 0.1.0, so that its runs resume.
+            named = {re.sub(r"^method\.(?=projector|predictor)", "model.", k): v for k, v in overridden.items()}
+            name += "-" + hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:8]
     return config.with_values({"run.name": name})

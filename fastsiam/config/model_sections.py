@@ -52,8 +52,6 @@ class ModelConfig(Section):
     """Channels of a cifar_resnet's first stage (16 in He et al.), a multiple of 8; null for torchvision's."""
     zero_init_residual: bool
     """Starts the last batch norm of each residual block at 0, so that the block begins as the identity."""
-    projector: ProjectorConfig
-    predictor: PredictorConfig
     bn_statistics: Literal["per_view", "joint"] = "per_view"
     """Images over which batch norm averages. per_view: each view apart, the paper's model; joint: all views together,
     another model."""
@@ -85,11 +83,20 @@ class ModelConfig(Section):
         return self
 
 
-class MethodConfig(Section):
+class SimSiamConfig(Section):
+    """Method SimSiam (arXiv 2011.10566) and its heads."""
+
     name: Literal["simsiam"]
     """Training method."""
+    projector: ProjectorConfig
+    predictor: PredictorConfig
     stop_gradient: bool = True
     """Stops the gradient at the target branch; false is the paper's Figure 2, where the run collapses."""
+
+
+HEADS = ("projector", "predictor")
+# Each method is a section of its own, with its own heads; `name` says which.
+MethodConfig = SimSiamConfig
 
 
 class OptimizerConfig(Section):

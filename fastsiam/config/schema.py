@@ -10,7 +10,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from fastsiam.config.budget import EXAMPLES, Budget, parse_budget
 from fastsiam.config.data_sections import DataConfig, PositiveFloat, PositiveInt, Section, ViewsConfig
-from fastsiam.config.model_sections import MethodConfig, ModelConfig, OptimizerConfig
+from fastsiam.config.model_sections import HEADS, MethodConfig, ModelConfig, OptimizerConfig
 from fastsiam.config.views import ViewGroup, spec_of, stages_of
 from fastsiam.config.yaml_file import check, set_value
 from fastsiam.errors import UserError
@@ -95,6 +95,21 @@ class Config(Section):
     """Limit in place of train.epochs: 2h, 45min, 10M images, 0.8kWh (by NVML) or 15USD (at budget_price_per_hour)."""
     budget_price_per_hour: PositiveFloat | None = None
     """Cost of an hour of all machines of the run, in the currency of the budget."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def heads_belong_to_the_method(cls, values):
+        """Takes configs of fastsiam 0.1.0, which have the heads in the section model."""
+        model, method = (values.get(name) for name in ("model", "method"))
+        heads = {name: model[name] for name in HEADS if name in model} if isinstance(model, dict) else {}
+        if not heads or not isinstance(method, dict):
+            return values
+        for name, given in heads.items():
+            # An override of one key leaves the others as the file has them.
+            below = method.get(name)
+            heads[name] = {**below, **given} if isinstance(below, dict) and isinstance(given, dict) else given
+        rest = {name: value for name, value in model.items() if name not in heads}
+        return {**values, "model": rest, "method": {**method, **heads}}
 
     @field_validator("views", mode="before")
     @classmethod

@@ -13,13 +13,13 @@ def build_method(config: Config, world_size: int = 1) -> Method:
 
     `world_size`: the number of ranks that share a batch; above 1 its training-mode statistics are those of all ranks.
     """
-    model, counts = config.model, tuple(group.count for group in config.view_groups)
+    model, heads, counts = config.model, config.method, tuple(group.count for group in config.view_groups)
     encoder = build_encoder(model.encoder, model.stem, model.width, model.zero_init_residual)
     method = SimSiam(
         encoder,
-        build_projector(encoder.num_features, model.projector.hidden, model.projector.out, model.projector.layers),
-        build_predictor(model.projector.out, model.predictor.hidden),
-        stop_gradient=config.method.stop_gradient,
+        build_projector(encoder.num_features, heads.projector.hidden, heads.projector.out, heads.projector.layers),
+        build_predictor(heads.projector.out, heads.predictor.hidden),
+        stop_gradient=heads.stop_gradient,
         view_counts=counts,
     )
     if model.bn_statistics == "per_view":

@@ -55,7 +55,8 @@ def choice_lines(
 
     `reason`: why the run has its backend; `data_lines`: those of `source_lines`. Nothing is decided here.
     """
-    model, train, device, world_size = config.model, config.train, runtime.device, runtime.world.size
+    model, method, train = config.model, config.method, config.train
+    device, world_size = runtime.device, runtime.world.size
     num_views = sum(group.count for group in config.views)
     lines = [f"fastsiam  {fastsiam.__version__}, torch {torch.__version__}; {where}"]
     if num_train:
@@ -68,9 +69,9 @@ def choice_lines(
     lines += [
         f"backend   {loader_text}, {reason}",
         f"views     {', '.join(map(_views_text, config.views))}, " + _augmenter_text(config, device),
-        f"model     {config.method.name}, {model.encoder} ({model.stem} stem"
+        f"model     {method.name}, {model.encoder} ({model.stem} stem"
         + (f", width {model.width}" if model.width else "")
-        + f"), projector {model.projector.layers} x {model.projector.out}, predictor {model.predictor.hidden}, "
+        + f"), projector {method.projector.layers} x {method.projector.out}, predictor {method.predictor.hidden}, "
         f"batch-norm statistics {model.bn_statistics}",
         f"step      batch {train.batch_size}, learning rate {config.learning_rate:g} = {config.optimizer.base_lr:g} x "
         f"{train.batch_size} / 256, {_optimizer_text(config)}, "

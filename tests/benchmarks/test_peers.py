@@ -66,7 +66,7 @@ def test_the_authors_step_is_ours_in_float64_without_zero_init():
 
 def test_the_authors_model_has_plain_batch_norm_and_no_bias_before_it():
     config = small_config()
-    model = authors.SimSiam(config.model)
+    model = authors.SimSiam(config.model, config.method)
     assert {type(layer) for layer in model.modules() if "Norm" in type(layer).__name__} == {
         torch.nn.BatchNorm1d,
         torch.nn.BatchNorm2d,

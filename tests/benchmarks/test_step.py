@@ -183,7 +183,7 @@ def test_flops_do_not_depend_on_the_implementation():
 
 def _counted_by_hand(config):
     """Forward and backward of one view, layer by layer from the shapes that pass through the model."""
-    model, total = ablation_module.authors.SimSiam(config.model), 0
+    model, total = ablation_module.authors.SimSiam(config.model, config.method), 0
 
     def add(layer, inputs, output):
         nonlocal total

@@ -284,3 +284,15 @@ def test_the_home_folder_is_meant_by_a_tilde_in_every_path(tmp_path, monkeypatch
 )
 def test_demo_images_are_for_the_folder_of_the_file(overrides, seed):
     assert load_config("quickstart", overrides).data.demo_seed == seed
+
+
+def test_heads_in_the_section_model_are_read_as_those_of_the_method(tmp_path):
+    now = load_config("r50_100ep")
+    values = now.model_dump(mode="json")
+    values["model"] |= {name: values["method"].pop(name) for name in ("projector", "predictor")}
+    (tmp_path / "before.yaml").write_text(yaml.safe_dump(values))
+    assert load_config(tmp_path / "before.yaml") == now
+    changed = load_config("r50_100ep", ["model.projector.hidden=64"])
+    assert changed.method.projector.model_dump() == {"layers": 3, "hidden": 64, "out": 2048}
+    # The name that this override gave in 0.1.0.
+    assert changed.run.name == "r50_100ep-74dbed5b"

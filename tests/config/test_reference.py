@@ -24,7 +24,7 @@ def test_it_has_the_keys_of_a_config_each_with_documentation():
         ("optimizer.implementation", ("torch or apex", "torch")),
         ("data.demo_seed", ("integer >= 0 or null", "null")),
         ("model.width", ("integer >= 8, a multiple of 8 or null", "null")),
-        ("model.projector.out", ("integer > 0", "required")),
+        ("method.projector.out", ("integer > 0", "required")),
         ("views.crop_scale", ("[number, number]", "by views.recipe")),
         ("train.channels_last", ("true or false", "true")),
     ],

@@ -7,7 +7,7 @@ from fastsiam.config import load_config
 CPU = torch.device("cpu")
 
 SMALL = (
-    "model.predictor.hidden=16",
+    "method.predictor.hidden=16",
     "views.size=16",
     "train.batch_size=8",
     "train.device=cpu",
@@ -26,7 +26,7 @@ MACHINE = {
 
 def small_config(layers=3, *more):
     """ResNet-18 with CIFAR's stem at 16 px and a learning rate of 0.02."""
-    projector = f"model.projector={{layers: {layers}, hidden: 64, out: 64}}"
+    projector = f"method.projector={{layers: {layers}, hidden: 64, out: 64}}"
     return load_config("r18_cifar10_800ep", [*SMALL, projector, *more])
 
 

@@ -28,8 +28,8 @@ EVERY_STEP = "checkpoint.every_seconds=0.0001"
 TINY = (
     "views.size=16",
     "model.width=8",
-    "model.projector={layers: 2, hidden: 16, out: 16}",
-    "model.predictor.hidden=8",
+    "method.projector={layers: 2, hidden: 16, out: 16}",
+    "method.predictor.hidden=8",
     "train.batch_size=8",
     "train.epochs=2",
     "train.device=cpu",
