@@ -32,7 +32,7 @@ def test_the_product_takes_one_step_a_call_and_its_switches_are_the_last_row(tin
     """The loop of a run that `fastsiam.train` would make, and its step with the switches of the row `fastsiam`."""
     overrides = tiny("data.backend=synthetic", "data.train=null", "data.val=null", "train.log_every_steps=1")
     config = load_config("quickstart", [*overrides, "optimizer.schedule=constant", "optimizer.warmup=0"])
-    (views,) = (next(build_loader(config, device=CPU).epoch(0)).views,)
+    (views,) = next(build_loader(config, device=CPU).epoch(0)).views
     switched = build_ablated(product(CPU, torch.float32), config, initial_weights(config), CPU)
     with ProductRun(config) as run:
         for number in range(5):
@@ -164,8 +164,8 @@ def test_a_wrong_update_is_found(monkeypatch):
 
 
 class _FrozenPredictor(ablation_module.authors.SimSiam):
-    def __init__(self, model):
-        super().__init__(model)
+    def __init__(self, model, method):
+        super().__init__(model, method)
         self.predictor[-1].bias.requires_grad_(False)
 
 

@@ -102,7 +102,7 @@ def test_every_size_of_views_is_warmed_up_before_the_clock(build, tiny_config):
     warm_up(contestant, config, steps=2)
     assert sizes == [24, 24, 32, 32]
     contestant.train_step(config, 0.0)
-    assert contestant.run.parts.data.size == 24
+    assert contestant.run.parts.data.sizes == (24,)
 
 
 def test_the_products_schedule_follows_the_clock_of_the_race(build, tiny_config):
@@ -111,11 +111,11 @@ def test_the_products_schedule_follows_the_clock_of_the_race(build, tiny_config)
     epoch = contestant.run.parts.data.steps_per_epoch
     for number in range(3 * epoch):
         contestant.train_step(config, min(number / epoch / 2, 1.0))
-        found.append((contestant.optimizer.param_groups[0]["lr"], contestant.run.parts.data.size))
+        found.append((contestant.optimizer.param_groups[0]["lr"], contestant.run.parts.data.sizes))
     expected = [config.learning_rate * (1 + math.cos(math.pi * min(n / epoch / 2, 1))) / 2 for n in range(3 * epoch)]
     assert [rate for rate, _ in found] == pytest.approx(expected, abs=1e-6 * config.learning_rate)
     # Whole epochs: the second one begins at half of the time, when the full size is due.
-    assert [size for _, size in found] == [8] * epoch + [16] * (2 * epoch)
+    assert [sizes for _, sizes in found] == [(8,)] * epoch + [(16,)] * (2 * epoch)
     assert contestant.run.parts.progress.state.step == 3 * epoch
     assert math.isfinite(contestant.loss())
 
@@ -236,7 +236,7 @@ def test_variations_of_ours_have_four_views_or_views_that_grow(tiny_config):
     assert overrides_of("fastsiam", config) == overrides_of("authors", config) == []
     found = {}
     for name in ("fastsiam + 4 views", "fastsiam + growing views", "fastsiam plain"):
-        views = tiny_config("views.size=8..16", "views.count=4", *overrides_of(name, config)).views
+        (views,) = tiny_config("views.size=8..16", "views.count=4", *overrides_of(name, config)).views
         found[name] = views.count, views.sizes
     assert found == {
         "fastsiam + 4 views": (4, (16,)), "fastsiam + growing views": (2, (8, 16)), "fastsiam plain": (2, (16,)),

@@ -10,9 +10,10 @@ from torchvision.transforms.v2 import functional as TF2
 
 from fastsiam.config.views import ViewSpec
 from fastsiam.data.augment import augment
-from fastsiam.data.rng import AugmentDraws, augment_draws
+from fastsiam.data.rng import NO_JITTER, AugmentDraws, augment_draws
 from fastsiam.kernels import reference
 from fastsiam.kernels.reference import normalize, to_unit
+from tests.support.loaders import jittered
 
 # Without a normalisation the views are the images in [0, 1] that torchvision gives.
 EXACT = ViewSpec(size=16, color="exact", solarize=0.3, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
@@ -37,7 +38,7 @@ def untouched(count):
     """Draws that ask for nothing."""
     return AugmentDraws(
         flip=np.zeros(count, bool),
-        factors=np.tile(np.array([1, 1, 1, 0], np.float32), (count, 1)),
+        factors=np.tile(np.float32(NO_JITTER), (count, 1)),
         order=np.tile(np.arange(4), (count, 1)),
         grayscale=np.zeros(count, bool),
         sigma=np.zeros(count, np.float32),
@@ -45,7 +46,7 @@ def untouched(count):
     )
 
 
-def jittered(count, seed=0, **ranges):
+def all_jittered(count, seed=0, **ranges):
     """Draws of the colour jitter alone, on every image."""
     drawn = augment_draws(replace(EXACT, jitter=1.0, **ranges), seed, 0, np.arange(count), 0)
     return replace(untouched(count), factors=drawn.factors, order=drawn.order)
@@ -100,8 +101,8 @@ def torchvision_view(crop, draws, row, functional=TF, late_blur=False, early_sol
 @pytest.mark.parametrize("functional", [TF, TF2], ids=["v1", "v2"])
 @pytest.mark.parametrize("operation", [BRIGHTNESS, CONTRAST, SATURATION, HUE])
 def test_each_exact_operation_is_torchvisions(operation, functional):
-    crops, draws = make_crops(), jittered(24)
-    only = np.where(np.arange(4) == operation, draws.factors, (1, 1, 1, 0)).astype(np.float32)
+    crops, draws = make_crops(), all_jittered(24)
+    only = np.where(np.arange(4) == operation, draws.factors, NO_JITTER).astype(np.float32)
     ours = augment(crops, replace(draws, factors=only), EXACT, torch.float32)
     for row, crop in enumerate(crops):
         theirs = torchvision_jitter(crop.permute(2, 0, 1) / 255, only[row], [operation], functional)
@@ -110,8 +111,9 @@ def test_each_exact_operation_is_torchvisions(operation, functional):
 
 @pytest.mark.parametrize("functional", [TF, TF2], ids=["v1", "v2"])
 def test_exact_color_in_its_drawn_order_is_torchvisions(functional):
-    crops, draws = make_crops(96), jittered(96)
-    draws = replace(draws, grayscale=np.arange(96) % 5 == 0, jitter=np.arange(96) % 7 > 0)
+    crops, draws = make_crops(96), all_jittered(96)
+    factors = np.where(np.arange(96)[:, None] % 7 > 0, draws.factors, np.float32(NO_JITTER))
+    draws = replace(draws, grayscale=np.arange(96) % 5 == 0, factors=factors)
     assert len({tuple(order) for order in draws.order}) > 20
     ours = augment(crops, draws, EXACT, torch.float32)
     theirs = torch.stack([torchvision_view(crop, draws, row, functional) for row, crop in enumerate(crops)])
@@ -119,7 +121,7 @@ def test_exact_color_in_its_drawn_order_is_torchvisions(functional):
 
 
 def test_matrix_color_is_exact_color_where_nothing_clamps_and_the_hue_stays():
-    crops, draws = 98 + make_crops(48) // 6, jittered(48, hue=0.0)
+    crops, draws = 98 + make_crops(48) // 6, all_jittered(48, hue=0.0)
     draws = replace(draws, grayscale=np.arange(48) % 5 == 0)
     exact, matrix = (augment(crops, draws, spec, torch.float32) for spec in (EXACT, MATRIX))
     assert exact.min() > 0
@@ -128,7 +130,7 @@ def test_matrix_color_is_exact_color_where_nothing_clamps_and_the_hue_stays():
 
 
 def test_matrix_color_clamps_once_at_the_end():
-    draws = replace(untouched(1), jitter=np.ones(1, bool), factors=np.array([[1.4, 1, 0.6, 0]], np.float32))
+    draws = replace(untouched(1), factors=np.array([[1.4, 1, 0.6, 0]], np.float32))
     pixel = torch.tensor([250.0, 200.0, 10.0]) / 255
     grey = 0.2989 * pixel[0] + 0.587 * pixel[1] + 0.114 * pixel[2]
     expected = (1.4 * (0.6 * pixel + 0.4 * grey)).clamp(0, 1)
@@ -142,7 +144,7 @@ def test_contrast_is_about_the_grey_mean_of_each_crop(spec):
     crops = torch.full((3, 8, 8, 3), 100, dtype=torch.uint8)
     crops[0, :4], crops[1, :2], crops[2] = 140, 60, torch.tensor([100, 120, 90])
     factors = np.tile(np.array([1, 0.7, 1, 0], np.float32), (3, 1))
-    ours = augment(crops, replace(untouched(3), jitter=np.ones(3, bool), factors=factors), spec, torch.float32)
+    ours = augment(crops, replace(untouched(3), factors=factors), spec, torch.float32)
     means = (120, 90, 0.2989 * 100 + 0.587 * 120 + 0.114 * 90)
     for row, mean in enumerate(means):
         expected = (0.7 * crops[row].permute(2, 0, 1) + 0.3 * mean) / 255
@@ -231,7 +233,7 @@ def test_solarize_inverts_from_one_half_up():
 @pytest.mark.parametrize("spec", [EXACT, MATRIX], ids=lambda spec: spec.color)
 def test_solarize_sees_the_clamped_color(spec):
     factors = np.array([[1.4, 1, 1, 0]], np.float32)
-    draws = replace(untouched(1), jitter=np.ones(1, bool), factors=factors, solarize=np.ones(1, bool))
+    draws = replace(untouched(1), factors=factors, solarize=np.ones(1, bool))
     ours = augment(torch.full((1, 8, 8, 3), 200, dtype=torch.uint8), draws, spec, torch.float32)
     assert (ours == 0).all()
 

@@ -37,7 +37,6 @@ HASHES = {
     "centred boxes": "27c8f041c4ef8f4f",
     "boxes in a store": "dfc1ae39c4465f7c",
     "flip": "4f999e8ac6ac62a7",
-    "jitter": "74812eacbb24a061",
     "factors": "9fe60da51893dc79",
     "order": "99abccb741c4dc13",
     "grayscale": "b77b811a8cd40dcc",

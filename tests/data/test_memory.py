@@ -62,7 +62,7 @@ for number in range(30):
 BAD_FILES = """
 epoch(0)
 for number in range(10, 30):
-    order = [index for index in draws.epoch_order(0, number, len(source)) if not skip.mask[index]]
+    order = [index for index in rng.epoch_order(0, number, len(source)) if not skip.mask[index]]
     for index in order[:: len(order) // 10][:10]:
         source.path(int(index)).write_bytes(b"garbage")
     epoch(number)

@@ -27,7 +27,7 @@ KS = 1.95
 
 
 def switch(drawn, name):
-    return drawn.sigma > 0 if name == "blur" else getattr(drawn, name)
+    return {"blur": drawn.sigma > 0, "jitter": jittered(drawn)}.get(name, getattr(drawn, name, None))
 
 
 def ks_distance(values, low, high):
@@ -186,7 +186,7 @@ def test_an_address_draws_the_same_in_any_batch():
 
 def test_the_draws_of_an_image_are_independent_of_each_other():
     drawn = rng.augment_draws(ALWAYS, 0, 0, INDICES, 0)
-    jitter = rng.augment_draws(SPEC, 0, 0, INDICES, 0).jitter
+    jitter = jittered(rng.augment_draws(SPEC, 0, 0, INDICES, 0))
     blur = rng.augment_draws(SPEC, 0, 0, INDICES, 0).sigma > 0
     # Half of a square at most: boxes fit at the first attempt, and area and ratio stay independent.
     boxes = rng.crop_boxes(replace(SPEC, crop_scale=(0.1, 0.5)), 0, 0, INDICES, 0, same_sizes(9999, 9999))

@@ -82,7 +82,7 @@ def test_started_on_two_ranks_it_goes_on_on_four_and_on_one(ranks, wider, tmp_pa
 
 def spoil_third(world, number, views):
     if number == 3 and world.rank == world.size - 1:
-        views[0, 0, 0, 0] = torch.nan
+        views[0][0, 0, 0, 0] = torch.nan
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_within_the_log_interval(wider, tmp_path, demo_folder, capsys):

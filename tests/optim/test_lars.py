@@ -240,7 +240,7 @@ def test_the_state_goes_through_a_file_of_plain_values_and_steps_on_exactly():
 )
 def test_the_first_lines_name_the_optimizer(tiny, capsys, choice, said):
     assert main(["--config", "quickstart", "--dry-run", *tiny("optimizer.base_lr=0.64", f"optimizer.{choice}")]) == 0
-    assert f"learning rate 0.02 = 0.64 x 8 / 256, {said}, cpu, fp32" in capsys.readouterr().err
+    assert f"learning rate 0.02 = 0.64 x 8 / 256, {said}," in capsys.readouterr().err
 
 
 def test_a_run_with_lars_stops_and_goes_on_exactly(tiny, tmp_path):

@@ -39,7 +39,7 @@ def assert_weights(encoder, checkpoint):
 def test_a_saved_encoder_loads_with_identical_features(tiny_config, tmp_path):
     config = tiny_config()
     method = build_method(config).to(memory_format=torch.channels_last)
-    method(images())
+    method([images()])
     save_encoder(method.encoder, describe_encoder(config, 7, None), tmp_path / "encoder.safetensors")
     expected = method.encoder.eval()(images())
     assert expected.std() > 0.01

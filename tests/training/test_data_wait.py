@@ -112,8 +112,8 @@ def test_a_batch_is_cold_where_its_backend_had_to_start(photos, backend):
     made.close()
     assert cold(1, count=2) == [True, False]
     assert cold(1) == [True, False, False]
-    assert cold(1, size=16) == [True, False, False]
-    assert cold(1, size=16) == [False, False, False]
+    assert cold(1, sizes=(16,)) == [True, False, False]
+    assert cold(1, sizes=(16,)) == [False, False, False]
 
 
 def test_a_slow_start_is_neither_waiting_nor_part_of_a_minute(tiny, tmp_path, monkeypatch):

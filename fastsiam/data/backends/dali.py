@@ -102,7 +102,7 @@ class DaliBackend:
         self._requests = iter(())
         self._in_flight: deque[CropRequest] = deque()
         self._converted = Converted(source)
-        self._refusals = _Refusals(source, self._converted, threads, self._device_id)
+        self._refusals = _Refusals(source, self._converted, threads, self._decoder, self._device_id)
         self._crop = partial(crop_scattered, device=device) if self._on_gpu else crop_on_cpu
         self._lane, self._cropped = lane_to(device), Passed()
 
@@ -261,8 +261,9 @@ class DaliBackend:
 class _Refusals:
     """Finds the files that DALI refuses, whose errors name none: decodes one file at a time in graphs of their own."""
 
-    def __init__(self, source: ImageSource, converted: Converted, threads: int, device_id: int | None):
-        self._source, self._converted, self._threads, self._device_id = source, converted, threads, device_id
+    def __init__(self, source: ImageSource, converted: Converted, threads: int, decoder: str, device_id: int | None):
+        self._source, self._converted, self._threads = source, converted, threads
+        self._decoder, self._device_id = decoder, device_id
 
     def of_oldest(self, requests: Iterable[CropRequest]) -> dict[int, str]:
         """Returns sentences by index, for the first of `requests` that holds files which DALI refuses."""
