@@ -20,7 +20,7 @@ class Finder(importlib.machinery.PathFinder):
 
 sys.meta_path = [Finder if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
 import pytest
-sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[2:]]))
+sys.exit(pytest.main(["-p", "no:cacheprovider", "-n0", *sys.argv[2:]]))
 """
 # Each test starts a pytest of its own.
 pytestmark = pytest.mark.slow

@@ -6,6 +6,7 @@ from filelock import FileLock
 
 from fastsiam.config import load_config
 from fastsiam.train import main
+from tests.support.refusals import printed_error
 from tests.support.runs import refused
 
 
@@ -64,4 +65,5 @@ def test_a_dry_run_of_resident_decodes_nothing_and_refuses_what_does_not_fit(tin
     assert not (tmp_path / "cache/fastsiam/resident").exists()
     for more in ([], ["--dry-run"]):
         assert main(["--config", "quickstart", *overrides, "data.store_size=200000", *more]) == 2
-        assert "data.store_size: 80 images of 200000 px take 9.6e+03 GB" in capsys.readouterr().err
+        error = printed_error(capsys.readouterr().err)
+        assert (error.key, error.code) == ("data.store_size", "store-too-large")

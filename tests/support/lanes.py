@@ -10,8 +10,8 @@ class LateLane:
         self._queue = []
 
     def __call__(self, work):
-        result, place = torch.zeros_like(work()), len(self._queue)
-        self._queue.append(lambda: result.copy_(work()))
+        result, place = [torch.zeros_like(group) for group in work()], len(self._queue)
+        self._queue.append(lambda: [late.copy_(group) for late, group in zip(result, work(), strict=True)])
         return result, _LateMark(self, place)
 
     def finish(self, until: int | None = None) -> None:
