@@ -92,22 +92,21 @@ class Pictures:
     def evaluated(
         self,
         step: int,
-        bank: torch.Tensor,
-        bank_indices: np.ndarray,
         queries: torch.Tensor,
         query_indices: np.ndarray,
+        nearest: Callable[[torch.Tensor, int], tuple[np.ndarray, np.ndarray]],
         thumbnails: Callable[[ImageSource, np.ndarray], torch.Tensor],
     ) -> None:
-        """Writes the pictures of an evaluation, on one rank.
+        """Write the pictures of an evaluation; all ranks must call.
 
-        `bank`: [M, D] features of the training images `bank_indices`; `queries`: [N, D] of validation images, on the
-        same device. `thumbnails(source, indices)` returns normalised evaluation crops [n, 3, S, S].
+        `queries`: [N, D] features of the validation images `query_indices`. `nearest(queries, count)`, a matter of all
+        ranks, returns cosines and training images [n, count]; `thumbnails(source, indices)` returns normalised
+        evaluation crops [n, 3, S, S].
         """
-        if not len(bank) or not len(queries):
-            return
         shown = _one_of_each(self._val.labels[query_indices])[:QUERIES]
-        similarity, rows = nearest(bank, queries[shown], NEIGHBOURS)
-        neighbours = bank_indices[rows]
+        similarity, neighbours = nearest(queries[shown], NEIGHBOURS)
+        if not self._writes:
+            return
         unique, places = np.unique(neighbours, return_inverse=True)
         crops = to_uint8(thumbnails(self._source, unique), self._spec, THUMBNAIL_SIDE)
         names, labels = _names(self._val, query_indices[shown])
@@ -118,10 +117,10 @@ class Pictures:
             "query_images": to_uint8(thumbnails(self._val, query_indices[shown]), self._spec, THUMBNAIL_SIDE),
             "query_names": names,
             "query_labels": labels,
-            "neighbour_images": crops[places.reshape(rows.shape)],
-            "neighbour_names": neighbour_names.reshape(rows.shape),
-            "neighbour_labels": neighbour_labels.reshape(rows.shape),
-            "neighbour_similarity": similarity.astype(np.float32),
+            "neighbour_images": crops[places.reshape(neighbours.shape)],
+            "neighbour_names": neighbour_names.reshape(neighbours.shape),
+            "neighbour_labels": neighbour_labels.reshape(neighbours.shape),
+            "neighbour_similarity": similarity,
             "points": points.astype(np.float32),
             "point_labels": _names(self._val, query_indices)[1],
             "explained": explained,
@@ -152,15 +151,6 @@ def to_uint8(views: torch.Tensor, spec: ViewSpec, side: int) -> np.ndarray:
     if pixels.shape[-1] > side:
         pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     return pixels.mul(255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-
-def nearest(bank: torch.Tensor, queries: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns cosines and row numbers of the `count` rows of `bank` [M, D] most similar to each of `queries` [N, D]."""
-    # The bank is not copied to be normalised: on ImageNet it has 10 GB.
-    lengths = torch.linalg.vector_norm(bank, dim=1).clamp_min(1e-12)
-    similarity = F.normalize(queries.float(), dim=1) @ bank.float().T / lengths
-    values, rows = similarity.topk(min(count, len(bank)), dim=1)
-    return values.cpu().numpy(), rows.cpu().numpy()
 
 
 def project(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

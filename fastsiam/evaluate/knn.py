@@ -1,54 +1,74 @@
 """k-nearest-neighbour accuracy of frozen features, the monitor of the paper's authors (k = 200, T = 0.2).
 
 Features are those of the backbone after pooling, l2-normalised; a neighbour votes with exp(similarity / T)
-(Wu et al. 2018, section 3.4).
+(Wu et al. 2018, section 3.4). Each rank keeps its own part of the bank, in half precision: ImageNet's takes 5.2 GB
+with the 2,048 features of ResNet-50, and 0.7 GB on each of 8 ranks.
 """
 
 import torch
 import torch.nn.functional as F
 
-# Similarities held at once: [CHUNK, bank] in fp32, 1.3 GB for the 1.28 million images of ImageNet.
-CHUNK = 256
+from fastsiam.runtime.distributed import World
 
-
-def knn_accuracy(bank, bank_labels, queries, query_labels, *, k=200, temperature=0.2) -> float:
-    """Top-1 accuracy in percent.
-
-    `bank`: [M, D] and `queries`: [N, D] features of one device, any floating dtype; `bank_labels`: [M],
-    `query_labels`: [N] int64. `k` is cut to the size of the bank.
-    """
-    if len(bank) == 0 or len(queries) == 0:
-        raise ValueError(f"knn_accuracy: {len(bank)} images in the bank and {len(queries)} queries; needs both")
-    correct = _count(F.normalize(bank.float(), dim=1), bank_labels, queries, query_labels, k, temperature)
-    return 100 * correct / len(queries)
+ALONE = World()
+# Similarities of so many queries and so many rows of the bank are held at once: 67 MB in fp32, beside 134 MB for the
+# rows of 2,048 features.
+CHUNK, BLOCK = 1024, 16_384
 
 
 @torch.no_grad()
-def count_correct(bank, bank_labels, queries, query_labels, *, k, temperature) -> int:
-    """Number of queries to which kNN gives their own label; arguments as of `knn_accuracy`.
+def knn_accuracy(bank, bank_labels, queries, query_labels, *, k=200, temperature=0.2, world=ALONE) -> float:
+    """Return the top-1 accuracy in percent; all ranks must call, and all get the same.
 
-    A bank in fp32 is normalised in place: that of ImageNet takes 10.5 GB, and a copy as much again.
+    `bank`: [M, D] and `queries`: [N, D] features of this rank on one device, any floating dtype and length;
+    `bank_labels`: [M], `query_labels`: [N] int64. `k` is cut to the size of the whole bank.
     """
-    bank = bank.float()
-    return _count(F.normalize(bank, dim=1, out=bank), bank_labels, queries, query_labels, k, temperature)
-
-
-def _count(bank, bank_labels, queries, query_labels, k, temperature):
-    """`bank`: unit rows in fp32."""
-    bank_labels, query_labels = bank_labels.to(bank.device), query_labels.to(bank.device)
+    bank_labels, queries, query_labels = (world.gather(rows) for rows in (bank_labels, queries, query_labels))
+    if len(bank_labels) == 0 or len(queries) == 0:
+        raise ValueError(f"knn_accuracy: {len(bank_labels)} images in the bank and {len(queries)} queries; needs both")
+    bank_labels, query_labels = bank_labels.to(queries.device), query_labels.to(queries.device)
     num_classes = int(bank_labels.max()) + 1
-    correct = torch.zeros((), dtype=torch.int64, device=bank.device)
-    for chunk, truth in zip(queries.split(CHUNK), query_labels.split(CHUNK), strict=True):
-        similarity, neighbour = (F.normalize(chunk.float(), dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(chunk), num_classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[neighbour], (similarity / temperature).exp())
+    similarity, neighbour = nearest(bank, queries, k, world)
+    correct = torch.zeros((), dtype=torch.int64, device=queries.device)
+    for near, which, truth in zip(*(rows.split(CHUNK) for rows in (similarity, neighbour, query_labels)), strict=True):
+        votes = torch.zeros(len(near), num_classes, device=queries.device)
+        votes.scatter_add_(1, bank_labels[which], (near / temperature).exp())
         correct += (votes.argmax(1) == truth).sum()
-    return correct.item()
+    return 100 * correct.item() / len(queries)
+
+
+def nearest(bank, queries, k: int, world: World = ALONE) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines [N, k] in fp32 of the most similar rows of the whole bank, best first, and their places [N, k].
+
+    `bank`: [M, D] of this rank, `queries`: [N, D], the same on all ranks. A place counts the rows of all banks in the
+    order of ranks, int64. `k` is cut to their number.
+    """
+    queries = F.normalize(queries.float(), dim=1)
+    sizes = world.collect(len(bank))
+    k, first = min(k, sum(sizes)), sum(sizes[: world.rank])
+    best = queries.new_full((len(queries), k), -torch.inf)
+    places = torch.zeros_like(best, dtype=torch.int64)
+    for start in range(0, len(bank), BLOCK):
+        block = F.normalize(bank[start : start + BLOCK].float(), dim=1)
+        for rows in torch.arange(len(queries), device=queries.device).split(CHUNK):
+            found, where = (queries[rows] @ block.T).topk(min(k, len(block)), dim=1)
+            both = torch.cat((best[rows], found), 1), torch.cat((places[rows], where + (first + start)), 1)
+            best[rows], places[rows] = _largest(*both, k)
+    if world.size > 1:
+        for rows in torch.arange(len(queries), device=queries.device).split(CHUNK):
+            everybodys = (world.gather(table[rows].T.contiguous()).T for table in (best, places))
+            best[rows], places[rows] = _largest(*everybodys, k)
+    return best, places
+
+
+def _largest(similarity, places, k):
+    similarity, columns = similarity.topk(k, dim=1)
+    return similarity, places.gather(1, columns)
 
 
 @torch.no_grad()
 def extract(encoder, batches, precision, most: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [N, D] fp32 on the device of the views, and labels [N], of all batches of an evaluation loader.
+    """Return unit features [N, D] in fp16 on the device of the views, and labels [N], of an evaluation loader.
 
     `encoder` is called as it is: put it into evaluation mode first. `precision()` gives the autocast context. `most`:
     N is no larger; memory is allocated once, for so many.
@@ -58,7 +78,7 @@ def extract(encoder, batches, precision, most: int) -> tuple[torch.Tensor, torch
         with precision():
             found = encoder(batch.images)
         if features is None:
-            features = torch.empty(most, found.shape[1], device=found.device)
+            features = torch.empty(most, found.shape[1], dtype=torch.float16, device=found.device)
         rows = slice(count, count := count + len(found))
-        features[rows], labels[rows] = found, batch.labels
-    return (torch.empty(0, 0) if features is None else features[:count]), labels[:count]
+        features[rows], labels[rows] = F.normalize(found.float(), dim=1), batch.labels
+    return (torch.empty(0, 0, dtype=torch.float16) if features is None else features[:count]), labels[:count]

@@ -17,7 +17,7 @@ from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.evaluate.collapse import PROBE_IMAGES, Measures, measure
 from fastsiam.evaluate.gallery import Pictures
-from fastsiam.evaluate.knn import count_correct, extract
+from fastsiam.evaluate.knn import extract, knn_accuracy, nearest
 from fastsiam.runtime.runtime import Runtime
 
 # Two views a step with momentum 0.1 leave 0.5 % of the initial running statistics after 25 steps.
@@ -119,18 +119,18 @@ class OnlineEvaluation:
         bank, bank_labels, bank_indices = self._extract(encoder, self._train)
         queries, query_labels, query_indices = self._extract(encoder, self._val)
         self.close()
-        bank, bank_labels = world.gather(bank), world.gather(bank_labels)
         if pictures is not None:
             looked_at = torch.from_numpy(np.isin(query_indices, pictures.chosen()))
-            found = [world.gather(rows) for rows in (bank_indices, queries[looked_at], query_indices[looked_at])]
-            if world.is_first:
-                pictures.evaluated(step, bank, found[0].numpy(), found[1], found[2].numpy(), self._thumbnails)
-        truth, correct = self._val_label[query_labels], 0
-        if len(queries):
-            votes = {"k": settings.knn_k, "temperature": settings.knn_temperature}
-            correct = count_correct(bank, bank_labels, queries, truth, **votes)
-        totals = [sum(column) for column in zip(*world.collect((correct, len(queries))), strict=True)]
-        return 100 * totals[0] / totals[1]
+            chosen, images, where = map(world.gather, (queries[looked_at], bank_indices, query_indices[looked_at]))
+            if len(chosen) and len(images):
+
+                def neighbours(queries, count):
+                    similarity, places = nearest(bank, queries, count, world)
+                    return similarity.cpu().numpy(), images[places.cpu()].numpy()
+
+                pictures.evaluated(step, chosen, where.numpy(), neighbours, self._thumbnails)
+        votes = {"k": settings.knn_k, "temperature": settings.knn_temperature, "world": world}
+        return knn_accuracy(bank, bank_labels, queries, self._val_label[query_labels], **votes)
 
     def _extract(self, encoder, loader):
         """Features, labels and indices of this rank's part of the images that have a label."""
@@ -138,7 +138,7 @@ class OnlineEvaluation:
         part = part[loader.source.labels[part] >= 0]
         if loader.skip.mask[part].all():
             none = torch.empty(0, dtype=torch.int64)
-            return torch.empty(0, device=self._runtime.device), none, none
+            return torch.empty(0, dtype=torch.float16, device=self._runtime.device), none, none
         indices = []
         most = int((~loader.skip.mask[part]).sum())
         features, labels = extract(encoder, self._watched(loader.batches(part), indices), self._runtime.autocast, most)

@@ -3,14 +3,13 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fastsiam
 from fastsiam.config import load_config
 from fastsiam.config.views import RECIPES
 from fastsiam.data.sources.open import open_source
 from fastsiam.evaluate import gallery as pictures_module
-from fastsiam.evaluate.gallery import Pictures, nearest, project, to_uint8
+from fastsiam.evaluate.gallery import Pictures, project, to_uint8
 from fastsiam.evaluate.online import OnlineEvaluation
 from fastsiam.kernels.reference import normalize, to_unit
 from fastsiam.run.checkpoint import Checkpoints
@@ -45,16 +44,6 @@ def test_a_projection_has_the_variances_of_an_svd():
     assert all((part == 0).all() for part in project(np.ones((5, 3))))
     assert project(np.array([[1.0, 0], [3.0, 0]]))[1].tolist() == [1, 0]
     assert project(np.ones((1, 4)))[0].tolist() == [[0, 0]]
-
-
-def test_the_nearest_are_those_of_cosine_similarity():
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(50, 7, generator=generator) * 9, torch.randn(3, 7, generator=generator)
-    similarity, rows = nearest(bank, queries, 5)
-    whole = F.cosine_similarity(queries[:, None], bank[None], dim=2)
-    assert rows.tolist() == whole.argsort(1, descending=True)[:, :5].tolist()
-    assert similarity == pytest.approx(whole.topk(5, dim=1).values.numpy(), abs=1e-6)
-    assert nearest(bank[:2], queries, 5)[1].shape == (3, 2)
 
 
 @pytest.fixture

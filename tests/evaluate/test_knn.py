@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data.backends.base import EvaluationBatch
-from fastsiam.errors import UserError
 from fastsiam.evaluate import knn, online
-from fastsiam.evaluate.knn import count_correct, extract, knn_accuracy
+from fastsiam.evaluate.knn import extract, knn_accuracy, nearest
+from tests.support.gloo_ranks import world
+from tests.support.refusals import refuses
 
 
 def features(count, seed, dim=12, classes=5):
@@ -57,8 +59,40 @@ def test_chunks_change_nothing(monkeypatch):
     bank, bank_labels = features(50, 2)
     queries, query_labels = features(37, 3)
     whole = knn_accuracy(bank, bank_labels, queries, query_labels, k=9)
+    similarity, places = nearest(bank, queries, 9)
     monkeypatch.setattr(knn, "CHUNK", 5)
+    # The last block has fewer rows than there are neighbours.
+    monkeypatch.setattr(knn, "BLOCK", 11)
     assert knn_accuracy(bank, bank_labels, queries, query_labels, k=9) == whole
+    torch.testing.assert_close(nearest(bank, queries, 9), (similarity, places), atol=1e-6, rtol=0)
+
+
+def test_the_nearest_are_those_of_cosine_similarity():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(50, 7, generator=generator) * 9, torch.randn(3, 7, generator=generator)
+    similarity, places = nearest(bank, queries, 5)
+    whole = F.cosine_similarity(queries[:, None], bank[None], dim=2)
+    assert places.tolist() == whole.argsort(1, descending=True)[:, :5].tolist()
+    torch.testing.assert_close(similarity, whole.topk(5, dim=1).values, atol=1e-6, rtol=0)
+    assert nearest(bank[:2], queries, 5)[1].shape == (3, 2)
+
+
+def of_this_rank(k):
+    """Rank 0 has no rows of the bank, rank 1 fewer than k, rank 2 the others; queries are shared out otherwise."""
+    (bank, bank_labels), (queries, query_labels) = features(50, 2), features(37, 3)
+    mine = (slice(0, 0), slice(0, 3), slice(3, None))[world().rank]
+    asked = (slice(0, 20), slice(20, 37), slice(0, 0))[world().rank]
+    arguments = bank[mine], bank_labels[mine], queries[asked], query_labels[asked]
+    if not len(arguments[0]):
+        arguments = torch.empty(0), *arguments[1:]
+    return knn_accuracy(*arguments, k=k, world=world()), nearest(arguments[0], queries, k, world())[1].tolist()
+
+
+@pytest.mark.slow
+def test_ranks_that_share_the_bank_vote_as_one(ranks):
+    (bank, bank_labels), (queries, query_labels) = features(50, 2), features(37, 3)
+    expected = knn_accuracy(bank, bank_labels, queries, query_labels, k=9), nearest(bank, queries, 9)[1].tolist()
+    assert ranks(3, of_this_rank, 9) == [expected] * 3
 
 
 def test_scale_and_dtype_of_features_do_not_matter():
@@ -111,24 +145,24 @@ class Allocated(TorchDispatchMode):
         return len({storage.data_ptr() for storage in self.kept if storage.nbytes() >= size})
 
 
-def test_the_bank_is_in_memory_once_and_the_callers_stays_as_it_is():
+def test_the_bank_is_in_memory_once_in_half_precision(monkeypatch):
     """Features of 400 images in batches of 50: one allocation of their size, and none more for the search."""
+    monkeypatch.setattr(knn, "BLOCK", 40)
     rows, labels = features(400, 8, dim=96)
     parts = zip(rows.split(50), labels.split(50), strict=True)
     batches = [EvaluationBatch(views, part, torch.arange(50).numpy()) for views, part in parts]
     with Allocated() as extracting:
-        bank, found = extract(lambda views: 2 * views.bfloat16(), batches, torch.no_grad, 410)
+        bank, found = extract(lambda views: 2 * views, batches, torch.no_grad, 410)
     assert extracting.above(bank.nbytes) == 1
-    assert bank.dtype == torch.float32
-    assert torch.equal(bank, (2 * rows.bfloat16()).float())
+    assert bank.dtype == torch.float16
+    torch.testing.assert_close(bank.float(), F.normalize(rows, dim=1), atol=2**-12, rtol=2**-11)
     assert torch.equal(found, labels)
     queries, truth = features(20, 9, dim=96)
-    expected, before = knn_accuracy(bank, labels, queries, truth, k=30), bank.clone()
-    assert torch.equal(bank, before)
     with Allocated() as searching:
-        correct = count_correct(bank, labels, queries, truth, k=30, temperature=0.2)
+        accuracy = knn_accuracy(bank, labels, queries, truth, k=30)
+    # The bank itself, of which blocks are taken.
     assert searching.above(bank.nbytes) == 1
-    assert 100 * correct / 20 == expected
+    assert accuracy == knn_accuracy(rows, labels, queries, truth, k=30)
 
 
 def test_a_bank_that_does_not_fit_is_one_sentence(tiny, monkeypatch):
@@ -136,6 +170,6 @@ def test_a_bank_that_does_not_fit_is_one_sentence(tiny, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(online, "extract", full)
-    with pytest.raises(UserError, match="out of memory in kNN.*80 images.*data.val=null") as error:
+    with refuses("out-of-memory-in-knn", "train.batch_size") as caught:
         fastsiam.pretrain(load_config("quickstart", tiny()))
-    assert len(str(error.value)) <= 300
+    assert "80 images" in str(caught.value)
