@@ -12,7 +12,7 @@ import torch
 
 from fastsiam.config import Config
 from fastsiam.data.bottleneck import Loading, cpu_times, describe, window_of
-from fastsiam.evaluate.knn import CHUNK, count_correct
+from fastsiam.evaluate.knn import CHUNK, nearest
 from fastsiam.evaluate.online import evaluation_mode
 from fastsiam.plan.bench import Bench, epochs
 from fastsiam.plan.loaders import Loaders, other_loaders
@@ -160,14 +160,12 @@ class _Measurements:
         with evaluation_mode(stepper.method):
             start = bench.timed(extract)
             rate = bench.rate(extract, loader.batch_size * ranks, bench.seconds_for("kNN"))
-            bank = torch.randn(BANK, extract().shape[1], device=bench.device)
+            bank = torch.randn(BANK, extract().shape[1], device=bench.device).half()
         batches.close()
         loader.backend.close()
-        labels = torch.arange(BANK, device=bench.device) % 100
 
         def search():
-            queries, k = (bank[:CHUNK], labels[:CHUNK]), settings.knn_k
-            count_correct(bank, labels, *queries, k=k, temperature=settings.knn_temperature)
+            nearest(bank, bank[:CHUNK], settings.knn_k)
 
         bench.timed(search)
         images, queries = bench.images, len(bench.val)
