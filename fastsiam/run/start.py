@@ -9,6 +9,7 @@ from fastsiam.run.folder import RunFolder
 from fastsiam.run.metrics import Journal
 from fastsiam.run.resume import find_run
 from fastsiam.run.training_data import TrainingData
+from fastsiam.runtime.device import spinning_notice
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.energy import EnergyMeter
 from fastsiam.runtime.rank_check import check_alike, facts_of_config
@@ -42,6 +43,8 @@ def started(config: Config, world: World, began: float | None = None) -> Iterato
     folder, saved = find_run(config, world, journal)
     with world.together():
         runtime = Runtime.of(config.train, world, saved.get("computation"))
+    if (notice := spinning_notice(runtime.device)) is not None:
+        journal.warn(notice)
     with runtime, EnergyMeter.of(runtime.device, journal.warn) as energy:
         cost = CostMeter(
             folder.path if world.is_first else None,

@@ -1,11 +1,12 @@
 """Choices of device, precision and compilation, and advice for a GPU whose memory does not suffice."""
 
 import contextlib
+import os
 
 import torch
 
 from fastsiam.config.published import TABLE_2
-from fastsiam.errors import UserError
+from fastsiam.errors import Notice, UserError
 from fastsiam.runtime.compile import eager_reason
 from fastsiam.runtime.environment import cpu_info
 
@@ -52,6 +53,21 @@ def autocast(device: torch.device, dtype: torch.dtype):
 def choose_compile(asked: str, device: torch.device) -> bool:
     """True where the step is compiled: for `on`, and for `auto` where `eager_reason` finds nothing missing."""
     return asked == "on" or (asked == "auto" and eager_reason(device) is None)
+
+
+def spinning_notice(device: torch.device) -> Notice | None:
+    """A warning for a process that trains on several CPU threads which spin at OpenMP's barriers; None for others.
+
+    Commands let them sleep (`fastsiam.cli.let_threads_sleep`); a program that has imported torch before cannot.
+    """
+    threads = torch.get_num_threads()
+    if device.type == "cuda" or threads == 1 or "OMP_WAIT_POLICY" in os.environ:
+        return None
+    return Notice(
+        f"{threads} threads of torch spin while they wait, which can slow a CPU run down 2 to 3 times; set the "
+        "environment variable OMP_WAIT_POLICY=PASSIVE before torch is imported",
+        "threads-spin",
+    )
 
 
 def out_of_memory_advice(batch_size: int, step_fits) -> str:

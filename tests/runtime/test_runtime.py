@@ -5,6 +5,7 @@ import torch
 
 from fastsiam.config.schema import TrainConfig
 from fastsiam.runtime import malloc
+from fastsiam.runtime.device import spinning_notice
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 
@@ -44,3 +45,14 @@ def test_the_exit_puts_back_what_the_entry_has_set(monkeypatch):
     assert calls == ["keep_freed", "give_back_freed"]
     assert (torch.backends.cudnn.benchmark, torch._dynamo.config.optimize_ddp) == (True, True)
     assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize(("threads", "policy", "warned"), [(2, None, True), (2, "PASSIVE", False), (1, None, False)])
+def test_threads_that_spin_are_told(threads, policy, warned, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if policy:
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+    notice = spinning_notice(torch.device("cpu"))
+    assert (notice is not None and notice.code == "threads-spin") == warned
+    assert spinning_notice(torch.device("cuda")) is None
