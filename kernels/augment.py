@@ -1,4 +1,4 @@
-"""From uint8 crops to normalised views in one pass over the pixels: the augmenter behind every backend."""
+"""Augmenter behind every backend: uint8 crops become normalised views in one pass over the pixels."""
 
 import torch
 
@@ -6,6 +6,7 @@ from fastsiam.kernels.augment_numba import augment_on_cpu
 from fastsiam.kernels.augment_table import view_table
 from fastsiam.kernels.augment_triton import augment_on_cuda
 from fastsiam.kernels.reference import BLUR_KINDS, BLUR_TAPS, scale_and_bias
+from fastsiam.kernels.transfer import send
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -13,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def augment_views(
     crops, *, flip, sigma, order, factors, grayscale, solarize, color, mean, std, dtype, blur_kind="gaussian"
 ):
-    """Flip, blur, colour, clamp, solarize and normalise B square crops, in that order.
+    """Flips, blurs, colours, clamps, solarizes and normalises B square crops, in that order.
 
     `crops`: uint8 [B, S, S, 3], on the CPU or a CUDA device. The draws are tensors on the host, one row a view: `flip`,
     `grayscale`, `solarize` bool [B]; `sigma` fp32 [B], the blur's in pixels, 0 for none; `order` integer [B, 4], which
@@ -39,22 +40,15 @@ def augment_views(
     if crops.shape[1] <= BLUR_TAPS // 2 and (sigma > 0).any():
         raise ValueError(f"augment_views: a blur of {BLUR_TAPS} taps needs crops of more than {BLUR_TAPS // 2} pixels")
     table = view_table(flip, sigma, order, factors, grayscale, solarize, color == "exact", blur_kind)
-    if crops.is_cuda:
-        table = table.pin_memory().to(crops.device, non_blocking=True)
     scale, bias = scale_and_bias(mean, std)
-    return augment_views_op(crops, table, list(scale), list(bias), color == "exact", dtype)
+    return augment_views_op(crops, send(table, crops), list(scale), list(bias), color == "exact", dtype)
 
 
 @torch.library.custom_op("fastsiam::augment_views", mutates_args=(), device_types="cpu")
 def augment_views_op(
-    crops: torch.Tensor,
-    table: torch.Tensor,
-    scale: list[float],
-    bias: list[float],
-    exact: bool,
-    dtype: torch.dtype,
+    crops: torch.Tensor, table: torch.Tensor, scale: list[float], bias: list[float], exact: bool, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The views of `crops` with the draws of `table` [B, table.WIDTH]; no gradient, for crops are integers."""
+    """Returns the views of `crops` with the draws of `table` [B, WIDTH]; no gradient, for crops are integers."""
     return augment_on_cpu(crops, table, scale, bias, exact, dtype)
 
 

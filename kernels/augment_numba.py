@@ -22,7 +22,7 @@ JIT = {"fastmath": True, "cache": KEEPS_CODE}
 
 
 def augment_on_cpu(crops, table, scale, bias, exact, dtype):
-    """The op for CPU tensors; see `augment_views`. fp16 is rounded from fp32 by torch: numba has no fp16 here."""
+    """Runs the op for CPU tensors; see `augment_views`. torch rounds fp32 to fp16, which numba does not have here."""
     num_views, size = crops.shape[:2]
     out = torch.empty(num_views, size, 3 * size, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     kernel = _augment_exactly if exact else _augment_by_matrix
@@ -91,11 +91,8 @@ def _exact_view(crop, draws, scale, bias, state, out):
     eye, to_grey, nothing = np.eye(3, dtype=np.float32), np.empty((3, 3), np.float32), np.zeros(3, np.float32)
     to_grey[:, 0], to_grey[:, 1], to_grey[:, 2] = R_WEIGHT, G_WEIGHT, B_WEIGHT
     saturation = factors[2] * eye + (np.float32(1) - factors[2]) * to_grey
-    to_unit, saturate, grey = (
-        _taps(eye / np.float32(255), nothing, mirrored, width),
-        _taps(saturation, nothing, False, width),
-        _taps(to_grey, nothing, False, width),
-    )
+    to_unit = _taps(eye / np.float32(255), nothing, mirrored, width)
+    saturate, grey = _taps(saturation, nothing, False, width), _taps(to_grey, nothing, False, width)
     contrast_at = 0
     while order[contrast_at] != 1:
         contrast_at += 1
@@ -255,11 +252,8 @@ def _blur(crop, weights, edge, state):
         for i in range(width):
             inner[i] = weight * row[i]
         for tap in range(1, reach + 1):
-            above, below, weight = (
-                crop[_reflect(y - tap, size, edge)],
-                crop[_reflect(y + tap, size, edge)],
-                weights[tap],
-            )
+            above, below = crop[_reflect(y - tap, size, edge)], crop[_reflect(y + tap, size, edge)]
+            weight = weights[tap]
             for i in range(width):
                 inner[i] += weight * (np.float32(above[i]) + np.float32(below[i]))
         for pixel in range(1, REACH + 1):
@@ -309,7 +303,7 @@ def _turned(r, g, b, turn):
 
 @numba.njit(**JIT)
 def _ramp(k):
-    """Of k modulo 6; turns from -1/2 to 1/2 give k from -3 to 13. Comparisons vectorise, floor does not."""
+    """Ramp of k modulo 6; turns from -1/2 to 1/2 give k from -3 to 13. Comparisons vectorise, floor does not."""
     six = np.float32(6)
     k = k + six if k < 0 else k
     k = k - six if k >= six else k

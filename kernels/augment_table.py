@@ -1,4 +1,4 @@
-"""What happens to a view, as one row of fp32: the form in which draws reach every augmenter, in one copy."""
+"""Table of draws, one row of fp32 a view: the form in which they reach every augmenter, in one copy."""
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def _fold(order, factors, grayscale):
         )
     )
     views = np.arange(len(order))
-    linear, row, column = np.broadcast_to(eye, (len(order), 3, 3)), np.zeros((len(order), 3)), np.zeros((len(order), 3))
+    linear, row, column = np.broadcast_to(eye, (len(order), 3, 3)), *np.zeros((2, len(order), 3))
     for operation in order.T:
         is_contrast = (operation == 1)[:, None]
         by = linear_of[operation, views]

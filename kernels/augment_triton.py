@@ -1,4 +1,4 @@
-"""The augmenter on CUDA, in two launches: what contrast needs to know of a view, then everything else.
+"""The augmenter on CUDA, in two launches: the mean that contrast needs of each view, then everything else.
 
 A strip of rows is one program's work. The tiles are flat rows of RGB elements, so that loads and stores are 16 bytes
 wide; every element fetches the three channels of its pixel, from L1. A blur goes down the columns and along the rows
@@ -11,11 +11,8 @@ import triton.language as tl
 
 from fastsiam.kernels import augment_table, reference
 
-FLIP, SOLARIZE, EDGE = (
-    tl.constexpr(augment_table.FLIP),
-    tl.constexpr(augment_table.SOLARIZE),
-    tl.constexpr(augment_table.EDGE),
-)
+FLIP, SOLARIZE = tl.constexpr(augment_table.FLIP), tl.constexpr(augment_table.SOLARIZE)
+EDGE = tl.constexpr(augment_table.EDGE)
 BLUR, REACH = tl.constexpr(augment_table.BLUR), tl.constexpr(augment_table.REACH)
 COLOR, WIDTH = tl.constexpr(augment_table.COLOR), tl.constexpr(augment_table.WIDTH)
 R_WEIGHT, G_WEIGHT, B_WEIGHT = (tl.constexpr(weight) for weight in reference.LUMA)
@@ -30,7 +27,7 @@ CONTRAST_ROWS = 8
 
 
 def augment_on_cuda(crops, draws, scale, bias, exact, dtype):
-    """The op for CUDA tensors; see `augment_views`."""
+    """Runs the op for CUDA tensors; see `augment_views`."""
     num_views, size = crops.shape[:2]
     crops = crops.contiguous()
     out = crops.new_empty(crops.shape, dtype=dtype)
@@ -58,7 +55,7 @@ _fitting = {}
 
 
 def programs_that_fit(registers: int, of_multiprocessor: int) -> int:
-    """How many programs of so many registers a thread a multiprocessor is given; a warp's come in units of 256."""
+    """Returns the programs to launch a multiprocessor, each of `registers` a thread; a warp's come in units of 256."""
     of_program = NUM_WARPS * triton.cdiv(32 * registers, 256) * 256
     return max(1, min(MOST_PROGRAMS, of_multiprocessor // of_program))
 
@@ -68,9 +65,7 @@ def _multiprocessors(device):
 
 
 @triton.jit
-def _contrast_kernel(
-    crops, draws, shift, scratch, size, EXACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _contrast_kernel(crops, draws, shift, scratch, size, EXACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """One view a program. matrix: `row @ mean` of the blurred crop; exact: the grey mean at contrast's turn."""
     view = tl.program_id(0).to(tl.int64)
     draws += view * WIDTH
@@ -201,7 +196,7 @@ def _blur_strip(crop, draws, scratch, rows, size, ROWS: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _reflect(place, size, edge):
-    """Where places up to REACH outside [0, size) are read; further ones, which are masked, stay inside too."""
+    """Returns the place inside [0, size) that is read for one up to REACH outside; masked ones beyond stay inside."""
     place = tl.where(place < 0, -edge - place, place)
     return tl.maximum(tl.where(place < size, place, 2 * (size - 1) + edge - place), 0)
 
@@ -265,7 +260,7 @@ def _jitter(r, g, b, draws, grey_mean, BEFORE_CONTRAST: tl.constexpr):
 
 @triton.jit
 def _turn_hue(r, g, b, turn):
-    """As `reference.adjust_hue`."""
+    """Turns hue as `reference.adjust_hue` does."""
     value = tl.maximum(tl.maximum(r, g), b)
     chroma = value - tl.minimum(tl.minimum(r, g), b)
     inverse = 1.0 / tl.where(chroma > 0, chroma, 1.0)

@@ -23,16 +23,16 @@ TILE, BLOCK, NUM_WARPS = 1024, 256, 4
 
 
 def crop_on_cuda(images, boxes, size, indices):
-    """The op for CUDA tensors, `boxes` fp32; see `crop_resize`."""
-    return _crop(images, boxes, size, boxes if indices is None else indices.contiguous(), images.shape[1:3], {
-        "INDEXED": indices is not None, "SCATTERED": False
-    })  # fmt: skip
+    """Runs the op for CUDA tensors, `boxes` fp32; see `crop_resize`."""
+    indexed = indices is not None
+    indices = indices.contiguous() if indexed else boxes
+    return _crop(images, boxes, size, indices, images.shape[1:3], INDEXED=indexed, SCATTERED=False)
 
 
 def crop_scattered(
     addresses: np.ndarray, sizes: np.ndarray, boxes: np.ndarray, size: int, device: torch.device
 ) -> torch.Tensor:
-    """V crops of each of N images that lie apart in the memory of `device`: uint8 [V*N, S, S, 3] there.
+    """Makes V crops of each of N images that lie apart in the memory of `device`: uint8 [V*N, S, S, 3] there.
 
     The arguments are those of `fastsiam.kernels.crop_numba.crop_on_cpu`, and so are the crops. The memory must stay
     as it is until the current stream has passed the launch.
@@ -44,10 +44,10 @@ def crop_scattered(
     like = torch.empty(0, dtype=torch.uint8, device=device)
     table = send(torch.from_numpy(table.reshape(-1, 3)), like)
     boxes = send(torch.from_numpy(boxes.reshape(-1, 4).astype(np.float32)), like)
-    return _crop(table, boxes, size, boxes, (0, 0), {"INDEXED": False, "SCATTERED": True})
+    return _crop(table, boxes, size, boxes, (0, 0), INDEXED=False, SCATTERED=True)
 
 
-def _crop(images, boxes, size, indices, shape, constants):
+def _crop(images, boxes, size, indices, shape, **constants):
     out = torch.empty(len(boxes), size, size, 3, dtype=torch.uint8, device=boxes.device)
     if not len(boxes):
         return out
@@ -110,7 +110,7 @@ def _crop_kernel(
 
 @triton.jit
 def _span(begin, length, limit, size):
-    """First pixel that the box touches, how many it touches, where it begins relative to the first, and the scale."""
+    """Returns the first pixel under the box, the number of them, the box's beginning in the first, and the scale."""
     low = tl.minimum(tl.maximum(tl.floor(begin + EDGE).to(tl.int32), 0), limit - 1)
     high = tl.minimum(tl.maximum(tl.ceil(begin + length - EDGE).to(tl.int32), low + 1), limit)
     return low, high - low, begin - low.to(tl.float32), length / size
@@ -118,7 +118,7 @@ def _span(begin, length, limit, size):
 
 @triton.jit
 def _taps(output, begin, scale, pixels, size):
-    """For each output place its first pixel and the triangle's centre and slope; and how many pixels it may cover."""
+    """Returns each output place's first pixel, the triangle's centre and slope, and the most pixels that it covers."""
     reach = tl.maximum(scale, 1.0)
     # Places past the crop are not stored, but the sum of their weights is a divisor.
     center = begin + (tl.minimum(output, size - 1).to(tl.float32) + 0.5) * scale

@@ -1,6 +1,6 @@
-"""Where numba keeps compiled code: beside the kernels, in HOME's cache, below TMPDIR, or nowhere.
+"""Place in which numba keeps compiled code: beside the kernels, in HOME's cache, below TMPDIR, or none.
 
-To be imported before a kernel is defined: numba looks for the place there, and raises where there is none.
+Import it before a kernel is defined: numba looks for the place then, and raises where it finds none.
 """
 
 import os
@@ -24,7 +24,7 @@ def _finds_a_place():
 
 KEEPS_CODE = _finds_a_place()
 NOTE = ""
-"""What a run says of an unusual place; empty for none."""
+"""Sentence that a run prints about an unusual place; empty for a usual one."""
 if not KEEPS_CODE:
     root = temporary_root()
     if root is not None:

@@ -1,4 +1,4 @@
-"""The mathematics of every kernel in plain torch: what tests and benchmarks compare with.
+"""The mathematics of every kernel in plain torch, with which tests and benchmarks compare it.
 
 Colour operations take images [B, 3, H, W] in [0, 1] and one factor per image [B]; none of them reads a value back
 to the host. Sources: torchvision's ColorJitter, RandomGrayscale, RandomSolarize and GaussianBlur, Pillow's BoxBlur.c.
@@ -120,7 +120,7 @@ def color_matrix(mean, order, factors, grayscale):
 
 
 def fold_color(order, factors, grayscale):
-    """What of the affine map is known before the crop is: linear [B, 3, 3], row [B, 3], column [B, 3].
+    """Returns the part of the affine map that does not depend on the crop: linear [B, 3, 3], row [B, 3], column [B, 3].
 
     Contrast alone has an offset, (1 - factor) times the grey mean of what it is given; all operations are linear
     otherwise, so the offset of the chain is `column * (row @ mean)`.
@@ -129,15 +129,8 @@ def fold_color(order, factors, grayscale):
     eye = torch.eye(3, dtype=factors.dtype, device=factors.device).expand(size, 3, 3)
     to_grey = luma_row.expand(3, 3)
     brightness, contrast, saturation, _ = factors.unsqueeze(-1).unsqueeze(-1).unbind(1)
-    linear_of = torch.stack(
-        (
-            brightness * eye,
-            contrast * eye,
-            saturation * eye + (1 - saturation) * to_grey,
-            _hue_rotation(factors[:, 3]),
-        ),
-        1,
-    )
+    saturate, turn = saturation * eye + (1 - saturation) * to_grey, _hue_rotation(factors[:, 3])
+    linear_of = torch.stack((brightness * eye, contrast * eye, saturate, turn), 1)
     linear, row, column = eye, torch.zeros_like(factors[:, :3]), torch.zeros_like(factors[:, :3])
     rows = torch.arange(size, device=factors.device)
     for step in range(4):
@@ -180,8 +173,8 @@ def apply_color(x, linear, offset):
 def blur(x, sigma, kind):
     """Separable blur of [B, 3, H, W] by `BLUR_TAPS` taps; `sigma` [B] in pixels, `kind` as in `blur_weights`.
 
-    `gaussian` reflects the borders without their edge, as torchvision does. `pil` reflects the edge too: as long as a
-    pass of Pillow reaches one pixel (up to sigma 1.41) that is what its repetition of the edge in each pass comes to.
+    `gaussian` reflects the borders without their edge, as torchvision does. `pil` reflects the edge too: up to sigma
+    1.41, where a pass of Pillow reaches one pixel, that equals Pillow's repetition of the edge in each pass.
     """
     reach = BLUR_TAPS // 2
     weights = blur_weights(sigma, kind).view(len(x), BLUR_TAPS, 1, 1, 1)

@@ -8,7 +8,7 @@ import torch
 
 @contextlib.contextmanager
 def as_torch_has():
-    """numba runs with torch's number of threads inside; gives that number."""
+    """Runs numba with torch's number of threads inside the block; gives that number."""
     threads = torch.get_num_threads()
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     try:
