@@ -1,5 +1,7 @@
 """Finds the stage that limits a run, and the changes that would speed it up."""
 
+from collections.abc import Iterator
+
 from fastsiam.config import Config
 from fastsiam.config.published import batch_size_text
 from fastsiam.data.bottleneck import Loading, Window, advise
@@ -54,56 +56,41 @@ def _loader_tips(measured: Measured, loading: Loading) -> list[Tip]:
     return found
 
 
-def _batch_tips(config: Config, measured: Measured) -> list[Tip]:
+def _batch_tips(config: Config, measured: Measured) -> Iterator[Tip]:
     if measured.measured_batch_size != config.train.batch_size:
-        return []
+        return
 
     def gain(batch: BatchRate) -> float:
         rate, own = batch.step_images_per_second, measured.step_images_per_second
         return _gain(measured, step=rate.median) if rate and rate.lowest > own.highest else 0.0
 
     best = max(measured.batch_sizes, key=gain)
-    if gain(best) < LEAST_GAIN:
-        return []
-    action = f"set train.batch_size={best.batch_size} (the learning rate becomes {best.learning_rate:g})"
-    cause = f"steps of {best.batch_size} images are faster per image; {batch_size_text(best.batch_size)}"
-    return [Tip("batch-size", action, cause, gain(best))]
+    if gain(best) >= LEAST_GAIN:
+        action = f"set train.batch_size={best.batch_size} (the learning rate becomes {best.learning_rate:g})"
+        cause = f"steps of {best.batch_size} images are faster per image; {batch_size_text(best.batch_size)}"
+        yield Tip("batch-size", action, cause, gain(best))
 
 
-def _step_tips(config: Config, measured: Measured, limit: Limit) -> list[Tip]:
+def _step_tips(config: Config, measured: Measured, limit: Limit) -> Iterator[Tip]:
     train, on_gpu, full_size = config.train, not measured.shares_cores, config.views[0].full_size
     # Five sevenths, as 160 px of 224, in whole strides of a ResNet at ImageNet's sizes.
     one_size = len(config.views) == len(config.view_stages) == 1
     smaller = full_size * 5 // 7 // 32 * 32 if one_size and full_size >= 96 else 0
-    share = f"{(smaller / full_size) ** 2:.2f} of the arithmetic of {full_size} px"
-    candidates = [
-        (
-            limit.stage == "communication",
-            Tip("fewer-ranks", "set a larger train.batch_size, or use fewer ranks", "ranks wait for gradients"),
-        ),
-        (
-            not measured.compile and (on_gpu or measured.ranks > 1),
-            Tip("compile", "set train.compile=on", "the step is not compiled"),
-        ),
-        (
-            on_gpu and measured.dtype == train.precision == "fp32",
-            Tip("precision", "set train.precision=auto (bf16 where the GPU has it)", "the step computes in fp32"),
-        ),
-        (
-            not train.channels_last,
-            Tip("channels-last", "set train.channels_last=true", "convolutions are faster on channels-last memory"),
-        ),
-        (
-            smaller,
-            Tip("smaller-views", f"set views.size={smaller} (not the paper's recipe)", f"{smaller} px need {share}"),
-        ),
-        (
-            on_gpu,
-            Tip("faster-gpu", "use a GPU with more memory bandwidth, or more GPUs", "memory bandwidth limits ResNets"),
-        ),
-        (not on_gpu, Tip("use-a-gpu", "train on a GPU", "this machine has no GPU, or train.device excludes it")),
-    ]
-    return [tip for applies, tip in candidates if applies]
+    if limit.stage == "communication":
+        yield Tip("fewer-ranks", "set a larger train.batch_size, or use fewer ranks", "ranks wait for gradients")
+    if not measured.compile and (on_gpu or measured.ranks > 1):
+        yield Tip("compile", "set train.compile=on", "the step is not compiled")
+    if on_gpu and measured.dtype == train.precision == "fp32":
+        yield Tip("precision", "set train.precision=auto (bf16 where the GPU has it)", "the step computes in fp32")
+    if not train.channels_last:
+        yield Tip("channels-last", "set train.channels_last=true", "convolutions are faster on channels-last memory")
+    if smaller:
+        share = f"{(smaller / full_size) ** 2:.2f} of the arithmetic of {full_size} px"
+        yield Tip("smaller-views", f"set views.size={smaller} (not the paper's recipe)", f"{smaller} px need {share}")
+    if on_gpu:
+        yield Tip("faster-gpu", "use a GPU with more memory bandwidth, or more GPUs", "memory bandwidth limits ResNets")
+    else:
+        yield Tip("use-a-gpu", "train on a GPU", "this machine has no GPU, or train.device excludes it")
 
 
 def _gain(measured: Measured, loader: float | None = None, step: float | None = None) -> float:

@@ -109,13 +109,7 @@ class Bench:
         return max(self.world.collect(self.now() - began))
 
     def rate(
-        self,
-        call: Callable[[], object],
-        images: int,
-        seconds: float,
-        *,
-        least: int = 1,
-        begin: Callable[[], object] = lambda: None,
+        self, call: Callable, images: int, seconds: float, *, least: int = 1, begin: Callable | None = None
     ) -> Rate:
         """Measures a call that takes `images` of all ranks, for about `seconds`.
 
@@ -126,7 +120,8 @@ class Bench:
             if number and self._over(began, WARM_UP * seconds):
                 break
             call()
-        begin()
+        if begin:
+            begin()
         seconds, rates = (1 - WARM_UP) * seconds, []
         began = self.now()
         while not rates or (len(rates) < WINDOWS and not self._over(began, seconds)):

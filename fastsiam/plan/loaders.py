@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,21 +30,13 @@ OWN_AUGMENTATION = "dali, its own augmentation"
 
 
 class Loaders:
-    """Loaders of a config at a batch size. The end of a `with` removes what they have stored."""
+    """Loaders of a config at a batch size; they store decoded images below `folder`, not in the user's cache."""
 
-    def __init__(self, bench: Bench, batch_size: int):
-        self.bench, self.config = bench, with_batch_size(bench.config, batch_size)
+    def __init__(self, bench: Bench, batch_size: int, folder: str):
+        self.bench, self.config, self._folder = bench, with_batch_size(bench.config, batch_size), folder
         self.sample = bench.source and sample_of(bench.source, batch_size, bench.config.train.seed)
         self.decoding_seconds = 0.0
         """Time to decode all images for data.backend=resident; 0 where an earlier run has decoded them."""
-        self._stack = contextlib.ExitStack()
-        self._folder = self._stack.enter_context(tempfile.TemporaryDirectory())
-
-    def __enter__(self) -> "Loaders":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._stack.close()
 
     @property
     def own_name(self) -> str:
@@ -73,10 +64,9 @@ class Loaders:
     def evaluation(self) -> EvaluationLoader:
         """Opens the loader of kNN on the images of data.train, with data.backend=resident on the sample."""
         source = self.sample if self.bench.backend == "resident" else self.bench.source
+        skip = self._skip_list(source)
         with self._own_cache(self.config):
-            return build_evaluation_loader(
-                self.config, source, skip=self._skip_list(source), **self.bench.loader_options
-            )
+            return build_evaluation_loader(self.config, source, skip=skip, **self.bench.loader_options)
 
     def close(self, loader) -> str:
         """Frees a training loader; returns its description."""
@@ -145,7 +135,6 @@ class Loaders:
 
     @contextlib.contextmanager
     def _own_cache(self, config: Config) -> Iterator[None]:
-        """Lets data.backend=resident store a sample below a temporary folder, not in the user's cache."""
         before = dict(os.environ)
         if config.data.backend == "resident":
             os.environ["XDG_CACHE_HOME"] = self._folder

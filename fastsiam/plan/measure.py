@@ -53,7 +53,7 @@ class _Measurements:
         if self.batch_size != asked:
             reason = self.affordable.refusal(asked)
             bench.note(f"batch {asked}: {reason}; measured at batch {self.batch_size}", "smaller-batch")
-        self.loaders = stack.enter_context(Loaders(bench, self.batch_size))
+        self.loaders = Loaders(bench, self.batch_size, stack.enter_context(tempfile.TemporaryDirectory()))
         self.found = {
             **bench.runtime.names,
             "gpu": torch.cuda.get_device_name(bench.device) if bench.device.type == "cuda" else None,
@@ -83,10 +83,8 @@ class _Measurements:
         if has_images:
             self.found["loaders"] += other_loaders(bench, self.loaders, loading)
         self._batch_sizes()
-        seconds = time.perf_counter() - self.began
-        return Measured(
-            **self.found, energy=self.energy.description, notes=tuple(bench.notes), measuring_seconds=seconds
-        )
+        self.found |= {"energy": self.energy.description, "notes": tuple(bench.notes)}
+        return Measured(**self.found, measuring_seconds=time.perf_counter() - self.began)
 
     def _step(self) -> Stepper:
         bench, began = self.bench, time.perf_counter()

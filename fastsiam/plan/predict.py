@@ -24,7 +24,6 @@ CONTROLS = 2
 def plan_of(config: Config, budget: Budget | None, measured: Measured, loading: Loading) -> Plan:
     """Returns everything that follows from the measurements. `budget`: `--budget`, beside the config's own."""
     limit, steps = limit_of(measured), steps_per_epoch(config, measured)
-    runs = [run_of_config(config, measured), budget and run_of_budget(config, measured, budget)]
     return Plan(
         fastsiam=fastsiam.__version__,
         torch=torch.__version__,
@@ -36,13 +35,13 @@ def plan_of(config: Config, budget: Budget | None, measured: Measured, loading: 
         measured=measured,
         limit=limit,
         advice=tips(config, measured, loading, limit),
-        run=_with_published(config, measured, runs[0]),
-        budget=budget and _with_published(config, measured, runs[1]),
+        run=_with_published(config, measured, run_of_config(config, measured)),
+        budget=budget and _with_published(config, measured, run_of_budget(config, measured, budget)),
     )
 
 
 def steps_per_epoch(config: Config, measured: Measured) -> int:
-    """Returns the number of whole batches; the last, incomplete one is dropped."""
+    """Returns the number of whole batches: an incomplete last one is dropped."""
     return measured.images // config.train.batch_size
 
 

@@ -105,7 +105,7 @@ class Measured:
     gradients and synchronising batch norm add to it.
     """
     start_seconds: float
-    """From the start of the process to the first batch; the images of data.backend=resident decoded."""
+    """Time from the start of the process to the first batch, with the images of data.backend=resident decoded."""
     compile_seconds: float
     """The first step, beyond what the others take."""
     knn_seconds: float | None
