@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -61,17 +60,11 @@ class Run:
         places = [number(line.get(AXES[axis])) for line in self.of_kind("resume")]
         return [] if unit is None else [place / unit for place in places if math.isfinite(place)]
 
-    @cached_property
+    @property
     def images_per_epoch(self) -> float | None:
-        """Images per epoch by environment.json, else by the longest epoch in the lines if one has ended."""
+        """Images per epoch; None where environment.json does not say it."""
         known = number(self.environment.get("images_per_epoch"))
-        if known > 0:
-            return known
-        lines = [line for line in self.of_kind("train") if number(line.get("epoch")) >= 0]
-        if not lines or max(line["epoch"] for line in lines) == 0:
-            return None
-        longest = max(number(line.get("images_seen")) / (line["epoch"] + 1) for line in lines)
-        return longest if longest > 0 else None
+        return known if known > 0 else None
 
     def last(self, field: str, *kinds: str) -> float | None:
         """Returns the last finite number of a field, from lines of some kinds or of all, without controls."""
@@ -92,19 +85,18 @@ class Run:
     @property
     def warnings(self) -> list[tuple[object, str]]:
         """(step, sentence) of warnings, of excluded images, and of files that could not be decoded."""
-        excluded = [(None, f"excluded: {text}") for text in self.environment.get("left_out") or []]
-        warned = [
-            (line.get("step"), str(line.get("message", "")) + (f" [{line['code']}]" if "code" in line else ""))
-            for line in self.of_kind("warning")
-        ]
+        # Earlier runs have the key left_out.
+        texts = self.environment.get("excluded") or self.environment.get("left_out") or []
+        found = [(None, f"excluded: {text}") for text in texts]
+        for line in self.of_kind("warning"):
+            code = f" [{line['code']}]" if "code" in line else ""
+            found.append((line.get("step"), str(line.get("message", "")) + code))
         lines = self.of_kind("bad_file")
-        bad = [
-            (line.get("step"), " ".join(f"{key} {line[key]}" for key in line if key not in _POSITION)) for line in lines
-        ]
+        for line in lines:
+            found.append((line.get("step"), " ".join(f"{key} {line[key]}" for key in line if key not in _POSITION)))
         # A resumed run reads them from its skip lists and does not write them again where metrics.jsonl was cut.
         known = " ".join(str(line.get("message", "")) for line in lines)
-        skipped = [(None, f"excluded: {reason}") for reason in self.skipped if reason not in known]
-        return [*excluded, *warned, *bad, *skipped]
+        return found + [(None, f"excluded: {reason}") for reason in self.skipped if reason not in known]
 
 
 _POSITION = ("kind", "step", "epoch", "images_seen", "train_seconds", "wall_seconds")

@@ -161,9 +161,9 @@ def described(runtime: Runtime, data: TrainingData, cost: CostMeter) -> dict:
         "data": data.identity["data"],
         **runtime.names,
         **{key: len(source) for key, source in present.items()},
-        **{f"{key}_left_out": source.excluded for key, source in present.items() if source.excluded},
+        **{f"{key}_excluded": source.excluded for key, source in present.items() if source.excluded},
         "deep_pixels": {key: source.levels.ranges for key, source in present.items()},
-        **({"left_out": texts} if texts else {}),
+        **({"excluded": texts} if texts else {}),
         "images_per_epoch": data.steps_per_epoch * data.config.train.batch_size,
     }
 

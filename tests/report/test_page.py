@@ -204,13 +204,14 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path):
     assert line.endswith("[report-unwritten])")
 
 
-def test_excluded_images_are_among_the_warnings(tmp_path):
+@pytest.mark.parametrize("key", ["excluded", "left_out"])
+def test_excluded_images_are_among_the_warnings(tmp_path, key):
     """By the listing and by a scan, and those that a resumed run has in its skip list alone."""
     write_run(tmp_path / "run", pictures=False)
     assert open_run(tmp_path / "run", "run").warnings == []
     environment = json.loads((tmp_path / "run/environment.json").read_text())
     texts = ["12 dead links under photos", "3 of the 80 images under photos, by x.tsv: 3 truncated"]
-    (tmp_path / "run/environment.json").write_text(json.dumps(environment | {"left_out": texts}))
+    (tmp_path / "run/environment.json").write_text(json.dumps(environment | {key: texts}))
     (tmp_path / "run/skip.tsv").write_text("a.jpg\ta.jpg: it is empty\nb.jpg\tb.jpg: cut off\n")
     lines = [
         {"kind": "warning", "step": 6, "message": "slow", "code": "data-wait"},
