@@ -206,13 +206,10 @@ def test_a_counter_that_is_kept_is_left_at_zero_and_changes_nothing():
 
 def test_opcheck():
     p1, p2, z1, z2 = draw(5, 12)
-    checks = torch.library.opcheck(cosine_triton.negative_cosine_op, ([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)]))
-    assert set(checks.values()) == {"SUCCESS"}
-    counter = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    checks = torch.library.opcheck(
-        cosine_triton.negative_cosine_op, ([p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)], counter)
-    )
-    assert set(checks.values()) == {"SUCCESS"}
+    pairs = [p1, p2], [z2.unsqueeze(0), z1.unsqueeze(0)]
+    for counter in ((), (torch.zeros(1, dtype=torch.int32, device=DEVICE),)):
+        checks = torch.library.opcheck(cosine_triton.negative_cosine_op, (*pairs, *counter))
+        assert set(checks.values()) == {"SUCCESS"}
     loss, statistics = cosine_triton.negative_cosine_op([p1], [z2.detach().unsqueeze(0)])
     arguments = (torch.ones_like(loss), [p1.detach()], [z2.detach().unsqueeze(0)], statistics.detach())
     for to_z in (False, True):

@@ -39,26 +39,15 @@ def closed_form_gradient(p, z):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_loss_is_algorithm_1(size):
-    inputs = four(*size)
-    assert negative_cosine(*inputs).item() == pytest.approx(loop_loss(*inputs), abs=1e-14)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_gradients_are_those_of_algorithm_1_and_none_reaches_z(size):
+def test_loss_and_gradients_are_those_of_algorithm_1_and_none_reaches_z(size):
     p1, p2, z1, z2 = inputs = four(*size)
-    ours = gradients(negative_cosine(*inputs), inputs)
+    loss = negative_cosine(*inputs)
+    assert loss.item() == pytest.approx(loop_loss(*inputs), abs=1e-14)
+    ours = gradients(loss, inputs)
     assert ours[2:] == (None, None)
     torch.testing.assert_close(ours[:2], gradients(algorithm_1(*inputs), inputs)[:2], atol=1e-14, rtol=1e-12)
     np.testing.assert_allclose(ours[0], closed_form_gradient(p1, z2), atol=1e-14)
     np.testing.assert_allclose(ours[1], closed_form_gradient(p2, z1), atol=1e-14)
-
-
-def test_gradients_pass_finite_differences():
-    p1, p2, z1, z2 = four(3, 5)
-    assert torch.autograd.gradcheck(lambda a, b: negative_cosine(a, b, z1, z2), (p1, p2))
-    inputs = (p1, p2, z1, z2)
-    assert torch.autograd.gradcheck(lambda *x: negative_cosine(*x, stop_gradient=False), inputs)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -89,13 +78,6 @@ def test_inputs_of_low_precision_accumulate_in_fp32(dtype, stop_gradient):
     assert_as_exact_as_plain(*found, dtype)
 
 
-def test_inputs_of_fp64_stay_in_fp64():
-    inputs = four(128, 512)
-    loss = negative_cosine(*inputs)
-    assert loss.dtype == torch.float64
-    assert loss.item() == pytest.approx(loop_loss(*inputs), abs=1e-15)
-
-
 def test_rows_whose_squares_overflow_half_precision_are_fine():
     inputs = four(16, 64, torch.float16, scale=1000.0)
     assert (inputs[0].detach() ** 2).isinf().any()
@@ -110,21 +92,6 @@ def test_aligned_opposite_and_orthogonal_rows_give_the_ends_and_the_middle_of_th
     tolerance = 1e-15 if dtype == torch.float64 else 2e-7
     for z, expected in ((3 * p, -1), (-p / 2, 1), (turned, 0)):
         assert negative_cosine(p, p, z, z).item() == pytest.approx(expected, abs=10 * tolerance)
-
-
-def test_each_half_pairs_a_prediction_with_the_other_views_projection():
-    p1, _, z1, _ = four(5, 8)
-    # p1 sees z2 and p2 sees z1: opposite of one, aligned with the other.
-    assert negative_cosine(p1, z1, z1, -p1).item() == pytest.approx(0, abs=1e-15)
-    assert negative_cosine(p1, -z1, z1, p1).item() == pytest.approx(0, abs=1e-15)
-    assert negative_cosine(p1, z1, z1, p1).item() == pytest.approx(-1, abs=1e-15)
-
-
-def test_the_length_of_a_row_does_not_matter():
-    inputs = four(12, 20)
-    lengths = 10 ** torch.linspace(-4, 4, 12, dtype=torch.float64).unsqueeze(1)
-    scaled = [x.detach() * factor for x, factor in zip(inputs, (lengths, 7, 0.01, lengths.flip(0)), strict=True)]
-    assert negative_cosine(*scaled).item() == pytest.approx(negative_cosine(*inputs).item(), abs=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -1,6 +1,4 @@
-"""Crops out of a store of images of one size: numba, Triton (under its interpreter, or on a GPU) and the reference."""
-
-import inspect
+"""Crops by numba, by Triton (under its interpreter, or on a GPU) and by the reference, against Pillow and float64."""
 
 import numpy as np
 import pytest
@@ -9,27 +7,28 @@ from PIL import Image
 
 from fastsiam.kernels import crop_resize, crop_triton, reference
 from fastsiam.kernels.crop import crop_resize_op
+from fastsiam.kernels.crop_numba import crop_on_cpu
 from fastsiam.kernels.crop_triton import crop_on_cuda
 from tests.support.images import pictures
 from tests.support.numerics import by_definition
 
 CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
 pytestmark = [pytest.mark.gpu] if CUDA else []
 
 
 def triton(images, boxes, size, indices=None):
-    device = "cuda" if CUDA else "cpu"
-    taken = None if indices is None else indices.to(device)
-    return crop_on_cuda(images.to(device), boxes.float().to(device), size, taken).cpu()
+    taken = None if indices is None else indices.to(DEVICE)
+    return crop_on_cuda(images.to(DEVICE), boxes.float().to(DEVICE), size, taken).cpu()
 
 
 def scattered(images, boxes, size, indices=None):
     """The images one by one, as a decoder leaves them: each crop's is named by its address."""
-    images = images.to("cuda" if CUDA else "cpu")
+    images = images.to(DEVICE)
     taken = range(len(boxes)) if indices is None else indices.tolist()
     addresses = np.array([images[index].data_ptr() for index in taken], np.int64)
     sizes = np.array([images.shape[1:3]] * len(taken)).reshape(-1, 2)
-    return crop_triton.crop_scattered(addresses, sizes, boxes.double().numpy()[None], size, images.device).cpu()
+    return crop_triton.crop_scattered(addresses, sizes, boxes.double().numpy()[None], size, DEVICE).cpu()
 
 
 KERNELS = {"numba": crop_resize, "triton": triton, "scattered": scattered, "reference": reference.crop_resize_ref}
@@ -69,6 +68,26 @@ def test_whole_boxes_are_pillows_to_one_level(kernel, size):
         cut = Image.fromarray(images[index, top : top + height, left : left + width].numpy())
         expected = np.asarray(cut.resize((size, size), Image.Resampling.BILINEAR)).astype(int)
         assert np.abs(crop.numpy() - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kernel", ["numba", "triton"])
+def test_crops_of_images_of_different_sizes_lie_view_by_view(kernel):
+    """Two views of each of three images, by fractions of pixels."""
+    device = torch.device("cpu") if kernel == "numba" else DEVICE
+    images = [pictures(1, *shape)[0].to(device) for shape in ((37, 50), (1, 9), (64, 5))]
+    addresses, sizes = np.array([image.data_ptr() for image in images]), np.array([image.shape[:2] for image in images])
+    boxes = np.array(
+        [
+            [[0.4, 3.7, 29.8, 42.2], [0.0, 2.25, 1.0, 6.25], [10.5, 0.5, 53.4, 4.0]],
+            [[0.0, 0.0, 37.0, 50.0], [0.0, 8.0, 1.0, 1.0], [60.125, 0.0, 3.5, 1.9]],
+        ]
+    )
+    if kernel == "numba":
+        found = crop_on_cpu(addresses, sizes, boxes, 7)
+    else:
+        found = crop_triton.crop_scattered(addresses, sizes, boxes, 7, device).cpu()
+    for crop, box, image in zip(found.numpy(), boxes.reshape(-1, 4), images * 2, strict=True):
+        assert np.abs(crop - by_definition(image.cpu().numpy(), box, 7)).max() <= 0.5 + 0.02
 
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
@@ -125,6 +144,8 @@ def test_compiled_it_is_one_graph_with_the_same_numbers():
         ({"indices": torch.tensor([0, 2])}, "indices must be from 0 to 1"),
         ({"indices": torch.tensor([-1, 0])}, "indices must be from 0 to 1"),
         ({"boxes": torch.tensor([[0.0, 0, 8.1, 8], [0, 0, 8, 8]])}, "empty or reaches outside"),
+        ({"boxes": torch.tensor([[0.0, -1, 8, 8], [0, 0, 8, 8]])}, "empty or reaches outside"),
+        ({"boxes": torch.tensor([[0.0, 0, 0, 8], [0, 0, 8, 8]])}, "empty or reaches outside"),
         ({"boxes": torch.tensor([[0.0, 0, 8, float("nan")], [0, 0, 8, 8]])}, "empty or reaches outside"),
         ({"size": 0}, "size must be 1 or more, got 0"),
     ],
@@ -133,7 +154,3 @@ def test_what_it_cannot_do_it_says(change, message):
     arguments = {"images": pictures(2, 8, 8), "boxes": torch.tensor([[0.0, 0, 8, 8]] * 2), "size": 4, "indices": None}
     with pytest.raises(ValueError, match=message):
         crop_resize(**{**arguments, **change})
-
-
-def test_the_reference_has_the_same_signature():
-    assert inspect.signature(crop_resize) == inspect.signature(reference.crop_resize_ref)

@@ -37,19 +37,10 @@ def variants(dim=2048):
         for name, kernel in (("contrast", augment_triton._contrast_kernel), ("views", augment_triton._views_kernel)):
             rows = augment_triton.ROWS if exact or name == "views" else augment_triton.CONTRAST_ROWS
             constants = {"EXACT": exact, "ROWS": rows, "BLOCK": augment_triton.BLOCK}
-            yield (
-                f"{name}_{'exact' if exact else 'matrix'}",
-                kernel,
-                AUGMENT_POINTERS,
-                constants,
-                augment_triton.NUM_WARPS,
-            )
-    tile = {
-        "ROWS": crop_triton.TILE // crop_triton.BLOCK,
-        "BLOCK": crop_triton.BLOCK,
-        "INDEXED": True,
-        "SCATTERED": False,
-    }
+            name = f"{name}_{'exact' if exact else 'matrix'}"
+            yield name, kernel, AUGMENT_POINTERS, constants, augment_triton.NUM_WARPS
+    tile = {"ROWS": crop_triton.TILE // crop_triton.BLOCK, "BLOCK": crop_triton.BLOCK}
+    tile |= {"INDEXED": True, "SCATTERED": False}
     yield "crop", crop_triton._crop_kernel, CROP_POINTERS, tile, crop_triton.NUM_WARPS
     apart = {**tile, "INDEXED": False, "SCATTERED": True}
     table = {**CROP_POINTERS, "images": "*i64"}
