@@ -34,7 +34,7 @@ def without(modules, *arguments, **environment):
 
 
 def test_every_test_is_collected_where_they_are_missing():
-    """With -m gpu, the documented command, on whose machines they are missing more often than not."""
+    """Checks -m gpu, the documented command: its machines mostly lack these libraries."""
     code, printed = without(EVERYTHING, "--collect-only", "-q", "-m", "gpu")
     assert code == 0, printed[-2000:]
     (chosen, all_of_them) = re.search(r"^(\d+)/(\d+) tests collected", printed, re.MULTILINE).groups()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastsiam.kernels import cosine_triton, reference
-from tests.support.numerics import algorithm_1, gradients
+from tests.support.numerics import gradients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter computes with NumPy, which warns of what NaN and infinity give.
@@ -58,9 +58,9 @@ def test_loss_and_gradients_are_the_references(size, dtype, stop_gradient):
     )
 
 
-def test_in_fp64_it_is_algorithm_1():
+def test_in_fp64_it_is_the_reference():
     inputs = draw(9, 33, torch.float64)
-    ours, theirs = fused(*inputs), algorithm_1(*inputs, stop_gradient=False)
+    ours, theirs = fused(*inputs), plain(*inputs)
     assert ours.item() == pytest.approx(theirs.item(), abs=1e-15)
     torch.testing.assert_close(gradients(ours, inputs), gradients(theirs, inputs), atol=1e-16, rtol=1e-13)
 

@@ -5,7 +5,6 @@ import os
 import resource
 from pathlib import Path
 
-NO_SPACE = "No space left on device"
 LONG_AGO = 1_600_000_000
 
 

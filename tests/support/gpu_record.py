@@ -30,7 +30,7 @@ class GpuRecord:
 
     def pytest_runtest_logreport(self, report):
         self._decoders |= {value for name, value in report.user_properties if name == DECODER}
-        # A failed set-up or teardown fails a test that passed; a skip is told in the set-up.
+        # A failed set-up or teardown fails a test that passed; a skip is reported in the set-up.
         if report.when == "call" or report.outcome != "passed":
             self._outcomes[report.nodeid] = report.outcome
 

@@ -1,4 +1,4 @@
-"""fastsiam.train whose second rank comes to no fourth step, and sleeps in a function called hang."""
+"""fastsiam.train whose second rank never reaches its fourth step, and sleeps in a function called hang."""
 
 import os
 import sys

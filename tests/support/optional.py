@@ -2,11 +2,10 @@
 
 import os
 import shutil
-from importlib import util
 
 import pytest
 
-from fastsiam.doctor.facts import has_python_headers
+from fastsiam.doctor.facts import has_python_headers, is_installed
 
 # By the name that `@pytest.mark.needs` takes: the module (None for a program), and what installs it.
 LIBRARIES = {
@@ -22,11 +21,7 @@ def installed(library: str) -> bool:
     module = LIBRARIES[library][0]
     if module is None:
         return shutil.which(os.environ.get("CXX", library)) is not None and has_python_headers()
-    try:
-        return util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        # The package that it would be in.
-        return False
+    return is_installed(module)
 
 
 def needed(item: pytest.Item) -> list[str]:

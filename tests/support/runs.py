@@ -15,6 +15,7 @@ from fastsiam.runtime.distributed import World
 from fastsiam.train import main, opened, train
 from fastsiam.training.step import TrainingStep
 from tests.support import optional
+from tests.support.gloo_ranks import world as world_of_group
 from tests.support.processes import run_python
 
 COMPARED = (
@@ -75,7 +76,7 @@ def weights(folder):
 
 
 def record(folder):
-    """What a run computed, without its clocks and without the lines that say that it was resumed."""
+    """Returns the numbers that a run computed, without its clocks and the lines that say that it was resumed."""
     metrics = [line for line in lines(folder) if line["kind"] not in ("header", "resume")]
     return [{key: line[key] for key in COMPARED if key in line} for line in metrics]
 
@@ -129,9 +130,7 @@ def train_here(overrides, stop_after=None, spoil=None):
     `overrides` are those of all ranks, or a tuple with those of each. `spoil(world, number, views)` may change the
     views of a step. Returns the result, and (epoch, indices) of each finished step.
     """
-    world = World()
-    if dist.is_initialized():
-        world = World(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
+    world = world_of_group() if dist.is_initialized() else World()
     if isinstance(overrides, tuple):
         overrides = overrides[world.rank]
     seen = []
