@@ -18,9 +18,9 @@ COLOR, WIDTH = tl.constexpr(augment_table.COLOR), tl.constexpr(augment_table.WID
 R_WEIGHT, G_WEIGHT, B_WEIGHT = (tl.constexpr(weight) for weight in reference.LUMA)
 # Rows and row elements of a tile: 8 elements a thread, 16 bytes of bf16 to store.
 ROWS, BLOCK, NUM_WARPS = 4, 256, 4
-# Programs a multiprocessor: all that its registers hold at once, for one too many would run after all the others. Their
-# number of registers is known once the kernel is compiled (exact, sm_90: 80 with Triton 3.8, 125 with 3.6); before that
-# four, which fit in either case. Of more than five the scratch (14 MB at 224 px, a quarter of an H200's L2) would grow.
+# A multiprocessor gets as many programs as its registers hold at once: one more would run after all the others. Their
+# registers are known once the kernel is compiled (exact, sm_90: 80 with Triton 3.8, 125 with 3.6); until then four
+# programs fit in either case. More than five would enlarge the scratch (14 MB at 224 px, a quarter of an H200's L2).
 FIRST_PROGRAMS, MOST_PROGRAMS = 4, 5
 # 16 elements a thread, 16 bytes of uint8 to load, where the launch for contrast reads each crop once.
 CONTRAST_ROWS = 8
@@ -79,7 +79,7 @@ def _contrast_kernel(crops, draws, shift, scratch, size, EXACT: tl.constexpr, RO
 
 @triton.jit
 def _row_times_mean(crop, draws, size, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A blur weighs a source row or column by how often it is read: 1 but near borders reflected without their edge."""
+    """Weighs a row or column by how often a blur reads it: once, except near borders reflected without their edge."""
     red, green, blue = tl.load(draws + COLOR + 9), tl.load(draws + COLOR + 10), tl.load(draws + COLOR + 11)
     used = tl.load(draws + COLOR + 12) + tl.load(draws + COLOR + 13) + tl.load(draws + COLOR + 14)
     total = tl.zeros([ROWS, BLOCK], tl.float32)
@@ -181,7 +181,7 @@ def _blur_strip(crop, draws, scratch, rows, size, ROWS: tl.constexpr, BLOCK: tl.
                 value = tl.load(crop + source[:, None] * width + element[None, :], mask=mask, other=0)
                 column += tl.load(draws + BLUR + tl.abs(tap)) * value.to(tl.float32)
             tl.store(inside + element[None, :], column, mask=mask)
-        # Between threads of one program: what one has stored another reads.
+        # A thread reads what another thread of its program has stored.
         tl.debug_barrier()
         for left in range(0, width, BLOCK):
             element = left + tl.arange(0, BLOCK)

@@ -35,7 +35,7 @@ def negative_cosine_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and what its gradient needs: [len(p), 3, N], the norms of p and of the target, and their cosine.
 
-    `counter` is as it was afterwards, and is therefore not among what this op mutates.
+    `counter` ends as it began, so this op does not mutate it.
     """
     num_rows, dim = p[0].shape
     acc = _accumulator(p, z)
@@ -192,7 +192,7 @@ def _forward_kernel(
     ACC: tl.constexpr = statistics.dtype.element_ty
     pair = tl.program_id(1)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    # Two calls, not two chosen pointers: what the compiler knows of alignment does not outlive a choice.
+    # Two calls, not two chosen pointers: a choice loses what the compiler knows of alignment.
     if pair == 0:
         cosines = _forward_rows(
             p_a, z_a, statistics, rows, num_rows, p_a_row, p_a_col, z_a_target, z_a_row, z_a_col,

@@ -21,7 +21,7 @@ LUMA = (0.2989, 0.587, 0.114)
 RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 # As in torch.nn.functional.cosine_similarity: the smallest norm that a row is divided by.
 SMALLEST_NORM = 1e-8
-# A box that ends this little past a pixel's edge, as rounding errors in fp32 make it, does not take the pixel in.
+# A box that ends this little past a pixel's edge, by a rounding error in fp32, excludes the pixel.
 CROP_EDGE = 2.0**-10
 YIQ_TO_RGB = tuple(map(tuple, torch.linalg.inv(torch.tensor(RGB_TO_YIQ, dtype=torch.float64)).tolist()))
 
@@ -122,8 +122,8 @@ def color_matrix(mean, order, factors, grayscale):
 def fold_color(order, factors, grayscale):
     """Returns the part of the affine map that does not depend on the crop: linear [B, 3, 3], row [B, 3], column [B, 3].
 
-    Contrast alone has an offset, (1 - factor) times the grey mean of what it is given; all operations are linear
-    otherwise, so the offset of the chain is `column * (row @ mean)`.
+    Contrast alone has an offset: (1 - factor) times the grey mean of its input. All other operations are linear, so the
+    offset of the chain is `column * (row @ mean)`.
     """
     size, luma_row = len(factors), _constant(LUMA, factors.device, factors.dtype)
     eye = torch.eye(3, dtype=factors.dtype, device=factors.device).expand(size, 3, 3)
