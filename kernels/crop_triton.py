@@ -1,8 +1,8 @@
 """Crop and resize on CUDA in one launch: a program makes a tile of one crop.
 
 The tiles are flat rows of RGB elements. An output sums what lies under its triangle, rows in the outer loop, columns in
-the inner one: 2 x 2 pixels where the box is enlarged, as of a store near the size of the views. A pass each way, through
-scratch, would pay only where boxes shrink much.
+the inner one: 2 x 2 pixels where the box is enlarged, as of a store near the size of the views. A pass each way would
+need scratch, and would pay only where boxes shrink much.
 
 Images of one size lie in one tensor. Decoded ones of different sizes stay where the decoder put them: a table gives the
 kernel each crop's image, so that nothing is copied before it is cropped.
