@@ -56,9 +56,8 @@ def parse_budget(text: str, price_per_hour: float | None = None) -> Budget:
         cure = f"did you mean {meant[0]}?" if meant else f"write {EXAMPLES}"
         raise UserError(f"budget: {shown(text)} has an unknown unit ({unit}); {cure}", "unknown-unit")
     if price_per_hour is None:
-        raise UserError(
-            f"budget_price_per_hour: null, but budget is {written}; set what an hour costs in {unit}", "no-price"
-        )
+        text = f"budget_price_per_hour: null, but budget is {written}; set what an hour costs in {unit}"
+        raise UserError(text, "no-price")
     return _positive("seconds", 3600 * number / price_per_hour, written)
 
 

@@ -170,28 +170,25 @@ class ViewsConfig(Section):
         if type(given) is int and given > 0:
             return given
         ends = parse_range(given) if isinstance(given, str) else None
-        if ends is None or min(ends) < 1:
-            raise ValueError(
-                f"views.size: {shown(given)} is neither a positive number of pixels nor a range such as 128..224"
+        if ends is None or not 1 <= ends[0] < ends[1]:
+            raise UserError(
+                f"views.size: {shown(given)} is neither a positive number of pixels nor a range LOW..HIGH with LOW "
+                "below HIGH, such as 128..224",
+                "bad-view-size",
             )
-        low, high = ends
-        if low >= high:
-            raise ValueError(f"views.size: {given} does not grow; write LOW..HIGH with LOW below HIGH, or one number")
-        return f"{low}..{high}"
+        return "{}..{}".format(*ends)
 
     @model_validator(mode="after")
     def check_ranges(self):
-        low, high = self.crop_scale
-        if not 0 < low <= high <= 1:
-            raise ValueError(f"views.crop_scale: {list(self.crop_scale)} is not a range inside (0, 1]")
-        low, high = self.blur_sigma
-        if not 0 < low <= high <= 2:
-            # Thirteen taps cover three standard deviations up to 2.
-            raise ValueError(f"views.blur_sigma: {list(self.blur_sigma)} is not a range inside (0, 2]")
+        # Thirteen taps of the blur cover three standard deviations up to 2.
+        for key, (low, high), most in (("crop_scale", self.crop_scale, 1), ("blur_sigma", self.blur_sigma, 2)):
+            if not 0 < low <= high <= most:
+                raise UserError(f"views.{key}: [{low}, {high}] is not a range inside (0, {most}]", "out-of-range")
         if self.blur and self.sizes[0] < 7:
-            raise ValueError(f"views.size: {self.sizes[0]} is below 7, the least that the 13-tap blur can reflect")
+            text = f"views.size: {self.sizes[0]} is below 7, the least that the 13-tap blur can reflect"
+            raise UserError(text, "too-small-to-blur")
         if min(self.std) <= 0:
-            raise ValueError(f"views.std: {list(self.std)} must be positive")
+            raise UserError(f"views.std: {list(self.std)} must be positive", "out-of-range")
         return self
 
     @property

@@ -99,13 +99,8 @@ class EvaluationSchedule:
         state.raw_pixels_knn = self._online.raw_pixels()
         self._untrained = None
         self._loader.close()
-        self._journal.write_at_step(
-            "knn",
-            step=0,
-            knn_top1=state.untrained_knn,
-            control="untrained",
-            raw_pixels_knn_top1=state.raw_pixels_knn,
-        )
+        raw = {"raw_pixels_knn_top1": state.raw_pixels_knn}
+        self._journal.write_at_step("knn", step=0, knn_top1=state.untrained_knn, control="untrained", **raw)
         self._journal.say(
             f"before    kNN {state.untrained_knn:.2f} % with random weights (batch-norm statistics filled), "
             f"{state.raw_pixels_knn:.2f} % on raw pixels"

@@ -162,12 +162,6 @@ def computation(runtime: Runtime) -> dict:
     return {**runtime.names, "threads": torch.get_num_threads(), "ranks": runtime.world.size, **norm}
 
 
-def changes(saved: dict, now: dict, config: Config) -> list[Notice]:
-    """The warnings for a run that is resumed from the checkpoint `saved`; `now`: its `computation`."""
-    found = changed_computation(saved["computation"], now), changed_budget(saved["budget"], config)
-    return [notice for notice in found if notice]
-
-
 def changed_computation(then: dict, now: dict) -> Notice | None:
     """The warning for a run that is resumed on other terms, see `computation`; None for the same ones.
 

@@ -61,14 +61,9 @@ class Run:
         SIGTERM, SIGUSR1 and Ctrl-C are noted for `ask_ranks` meanwhile. Raises `UserError` where the folder cannot be
         entered.
         """
-        run, world, folder, journal = None, start.runtime.world, start.folder, start.journal
-
-        def abandon():
-            if run is not None:
-                run.abandon()
-
+        world, folder, journal = start.runtime.world, start.folder, start.journal
         with contextlib.ExitStack() as stack:
-            signals = stack.enter_context(StopSignals(world.is_first, abandon))
+            signals = stack.enter_context(StopSignals(world.is_first))
             stack.callback(folder.close)
             stack.callback(journal.close)
             with world.together():
@@ -77,6 +72,7 @@ class Run:
             stack.enter_context(start.progress.cost)
             start.progress.read_energy()
             run = cls(config, start, stack, signals)
+            signals.abandon = run.abandon
             try:
                 run.set_status("running", pid=os.getpid())
                 journal.attach(folder.write, run._where)
@@ -217,7 +213,8 @@ def _report_resumption(run: Run, saved: dict) -> None:
     journal, state, runtime = run.journal, run.progress.state, run.runtime
     journal.write("resume", world_size=runtime.world.size)
     journal.say(f"resume    at step {state.step:,}, epoch {state.epoch + 1}, image {state.cursor:,}")
-    for warning in resume.changes(saved, resume.computation(runtime), run.config):
+    computation = resume.changed_computation(saved["computation"], resume.computation(runtime))
+    for warning in filter(None, (computation, resume.changed_budget(saved["budget"], run.config))):
         journal.warn(warning)
     # It holds the weights a second time.
     saved.clear()

@@ -41,7 +41,7 @@ class StopSignals:
         once; it is called from another thread, and nothing of the main one is unwound.
         """
         self.received: int | None = None
-        self._speaks, self._abandon = speaks, abandon
+        self._speaks, self.abandon = speaks, abandon
         self._before = {}
         self._pipe: tuple[int, int] | None = None
 
@@ -85,7 +85,7 @@ class StopSignals:
                 self._say(b"stopping after this step, with a checkpoint; Ctrl-C now ends at once\n")
             elif number == signal.SIGINT or (number == signal.SIGTERM and first == signal.SIGINT):
                 try:
-                    self._abandon()
+                    self.abandon()
                     self._say(b"ended at once; rerun the command to resume from the last checkpoint, if there is one\n")
                 finally:
                     os._exit(AT_ONCE)

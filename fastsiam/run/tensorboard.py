@@ -85,9 +85,5 @@ class EventFiles:
     def _stop(self, error):
         # Set first: the notice is a line of metrics.jsonl itself, and comes here again.
         self._writer = None
-        reason = error.strerror or error
-        self._warn(
-            Notice(
-                f"{self._folder} cannot be written ({reason}); metrics.jsonl has all points", "tensorboard-unwritten"
-            )
-        )
+        text = f"{self._folder} cannot be written ({error.strerror or error}); metrics.jsonl has all points"
+        self._warn(Notice(text, "tensorboard-unwritten"))

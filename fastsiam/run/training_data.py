@@ -126,17 +126,11 @@ class Images(NamedTuple):
     """None without kNN."""
 
 
-def open_images(
-    config: Config,
-    runtime: Runtime,
-    warn: Callable[[str], None],
-    say: Callable[[str], None],
-    run: Path | None = None,
-) -> Images:
+def open_images(config: Config, runtime: Runtime, warn: Callable, say: Callable, run: Path | None = None) -> Images:
     """Opens the images of a config, drawing missing demo images; all ranks must call.
 
-    `warn` and `say` print a line; `run`: the folder of a run that is resumed. Raises `UserError` where the images are
-    not fit for training, or differ between ranks.
+    `warn(notice)` and `say(line)` print; `run`: the folder of a run that is resumed. Raises `UserError` where the
+    images are not fit for training, or differ between ranks.
     """
     world = runtime.world
     filled = with_its_cores(config, world)

@@ -117,7 +117,7 @@ class _Counter:
 
 
 class _Samples:
-    """Integral of power by the trapezoidal rule, sampled by a thread from `start` on.
+    """Integral of power by the trapezoidal rule, sampled by a thread.
 
     From Ampere on, except GA100, NVML's power is a mean over one second, which only delays the integral.
     """
@@ -130,8 +130,6 @@ class _Samples:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="fastsiam energy", daemon=True)
-
-    def start(self) -> None:
         self._thread.start()
 
     def joules(self) -> float:
@@ -147,8 +145,7 @@ class _Samples:
 
     def close(self) -> None:
         self._closed.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._thread.join()
 
     def _run(self):
         while not self._closed.wait(SAMPLE_SECONDS):
@@ -172,11 +169,9 @@ def _open(nvml, device):
     except nvml.NVMLError as error:
         refused = error
     try:
-        samples = _Samples(nvml, handle)
+        return _Samples(nvml, handle), f"NVML power, sampled every {SAMPLE_SECONDS:g} s"
     except nvml.NVMLError as error:
         return None, f"not available (NVML, total energy: {refused}; power: {error})"
-    samples.start()
-    return samples, f"NVML power, sampled every {SAMPLE_SECONDS:g} s"
 
 
 def nvml_handle(nvml, device: "torch.device"):

@@ -8,7 +8,7 @@ import torch
 from fastsiam.config.schema import TrainConfig
 from fastsiam.runtime import malloc
 from fastsiam.runtime.compile import eager_reason
-from fastsiam.runtime.device import DTYPES, choose_compile, choose_device, choose_precision, multiplies_bf16
+from fastsiam.runtime.device import DTYPES, autocast, choose_compile, choose_device, choose_precision, multiplies_bf16
 from fastsiam.runtime.distributed import World
 
 _AS_BEFORE = "auto: as in the checkpoint"
@@ -64,9 +64,7 @@ class Runtime:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return autocast(self.device, self.dtype)()
 
     def __enter__(self) -> "Runtime":
         with contextlib.ExitStack() as undo:

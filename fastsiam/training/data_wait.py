@@ -6,36 +6,11 @@ On a GPU the host runs ahead: it may wait for the next batch during the whole of
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 import torch
 
 
-class Event(Protocol):
-    """A place in a device's work, as `torch.cuda.Event` with its timing is one."""
-
-    def record(self) -> None:
-        """The place is behind what has been enqueued so far."""
-
-    def query(self) -> bool:
-        """True once the device has passed it; does not wait."""
-
-    def elapsed_time(self, later: "Event") -> float:
-        """Milliseconds on the device between two places that it has passed."""
-
-
-class DataWait(Protocol):
-    def launched(self) -> None:
-        """A step has been enqueued."""
-
-    def arrived(self, seconds: float) -> None:
-        """A batch is here, for which the host has waited."""
-
-    def seconds(self) -> float:
-        """Seconds of standing still that have become known since the last call."""
-
-
-def data_wait_on(device: torch.device) -> DataWait:
+def data_wait_on(device: torch.device) -> "OnHost | OnDevice":
     return OnDevice(partial(torch.cuda.Event, enable_timing=True)) if device.type == "cuda" else OnHost()
 
 
@@ -46,27 +21,30 @@ class OnHost:
         self._seconds = 0.0
 
     def launched(self) -> None:
-        pass
+        """A step has been enqueued."""
 
     def arrived(self, seconds: float) -> None:
+        """A batch is here, for which the host has waited."""
         self._seconds += seconds
 
     def seconds(self) -> float:
+        """Seconds of standing still that have become known since the last call."""
         found, self._seconds = self._seconds, 0.0
         return found
 
 
 class OnDevice:
-    """A batch is late only if the device has finished the step before when it arrives. Nothing waits for the device.
+    """For a GPU: a batch is late only if the device has finished the step before when it arrives. Nothing waits for it.
 
     How much of the host's wait it then stood still lies between two events: behind that step, and behind what the
-    arrival itself has enqueued, the crops and the augmentation of the batch, some hundredths of a step.
+    arrival itself has enqueued, the crops and the augmentation of the batch, some hundredths of a step. The methods are
+    those of `OnHost`.
     """
 
-    def __init__(self, new_event: Callable[[], Event]):
+    def __init__(self, new_event: Callable[[], torch.cuda.Event]):
         self._new_event = new_event
-        self._finished: Event | None = None
-        self._late: deque[tuple[float, Event, Event]] = deque()
+        self._finished: torch.cuda.Event | None = None
+        self._late: deque[tuple[float, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def launched(self) -> None:
         self._finished = self._new_event()

@@ -54,12 +54,10 @@ class TrainingStep:
         device = runtime.device
         self._batch_size, self._groups = config.train.batch_size, config.view_groups
         self._grows = len(config.view_stages) > 1
-        self.compiled = None
-        if runtime.compiles:
-            self.compiled = Compiled(method, sizes=config.view_stages, paused=paused)
+        self.compiled = Compiled(method, sizes=config.view_stages, paused=paused) if runtime.compiles else None
         self._forward = self.compiled or method
         if self._world.size > 1:
-            self._forward = _averaging_gradients(method, self._forward)
+            self._forward = data_parallel(_Forward(method, self._forward))
         self._scaler = torch.amp.GradScaler(device.type) if runtime.dtype == torch.float16 else None
         self._first_bad = torch.full((), _NEVER, device=device)
         self._skipped = torch.zeros(1, device=device)
@@ -131,12 +129,7 @@ class TrainingStep:
         if first != _NEVER and mine[1] == first:
             images = next((indices for number, indices in self._recent if number == first), images)
         self._recent.clear()
-        return Reading(
-            loss=sum(losses) / len(losses),
-            first_bad_step=None if first == _NEVER else first,
-            bad_images=images,
-            skipped_steps=int(skipped[0]),
-        )
+        return Reading(sum(losses) / len(losses), None if first == _NEVER else first, images, int(skipped[0]))
 
     def state_dict(self) -> dict:
         return {
@@ -199,13 +192,8 @@ class _Forward(nn.Module):
         return self._call[0](views)
 
 
-def _averaging_gradients(method, forward):
-    """DDP around the compiled method; synchronised batch norm keeps the buffers of all ranks equal."""
-    return data_parallel(_Forward(method, forward))
-
-
 def data_parallel(module: nn.Module) -> DistributedDataParallel:
-    """DDP that averages gradients and leaves buffers alone."""
+    """DDP that averages gradients and leaves buffers alone: synchronised batch norm keeps those of all ranks equal."""
     # torch 2.14 has renamed it, and warns of the old name.
     names = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 from fastsiam.training.cost import CostMeter
-from fastsiam.training.data_wait import DataWait, OnHost
+from fastsiam.training.data_wait import OnDevice, OnHost
 from fastsiam.training.state import State
 
 
@@ -15,7 +15,7 @@ class Stopwatch:
     a step, and is part of `step`.
     """
 
-    def __init__(self, state: State, data_wait: DataWait | None = None, began: float | None = None):
+    def __init__(self, state: State, data_wait: OnHost | OnDevice | None = None, began: float | None = None):
         """`data_wait`: that of the device; None: a CPU's. `began`: start of the wall clock, by `time.perf_counter`."""
         self.totals = {"wait": 0.0, "step": 0.0, "other": 0.0}
         self._last = time.perf_counter()

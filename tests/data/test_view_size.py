@@ -19,6 +19,7 @@ from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.run.checkpoint import identity
 from tests.support.loaders import CPU, LEVELS, RECIPE, SIZE, SPEC, make
+from tests.support.refusals import refuses
 
 BACKENDS = ("dali", "pil", "ffcv", "resident", RECIPE)
 pytestmark = pytest.mark.usefixtures("resident_cache")
@@ -88,26 +89,12 @@ def test_groups_grow_in_the_same_stages():
 
 
 @pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("224..128", "views.size: 224..128 does not grow; write LOW..HIGH with LOW below HIGH, or one number"),
-        ("128..128", "views.size: 128..128 does not grow"),
-        ("128-224", "views.size: '128-224' is neither a positive number of pixels nor a range such as 128..224"),
-        ("128..", "views.size: '128..' is neither"),
-        ("[128, 224]", "views.size: [128, 224] is neither"),
-        ("0", "views.size: 0 is neither"),
-        ("-8", "views.size: -8 is neither"),
-        ("0..32", "views.size: '0..32' is neither"),
-        ("32.5", "views.size: 32.5 is neither"),
-        ("true", "views.size: true is neither"),
-        ("null", "views.size: null is neither"),
-        ("6..32", "views.size: 6 is below 7, the least that the 13-tap blur can reflect"),
-    ],
+    "value",
+    ["224..128", "128..128", "128-224", "128..", "[128, 224]", "0", "-8", "0..32", "32.5", "true", "null", "6..32"],
 )
-def test_a_mistake_is_one_sentence(value, expected):
-    with pytest.raises(UserError) as error:
+def test_a_mistake_is_one_sentence(value):
+    with refuses("too-small-to-blur" if value == "6..32" else "bad-view-size", "views.size") as error:
         load_config("r50_100ep", [f"views.size={value}"])
-    assert str(error.value).startswith(expected)
     assert "\n" not in str(error.value)
 
 

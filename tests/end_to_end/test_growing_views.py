@@ -2,14 +2,12 @@
 
 import copy
 import re
-import signal
 
 import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
 import fastsiam
-from fastsiam.errors import UserError
 from fastsiam.methods import build_method
 from fastsiam.models.encoder import CifarResNet
 from fastsiam.optim.build import build_optimizer
@@ -19,8 +17,8 @@ from fastsiam.runtime.runtime import Runtime
 from fastsiam.train import main
 from fastsiam.training.step import TrainingStep
 from tests.support.compiling import Net, compare, replaced_backend, seeded
-from tests.support.processes import run_python
-from tests.support.runs import EVERY_STEP, assert_same_run, lines, refused, start, wait_for_step
+from tests.support.refusals import refuses
+from tests.support.runs import lines, weights
 
 CPU = torch.device("cpu")
 # Ten steps an epoch.
@@ -60,64 +58,23 @@ def test_a_run_trains_at_each_size_and_evaluates_at_the_full_one(tiny, tmp_path,
     assert controls == next(line for line in lines(tmp_path / "runs/fixed") if line["kind"] == "knn")
 
 
-def test_a_run_of_one_size_says_nothing_of_it(tiny, tmp_path, capsys):
-    assert main(["--config", "quickstart", *tiny("train.max_steps=2")]) == 0
-    said = capsys.readouterr().out
-    assert "views     2 x 16 px, recipe demo" in said
-    assert "step 2/2  loss" in said
-    assert not any("view_size" in line for line in lines(tmp_path / "runs/run"))
-
-
-def test_a_run_that_ends_early_says_at_which_size(tiny, capsys):
-    assert main(["--config", "quickstart", *tiny(*GROWING, "train.max_steps=21", "data.val=null")]) == 0
-    assert "views     the run ended at 24 px, before the full size of 32" in capsys.readouterr().out
-
-
-def test_a_run_of_one_epoch_is_refused_and_the_dry_run_says_the_same(tiny, tmp_path, capsys):
-    one = ("views.size=16..32", "train.epochs=1")
-    for more in ([], ["--dry-run"]):
-        error = refused(capsys, tmp_path, "--config", "quickstart", *more, *tiny(*one))
-        assert error == (
-            "fastsiam: views.size: 16..32 grows from epoch to epoch, and 1 epochs are at most one epoch; set "
-            "views.size=32, or train longer [no-epochs-to-grow]\n"
-        )
-
-
-@pytest.mark.slow
-def test_killed_in_mid_epoch_at_the_middle_size_it_ends_as_if_undisturbed(tiny, tmp_path):
-    """A step at 24 px takes about 30 ms at this width."""
-    runs = tmp_path / "runs"
-    growing = [*GROWING, "model.width=16", "evaluate.knn_every_epochs=null"]
-    assert main(["--config", "quickstart", *tiny(*growing, "run.name=whole")]) == 0
-    process = start(tiny(*growing, "run.name=killed", EVERY_STEP))
-    wait_for_step(process, runs / "killed", 22)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    done = run_python("-m", "fastsiam.train", "--config", "quickstart", *tiny(*growing, "run.name=killed"))
-    assert done.returncode == 0, done.stderr
-    (resumed,) = [line["step"] for line in lines(runs / "killed") if line["kind"] == "resume"]
-    assert 21 <= resumed < 40
-    assert resumed % 10
-    assert_same_run(runs / "whole", runs / "killed")
-    sizes = [
-        [line["view_size"] for line in lines(runs / name) if line["kind"] == "train"] for name in ("whole", "killed")
-    ]
-    assert sizes[0] == sizes[1] == [size for size in SIZES for _ in range(10)]
-
-
-def test_a_budget_of_images_stopped_in_mid_epoch_goes_on_at_its_size(tiny, tmp_path):
-    """4.5 epochs, stopped in the second and in the third."""
+def test_a_budget_of_images_stopped_in_mid_epoch_goes_on_at_its_size(tiny, tmp_path, capsys):
+    """4.5 epochs, stopped in the second and in the third; a run that ends early prints at which size."""
     growing = ("views.size=16..32", "train.epochs=null", "budget=360 images", "data.val=null")
     assert main(["--config", "quickstart", *tiny(*growing, "run.name=whole")]) == 0
-    for steps in (13, 23, "null"):
+    for steps, end in ((13, "at 16 px, before"), (23, "at 24 px, before"), ("null", "")):
+        capsys.readouterr()
         assert main(["--config", "quickstart", *tiny(*growing, "run.name=parts", f"train.max_steps={steps}")]) == 0
+        said = capsys.readouterr().out
+        assert end in said
+        assert ("views     the run ended" in said) == bool(end)
     one, other = tmp_path / "runs/whole", tmp_path / "runs/parts"
     kept = [
         [(line["step"], line["view_size"], line["loss"]) for line in lines(folder) if line["kind"] == "train"]
         for folder in (one, other)
     ]
     assert kept[0] == kept[1]
+    torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
     assert [size for _, size, _ in kept[0]] == 10 * [16] + 10 * [16] + 10 * [24] + 15 * [32]
 
 
@@ -200,8 +157,9 @@ def test_what_does_not_fit_is_told_for_the_full_size_and_all_views(step_of, monk
         return real(views)
 
     monkeypatch.setattr(step.method, "forward", small_gpu)
-    with pytest.raises(UserError, match=r"out of memory at 4; 2 fits \(tried\)"):
+    with refuses("out-of-memory", "train.batch_size") as error:
         step.rehearse() if rehearsed else step([torch.randn(12, 3, 16, 16)], 1)
+    assert re.findall(r"\d+", str(error.value))[:2] == ["4", "2"]
 
 
 @pytest.mark.parametrize("size", ["16", "16..32"])

@@ -66,19 +66,18 @@ def test_the_quickstart_learns_what_no_shortcut_gives(healthy):
 def test_without_the_stop_gradient_the_run_is_told_as_collapsing_and_stops(train, healthy, capsys):
     code, folder = train("collapsing", "method.stop_gradient=false", "evaluate.controls=false")
     assert code == 3
-    said = capsys.readouterr().out
-    assert "COLLAPSED at step" in said
-    assert "keep method.stop_gradient=true" in said
+    assert "COLLAPSED at step" in capsys.readouterr().out
     status = json.loads((folder / "status.json").read_text())
     assert status["status"] == "collapsed"
-    assert "std_ratio 0.0" in status["reason"]
-    assert status["step"] <= EPOCHS * 62
+    assert status["std_ratio"] < 0.1
+    # Judged from step 124 on, every 62 steps, by two measures in a row.
+    assert status["step"] <= 3 * 62
     assert train("collapsing", "method.stop_gradient=false", "evaluate.controls=false")[0] == 3
     assert "has collapsed" in capsys.readouterr().out
     overrides = ("method.stop_gradient=false", "evaluate.controls=false", "collapse.action=warn")
-    assert train("collapsing", *overrides)[0] == 0
+    assert train("collapsing", *overrides, f"train.max_steps={status['step'] + 5}")[0] == 0
     assert last(folder, "end")["status"] == "done"
-    # Far above chance all the same: 44 against 64 after these epochs on one machine.
+    # Far above chance all the same: 44 against 64 after all these epochs on one machine.
     assert last(folder, "end")["knn_top1"] < last(healthy[1], "end")["knn_top1"] - 10
     # A collapsed run's loss looks better than the healthy one's.
     assert last(folder, "train")["loss"] < last(healthy[1], "train")["loss"]
@@ -118,9 +117,9 @@ def fifty_photographs(folder, images):
 
 CALIBRATION = {
     "small batch": (lambda folder, images: few_of_each_class(folder, images / "train", 64), 16, 4),
-    "cifar": (cifar, 64, 10),
-    "fifty photographs": (fifty_photographs, 16, 60),
-    "another seed": (lambda folder, images: few_of_each_class(folder, images / "val", 100), 32, 6),
+    "cifar": (cifar, 64, 9),
+    "fifty photographs": (fifty_photographs, 16, 42),
+    "another seed": (lambda folder, images: few_of_each_class(folder, images / "val", 100), 32, 5),
 }
 
 

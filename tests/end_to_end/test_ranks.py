@@ -1,30 +1,30 @@
 """A run over several ranks is the run of one rank: the same order, losses, measures, and place to go on from."""
 
 import json
-import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 
 from fastsiam.data.rng import epoch_order
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
+from tests.support.compiling import replaced_backend
 from tests.support.runs import lines, numbers, train_here
 
 pytestmark = pytest.mark.slow
 
 
 def refused_here(overrides):
-    """What a run says that does not begin, or the exit code of a rank that leaves in silence."""
+    """Key and code of the error of a run that does not begin, or the exit code of a rank that leaves in silence."""
     try:
-        train_here(overrides)
+        return train_here(overrides)
     except UserError as error:
-        return str(error)
+        return error.key, error.code
     except SystemExit as error:
         return error.code
-    return None
 
 
 @pytest.fixture
@@ -85,25 +85,6 @@ def spoil_third(world, number, views):
         views[0][0, 0, 0, 0] = torch.nan
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_within_the_log_interval(wider, tmp_path, demo_folder, capsys):
-    overrides = wider("spoilt", "train.log_every_steps=4", "evaluate.controls=false")
-    train_here(overrides, stop_after=1)
-    saved = (tmp_path / "runs/spoilt/checkpoint.pt").read_bytes()
-    result, seen = train_here(overrides, spoil=spoil_third)
-    assert (result.status, result.exit_code, result.step) == ("failed", 4, 4)
-    folder = tmp_path / "runs/spoilt"
-    first, *names = (folder / "nonfinite.txt").read_text().splitlines()
-    assert first == "step 3"
-    # Steps 2, 3 and 4 were made after the resume.
-    source = open_source(f"{demo_folder}/train")
-    assert names == [f"rank 0\t{source.name(index)}" for index in seen[1][1]]
-    status = json.loads((folder / "status.json").read_text())
-    assert (status["status"], status["exit_code"]) == ("failed", 4)
-    assert "the loss of step 3 is not finite" in status["reason"]
-    assert (folder / "checkpoint.pt").read_bytes() == saved
-    assert "FAILED    the loss of step 3 is not finite" in capsys.readouterr().out
-
-
 def test_no_checkpoint_is_written_between_a_bad_step_and_its_discovery(wider, tmp_path):
     overrides = wider("spoilt", "train.log_every_steps=1000", "checkpoint.every_seconds=0.0001")
     result, _ = train_here(overrides, spoil=spoil_third)
@@ -113,16 +94,23 @@ def test_no_checkpoint_is_written_between_a_bad_step_and_its_discovery(wider, tm
     assert all(value.isfinite().all() for value in saved["method"].values())
 
 
-def test_the_nan_of_one_rank_stops_all(ranks, wider, tmp_path, demo_folder):
-    results = ranks(2, train_here, wider("spoilt", "train.log_every_steps=4"), None, spoil_third)
-    assert [(result.status, result.step) for result, _ in results] == [("failed", 4)] * 2
-    first, *names = (tmp_path / "runs/spoilt/nonfinite.txt").read_text().splitlines()
+def test_the_nan_of_one_rank_stops_all_within_the_log_interval(ranks, wider, tmp_path, demo_folder):
+    """A resumed run; steps 2, 3 and 4 come after the checkpoint, which stays."""
+    folder, overrides = tmp_path / "runs/spoilt", wider("spoilt", "train.log_every_steps=4")
+    ranks(2, train_here, overrides, 1)
+    saved = (folder / "checkpoint.pt").read_bytes()
+    results = ranks(2, train_here, overrides, None, spoil_third)
+    assert [(result.status, result.exit_code, result.step) for result, _ in results] == [("failed", 4, 4)] * 2
+    first, *names = (folder / "nonfinite.txt").read_text().splitlines()
     # Statistics are those of all ranks, so the loss of each is spoilt.
     assert first == "step 3"
     source = open_source(f"{demo_folder}/train")
-    third = [(rank, index) for rank, (_, seen) in enumerate(results) for index in seen[2][1]]
+    third = [(rank, index) for rank, (_, seen) in enumerate(results) for index in seen[1][1]]
     assert names == [f"rank {rank}\t{source.name(index)}" for rank, index in third]
     assert len(names) == 16
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["status"], status["exit_code"]) == ("failed", 4)
+    assert (folder / "checkpoint.pt").read_bytes() == saved
 
 
 def test_what_one_rank_cannot_decode_is_left_out_by_all(ranks, wider, tmp_path, demo_folder):
@@ -156,34 +144,25 @@ def test_fewer_labelled_images_than_ranks_are_counted_once(ranks, wider, tmp_pat
     assert len(list((tmp_path / "val").glob("*/*.jpg"))) == 2
 
 
-def test_ranks_that_see_other_images_are_told(ranks, wider, photos):
+def test_what_one_rank_refuses_ends_all_and_is_told_once(ranks, wider, tmp_path, photos):
     mine = wider("differ", "data.val=null", "train.batch_size=8")
-    said, code = ranks(2, refused_here, (mine, [*mine, f"data.train={photos}"]))
-    assert re.fullmatch(
-        r"images of data.train: 16 \(\w{8}\) here and 80 \(\w{8}\) on the first rank; all ranks must have the same "
-        r"\(on rank 1\)",
-        said,
-    )
-    said, _ = ranks(2, refused_here, (mine, [*mine, "train.epochs=7"]))
-    assert said.startswith("train.epochs: 7 here and 2 on the first rank")
-    assert code == 2
-
-
-def test_a_batch_that_does_not_divide_is_told_once(ranks, wider, tmp_path):
-    said, code = ranks(2, refused_here, wider("odd", "train.batch_size=15"))
-    assert said == "train.batch_size: 15 does not divide by 2 ranks; set a multiple of 2"
-    assert code == 2
+    assert ranks(2, refused_here, (mine, [*mine, f"data.train={photos}"])) == [(None, "ranks-differ"), 2]
+    assert ranks(2, refused_here, (mine, [*mine, "train.epochs=7"])) == [("train.epochs", "ranks-differ"), 2]
+    odd = [*mine, "train.batch_size=15"]
+    assert ranks(2, refused_here, odd) == [("train.batch_size", "batch-not-divisible"), 2]
     assert not (tmp_path / "runs").exists()
 
 
 def train_compiled(overrides):
     torch._dynamo.reset()
-    return train_here(overrides)
+    with pytest.MonkeyPatch.context() as patch:
+        # Inductor on two ranks is in tests/models/test_batch_norm_ranks.py; here it would compile for a minute.
+        replaced_backend(patch, lookup_backend("aot_eager"))
+        return train_here(overrides)
 
 
-@pytest.mark.needs("g++")
 def test_compiled_on_two_ranks_it_trains_as_in_eager_mode(ranks, wider, tmp_path):
-    """One graph with its collectives inside DDP; Inductor."""
+    """One graph with its collectives inside DDP."""
     shared = ("data.val=null", "train.max_steps=4", "train.log_every_steps=1")
     train_here(wider("one", *shared))
     ranks(2, train_compiled, wider("compiled", *shared, "train.compile=on"))

@@ -10,7 +10,6 @@ from fastsiam.config import load_config
 from fastsiam.methods import build_method
 from fastsiam.optim.build import build_optimizer, set_learning_rate
 from fastsiam.optim.lars import LARS, trust_ratios
-from fastsiam.train import main
 from tests.support.runs import lines
 
 SHAPES = ((6, 4), (8, 3, 3, 3), (8,))
@@ -232,15 +231,6 @@ def test_the_state_goes_through_a_file_of_plain_values_and_steps_on_exactly():
             give(params, gradients)
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(whole, halves, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("choice", "said"),
-    [("name=sgd", "sgd"), ("name=lars", "lars (trust 0.001)")],
-)
-def test_the_first_lines_name_the_optimizer(tiny, capsys, choice, said):
-    assert main(["--config", "quickstart", "--dry-run", *tiny("optimizer.base_lr=0.64", f"optimizer.{choice}")]) == 0
-    assert f"learning rate 0.02 = 0.64 x 8 / 256, {said}," in capsys.readouterr().err
 
 
 def test_a_run_with_lars_stops_and_goes_on_exactly(tiny, tmp_path):

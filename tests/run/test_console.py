@@ -4,14 +4,17 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
 from fastsiam.config import load_config
+from fastsiam.run.console import choice_lines
 from fastsiam.run.folder import RunFolder, run_path
 from fastsiam.run.lines import KINDS
 from fastsiam.run.metrics import Journal
 from fastsiam.run.progress_line import ProgressLine, duration
 from fastsiam.runtime.distributed import World
+from fastsiam.runtime.runtime import Runtime
 from fastsiam.train import main
 
 TEXT = "epoch 3/9  step 150/558  loss -0.530 (cosine 0.530)  std_ratio 0.58 rank 4 |cos| 0.67  159 img/s  wait 7 %"
@@ -58,6 +61,28 @@ def test_the_first_numbers_are_due_at_once_and_the_next_by_time(terminal, every)
     assert [i for i, due in enumerate(found, 1) if due] == [2 * every, 4 * every]
 
 
+@pytest.mark.parametrize(
+    ("device", "count", "optimizer", "loss"),
+    [
+        ("cuda", 2, "lars (trust 0.001)", "fused (Triton)"),
+        ("cuda", 4, "sgd", "in plain torch"),
+        ("cpu", 2, "sgd", "in plain torch"),
+    ],
+)
+def test_the_first_lines_are_the_decision(tiny_config, device, count, optimizer, loss):
+    """Whatever this machine would decide."""
+    config = tiny_config(f"views.count={count}", f"optimizer.name={optimizer[:4].strip()}", "train.precision=auto")
+    reasons = {"device": "auto: here", "dtype": "auto: as before", "compile": "auto: why"}
+    for dtype, name, compiles in ((torch.bfloat16, "bf16", True), (torch.float16, "fp16", False)):
+        runtime = Runtime(World(), torch.device(device), dtype, compiles, reasons)
+        lines = choice_lines(config, runtime, 80, 0, "a loader", "as chosen", "here", [])
+        (step,) = (line for line in lines if line.startswith("step "))
+        assert f", {optimizer}, channels-last, loss {loss}" in step
+        compiled = "on" if compiles else "off"
+        assert f"device    {device} (auto: here), {name} (auto: as before), compile {compiled} (auto: why)" in lines
+        assert "backend   a loader, as chosen" in lines
+
+
 def test_brackets_are_text(capsys):
     """A name of an extra, or a folder [like this], is no markup."""
     journal = Journal(World())
@@ -69,14 +94,8 @@ def test_brackets_are_text(capsys):
 
 
 def test_durations():
-    assert [duration(s) for s in (0, 59.6, 61, 3599, 3661, 90000)] == [
-        "0:00",
-        "1:00",
-        "1:01",
-        "59:59",
-        "1:01:01",
-        "25:00:00",
-    ]
+    texts = {0: "0:00", 59.6: "1:00", 61: "1:01", 3599: "59:59", 3661: "1:01:01", 90000: "25:00:00"}
+    assert {seconds: duration(seconds) for seconds in texts} == texts
 
 
 def test_metrics_never_hold_nan_or_infinity_and_are_cut_where_told(tmp_path):

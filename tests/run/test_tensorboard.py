@@ -118,9 +118,7 @@ def test_a_full_disk_warns_once_and_the_next_start_goes_on(folder):
     with largest_file(file.stat().st_size):
         train(folder, 2, 3)
         state = folder.metrics_state()
-    assert [(notice.code, "tensorboard" in notice) for notice in folder.said if "tensorboard" in notice] == [
-        ("tensorboard-unwritten", True)
-    ]
+    assert [notice.code for notice in folder.said].count("tensorboard-unwritten") == 1
     assert losses(shown(folder.path)) == expected(1)
     folder.restore_metrics(state)
     train(folder, 4)

@@ -40,11 +40,13 @@ def test_decoders_follow_affinity(photos):
     assert found == ["1", "1", "3", "1", "no", "3"], done.stderr
 
 
+CPUACCT = "sys/fs/cgroup/cpu,cpuacct"
 V1 = {
     "proc/self/cgroup": "12:cpu,cpuacct:/docker/a1\n5:memory:/docker/a1\n0::/\n",
-    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1",
-    "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+    f"{CPUACCT}/cpu.cfs_quota_us": "-1",
+    f"{CPUACCT}/cpu.cfs_period_us": "100000",
 }
+OWN = {f"{CPUACCT}/docker/a1/cpu.cfs_quota_us": "300000", f"{CPUACCT}/docker/a1/cpu.cfs_period_us": "100000"}
 V2 = {"proc/self/cgroup": "0::/slurm/job/step\n", "sys/fs/cgroup/slurm/job/step/cpu.max": "max 100000\n"}
 
 
@@ -54,22 +56,12 @@ V2 = {"proc/self/cgroup": "0::/slurm/job/step\n", "sys/fs/cgroup/slurm/job/step/
         ({}, math.inf),
         (V2, math.inf),
         (V2 | {"sys/fs/cgroup/slurm/job/cpu.max": "150000 100000\n"}, 1.5),
-        (
-            V2 | {"sys/fs/cgroup/slurm/job/cpu.max": "400000 100000", "sys/fs/cgroup/slurm/cpu.max": "100000 50000"},
-            2.0,
-        ),
+        (V2 | {"sys/fs/cgroup/slurm/job/cpu.max": "400000 1000", "sys/fs/cgroup/slurm/cpu.max": "2000 1000"}, 2.0),
         # A container's own view.
         ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "50000 100000\n"}, 0.5),
         (V1, math.inf),
-        (V1 | {"sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "250000"}, 2.5),
-        (
-            V1
-            | {
-                "sys/fs/cgroup/cpu,cpuacct/docker/a1/cpu.cfs_quota_us": "300000",
-                "sys/fs/cgroup/cpu,cpuacct/docker/a1/cpu.cfs_period_us": "100000",
-            },
-            3.0,
-        ),
+        (V1 | {f"{CPUACCT}/cpu.cfs_quota_us": "250000"}, 2.5),
+        (V1 | OWN, 3.0),
     ],
 )
 def test_the_tightest_quota_counts(put, files, expected):

@@ -6,15 +6,12 @@ import torch
 from fastsiam.errors import UserError
 from fastsiam.runtime.distributed import World
 from tests.support.gloo_ranks import world
+from tests.support.refusals import refuses
 
 
 def agreed():
     mine = world()
-    return (
-        mine.share(f"from {mine.rank}"),
-        mine.collect(10 * mine.rank),
-        mine.largest(mine.rank, -mine.rank, 7),
-    )
+    return mine.share(f"from {mine.rank}"), mine.collect(10 * mine.rank), mine.largest(mine.rank, -mine.rank, 7)
 
 
 def test_all_ranks_come_to_the_same_values(ranks):
@@ -26,17 +23,17 @@ def one_fails(rank):
     try:
         with mine.together():
             if mine.rank == rank:
-                raise UserError("no such folder")
+                raise UserError("no such folder", "absent")
     except UserError as error:
-        return str(error)
+        return str(error), error.code
     except SystemExit as error:
         return error.code
     return "nothing"
 
 
 def test_the_mistake_of_one_ends_all_and_the_first_says_it(ranks):
-    assert ranks(2, one_fails, 0) == ["no such folder", 2]
-    assert ranks(2, one_fails, 1) == ["no such folder (on rank 1)", 2]
+    assert ranks(2, one_fails, 0) == [("no such folder", "absent"), 2]
+    assert ranks(2, one_fails, 1) == [("no such folder (on rank 1)", "absent"), 2]
     assert ranks(2, one_fails, None) == ["nothing", "nothing"]
 
 
@@ -72,9 +69,7 @@ def test_the_environment_says_who_this_is(monkeypatch):
     assert World.of_environment() == World(0, 1, 0, 1)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
-    with pytest.raises(
-        UserError, match="LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT is not set; .*torchrun"
-    ):
+    with refuses("incomplete-torchrun"):
         World.of_environment()
     for name, value in {"LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "host", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))

@@ -17,6 +17,7 @@ from fastsiam.training.step import TrainingStep
 from tests.support import optional
 from tests.support.gloo_ranks import world as world_of_group
 from tests.support.processes import run_python
+from tests.support.refusals import printed_error
 
 COMPARED = (
     "kind", "step", "epoch", "images_seen", "loss", "lr",
@@ -53,20 +54,18 @@ def lines(folder):
     return found
 
 
-def refused(capsys, tmp_path, *arguments):
-    """The sentence of a command that must exit with 2 and write nothing; its dry run says the same one."""
-    before = sorted(path for path in tmp_path.rglob("*"))
+def refused_unwritten(capsys, tmp_path, *overrides, config="quickstart"):
+    """The error of a run that must exit with 2 after one line and write nothing; its dry run prints the same one."""
+    before, arguments = sorted(tmp_path.rglob("*")), ["--config", config, *overrides]
     capsys.readouterr()
     assert main([*arguments, "--dry-run"]) == 2
     rehearsed = capsys.readouterr()
-    assert main(list(arguments)) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fastsiam: ")
-    assert error.count("\n") == 1
-    assert rehearsed.out == ""
-    assert rehearsed.err.splitlines()[-1:] == error.splitlines()
-    assert sorted(path for path in tmp_path.rglob("*")) == before
-    return error
+    assert main(arguments) == 2
+    line = capsys.readouterr().err
+    assert (line.count("\n"), rehearsed.out) == (1, "")
+    assert rehearsed.err.splitlines()[-1:] == line.splitlines()
+    assert sorted(tmp_path.rglob("*")) == before
+    return printed_error(line)
 
 
 def weights(folder):
@@ -153,8 +152,3 @@ def train_here(overrides, stop_after=None, spoil=None):
 
 def numbers(folder, kind, *names):
     return np.array([[line[name] for name in names] for line in lines(folder) if line["kind"] == kind], float)
-
-
-def refused_after_warnings(capsys, *overrides):
-    assert main(["--config", "quickstart", *overrides]) == 2
-    return capsys.readouterr().err
