@@ -1,5 +1,6 @@
 """What only a CUDA device can show; pytest -m gpu runs these."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -31,6 +32,24 @@ from tests.support.runs import lines
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("resident_cache")]
 BACKENDS = ("dali", "pil", "resident") if dali_installed() else ("pil", "resident")
+
+
+@contextlib.contextmanager
+def no_waiting():
+    """CUDA raises at every operation that synchronises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def kernels_of(call):
+    """Names of the kernels that a call launches, sorted."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sorted(event.name for event in profiler.events() if "kernel" in event.name)
 
 
 def crops(photos, backend, device):
@@ -75,7 +94,6 @@ def test_training_compiled_in_bf16_follows_eager_fp32(tiny, tmp_path, backend):
 
 @pytest.mark.parametrize(("optimizer", "precision"), [("sgd", "auto"), ("lars", "auto"), ("sgd", "fp16")])
 def test_a_step_does_not_wait_for_the_device(tiny, optimizer, precision):
-    """CUDA raises at every operation that synchronises."""
     overrides = tiny(
         f"optimizer.name={optimizer}", f"train.precision={precision}", "train.device=cuda", "train.compile=off",
         "data.backend=synthetic",
@@ -83,12 +101,9 @@ def test_a_step_does_not_wait_for_the_device(tiny, optimizer, precision):
     with opened(load_config("quickstart", overrides)) as (parts, _):
         views = next(parts.data.loader.epoch(0)).views
         parts.step(views, 1)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waiting():
             for number in range(2, 5):
                 parts.step(views, number)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_statistics_across_ranks_are_one_graph_over_nccl():
@@ -115,12 +130,9 @@ def test_augmenting_does_not_wait_for_the_device(color):
     crops = torch.randint(0, 256, (32, SPEC.size, SPEC.size, 3), dtype=torch.uint8)
     drawn = augment_draws(spec, 0, 0, np.arange(32), 0)
     on_device = crops.cuda()
-    for mode in ("default", "error"):
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            views = augment(on_device, drawn, spec, torch.float32)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    augment(on_device, drawn, spec, torch.float32)
+    with no_waiting():
+        views = augment(on_device, drawn, spec, torch.float32)
     torch.testing.assert_close(views.cpu(), augment(crops, drawn, spec, torch.float32), rtol=1e-4, atol=1e-4)
 
 
@@ -130,24 +142,17 @@ def four(count=512, dim=2048, seed=0):
     return [x.requires_grad_() for x in draw[:2]] + draw[2:]
 
 
-def test_the_loss_on_the_device_is_one_kernel_each_way():
+def test_the_loss_on_the_device_is_one_kernel_each_way_and_does_not_wait():
     inputs = four()
-    torch.autograd.grad(negative_cosine(*inputs), inputs[:2])
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+
+    def both_ways():
         torch.autograd.grad(negative_cosine(*inputs), inputs[:2])
-        torch.cuda.synchronize()
-    ours = [event.name for event in profiler.events() if event.name in ("_forward_kernel", "_backward_kernel")]
-    assert sorted(ours) == ["_backward_kernel", "_forward_kernel"]
 
-
-def test_the_loss_does_not_wait_for_the_device():
-    inputs = four()
-    for mode in ("default", "error"):
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            torch.autograd.grad(negative_cosine(*inputs), inputs[:2])
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    both_ways()
+    with no_waiting():
+        both_ways()
+    ours = [name for name in kernels_of(both_ways) if name in ("_forward_kernel", "_backward_kernel")]
+    assert ours == ["_backward_kernel", "_forward_kernel"]
 
 
 def test_the_loss_replays_in_a_cuda_graph():
@@ -178,11 +183,7 @@ def test_views_on_the_device_take_two_launches():
     drawn = augment_draws(spec, 0, 0, np.arange(32), 0)
     crops = torch.randint(0, 256, (32, SPEC.size, SPEC.size, 3), dtype=torch.uint8, device="cuda")
     augment(crops, drawn, spec, torch.bfloat16)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-        augment(crops, drawn, spec, torch.bfloat16)
-        torch.cuda.synchronize()
-    kernels = [event.name for event in profiler.events() if "kernel" in event.name]
-    assert sorted(kernels) == ["_contrast_kernel", "_views_kernel"]
+    assert kernels_of(lambda: augment(crops, drawn, spec, torch.bfloat16)) == ["_contrast_kernel", "_views_kernel"]
 
 
 def some_boxes(count=64):
@@ -205,16 +206,10 @@ def test_crops_out_of_a_store_are_those_of_the_cpu(size):
 
 def test_cropping_out_of_a_store_is_one_launch_and_does_not_wait_for_the_device():
     images, (boxes, indices) = pictures(8, 50, 40).cuda(), some_boxes()
-    for mode in ("default", "error"):
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            crop_resize(images, boxes, 32, indices)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+    crop_resize(images, boxes, 32, indices)
+    with no_waiting():
         crop_resize(images, boxes, 32, indices)
-        torch.cuda.synchronize()
-    assert [event.name for event in profiler.events() if "kernel" in event.name] == ["_crop_kernel"]
+    assert kernels_of(lambda: crop_resize(images, boxes, 32, indices)) == ["_crop_kernel"]
 
 
 def test_auto_precision_is_bf16_where_the_gpu_multiplies_it():
@@ -245,12 +240,8 @@ def test_energy_rises_while_the_device_works():
 
 
 def test_reading_the_energy_does_not_wait_for_the_device():
-    with EnergyMeter.of(torch.device("cuda")) as meter:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            assert meter.joules() >= 0
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    with EnergyMeter.of(torch.device("cuda")) as meter, no_waiting():
+        assert meter.joules() >= 0
 
 
 def test_the_doctor_finds_the_device():
