@@ -166,7 +166,7 @@ def train(
             if progress.is_over and not progress.epoch_is_over:
                 return "done"
         run.save_before_evaluation(step, evaluation)
-        progress.next_epoch()
+        state.next_epoch()
         run.evaluate_epoch(evaluation)
     return "done"
 

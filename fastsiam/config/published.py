@@ -78,10 +78,7 @@ def published_for(config: Config, num_images: int, epochs: float) -> tuple[tuple
         if other := _other_recipe(config, name):
             return (), f"no table: {', '.join(other[:3])} differ from the recipe of the paper's numbers"
         if num_images != images:
-            return (
-                (),
-                f"no table: published for the {images:,} images of {data}; this data has {num_images:,}",
-            )
+            return (), f"no table: published for the {images:,} images of {data}; this data has {num_images:,}"
         nearest = {}
         # Of a source's tables for one metric the one with the nearest batch size.
         for table in sorted(tables, key=lambda table: -abs(math.log(table.batch_size / config.train.batch_size))):

@@ -156,7 +156,7 @@ def described(runtime: Runtime, data: TrainingData, cost: CostMeter) -> dict:
     return environment() | {
         "fastsiam": fastsiam.__version__,
         "loader": data.description,
-        "energy": cost.energy_description,
+        "energy": cost.energy.description,
         "ranks": runtime.world.size,
         "data": data.identity["data"],
         **runtime.names,
@@ -223,7 +223,7 @@ def _cost_line(progress, price):
         each = cost.joules_per_image(progress.state.images_seen)
         parts.append(f"{kilowatt_hours(cost.joules):.3g} kWh" + (f" ({each:.3g} J/image)" if each else ""))
     else:
-        how = cost.energy_description
+        how = cost.energy.description
         parts.append(f"energy {how if how.startswith('not available') else 'not known of the whole run'}")
     if price:
         parts.append(f"{cost.seconds / 3600 * price:.2f} at {price:g} an hour")

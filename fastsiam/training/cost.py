@@ -61,7 +61,8 @@ class CostMeter:
         """
         self.opened = time.perf_counter()
         self._path = None if folder is None else folder / "spent.json"
-        self._energy, self._collect, self._every, self._clock = energy, collect, every, clock
+        self.energy = energy or EnergyMeter(None, "not available", warn)
+        self._collect, self._every, self._clock = collect, every, clock
         self._began = clock() if began is None else began
         self.seconds_before, self.joules_before = _read(self._path, warn)
         self._joules: float | None = None
@@ -69,14 +70,6 @@ class CostMeter:
         self._thread: threading.Thread | None = None
         self.error: OSError | None = None
         """Why the file could not be written the last time."""
-
-    @property
-    def energy_description(self) -> str:
-        return "not available" if self._energy is None else self._energy.description
-
-    @property
-    def measures_energy(self) -> bool:
-        return self._energy is not None and self._energy.joules() is not None
 
     def __enter__(self) -> "CostMeter":
         """Keep the file up to date; the run folder must exist."""
@@ -106,7 +99,7 @@ class CostMeter:
 
     def read_energy(self) -> None:
         """Add up the joules of the GPUs of all ranks; all ranks must call."""
-        joules = self._collect(None if self._energy is None else self._energy.joules())
+        joules = self._collect(self.energy.joules())
         self._joules = None if None in joules else sum(joules)
 
     @property

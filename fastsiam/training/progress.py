@@ -81,9 +81,6 @@ class Progress:
         """Count a finished step; `update` follows."""
         self.state.advance(self.batch_size)
 
-    def next_epoch(self) -> None:
-        self.state.next_epoch()
-
     def update(self, measured: int) -> None:
         """Bring `value` up to date, which never decreases; `measured`: the largest `measure` of all ranks."""
         state = self.state
@@ -169,10 +166,10 @@ class Progress:
         budget = self.budget
         if budget.kind == "images" and not self.total_steps:
             raise UserError(f"budget: {budget.text} is less than one batch of {self.batch_size}", "budget-too-small")
-        if budget.kind == "joules" and not self.cost.measures_energy:
+        if budget.kind == "joules" and self.cost.energy.joules() is None:
             raise UserError(
                 f"budget: {budget.text} needs the energy counter of a GPU (NVML), which is "
-                f"{self.cost.energy_description}; give hours instead, budget=2h",
+                f"{self.cost.energy.description}; give hours instead, budget=2h",
                 "no-energy-counter",
             )
         if budget.kind == "joules" and self.cost.joules_before is None:

@@ -63,11 +63,7 @@ def images_of(results, epoch):
 
 def test_started_on_two_ranks_it_goes_on_on_four_and_on_one(ranks, wider, tmp_path):
     overrides = wider("moved", "train.epochs=3", "evaluate.knn_every_epochs=null")
-    parts = [
-        ranks(2, train_here, overrides, 3),
-        ranks(4, train_here, overrides, 8),
-        [train_here(overrides)],
-    ]
+    parts = [ranks(2, train_here, overrides, 3), ranks(4, train_here, overrides, 8), [train_here(overrides)]]
     assert [part[0][0].status for part in parts] == ["preempted", "preempted", "done"]
     assert [part[0][0].step for part in parts] == [3, 8, 15]
     for epoch in range(3):

@@ -22,8 +22,10 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, place, fresh):
 
 
 def test_a_start_without_space_leaves_nothing_that_hinders_the_next(tmp_path):
+    folder = run_folder(tmp_path)
     with largest_file(100), refuses("run-folder-unwritable"):
-        run_folder(tmp_path).open({})
+        folder.open({})
+    folder.close()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
     # A kill while config.yaml is written leaves this.
     (tmp_path / "run/config.yaml.tmp").write_text("data:")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastsiam.runtime import energy
-from fastsiam.runtime.energy import EnergyMeter, kilowatt_hours
+from fastsiam.runtime.energy import EnergyMeter
 from tests.support.processes import run_python
 
 CUDA = torch.device("cuda", 1)
@@ -238,7 +238,3 @@ def test_a_cpu_is_not_asked():
         "print(meter.joules(), meter.description, {'pynvml', 'torch'} & sys.modules.keys())"
     )
     assert run_python("-c", code).stdout == "None not available (CPU device) set()\n"
-
-
-def test_kilowatt_hours():
-    assert kilowatt_hours(9e6) == 2.5

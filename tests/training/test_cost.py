@@ -39,7 +39,7 @@ def cost_of(folder=None, joules=None, **more):
 
 
 def read(cost, joules):
-    cost._energy.joules_now = joules
+    cost.energy.joules_now = joules
     cost.read_energy()
 
 
