@@ -17,7 +17,6 @@ import yaml
 
 import fastsiam
 from fastsiam.config import load_config
-from fastsiam.run.checkpoint import load_newest
 from fastsiam.run.stop_signals import StopSignals
 from fastsiam.train import main, opened
 from tests.support.processes import REPOSITORY, run_python
@@ -176,22 +175,6 @@ def test_a_second_ctrl_c_leaves_things_in_order_where_the_run_is_stuck(tiny, tmp
     (folder / "stacks-rank7.txt").write_text("Thread 0x1 (most recent call first):\n")
     assert main(["--config", "quickstart", *overrides]) == 0
     assert list(folder.glob("stacks*")) == []
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_ends_a_run_at_once_without_a_half_written_file(long, tmp_path):
-    folder = tmp_path / "runs/stopped"
-    process = start(long("stopped", "evaluate.controls=false", EVERY_STEP))
-    wait_for_step(process, folder, 4)
-    # The first asks; the second comes while the step, or the checkpoint after it, is not finished.
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert json.loads((folder / "status.json").read_text())["status"] in ("failed", "preempted")
-    assert 3 <= load_newest(folder, warn=pytest.fail)["state"]["step"] < 30
-    assert lines(folder)
-    assert main(["--config", "quickstart", *long("stopped", "evaluate.controls=false")]) == 0
 
 
 def test_a_finished_run_says_so_and_more_steps_go_on(tiny, tmp_path, capsys):

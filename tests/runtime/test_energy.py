@@ -193,41 +193,32 @@ def test_a_driver_loaded_again_counts_from_nought(card):
     assert [notice.code for notice in told] == ["energy-lost"]
 
 
-def refused(card, device=CUDA):
-    with EnergyMeter.of(device) as meter:
+@pytest.mark.parametrize(
+    ("attributes", "fails", "reason"),
+    [
+        ({}, {"nvmlDeviceGetTotalEnergyConsumption": "Not Supported", "nvmlDeviceGetPowerUsage": "Refused"}, "Refused"),
+        ({"prefix": "MIG"}, {}, "a MIG instance has no energy of its own"),
+        ({"mig_mode": 1}, {}, "a MIG instance has no energy of its own"),
+        ({"prefix": "VGPU"}, {}, "Not Found"),
+        ({}, {"nvmlInit": "Library Not Found"}, "Library Not Found"),
+    ],
+)
+def test_where_energy_is_not_available_it_says_why(card, attributes, fails, reason):
+    vars(card).update(attributes)
+    card.fails |= fails
+    with EnergyMeter.of(CUDA) as meter:
         assert meter.joules() is None
         assert card.opened == 0
-    return meter.description
+    assert meter.description.startswith("not available (")
+    assert reason in meter.description
 
 
-def test_a_card_that_refuses_both_is_not_available(card):
-    card.fails |= {
-        "nvmlDeviceGetTotalEnergyConsumption": "Not Supported",
-        "nvmlDeviceGetPowerUsage": "Insufficient Permissions",
-    }
-    assert refused(card) == "not available (NVML, total energy: Not Supported; power: Insufficient Permissions)"
-
-
-def test_a_mig_instance_has_no_energy_of_its_own(card):
-    card.prefix = "MIG"
-    assert refused(card) == "not available (a MIG instance has no energy of its own, only its card)"
-    card.prefix, card.mig_mode = "GPU", 1
-    assert refused(card).startswith("not available (a MIG instance")
+def test_a_card_whose_mig_mode_is_off_has_its_energy_and_without_pynvml_there_is_none(card, monkeypatch):
     card.mig_mode = 0
     with EnergyMeter.of(CUDA) as meter:
         assert meter.description == "NVML total energy"
-
-
-def test_a_gpu_that_nvml_does_not_know_is_not_available(card):
-    card.prefix = "VGPU"
-    assert refused(card) == "not available (NVML does not find the GPU: Not Found)"
-
-
-def test_without_nvml_it_is_not_available(card, monkeypatch):
-    card.fails["nvmlInit"] = "NVML Shared Library Not Found"
-    assert refused(card) == "not available (NVML: NVML Shared Library Not Found)"
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert refused(card) == "not available (nvidia-ml-py is not installed)"
+    assert EnergyMeter.of(CUDA).description == "not available (nvidia-ml-py is not installed)"
 
 
 def test_a_cpu_is_not_asked():
