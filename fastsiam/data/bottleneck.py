@@ -142,17 +142,15 @@ def describe(config: Config, source: ImageSource | None, backend: str, device: t
     cores = usable_cores()
     count = len(source or ())
     side = round(STORED_SIDE * max(group.full_size for group in config.views))
+    in_files = count and backend != "ffcv" and source.packed is None
+    small_files = bool(in_files and source.file_sizes.mean() < SMALL_FILE_BYTES)
     return Loading(
         backend=backend,
         workers=cores if config.data.workers is None else config.data.workers,
         cores=cores,
         dali_installed=dali_installed(),
-        small_files=_has_small_files(source) if count and backend != "ffcv" else False,
+        small_files=small_files,
         store_size=side,
         resident_bytes=3 * side**2 * count,
         free_bytes=free_bytes(device),
     )
-
-
-def _has_small_files(source: ImageSource) -> bool:
-    return source.packed is None and source.file_sizes.mean() < SMALL_FILE_BYTES

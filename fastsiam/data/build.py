@@ -95,13 +95,7 @@ def build_evaluation_loader(
     data, spec, device = config.data, config.view_groups[0].spec, torch.device(device)
     backend = open_backend(name, source, (spec.size,), batch_size, data.workers, device, data.store_size, say)
     return EvaluationLoader(
-        source,
-        spec,
-        backend,
-        batch_size=batch_size,
-        crop_ratio=config.evaluate.crop_ratio,
-        dtype=dtype,
-        skip=skip,
+        source, spec, backend, batch_size=batch_size, crop_ratio=config.evaluate.crop_ratio, dtype=dtype, skip=skip
     )
 
 

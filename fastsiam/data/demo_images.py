@@ -13,11 +13,8 @@ are drawn anew for every image and say nothing about the class:
 Imports no torch.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -49,19 +46,14 @@ _WARP = 2.8
 _PERIODS = (7.5, 13.0)
 
 
-def _dct_basis(count: int) -> np.ndarray:
-    """float64 [SIDE, count], the first `count` cosines of the DCT-II over SIDE pixels, the constant first."""
-    place = (np.arange(SIDE) + 0.5) / SIDE
-    return np.cos(np.pi * np.outer(place, np.arange(count)))
-
-
-_BASIS = _dct_basis(4)
+# float64 [SIDE, 4], the first cosines of the DCT-II over SIDE pixels, the constant first.
+_BASIS = np.cos(np.pi * np.outer((np.arange(SIDE) + 0.5) / SIDE, np.arange(4)))
 _AXIS = np.arange(SIDE) - (SIDE - 1) / 2
 _CURVE = np.tanh(3 * np.linspace(-1, 1, SIDE * SIDE))
 _CURVE /= _CURVE.std()
 
 
-def _smooth_fields(rng: np.random.Generator, count: int) -> np.ndarray:
+def _smooth_fields(rng, count):
     """float64 [count, SIDE, SIDE], random fields of low frequency with mean 0 and std 1."""
     weights = rng.standard_normal((count, 4, 4)) / (1 + np.add.outer(np.arange(4), np.arange(4)))
     weights[:, 0, 0] = 0
@@ -69,94 +61,75 @@ def _smooth_fields(rng: np.random.Generator, count: int) -> np.ndarray:
     return fields / fields.std(axis=(1, 2), keepdims=True)
 
 
-def _triangle(x: np.ndarray) -> np.ndarray:
+def _triangle(x):
     """Triangle wave of period 1 with values in [-1, 1]: 1 at integers, -1 half-way between."""
     return 4 * np.abs(x - np.floor(x) - 0.5) - 1
 
 
-def _cell(x: np.ndarray, y: np.ndarray, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def _cell(x, y, shift=0.0):
     """Place inside the unit cell, each in [-0.5, 0.5), rows of cells moved by `shift` against each other."""
     row = np.floor(y)
     x = x + shift * row
     return x - np.floor(x) - 0.5, y - row - 0.5
 
 
-def _stripes(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _stripes(x, y, rng):
     return _triangle(x)
 
 
-def _checks(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _checks(x, y, rng):
     return np.sin(np.pi * x) * np.sin(np.pi * y)
 
 
-def _rings(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _rings(x, y, rng):
     dx, dy = _cell(x / 2.2, y / 2.2, 0.5)
     return _triangle(2.2 * np.hypot(dx, dy))
 
 
-def _dots(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _dots(x, y, rng):
     dx, dy = _cell(x, y, 0.5)
     return -np.hypot(dx, dy) * (1 + 0.4 * (np.floor(y) % 2))
 
 
-def _zigzags(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _zigzags(x, y, rng):
     return _triangle(x + 0.5 * _triangle(y / 2))
 
 
-def _grids(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _grids(x, y, rng):
     return np.maximum(_triangle(x), _triangle(y))
 
 
-def _spokes(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _spokes(x, y, rng):
     dx, dy = _cell(x / 2, y / 2)
     return np.cos(6 * np.arctan2(dy, dx))
 
 
-def _blobs(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _blobs(x, y, rng):
     angle, phase = rng.uniform(0, 2 * np.pi, (2, 16, 1, 1))
     frequency = 2 * np.pi * rng.uniform(0.55, 0.95, (16, 1, 1))
     return np.cos(frequency * (np.cos(angle) * x + np.sin(angle) * y) + phase).sum(axis=0)
 
 
-def _triangles(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _triangles(x, y, rng):
     a, b = 0.9 * np.pi * x, 0.45 * np.pi * (x + np.sqrt(3) * y)
     return np.sin(a) * np.sin(b) * np.sin(a - b)
 
 
-def _crosses(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _crosses(x, y, rng):
     dx, dy = _cell(x / 1.5, y / 1.5, 0.5)
     a, b = np.abs(dx), np.abs(dy)
     return -np.minimum(np.maximum(a / 3, b), np.maximum(a, b / 3))
 
 
-_FAMILIES: dict[str, Callable[[np.ndarray, np.ndarray, np.random.Generator], np.ndarray]] = {
-    "stripes": _stripes,
-    "checks": _checks,
-    "rings": _rings,
-    "dots": _dots,
-    "zigzags": _zigzags,
-    "grids": _grids,
-    "spokes": _spokes,
-    "blobs": _blobs,
-    "triangles": _triangles,
-    "crosses": _crosses,
-}
-CLASSES: tuple[str, ...] = tuple(_FAMILIES)
+_FAMILIES = (_stripes, _checks, _rings, _dots, _zigzags, _grids, _spokes, _blobs, _triangles, _crosses)
+CLASSES = tuple(family.__name__.removeprefix("_") for family in _FAMILIES)
 
 
 def draw_image(seed: int, label: int, index: int) -> np.ndarray:
-    """Draws one image.
+    """Draws image `index` < 2**32 of the class `CLASSES[label]`: uint8 [48, 48, 3], RGB.
 
-    Args:
-        seed: of the whole set, 0 <= seed < 2**64.
-        label: the family, an index into CLASSES.
-        index: which image of the family, 0 <= index < 2**32.
-
-    Returns:
-        uint8 [48, 48, 3], RGB; a pure function of the arguments.
-
-    Raises:
-        UserError: an argument is outside its range.
+    A pure function of the arguments; `seed` < 2**64 is that of the whole set. Raises `UserError` for an argument out of
+    range.
     """
     if not (0 <= seed < 1 << 64 and 0 <= label < len(CLASSES) and 0 <= index < 1 << 32):
         raise UserError(
@@ -172,7 +145,7 @@ def draw_image(seed: int, label: int, index: int) -> np.ndarray:
     u, v = _AXIS[None, :] + warp[0], _AXIS[:, None] + warp[1]
     x = (np.cos(angle) * u - np.sin(angle) * v) / period + offset[0]
     y = (np.sin(angle) * u + np.cos(angle) * v) / period + offset[1]
-    pattern = _FAMILIES[CLASSES[label]](x, y, rng)
+    pattern = _FAMILIES[label](x, y, rng)
     luminance = np.empty(SIDE * SIDE)
     luminance[np.argsort(pattern, axis=None, kind="stable")] = _CURVE
     luminance *= _CONTRAST * rng.choice((-1.0, 1.0))
@@ -182,28 +155,14 @@ def draw_image(seed: int, label: int, index: int) -> np.ndarray:
 
 
 def draw_demo(
-    root: Path,
-    seed: int,
-    train_per_class: int = TRAIN_PER_CLASS,
-    val_per_class: int = VAL_PER_CLASS,
-    progress: Callable[[int, int], None] | None = None,
+    root: Path, seed: int, train_per_class: int = TRAIN_PER_CLASS, val_per_class: int = VAL_PER_CLASS
 ) -> None:
     """Writes the demo set: root/{train,val}/CLASS/00000.jpg, ... and root/demo.json.
 
-    The set is written to a hidden sibling folder and renamed, so root is either absent or whole. The same
-    arguments give the same bytes with the same numpy and Pillow. A root that already holds the set asked for
-    is left as it is.
-
-    Args:
-        root: folder to make; its parents are made too.
-        seed: of the set, 0 <= seed < 2**64.
-        train_per_class, val_per_class: images per family; the two parts are different draws.
-        progress: called as progress(images done, images in all) after every image.
-
-    Raises:
-        UserError: root exists and is another set, or an argument is outside its range.
+    The set is written to a hidden sibling folder and renamed, so `root` is either absent or whole. The same arguments
+    give the same bytes with the same numpy and Pillow. Leaves a root that holds the set asked for as it is; raises
+    `UserError` where it is another set, and for an argument out of range.
     """
-    root = Path(root)
     counts = {"train_per_class": train_per_class, "val_per_class": val_per_class}
     asked = {"version": VERSION, "seed": seed, **counts}
     if not all(0 <= count < _VAL_START for count in counts.values()):
@@ -214,7 +173,7 @@ def draw_demo(
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}.", suffix=".partial", dir=root.parent) as partial:
         whole = Path(partial) / root.name
-        _write_set(whole, asked, progress)
+        _write_set(whole, asked)
         try:
             whole.rename(root)
         except OSError:
@@ -223,23 +182,18 @@ def draw_demo(
             _require_equal(root, asked)  # another process was faster
 
 
-def _write_set(folder: Path, asked: dict[str, int], progress: Callable[[int, int], None] | None) -> None:
+def _write_set(folder, asked):
     """Writes train, val and demo.json into `folder`, which does not exist yet."""
-    parts = (("train", 0, asked["train_per_class"]), ("val", _VAL_START, asked["val_per_class"]))
-    done, total = 0, len(CLASSES) * sum(count for _, _, count in parts)
-    for part, start, count in parts:
+    for part, start, count in (("train", 0, asked["train_per_class"]), ("val", _VAL_START, asked["val_per_class"])):
         for label, name in enumerate(CLASSES):
             (folder / part / name).mkdir(parents=True)
             for index in range(count):
                 image = Image.fromarray(draw_image(asked["seed"], label, start + index))
                 image.save(folder / part / name / f"{index:05d}.jpg", quality=_QUALITY)
-                done += 1
-                if progress is not None:
-                    progress(done, total)
     (folder / NOTE).write_text(json.dumps(asked, indent=1) + "\n", encoding="ascii")
 
 
-def _require_equal(root: Path, asked: dict[str, int]) -> None:
+def _require_equal(root, asked):
     """Raises UserError unless root/demo.json holds what is asked."""
     advice = "name another folder, or delete this one"
     note = root / NOTE

@@ -4,6 +4,7 @@ Counter-based: a draw is a hash of its address, so it does not depend on the ord
 or of processes, and resuming needs no random state. Vectorised numpy; imports no torch.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,28 +19,13 @@ _CROP_ATTEMPTS = 10
 NO_JITTER = (1.0, 1.0, 1.0, 0.0)
 
 # The address of each draw within a view; a new one goes to the end, so that old runs keep theirs.
-_SLOTS = {
-    name: slot
-    for slot, name in enumerate(
-        (
-            "order",
-            "flip",
-            "jitter",
-            "brightness",
-            "contrast",
-            "saturation",
-            "hue",
-            "color_order",
-            "grayscale",
-            "blur",
-            "blur_sigma",
-            "solarize",
-            "probe",
-            "replacement",
-        )
-    )
-}
+_NAMES = """
+order flip jitter brightness contrast saturation hue color_order grayscale blur blur_sigma solarize probe replacement
+"""
+_SLOTS = {name: slot for slot, name in enumerate(_NAMES.split())}
 _CROP_SLOT = 1000
+# The orders of four colour operations, [24, 4].
+_PERMUTATIONS = np.array(list(itertools.permutations(range(4))))
 
 
 @dataclass(frozen=True)
@@ -185,11 +171,3 @@ def _mix(x):
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _permutations():
-    grid = np.array(np.meshgrid(*[range(4)] * 4, indexing="ij")).reshape(4, -1).T
-    return grid[[len(set(row)) == 4 for row in grid.tolist()]]
-
-
-_PERMUTATIONS = _permutations()

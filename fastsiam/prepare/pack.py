@@ -24,10 +24,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def pack(
-    source: ImageSource,
-    out: Path,
-    shard_bytes: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    source: ImageSource, out: Path, shard_bytes: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> int:
     """Packs all images but those that a scan excludes; returns the number of shards.
 

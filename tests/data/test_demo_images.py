@@ -163,36 +163,49 @@ def test_more_images_leave_the_first_ones_as_they_are(tmp_path):
     assert all(more[name] == few[name] for name in few if name.endswith(".jpg"))
 
 
-def test_progress_counts_every_image_and_a_whole_set_is_not_drawn_again(tmp_path):
-    calls = []
+@pytest.fixture
+def at_image(monkeypatch):
+    """Sets what happens before the image of a number, from 1 on, is drawn; returns the numbers drawn."""
+
+    def set_action(number, action):
+        drawn, real = [], draw_image
+
+        def draw(*arguments):
+            drawn.append(len(drawn) + 1)
+            if len(drawn) == number:
+                action()
+            return real(*arguments)
+
+        monkeypatch.setattr(demo_images, "draw_image", draw)
+        return drawn
+
+    return set_action
+
+
+def test_a_whole_set_is_not_drawn_again(tmp_path, at_image):
+    drawn = at_image(0, None)
     for _ in range(2):
-        draw_demo(tmp_path / "demo", 0, 2, 1, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(i, 30) for i in range(1, 31)]
+        draw_demo(tmp_path / "demo", 0, 2, 1)
+    assert len(drawn) == 30
     note = json.loads((tmp_path / "demo/demo.json").read_text())
     assert note == {"version": demo_images.VERSION, "seed": 0, "train_per_class": 2, "val_per_class": 1}
 
 
-def test_a_drawing_that_is_stopped_leaves_nothing(tmp_path):
-    def stop(done, total):
+def test_a_drawing_that_is_stopped_leaves_nothing(tmp_path, at_image):
+    def stop():
         assert not (tmp_path / "demo").exists()
-        if done == 12:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
+    at_image(12, stop)
     with pytest.raises(KeyboardInterrupt):
-        draw_demo(tmp_path / "demo", 0, 2, 1, progress=stop)
+        draw_demo(tmp_path / "demo", 0, 2, 1)
     assert list(tmp_path.iterdir()) == []
-    draw_demo(tmp_path / "demo", 0, 2, 1)
-    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
 
-def test_two_drawings_at_once_leave_one_whole_set(tmp_path):
+def test_two_drawings_at_once_leave_one_whole_set(tmp_path, at_image):
     root = tmp_path / "demo"
-
-    def other(done, total):
-        if done == 1:
-            draw_demo(root, 0, 1, 1)
-
-    draw_demo(root, 0, 1, 1, progress=other)
+    at_image(2, lambda: draw_demo(root, 0, 1, 1))
+    draw_demo(root, 0, 1, 1)
     assert len(digest(root)) == 21
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 

@@ -111,10 +111,7 @@ def test_damaged_and_absent_archives_are_refused(archive, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "headers", "code"),
-    [
-        ("x.jpg", {"path": "train/c\0t/x.jpg"}, "bad-name"),
-        ("train/cat/../../../x.jpg", {}, "leads-outside"),
-    ],
+    [("x.jpg", {"path": "train/c\0t/x.jpg"}, "bad-name"), ("train/cat/../../../x.jpg", {}, "leads-outside")],
 )
 def test_members_that_cannot_be_files_below_out_are_refused(tmp_path, name, headers, code):
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:

@@ -59,12 +59,7 @@ def view_graph(source, specs: list[ViewSpec], decoder: str, packed: bool, memory
 def resized(images, box, size: int):
     """`box`: float [4], top, left, bottom, right in pixels."""
     return fn.resize(
-        images,
-        size=(size, size),
-        roi_start=box[:2],
-        roi_end=box[2:],
-        interp_type=types.INTERP_LINEAR,
-        antialias=True,
+        images, size=(size, size), roi_start=box[:2], roi_end=box[2:], interp_type=types.INTERP_LINEAR, antialias=True
     )
 
 

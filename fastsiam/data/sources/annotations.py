@@ -11,24 +11,16 @@ _NAMES = (
     "metadata.jsonl", "metadata.csv", "metadata.tsv", "val_annotations.txt", "annotations.csv", "annotations.tsv",
     "annotations.txt", "labels.csv", "labels.tsv", "labels.txt", "train.csv",
 )  # fmt: skip
-# Names after the folder of the images.
-_OF_FOLDER = (
-    "{}.csv",
-    "{}.tsv",
-    "{}.txt",
-    "{}_labels.csv",
-    "{}_labels.txt",
-    "{}_annotations.csv",
-    "{}_annotations.txt",
-)
+# Ends of names that begin with the name of the images' folder.
+_OF_FOLDER = (".csv", ".tsv", ".txt", "_labels.csv", "_labels.txt", "_annotations.csv", "_annotations.txt")
 _GROUND_TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def places(root: Path) -> list[str]:
     """Returns names relative to `root` of possible files: in it, in its images/ and above it."""
     name = root.resolve().name
-    own = [form.format(name) for form in _OF_FOLDER]
-    return [*own, *_NAMES, *(f"images/{name}" for name in (*own, *_NAMES)), *(f"../{name}" for name in (*own, *_NAMES))]
+    names = [*(name + end for end in _OF_FOLDER), *_NAMES]
+    return [place + name for place in ("", "images/", "../") for name in names]
 
 
 def label_folder(root: Path, names: list[str]) -> Labelling:

@@ -44,11 +44,7 @@ def in_words(counts: Mapping[str, int], most: int = _SHOWN) -> str:
 
 
 def _singular(reason):
-    for many, one in (
-        ("onto themselves", "onto itself"),
-        ("that have", "that has"),
-        ("files", "file"),
-    ):
+    for many, one in (("onto themselves", "onto itself"), ("that have", "that has"), ("files", "file")):
         reason = reason.replace(many, one)
     return re.sub(
         r"^(dead |hidden |gzipped |compressed )?(link|folder|name|image|field|member|shard)s\b", r"\1\2", reason

@@ -47,7 +47,7 @@ def by_folder(names: Sequence[str]) -> Labelling | None:
 
     Images beside the folders have no label. Where they are the majority, no image has one.
     """
-    rest, beside = list(names), 0
+    rest = list(names)
     while True:
         firsts = [None if name is None or "/" not in name else name.partition("/")[0] for name in rest]
         counts = Counter(firsts)
@@ -55,14 +55,12 @@ def by_folder(names: Sequence[str]) -> Labelling | None:
         beside = len(names) - counts.total()
         if not counts or counts.total() <= beside:
             return None
-        if len(counts) > 1 and not are_splits(counts):
-            return by_values([first or "" for first in firsts], "by folder", sorted(counts))
         rest = [None if first is None else name[len(first) + 1 :] for first, name in zip(firsts, rest, strict=True)]
-        if not any(name is not None and "/" in name for name in rest):
-            # There are folders of splits only.
-            return (
-                by_values([first or "" for first in firsts], "by folder", sorted(counts)) if len(counts) > 1 else None
-            )
+        deepest = not any("/" in name for name in rest if name)
+        if len(counts) > 1 and (deepest or not are_splits(counts)):
+            return by_values([first or "" for first in firsts], "by folder", sorted(counts))
+        if deepest:
+            return None
 
 
 def by_cls(values: Sequence[str]) -> Labelling | None:

@@ -63,12 +63,7 @@ def test_what_pillow_decodes_is_an_image_whatever_its_extension(tmp_path):
 
 def test_what_is_not_an_image_is_counted_by_extension_and_texts_are_not_taken_for_pictures(tmp_path):
     put(tmp_path, "1.jpg")
-    texts = {
-        "BMW": b"BMW is a make of cars",
-        "P1": b"P1 of the list",
-        "README": b"II*",
-        "c.h": b"#define im_width 64",
-    }
+    texts = {"BMW": b"BMW is a make of cars", "P1": b"P1 of the list", "README": b"II*", "c.h": b"#define im_width 64"}
     for name, data in texts.items():
         put(tmp_path, name, data=data)
     put(tmp_path, "a.txt", "b.TXT", "film.mp4", "x.pdf", "odd.foo", data=b"%PDF-1.7 \n\5\1")
