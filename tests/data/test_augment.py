@@ -64,14 +64,9 @@ def color_matrix(factors, order=(0, 1, 2, 3), mean=(0.5, 0.5, 0.5), grayscale=Fa
 
 
 def torchvision_jitter(image, factors, order, functional):
-    operations = (
-        functional.adjust_brightness,
-        functional.adjust_contrast,
-        functional.adjust_saturation,
-        functional.adjust_hue,
-    )
+    names = ("brightness", "contrast", "saturation", "hue")
     for operation in order:
-        image = operations[operation](image, float(factors[operation]))
+        image = getattr(functional, f"adjust_{names[operation]}")(image, float(factors[operation]))
     return image
 
 
@@ -139,18 +134,6 @@ def test_matrix_color_clamps_once_at_the_end():
     torch.testing.assert_close(ours, expected.view(1, 3, 1, 1).expand(1, 3, 8, 8), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("spec", [EXACT, MATRIX], ids=lambda spec: spec.color)
-def test_contrast_is_about_the_grey_mean_of_each_crop(spec):
-    crops = torch.full((3, 8, 8, 3), 100, dtype=torch.uint8)
-    crops[0, :4], crops[1, :2], crops[2] = 140, 60, torch.tensor([100, 120, 90])
-    factors = np.tile(np.array([1, 0.7, 1, 0], np.float32), (3, 1))
-    ours = augment(crops, replace(untouched(3), factors=factors), spec, torch.float32)
-    means = (120, 90, 0.2989 * 100 + 0.587 * 120 + 0.114 * 90)
-    for row, mean in enumerate(means):
-        expected = (0.7 * crops[row].permute(2, 0, 1) + 0.3 * mean) / 255
-        torch.testing.assert_close(ours[row], expected, atol=2e-5, rtol=0)
-
-
 @pytest.mark.parametrize("grayscale", [False, True])
 def test_color_matrix_is_the_chain_of_its_operations(grayscale):
     generator = torch.Generator().manual_seed(0)
@@ -197,30 +180,6 @@ def test_hue_matrix_turns_the_way_of_hsv(turn):
     assert torch.nn.functional.cosine_similarity(by_hsv, by_matrix, dim=0).mean() > 0.6
 
 
-@pytest.mark.parametrize("start", [0, 1, 2])
-def test_a_third_of_a_hue_turn_makes_red_green_green_blue_and_blue_red(start):
-    linear, _ = color_matrix((1, 1, 1, 1 / 3))
-    assert linear[:, start].argmax() == (start + 1) % 3
-
-
-def test_blur_is_torchvisions_with_thirteen_taps():
-    crops = make_crops(12)
-    sigma = np.linspace(0.1, 2.0, 12).astype(np.float32)
-    ours = augment(crops, replace(untouched(12), sigma=sigma), EXACT, torch.float32)
-    for row, crop in enumerate(crops):
-        theirs = TF.gaussian_blur(crop.permute(2, 0, 1).float() / 255, 13, float(sigma[row]))
-        torch.testing.assert_close(ours[row], theirs, atol=1e-6, rtol=0)
-
-
-def test_flip_mirrors_left_and_right():
-    crops = make_crops(6)
-    flip = np.array([True, False, True, True, False, True])
-    ours = augment(crops, replace(untouched(6), flip=flip), EXACT, torch.float32)
-    for row, crop in enumerate(crops):
-        expected = crop.flip(1) if flip[row] else crop
-        torch.testing.assert_close(ours[row], expected.permute(2, 0, 1) / 255, atol=1e-7, rtol=0)
-
-
 def test_solarize_inverts_from_one_half_up():
     crops = torch.tensor([0, 127, 128, 255], dtype=torch.uint8).view(1, 2, 2, 1).repeat(2, 4, 4, 3)
     ours = augment(crops, replace(untouched(2), solarize=np.array([True, False])), EXACT, torch.float32)
@@ -252,12 +211,14 @@ def test_views_are_normalised_per_channel_after_all_else():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", [EXACT, MATRIX], ids=lambda spec: spec.color)
-def test_views_are_channels_last_in_memory_whatever_was_drawn(spec, dtype):
-    everything = replace(spec, flip=1.0, jitter=1.0, grayscale=1.0, blur=1.0, solarize=1.0)
+def test_views_are_channels_last_in_memory_of_their_own_whatever_was_drawn(spec, dtype):
+    everything, crops = replace(spec, flip=1.0, jitter=1.0, grayscale=1.0, blur=1.0, solarize=1.0), make_crops(8)
     for draws in (untouched(8), *(augment_draws(s, 0, 0, np.arange(8), 0) for s in (spec, everything))):
-        views = augment(make_crops(8), draws, spec, dtype)
+        views = augment(crops, draws, spec, dtype)
         assert views.stride() == (768, 1, 48, 3)
         assert views.dtype == dtype
+        views.add_(1)
+        assert torch.equal(crops, make_crops(8))
 
 
 @pytest.mark.parametrize(
@@ -301,14 +262,3 @@ def test_a_view_does_not_depend_on_its_batch(spec):
         alone = AugmentDraws(**{name: getattr(draws, name)[row : row + 1] for name in draws.__dataclass_fields__})
         view = augment(crops[row : row + 1], alone, spec, torch.float32)
         torch.testing.assert_close(view[0], views[row], atol=1e-6, rtol=0)
-
-
-@pytest.mark.parametrize("spec", [EXACT, MATRIX], ids=lambda spec: spec.color)
-def test_crops_stay_as_they_are(spec):
-    crops = make_crops(8)
-    before = crops.clone()
-    everything = replace(spec, flip=1.0, jitter=1.0, grayscale=1.0, blur=1.0, solarize=1.0)
-    for draws in (untouched(8), augment_draws(everything, 0, 0, np.arange(8), 0)):
-        views = augment(crops, draws, spec, torch.float32)
-        views.add_(1)
-        assert (crops == before).all()

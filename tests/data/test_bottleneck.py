@@ -36,23 +36,18 @@ def test_below_a_tenth_nothing_is_said():
 
 
 @pytest.mark.parametrize(
-    ("idle", "cores", "expected"),
+    ("idle", "cores", "workers", "expected"),
     [
-        (8.6, 16, "set data.workers=12 (now 4)"),
-        (14.0, 16, "set data.workers=16 (now 4)"),
-        (1.0, 5, "set data.workers=5 (now 4)"),
+        (8.6, 16, 4, "set data.workers=12 (now 4)"),
+        (14.0, 16, 4, "set data.workers=16 (now 4)"),
+        (1.0, 5, 4, "set data.workers=5 (now 4)"),
+        # Step and loader share the two cores of a small machine; idle ones that are not there do not count.
+        (1.9, 2, 2, "set data.backend=resident data.store_size=256"),
+        (1.9, 2, 3, "set data.backend=resident data.store_size=256"),
     ],
 )
-def test_idle_cores_get_workers_but_no_more_than_there_are(idle, cores, expected):
-    assert action(Window(0.4, idle, 0.0), cores=cores) == expected
-
-
-def test_more_workers_than_cores_are_never_advised():
-    """Step and loader share the two cores of a small machine; idle ones that are not there do not count."""
-    for workers in (2, 3):
-        assert (
-            action(Window(0.4, 1.9, 0.0), cores=2, workers=workers) == "set data.backend=resident data.store_size=256"
-        )
+def test_idle_cores_get_workers_but_no_more_than_there_are(idle, cores, workers, expected):
+    assert action(Window(0.4, idle, 0.0), cores=cores, workers=workers) == expected
 
 
 def test_a_slow_disk_is_told_by_waiting_for_it():

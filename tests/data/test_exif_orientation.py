@@ -6,14 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastsiam.data.backends.base import CropRequest
-from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.decode import decode
 from fastsiam.data.sources.image_header import ODD, read_header
 from fastsiam.data.sources.open import open_source
 from tests.support.ffcv_files import beton_of
 from tests.support.images import exif_block, smooth
-from tests.support.loaders import CPU
+from tests.support.loaders import squashed
 
 SIZE = 24
 FORMATS = {
@@ -59,18 +57,10 @@ def test_the_headers_say_the_size_that_is_shown(turned):
 def test_every_backend_turns_as_pil_does(turned, backend):
     """Levels of 255: one for the filter's rounding, one for another decoder."""
     source, shown = turned
-    everything = np.arange(len(source))
-    if backend == "ffcv":
-        source = beton_of(source.root, "raw")
-    source = dataclasses.replace(source, kinds=source.kinds.copy())
-    store = (SIZE,) if backend == "resident" else ()
-    opened = open_backend(backend, source, (SIZE,), len(source), 0 if backend == "pil" else 1, CPU, *store)
-    sizes = source.sizes(everything)
-    request = CropRequest(everything, (np.concatenate([np.zeros_like(sizes), sizes], 1)[None],), sizes)
-    ((_, (crops,)),) = opened.crops([request])
-    opened.close()
+    source = beton_of(source.root, "raw") if backend == "ffcv" else source
+    crops = squashed(dataclasses.replace(source, kinds=source.kinds.copy()), backend, SIZE)
     expected = np.stack([image.resize((SIZE, SIZE), Image.Resampling.BILINEAR) for image in shown]).astype(int)
-    assert np.abs(crops.numpy() - expected).max() <= 2
+    assert np.abs(crops - expected).max() <= 2
 
 
 DAMAGED = {

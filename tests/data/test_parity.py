@@ -5,7 +5,6 @@ import functools
 import json
 import struct
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import PIL
@@ -14,40 +13,26 @@ import torch
 from PIL import Image
 
 from fastsiam.config import load_config
-from fastsiam.config.views import RECIPES, ViewGroup
 from fastsiam.data import rng
 from fastsiam.data.backends.base import CropRequest
 from fastsiam.data.backends.choose import open_backend
-from fastsiam.data.loader import EvaluationLoader, Loader
+from fastsiam.data.loader import EvaluationLoader
 from fastsiam.data.sources.image_header import ODD, PLAIN
 from fastsiam.data.sources.open import open_source
 from fastsiam.train import opened as opened_run
 from tests.support.ffcv_files import beton_of
 from tests.support.images import exif_block, smooth
-
-SIZE = 24
-CPU = torch.device("cpu")
-SPEC = dataclasses.replace(RECIPES["simsiam"], size=SIZE)
-
-# A backend a line: (source, sizes, batch size) to the opened backend.
-BACKENDS = {
-    "dali": lambda *what: open_backend("dali", *what, 1, CPU),
-    "pil": lambda *what: open_backend("pil", *what, 0, CPU),
-}
-OTHERS = [name for name in BACKENDS if name != "pil"]
-# At least the longest side of `photos` and `maps`: a store of this size loses nothing but to rounding.
-STORE = 240
+from tests.support.loaders import CPU, SIZE, SPEC, make
 
 
-def opened(backend, root, size, batch_size):
-    """The images of a folder as the backend reads them, and the backend for two views; .betons hold pixels."""
-    if backend == "ffcv":
-        source = beton_of(Path(root), "raw")
-        return source, open_backend("ffcv", source, (size,), batch_size, 1, CPU)
-    source = open_source(root)
-    if backend == "resident":
-        return source, open_backend("resident", source, (size,), batch_size, 1, CPU, STORE)
-    return source, BACKENDS[backend](source, (size,), batch_size)
+def opened(backend, source):
+    """The backend for a batch of all images."""
+    return open_backend(backend, source, (SIZE,), len(source), 0 if backend == "pil" else 1, CPU)
+
+
+def made_of(backend, root, **options):
+    """A loader of the images of a folder; .betons hold pixels."""
+    return make(beton_of(root, "raw") if backend == "ffcv" else root, backend, **options)
 
 
 def turned(orientation):
@@ -145,9 +130,9 @@ def crops_of(kinds):
         for epoch in range(8):
             boxes = [rng.crop_boxes(SPEC, 0, epoch, everything, view, sizes) for view in (0, 1)]
             requests.append(CropRequest(everything, (np.stack(boxes),), sizes))
-        opened = BACKENDS[backend](kinds, (SIZE,), len(kinds))
-        found = torch.stack([crops for _, (crops,) in opened.crops(requests)])
-        opened.close()
+        decoder = opened(backend, kinds)
+        found = torch.stack([crops for _, (crops,) in decoder.crops(requests)])
+        decoder.close()
         return found.view(8, 2, len(kinds), SIZE, SIZE, 3).float()
 
     return crops
@@ -158,12 +143,11 @@ def test_the_header_tells_what_every_decoder_reads_alike(kinds, name):
     assert kinds.kinds[place(kinds, name)] == KINDS[name][2]
 
 
-@pytest.mark.parametrize("backend", OTHERS)
 @pytest.mark.parametrize("name", KINDS)
-def test_crops_of_each_kind_of_file_are_pils(kinds, crops_of, backend, name):
+def test_dalis_crops_of_each_kind_of_file_are_pils(kinds, crops_of, name):
     """Levels of 255: one for the filter's rounding, one for another JPEG decoder; measured 1 and 0.08 to 0.16."""
     row = place(kinds, name)
-    difference = (crops_of(backend)[:, :, row] - crops_of("pil")[:, :, row]).abs()
+    difference = (crops_of("dali")[:, :, row] - crops_of("pil")[:, :, row]).abs()
     assert difference.max() <= 2
     assert difference.mean() < 0.3
 
@@ -197,67 +181,64 @@ def boxes_seen(crops):
     return np.array(found)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "ffcv", "resident"])
+@pytest.mark.parametrize("backend", ["dali", "pil", "ffcv", "resident"])
 def test_the_same_seed_gives_the_same_order_and_boxes(maps, backend):
     """Boxes are read from the pixels of what was delivered: rounding them to levels costs up to a pixel and a half."""
-    source, made_of = opened(backend, str(maps), SIZE, 4)
     plain = dataclasses.replace(
         SPEC, flip=0.0, jitter=0.0, grayscale=0.0, blur=0.0, mean=(0.0,) * 3, std=(1 / 255,) * 3, color="matrix"
     )
-    made = Loader(source, (ViewGroup(2, plain),), made_of, batch_size=4, seed=3, dtype=torch.float32)
+    made = made_of(backend, maps, spec=plain, batch_size=4, seed=3)
     for epoch in (0, 5):
         batches = list(made.epoch(epoch))
         indices = np.concatenate([batch.indices for batch in batches])
         assert indices.tolist() == rng.epoch_order(3, epoch, 8).tolist()
         for batch in batches:
-            sizes = source.sizes(batch.indices)
+            sizes = made.source.sizes(batch.indices)
             asked = [rng.crop_boxes(plain, 3, epoch, batch.indices, view, sizes) for view in (0, 1)]
             seen = boxes_seen(batch.views[0].permute(0, 2, 3, 1))
             assert np.abs(seen - np.concatenate(asked)).max() < 1.5
-    made_of.close()
+    made.close()
 
 
 @functools.cache
 def statistics(backend, color, root):
     """Mean [3] and covariance [3, 3] of the pixels of 2,048 views."""
-    spec = dataclasses.replace(SPEC, size=16, color=color)
-    source, made_of = opened(backend, root, 16, 16)
-    made = Loader(source, (ViewGroup(2, spec),), made_of, batch_size=16, seed=1, dtype=torch.float32)
+    made = made_of(backend, root, spec=dataclasses.replace(SPEC, size=16, color=color), batch_size=16, seed=1)
     views = torch.cat([batch.views[0] for epoch in range(64) for batch in made.epoch(epoch)])
-    made_of.close()
+    made.close()
     assert len(views) == 2048
     pixels = views.permute(1, 0, 2, 3).reshape(3, -1).double()
     return pixels.mean(1), torch.cov(pixels)
 
 
-@pytest.mark.parametrize("backend", [*OTHERS, "ffcv", "resident"])
+@pytest.mark.parametrize("backend", ["dali", "ffcv", "resident"])
 @pytest.mark.parametrize("color", ["matrix", "exact"])
 def test_delivered_pixels_have_pils_mean_and_covariance(photos, backend, color):
     """In units of the normalised pixel, where a level of 255 is 0.02; measured 0.00003 and 0.0001.
 
     Resident's pixels have been through a filter once more, on their way into the store: measured 0.0002 and 0.002.
     """
-    mean, covariance = statistics(backend, color, str(photos))
-    expected_mean, expected_covariance = statistics("pil", color, str(photos))
+    mean, covariance = statistics(backend, color, photos)
+    expected_mean, expected_covariance = statistics("pil", color, photos)
     bound = 0.005 if backend == "resident" else 0.0005
     assert (mean - expected_mean).abs().max() < bound
     assert (covariance / expected_covariance - 1).abs().max() < bound
     assert covariance.diagonal().min() > 0.3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["dali", "pil"])
 def test_evaluation_decodes_as_training_does(kinds, backend):
     """The same box of the same file, asked for by training and by evaluation, bit for bit."""
     everything = np.arange(len(kinds))
-    opened = BACKENDS[backend](kinds, (SIZE,), len(kinds))
+    decoder = opened(backend, kinds)
     plain = dataclasses.replace(SPEC, mean=(0.0,) * 3, std=(1 / 255,) * 3)
-    made = EvaluationLoader(kinds, plain, opened, batch_size=len(kinds), crop_ratio=0.8, dtype=torch.float32)
+    made = EvaluationLoader(kinds, plain, decoder, batch_size=len(kinds), crop_ratio=0.8, dtype=torch.float32)
     (batch,) = made.batches()
     sizes = kinds.sizes(everything)
     request = CropRequest(everything, (rng.center_boxes(sizes, 0.8)[None],), sizes)
-    ((_, (crops,)),) = BACKENDS[backend](kinds, (SIZE,), len(kinds)).crops([request])
+    ((_, (crops,)),) = opened(backend, kinds).crops([request])
     assert (batch.images.permute(0, 2, 3, 1).round() == crops).all()
-    opened.close()
+    decoder.close()
 
 
 # What the first words of a backend's description are, and what else names its decoder.

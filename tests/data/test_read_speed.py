@@ -79,10 +79,4 @@ def test_a_folder_without_images(tmp_path):
 
 def test_network_file_systems():
     names = ("nfs4", "lustre", "9p", "fuse.sshfs", "fuse.gcsfuse", "ext4", "overlay", "tmpfs", "fuse.fuse-overlayfs")
-    assert [name for name in names if read_speed.is_network(name)] == [
-        "nfs4",
-        "lustre",
-        "9p",
-        "fuse.sshfs",
-        "fuse.gcsfuse",
-    ]
+    assert tuple(name for name in names if read_speed.is_network(name)) == names[:5]

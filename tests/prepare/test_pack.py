@@ -13,9 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from fastsiam.config.views import RECIPES, ViewGroup
-from fastsiam.data.backends.choose import open_backend
-from fastsiam.data.loader import Loader
 from fastsiam.data.sources.image_header import UNKNOWN, UNWANTED
 from fastsiam.data.sources.index_cache import PACK_INCOMPLETE, PACK_INDEX
 from fastsiam.data.sources.open import open_source
@@ -23,6 +20,7 @@ from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.prepare import pack
 from fastsiam.prepare.__main__ import main
+from tests.support.loaders import make
 from tests.support.refusals import refused, refuses
 from tests.support.tars import shard
 
@@ -66,13 +64,10 @@ def test_others_read_the_shards(photos, packed):
 def test_views_from_a_pack_are_those_from_the_folder(photos, packed, backend):
     views = []
     for location in (photos, packed):
-        source = open_source(str(location))
-        opened = open_backend(backend, source, (24,), 8, 1 if backend == "dali" else 0, torch.device("cpu"))
-        spec = RECIPES["demo"]
-        made = Loader(source, (ViewGroup(2, spec),), opened, batch_size=8, seed=0, dtype=torch.float32)
+        made = make(location, backend, batch_size=8)
         batches = list(made.epoch(0))
         views.append([(batch.indices.tolist(), batch.labels.tolist(), batch.views[0]) for batch in batches])
-        opened.close()
+        made.close()
     assert len(views[0]) == 2
     for (indices, labels, one), (packed_indices, packed_labels, other) in zip(*views, strict=True):
         assert (indices, labels) == (packed_indices, packed_labels)
@@ -117,13 +112,11 @@ def test_an_image_that_a_shard_no_longer_holds_is_named(packed, backend):
     shards = sorted(packed.glob("*.tar"))
     last = int(source.packed.offset[-1])
     os.truncate(shards[-1], last + 100)
-    opened = open_backend(backend, source, (24,), 16, 1 if backend == "dali" else 0, torch.device("cpu"))
-    spec = RECIPES["demo"]
-    made = Loader(source, (ViewGroup(2, spec),), opened, batch_size=16, seed=0, dtype=torch.float32)
+    made = make(source, backend, batch_size=16)
     name = f"{shards[-1].name}/{os.fsdecode(source.names[-1])}"
     with pytest.raises(UserError, match=re.escape(name)):
         list(made.epoch(0))
-    opened.close()
+    made.close()
 
 
 def test_an_interrupted_pack_is_refused_by_runs_and_started_again(photos, tmp_path, monkeypatch):

@@ -3,19 +3,13 @@
 import io
 import os
 import shutil
-import struct
 import sys
-import zlib
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from fastsiam.config.views import RECIPES, ViewGroup
-from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.build import build_loader
-from fastsiam.data.loader import Loader
 from fastsiam.data.sources import open as sources
 from fastsiam.data.sources import scan_manifest
 from fastsiam.data.sources import source as source_module
@@ -25,6 +19,7 @@ from fastsiam.data.sources.open import open_source
 from fastsiam.prepare import scan
 from fastsiam.prepare.__main__ import main
 from fastsiam.prepare.pack import pack
+from tests.support.loaders import make
 from tests.support.refusals import refused, refuses
 from tests.support.tiffs import tiff_of
 
@@ -92,12 +87,8 @@ def test_each_file_gets_its_verdict(folder):
     rows = scanned(folder)
     found = {row.name.decode(): (row.verdict, row.kind, (row.height, row.width)) for row in rows}
     assert found == {name: tuple(expected) for name, (_, *expected) in files().items()}
-    assert {row.verdict for row in rows} == set(scan_manifest.VERDICTS) - {
-        "unreadable",
-        "not supported",
-        "32-bit",
-        "float",
-    }
+    others = {"unreadable", "not supported", "32-bit", "float"}
+    assert {row.verdict for row in rows} == set(scan_manifest.VERDICTS) - others
     assert [row.file_size for row in rows] == [len(data) for data, *_ in files().values()]
     assert scan_manifest.read_rows(scan_manifest.default_path(cache_folder(folder))) == rows
 
@@ -110,22 +101,6 @@ def test_a_whole_file_that_nobody_decodes_is_not_called_truncated(tmp_path, monk
     source = sources.open_unscanned(str(tmp_path), "scan")
     verdicts = [row.verdict for row in scan.scan(source, tmp_path / "out.tsv", workers=0)]
     assert verdicts == ["not supported" if name != b"cut.tif" else "truncated" for name in source.names.tolist()]
-
-
-def test_a_file_of_16_bits_a_colour_is_told_from_one_of_8(tmp_path):
-    """Pillow's mode is RGB for both, and it writes only the one of 8: this one is put together by hand."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    for bits in (8, 16):
-        rows = np.random.default_rng(0).integers(0, 256, (4, 4 * 3 * bits // 8), np.uint8)
-        data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-        head = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, bits, 2, 0, 0, 0))
-        png = b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-        (tmp_path / f"{bits:02d}.png").write_bytes(png)
-    rows = scan.scan(open_source(str(tmp_path)), tmp_path / "found.tsv", workers=0)
-    assert [(row.verdict, row.kind) for row in rows] == [("ok", PLAIN), ("16-bit", ODD)]
 
 
 @pytest.mark.slow
@@ -213,12 +188,9 @@ def test_runs_find_the_manifest_and_read_no_header_that_it_holds(folder, monkeyp
 @pytest.mark.parametrize("backend", ["dali", "pil"])
 def test_images_that_a_scan_excludes_are_not_used_and_not_counted(folder, backend):
     rows = scanned(folder)
-    source = open_source(str(folder))
-    opened = open_backend(backend, source, (16,), 8, 1 if backend == "dali" else 0, torch.device("cpu"))
-    spec = RECIPES["demo"]
-    made = Loader(source, (ViewGroup(2, spec),), opened, batch_size=8, seed=0, dtype=torch.float32)
+    made = make(folder, backend, batch_size=8)
     used = np.concatenate([batch.indices for epoch in range(4) for batch in made.epoch(epoch)])
-    opened.close()
+    made.close()
     assert len(used) == 4 * 16
     assert {rows[index].verdict for index in used} == {"ok", "CMYK", "16-bit", "greyscale", "animated"}
     assert made.skip.found == {}

@@ -1,6 +1,5 @@
 """ffcv's own: pixels, one decoding an image, nothing left behind. The contract is in test_loader.py."""
 
-import dataclasses
 import os
 import shutil
 import sys
@@ -13,36 +12,25 @@ import pytest
 import torch
 
 from fastsiam.config import load_config
-from fastsiam.config.views import RECIPES, ViewGroup
 from fastsiam.data import rng
 from fastsiam.data.backends import choose
 from fastsiam.data.backends.choose import open_backend
-from fastsiam.data.loader import Loader
 from fastsiam.data.sources.beton import index_path
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.prepare.ffcv import write_beton
 from fastsiam.train import pretrain
 from tests.support.ffcv_files import beton_of, stored_images
+from tests.support.loaders import CPU, SIZE, crops_of, make
 from tests.support.processes import run_python
 
-SIZE = 24
-SPEC = dataclasses.replace(RECIPES["simsiam"], size=SIZE)
-CPU = torch.device("cpu")
 
-
-def make(source, batch_size=5, backend="ffcv"):
-    opened = open_backend(backend, source, (SIZE,), batch_size, 0 if backend == "pil" else 2, CPU)
-    return Loader(source, (ViewGroup(2, SPEC),), opened, batch_size=batch_size, seed=0, dtype=torch.float32)
-
-
-def crops_of(source, backend="ffcv", epoch=0):
-    made = make(source, backend=backend)
-    return torch.cat([crops for _, (crops,) in made.backend.crops(made._requests(epoch, 0, deque()))]).float()
+def levels(source, backend="ffcv"):
+    return crops_of(make(source, backend)).float()
 
 
 def test_crops_of_the_same_pixels_are_pils_within_one_level(photos):
-    difference = (crops_of(beton_of(photos, "raw")) - crops_of(open_source(str(photos)), "pil")).abs()
+    difference = (levels(beton_of(photos, "raw")) - levels(open_source(str(photos)), "pil")).abs()
     assert difference.max() <= 1
     assert difference.mean() < 0.2
 
@@ -51,7 +39,7 @@ def test_crops_of_jpegs_are_near_pils_of_the_same_jpegs(photos, tmp_path):
     """The difference is libjpeg-turbo's fast DCT, 0.8 darker on average; with the exact one there is none."""
     for index, (_, jpeg) in enumerate(stored_images(beton_of(photos, "jpg").root)[0]):
         (tmp_path / f"{index:02d}.jpg").write_bytes(jpeg)
-    difference = crops_of(beton_of(photos, "jpg")) - crops_of(open_source(str(tmp_path)), "pil")
+    difference = levels(beton_of(photos, "jpg")) - levels(open_source(str(tmp_path)), "pil")
     assert -1.0 < difference.mean() < -0.6
     assert difference.abs().mean((1, 2, 3)).max() < 1.5
     assert difference.abs().max() <= 8
@@ -60,11 +48,11 @@ def test_crops_of_jpegs_are_near_pils_of_the_same_jpegs(photos, tmp_path):
 def test_boxes_are_those_of_the_originals_however_far_they_were_shrunk(photos):
     """Photos of 40 to 200 px, shrunk to 80: the boxes are scaled with the images, in fractions of a pixel."""
     source = beton_of(photos, "raw", 80)
-    request = next(make(source)._requests(0, 0, deque()))
-    expected = next(make(open_source(str(photos)), backend="pil")._requests(0, 0, deque()))
+    request = next(make(source, "ffcv")._requests(0, 0, deque()))
+    expected = next(make(photos, "pil")._requests(0, 0, deque()))
     assert (request.boxes[0] == expected.boxes[0]).all()
     assert max(max(pixels.shape) for _, pixels in stored_images(source.root)[0]) == 80
-    difference = (crops_of(source) - crops_of(open_source(str(photos)), "pil")).abs()
+    difference = (levels(source) - levels(open_source(str(photos)), "pil")).abs()
     assert difference.mean() < 2.0
 
 
@@ -72,10 +60,10 @@ def test_each_image_is_decoded_once_for_both_views(photos, monkeypatch):
     """The loop as Python runs it, with decodings counted; compiled, it is the same code."""
     from fastsiam.data.backends import ffcv
 
-    compiled, calls = crops_of(beton_of(photos, "jpg")), []
+    compiled, calls = levels(beton_of(photos, "jpg")), []
     monkeypatch.setattr(ffcv, "_decode_jpeg", lambda *a: calls.append(a[2:4]) or ffcv.imdecode(*a))
     monkeypatch.setattr(ffcv, "_decode_once", ffcv._decode_once.py_func)
-    interpreted = crops_of(beton_of(photos, "jpg"))
+    interpreted = levels(beton_of(photos, "jpg"))
     source = beton_of(photos, "jpg")
     order = rng.epoch_order(0, 0, 16)[:15]
     assert sorted(calls) == sorted(tuple(size) for size in source.image_sizes[order].tolist())
@@ -88,7 +76,7 @@ def test_epochs_left_early_or_not_leave_neither_threads_nor_memory(photos, monke
 
     decoding, real = set(), ffcv._decode_once
     monkeypatch.setattr(ffcv, "_decode_once", lambda *a: decoding.add(threading.current_thread()) or real(*a))
-    made = make(beton_of(photos, "mixed"), batch_size=2)
+    made = make(beton_of(photos, "mixed"), "ffcv", batch_size=2, workers=2)
 
     def epochs(numbers):
         for number in numbers:
@@ -123,7 +111,7 @@ def test_leaving_early_waits_for_what_still_writes_to_the_buffers(photos, monkey
         real(*arguments)
         running.pop()
 
-    made = make(beton_of(photos, "jpg"), batch_size=4)
+    made = make(beton_of(photos, "jpg"), "ffcv", batch_size=4, workers=2)
     monkeypatch.setattr(ffcv, "_decode_once", slow)
     leaving = made.backend.crops(made._requests(1, 0, deque()))
     next(leaving)
@@ -135,9 +123,7 @@ def test_leaving_early_waits_for_what_still_writes_to_the_buffers(photos, monkey
 
 @pytest.mark.parametrize("num_views", [1, 2])
 def test_crops_that_are_kept_do_not_change(photos, num_views):
-    made = make(beton_of(photos, "mixed"), batch_size=2)
-    made.groups = (made.groups[0]._replace(count=num_views),)
-    made.backend = open_backend("ffcv", made.source, (SIZE,), 2, 2, CPU)
+    made = make(beton_of(photos, "mixed"), "ffcv", batch_size=2, count=num_views, workers=2)
     kept = [(crops, crops.clone()) for _, (crops,) in made.backend.crops(made._requests(0, 0, deque()))]
     assert len(kept) == 8
     assert all(torch.equal(crops, then) for crops, then in kept)
@@ -173,7 +159,7 @@ def test_a_jpeg_damaged_after_writing_is_named(photos, tmp_path):
         file.write(b"\xff\xd9" * (int(source.file_sizes[9]) // 4))
     name = open_source(str(path)).name(9)
     with pytest.raises(UserError, match=f"{name} cannot be decoded: its JPEG in {path} is damaged"):
-        list(make(open_source(str(path)), batch_size=16).epoch(0))
+        list(make(open_source(str(path)), "ffcv", batch_size=16).epoch(0))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 from fastsiam.data.sources.open import open_source
 from fastsiam.kernels import crop_triton
 from tests.support.lanes import LateLane
-from tests.support.loaders import CPU, SIZE, count_decoders, make
+from tests.support.loaders import CPU, SIZE, count_decoders, crops_of, make
 
 pytestmark = pytest.mark.usefixtures("resident_cache")
 
@@ -46,9 +46,7 @@ def test_the_graph_for_a_gpu_crops_as_pil_does(scenes, monkeypatch):
     decoders = count_decoders(monkeypatch)
     loaders = [make(scenes, backend, batch_size=10) for backend in ("dali", "pil")]
     on_a_gpu(monkeypatch, loaders[0])
-    found, expected = (
-        torch.cat([crops for _, (crops,) in made.backend.crops(made._requests(0, 0, deque()))]) for made in loaders
-    )
+    found, expected = map(crops_of, loaders)
     assert decoders == [("image", "cpu")]
     difference = (found.int() - expected.int()).abs()
     ring = torch.ones(SIZE, SIZE, dtype=torch.bool)

@@ -13,7 +13,7 @@ from PIL import Image
 import fastsiam
 from fastsiam.config import load_config
 from fastsiam.config.views import ViewGroup
-from fastsiam.data import build, rng
+from fastsiam.data import build
 from fastsiam.data.backends import choose, decoded_cache, pil, resident
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import EvaluationLoader, Loader
@@ -22,7 +22,7 @@ from fastsiam.data.sources.image_header import PLAIN, UNREADABLE, UNWANTED
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.kernels.crop_numba import crop_on_cpu
-from tests.support.loaders import SPEC, make
+from tests.support.loaders import SPEC
 from tests.support.processes import REPOSITORY
 from tests.support.refusals import refuses
 from tests.support.runs import lines
@@ -57,14 +57,18 @@ def tiles(tmp_path):
     return root
 
 
-def open_resident(source, store_size, size=24, device=CPU):
-    return open_backend("resident", source, (size,), 4, 0, device, store_size)
+def open_resident(source, store_size, size=24):
+    return open_backend("resident", source, (size,), 4, 0, CPU, store_size)
+
+
+def loader_of(source, backend, spec=SPEC, batch_size=4, skip=None):
+    groups = (ViewGroup(2, spec),)
+    return Loader(source, groups, backend, batch_size=batch_size, seed=0, dtype=torch.float32, skip=skip)
 
 
 def crops_of(source, backend, size):
     """Requests of an epoch and the crops [V, N, S, S, 3] that come for them."""
-    spec = dataclasses.replace(SPEC, size=size)
-    made = Loader(source, (ViewGroup(2, spec),), backend, batch_size=4, seed=0, dtype=torch.float32)
+    made = loader_of(source, backend, spec=dataclasses.replace(SPEC, size=size))
     requests = list(made._requests(0, 0, deque()))
     return [
         (request, crops.view(2, -1, size, size, 3))
@@ -115,12 +119,6 @@ def test_the_store_keeps_the_geometry(tmp_path):
     off = differences(tmp_path, 80, 40)
     assert off.mean((2, 3)).abs().max() < 0.3
     assert off.abs().max() <= 2
-
-
-def test_boxes_are_scaled_each_way():
-    boxes = np.array([[[10, 20, 30, 40]], [[0, 0, 50, 200]]], np.int32)
-    found = resident.boxes_in_store(boxes, np.array([[50, 200]], np.int32), 100)
-    assert found.tolist() == [[[20, 10, 60, 20]], [[0, 0, 100, 100]]]
 
 
 def test_a_second_start_decodes_nothing_and_opens_no_file(photos, tmp_path, decoded):
@@ -217,7 +215,7 @@ def test_files_that_cannot_be_decoded_are_named_when_they_are_asked_for(photos, 
         backend = open_resident(source, 48)
         said = []
         skip = SkipList(16, 0.2, report=lambda index, reason, count, said=said: said.append((index, reason)))
-        made = Loader(source, (ViewGroup(2, SPEC),), backend, batch_size=4, seed=0, dtype=torch.float32, skip=skip)
+        made = loader_of(source, backend, skip=skip)
         # No box is drawn for an image without a size.
         with np.errstate(invalid="raise", divide="raise"):
             delivered = np.concatenate([batch.indices for batch in made.epoch(0)])
@@ -225,10 +223,7 @@ def test_files_that_cannot_be_decoded_are_named_when_they_are_asked_for(photos, 
         assert not np.isin(delivered, bad).any()
         assert sorted(index for index, _ in said) == bad
         assert all("cannot be decoded" in reason for _, reason in said)
-        junk_known = SkipList(16, 0.0, np.arange(16) == bad[0])
-        strict = Loader(
-            source, (ViewGroup(2, SPEC),), backend, batch_size=16, seed=0, dtype=torch.float32, skip=junk_known
-        )
+        strict = loader_of(source, backend, batch_size=16, skip=SkipList(16, 0.0, np.arange(16) == bad[0]))
         with pytest.raises(UserError, match="class2/10.jpg cannot be decoded"):
             list(strict.epoch(0))
     # 15 have a header that can be read; each was tried once, but for those of the batch that was asked for again.
@@ -339,11 +334,3 @@ def test_a_run_computes_what_one_that_decodes_every_time_does(tiny, tmp_path):
         losses[-1].append(result.knn_top1)
     assert len(losses[0]) == 13
     assert losses[0] == losses[1]
-
-
-def test_ranks_ask_for_disjoint_parts_of_one_order(photos):
-    for rank in range(2):
-        made = make(photos, "resident", batch_size=8, rank=rank, world_size=2)
-        found = np.concatenate([batch.indices for batch in made.epoch(3)])
-        order = rng.epoch_order(0, 3, 16).reshape(2, 2, 4)
-        assert found.tolist() == order[:, rank].reshape(-1).tolist()

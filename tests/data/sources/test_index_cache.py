@@ -7,12 +7,8 @@ import tarfile
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from fastsiam.config.views import RECIPES, ViewGroup
-from fastsiam.data.backends.choose import open_backend
-from fastsiam.data.loader import Loader
 from fastsiam.data.sources import formats, index_cache
 from fastsiam.data.sources import source as source_module
 from fastsiam.data.sources.image_header import PLAIN, UNKNOWN, UNREADABLE
@@ -21,6 +17,7 @@ from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.prepare.pack import pack
 from tests.support.files import LONG_AGO, settle
+from tests.support.loaders import make
 
 
 @pytest.fixture
@@ -73,27 +70,16 @@ def test_headers_read_once_are_known_to_the_next_start(folder, monkeypatch):
     assert again.sizes(np.array([1]))[0].tolist() == [7, 10]
 
 
-def add(root):
-    Image.new("RGB", (4, 4)).save(root / "class1/added.png")
+CHANGES = {
+    "added": lambda root: Image.new("RGB", (4, 4)).save(root / "class1/added.png"),
+    "removed": lambda root: (root / "class1/01.png").unlink(),
+    "a class renamed": lambda root: (root / "class2").rename(root / "renamed"),
+    "rewritten": lambda root: (root / "class3/03.png").write_bytes(b"other bytes"),
+    "touched": lambda root: os.utime(root / "class3/03.png", (LONG_AGO + 5, LONG_AGO + 5)),
+}
 
 
-def remove(root):
-    (root / "class1/01.png").unlink()
-
-
-def rename_a_class(root):
-    (root / "class2").rename(root / "renamed")
-
-
-def rewrite(root):
-    (root / "class3/03.png").write_bytes((root / "class3/39.png").read_bytes() + b"more")
-
-
-def touch(root):
-    os.utime(root / "class3/03.png", (LONG_AGO + 5, LONG_AGO + 5))
-
-
-@pytest.mark.parametrize("change", [add, remove, rename_a_class, rewrite, touch])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_a_changed_folder_is_listed_anew(folder, change, monkeypatch):
     open_source(str(folder))
     change(folder)
@@ -154,10 +140,7 @@ def test_a_size_that_a_crash_has_lost_is_read_again(folder):
 @pytest.mark.slow
 def test_a_file_that_was_replaced_in_place_fails_once_and_is_read_again_at_the_next_start(folder):
     def epoch():
-        source = open_source(str(folder))
-        opened = open_backend("dali", source, (8,), 40, 1, torch.device("cpu"))
-        made = Loader(source, (ViewGroup(2, RECIPES["demo"]),), opened, batch_size=40, seed=0, dtype=torch.float32)
-        return next(made.epoch(0))
+        return next(make(folder, "dali", batch_size=40).epoch(0))
 
     epoch()
     path = folder / "class1/01.png"

@@ -41,16 +41,20 @@ FOLDERS = {
     "splits with a year": ("Train2017/cat/1.png Train2017/dog/2.png val2017/cat/3.png", "cat,dog,cat"),
     "splits alone": ("train/1.png val/2.png", "train,val"),
     "one folder": ("only/1.png only/2.png", ","),
+    "none": ("1.png 2.png", ","),
+    "deeper": ("ape/1.png zebra/2.png zebra/deeper/3.png", "ape,zebra,zebra"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", FOLDERS)
 def test_class_folders(tmp_path, case):
+    """Labels are numbered in the order of the folders' names."""
     names, expected = FOLDERS[case]
     pictures(tmp_path / "d", *names.split())
     source = open_source(str(tmp_path / "d"))
     assert words(source) == dict(zip(names.split(), expected.split(","), strict=True))
     assert source.classes == () or source.labelling == "by folder"
+    assert list(source.classes) == sorted(source.classes)
     if "" in words(source).values() and source.classes:
         assert "1 image has none" in source.label_text()
 

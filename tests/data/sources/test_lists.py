@@ -37,6 +37,7 @@ def names(source):
 
 
 WAYS = {
+    "tabs": (lines("{p}\t{c}\n\n"), "by list"),
     "crlf": (lines("{p}\t{c}\r\n"), "by list"),
     "utf-8 mark": (lines("{p}\t{c}\n").encode("utf-8-sig"), "by list"),
     "utf-16 little": (lines("{p}\t{c}\n").encode("utf-16"), "UTF-16"),

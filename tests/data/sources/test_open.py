@@ -10,7 +10,6 @@ from PIL import Image
 from fastsiam.config import load_config
 from fastsiam.data import demo_images
 from fastsiam.data.decode import decode
-from fastsiam.data.sources.image_header import BadImageError, read_header
 from fastsiam.data.sources.open import check_labels, open_source, open_sources
 from tests.support.refusals import refuses
 
@@ -25,34 +24,6 @@ def names(source):
     return [os.fsdecode(bytes(name)) for name in source.names]
 
 
-def test_a_folder_a_class_gives_labels_in_the_order_of_the_names(tmp_path):
-    for name in ("zebra/2.jpg", "ape/1.JPEG", "zebra/deeper/3.png", "ape/notes.txt", "ape/.hidden.jpg"):
-        picture(tmp_path / name) if not name.endswith("txt") else (tmp_path / name).write_text("x")
-    source = open_source(str(tmp_path))
-    assert names(source) == ["ape/1.JPEG", "zebra/2.jpg", "zebra/deeper/3.png"]
-    assert source.classes == ("ape", "zebra")
-    assert source.labels.tolist() == [0, 1, 1]
-
-
-@pytest.mark.parametrize("layout", [("1.jpg", "2.jpg"), ("a/1.jpg", "2.jpg"), ("only/1.jpg", "only/2.jpg")])
-def test_flat_mixed_and_single_folders_are_unlabelled(tmp_path, layout):
-    for name in layout:
-        picture(tmp_path / name)
-    source = open_source(str(tmp_path))
-    assert (len(source), source.classes, source.labels.tolist()) == (2, (), [-1, -1])
-
-
-def test_a_list_names_files_relative_to_itself_with_labels_after_a_tab(tmp_path):
-    picture(tmp_path / "pictures/with space.jpg")
-    picture(tmp_path / "pictures/b.jpg")
-    (tmp_path / "list.txt").write_text("pictures/b.jpg\tdog\n\npictures/with space.jpg\tcat\n")
-    source = open_source(str(tmp_path / "list.txt"))
-    assert names(source) == ["pictures/b.jpg", "pictures/with space.jpg"]
-    assert (source.classes, source.labels.tolist()) == (("cat", "dog"), [1, 0])
-    (tmp_path / "plain.txt").write_text("pictures/b.jpg\n")
-    assert open_source(str(tmp_path / "plain.txt")).labels.tolist() == [-1]
-
-
 def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
@@ -60,7 +31,6 @@ def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "lost.txt").write_text("nowhere.jpg\n")
     for name in ("a.jpg", "b.jpg"):
         picture(tmp_path / "lists" / name)
-
     (tmp_path / "lists/half.txt").write_text("a.jpg\tx\n\nb.jpg\n")
     (tmp_path / "nothing.txt").write_text("\n")
     picture(tmp_path / "one.jpg")
@@ -85,13 +55,6 @@ def test_what_is_missing_is_named(tmp_path):
         assert named in str(error.value)
 
 
-def test_a_loop_of_links_ends(tmp_path):
-    picture(tmp_path / "a/1.jpg")
-    picture(tmp_path / "b/2.jpg")
-    (tmp_path / "a/again").symlink_to(tmp_path)
-    assert len(open_source(str(tmp_path))) == 2
-
-
 def test_sizes_are_those_displayed_and_read_once(photos):
     source = open_source(str(photos))
     everything = np.arange(len(source))
@@ -108,19 +71,6 @@ def test_sizes_are_those_displayed_and_read_once(photos):
         assert (source.sizes(everything[:1]) == sizes[:1]).all()
     finally:
         source.path(0).with_suffix(".away").rename(source.path(0))
-
-
-def test_a_header_that_cannot_be_read_names_the_file(tmp_path):
-    bad = tmp_path / "bad.jpg"
-    bad.write_bytes(b"not a picture")
-    with pytest.raises(BadImageError, match="bad.jpg"):
-        read_header(bad)
-
-
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path):
-    values = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(values).save(tmp_path / "deep.png")
-    assert np.abs(np.asarray(decode(tmp_path / "deep.png"))[..., 0] - values / 257.0).max() <= 1
 
 
 def test_the_fingerprint_follows_names_and_sizes_not_the_root(tmp_path, photos):
