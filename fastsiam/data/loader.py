@@ -4,7 +4,6 @@ A backend turns `CropRequest`s into uint8 crops and nothing else. Order, boxes, 
 count of what was delivered are here, the same for all of them.
 """
 
-import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -108,7 +107,7 @@ class Loader:
         finished = False
         while not finished:
             pending: deque[CropRequest] = deque()
-            with _thread() as pool:
+            with ThreadPoolExecutor(1, thread_name_prefix="draws") as pool:
                 try:
                     for indices, crops in self.backend.crops(self._requests(epoch, cursor, pending, pool)):
                         request = check_delivery(pending, indices, crops)
@@ -227,16 +226,6 @@ class EvaluationLoader:
             request = CropRequest(part, (rng.center_boxes(sizes, self.crop_ratio)[None],), sizes)
             pending.append(request)
             yield request
-
-
-@contextlib.contextmanager
-def _thread():
-    """Starts one thread that draws; it ends with the block, without what it has not begun."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="draws")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def full_sizes(groups: tuple[ViewGroup, ...]) -> tuple[int, ...]:

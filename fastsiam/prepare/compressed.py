@@ -20,17 +20,14 @@ class CompressedSource(ImageSource):
         path = self.path(index)
         try:
             if path not in self._opened:
-                self.close()
+                for file in self._opened.values():
+                    file.close()
+                self._opened.clear()
                 self._opened[path] = open_shard(path)
             self._opened[path].seek(self.packed.offset[index])
             return self._opened[path].read(int(self.file_sizes[index]))
         except DAMAGED as error:
             raise BadImageError(f"{self.name(index)} cannot be read: {error}") from error
-
-    def close(self) -> None:
-        for file in self._opened.values():
-            file.close()
-        self._opened.clear()
 
 
 def open_compressed(location: str, key: str) -> CompressedSource | None:

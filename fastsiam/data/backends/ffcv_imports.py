@@ -23,13 +23,4 @@ finally:
     # Importing ffcv sets it to 1.
     torch.set_num_threads(_threads)
 
-__all__ = [
-    "IMAGE_MODES",
-    "INSTALL",
-    "DatasetWriter",
-    "IntField",
-    "MemoryAllocator",
-    "RGBImageField",
-    "Reader",
-    "imdecode",
-]
+__all__ = ["IMAGE_MODES", "DatasetWriter", "IntField", "MemoryAllocator", "RGBImageField", "Reader", "imdecode"]

@@ -6,6 +6,7 @@ while every directory keeps its mtime and inode, and a sample of the files size 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -190,15 +191,11 @@ def _list(root, key):
     state = {
         "listed_ns": listed_ns,
         "directories": walk.directories,
-        "files": [],
+        "files": [[name, *_size_and_mtime(root, name)] for name in names],
         "watched": [[name, *_size_and_mtime(root, name)] for name in watched],
         "closed": walk.closed,
         "decoders": formats.decoders(),
     }
-    for name in names:
-        # A file may have disappeared since; reading it raises the error.
-        with contextlib.suppress(FileNotFoundError):
-            state["files"].append(_file_state(root, name))
     return replace(source, excluded=dict(+(counts + Counter(source.excluded)))), state
 
 
@@ -224,14 +221,12 @@ def outweigh(root: Path, shards: list[str], found: list[tuple[str, int]]) -> boo
 def _is_unchanged(root, state):
     if state["decoders"] != formats.decoders() or not all(is_still_closed(root, name) for name in state["closed"]):
         return False
-    directories = (Directory(*directory) for directory in state["directories"])
-    for directory in directories:
+    for directory in itertools.starmap(Directory, state["directories"]):
         status = os.stat(os.path.join(root, directory.name))
         if (status.st_mtime_ns, status.st_ino) != (directory.mtime_ns, directory.inode):
             return False
-    if any(_size_and_mtime(root, name) != [size, mtime] for name, size, mtime in state["watched"]):
-        return False
-    return all(_file_state(root, name) == [name, size, mtime] for name, size, mtime in state["files"])
+    known = state["files"] + state["watched"]
+    return all(_size_and_mtime(root, name) == [size, mtime] for name, size, mtime in known)
 
 
 def _size_and_mtime(root, name):
@@ -241,11 +236,6 @@ def _size_and_mtime(root, name):
     except OSError:
         return [0, 0]
     return [status.st_size, status.st_mtime_ns]
-
-
-def _file_state(root, name):
-    status = os.stat(os.path.join(root, name))
-    return [name, status.st_size, status.st_mtime_ns]
 
 
 def _load(path, mode):

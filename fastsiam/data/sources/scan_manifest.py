@@ -11,6 +11,7 @@ import numpy as np
 from fastsiam.data.sources.image_header import ODD, PLAIN, UNKNOWN, UNREADABLE, UNWANTED
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
+from fastsiam.runtime.files import replace_file
 
 
 class Verdict(NamedTuple):
@@ -103,11 +104,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(_COLUMNS + b"\n")
-        file.writelines(row.line() for row in rows)
-    temporary.replace(path)
+    replace_file(path, b"".join((_COLUMNS + b"\n", *(row.line() for row in rows))))
 
 
 def apply(path: Path, source: ImageSource, key: str) -> str:

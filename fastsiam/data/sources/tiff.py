@@ -6,6 +6,7 @@ first), big-endian compressed numbers of 16 and 32 bits (bytes swapped), unsigne
 """
 
 import struct
+from importlib import util
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -136,16 +137,14 @@ def is_right_in_pillow(tags: Tiff, image: Image.Image | None) -> bool:
 
 def needs_tifffile(tags: Tiff) -> str | None:
     """Returns advice on what to install, where tifffile is missing."""
-    try:
-        import tifffile  # noqa: F401
-    except ImportError:
-        names = {"u": "unsigned", "i": "signed", "f": "floating"}
-        planes = " in planes" if tags.separate else ""
-        return (
-            f"Pillow does not decode a TIFF of {tags.bands} x {tags.bits} bits, {names[tags.kind]}{planes}; "
-            "pip install tifffile imagecodecs"
-        )
-    return None
+    if util.find_spec("tifffile") is not None:
+        return None
+    names = {"u": "unsigned", "i": "signed", "f": "floating"}
+    planes = " in planes" if tags.separate else ""
+    return (
+        f"Pillow does not decode a TIFF of {tags.bands} x {tags.bits} bits, {names[tags.kind]}{planes}; "
+        "pip install tifffile imagecodecs"
+    )
 
 
 def read_values(file: BinaryIO) -> np.ndarray:
