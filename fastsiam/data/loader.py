@@ -75,7 +75,10 @@ class Loader:
         if cursor % self.batch_size:
             raise ValueError(f"cursor {cursor} is not at a batch of {self.batch_size}")
         expected = (self.steps_per_epoch - cursor // self.batch_size) * self.batch_size // self.world_size
-        self._resize(sizes or full_sizes(self.groups))
+        sizes = sizes or full_sizes(self.groups)
+        if sizes != self.sizes:
+            self.backend.resize(sizes)
+            self.sizes, self._cold = sizes, True
         delivered = 0
         try:
             for crops, request in self._crops(epoch, cursor):
@@ -96,11 +99,6 @@ class Loader:
         """Frees what the backend holds; the next epoch starts it again."""
         self.backend.close()
         self._cold = True
-
-    def _resize(self, sizes):
-        if sizes != self.sizes:
-            self.backend.resize(sizes)
-            self.sizes, self._cold = sizes, True
 
     def _crops(self, epoch, cursor):
         """A batch with files that cannot be decoded is asked for again without them."""

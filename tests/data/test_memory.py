@@ -91,7 +91,7 @@ def grown(script, folder, backend, first):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "script"), [("dali", EPOCHS), ("pil", EPOCHS), ("dali", SIZES)])
+@pytest.mark.parametrize(("backend", "script"), [("pil", EPOCHS), ("dali", SIZES)], ids=["pil", "dali"])
 def test_thirty_epochs_take_the_memory_of_eight(folder, backend, script):
     built, found, more = grown(script, folder, backend, first=8)
     assert (built, found) == (0, 0)

@@ -13,12 +13,10 @@ from fastsiam.data import decode, rng
 from fastsiam.methods import build_method
 from fastsiam.models.batch_norm import PerViewBatchNorm1d, PerViewBatchNorm2d
 from fastsiam.train import main
-from tests.support.loaders import RECIPE, make
+from tests.support.loaders import make
 from tests.support.runs import numbers, train_here
 
 SPEC = dataclasses.replace(RECIPES["simsiam"], size=16)
-BACKENDS = ("dali", "pil", "ffcv", "resident", RECIPE)
-pytestmark = pytest.mark.usefixtures("resident_cache")
 
 
 def views_of(count, images=4, size=16, seed=0, dtype=torch.float32):
@@ -87,13 +85,12 @@ def test_three_views_are_one_graph(tiny_config):
     assert compiled([views])["loss"].item() == pytest.approx(method([views])["loss"].item(), abs=1e-6)
 
 
-def made_of(photos, backend, count):
-    return make(photos, backend, spec=SPEC, count=count, batch_size=8)
+def made_of(photos, count):
+    return make(photos, "pil", spec=SPEC, count=count, batch_size=8)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_first_views_stay_and_each_further_one_has_its_own_draws(photos, backend):
-    two, four = (made_of(photos, backend, count) for count in (2, 4))
+def test_the_first_views_stay_and_each_further_one_has_its_own_draws(photos):
+    two, four = (made_of(photos, count) for count in (2, 4))
     for few, many in zip(two.epoch(1), four.epoch(1), strict=True):
         assert many.views[0].shape == (32, 3, 16, 16)
         assert many.views[0].is_contiguous(memory_format=torch.channels_last)
@@ -102,8 +99,6 @@ def test_the_first_views_stay_and_each_further_one_has_its_own_draws(photos, bac
         for one in range(4):
             for other in range(one):
                 assert (views[one] - views[other]).abs().mean(1).min() > 0.05
-    for made in (two, four):
-        made.backend.close()
 
 
 def test_draws_of_further_views_are_spread_as_those_of_the_first():
@@ -125,7 +120,7 @@ def test_pil_decodes_an_image_once_for_all_its_views(photos, monkeypatch):
     calls = []
     real = decode.decode
     monkeypatch.setattr(decode, "decode", lambda path, *more: calls.append(path) or real(path, *more))
-    made = made_of(photos, "pil", 3)
+    made = made_of(photos, 3)
     assert sum(len(batch.views[0]) for batch in made.epoch(0)) == 48
     assert sorted(calls) == sorted(made.source.path(index) for index in range(16))
 

@@ -28,16 +28,17 @@ pytestmark = pytest.mark.usefixtures("resident_cache")
 def test_each_group_is_what_a_run_of_that_group_alone_gives(photos, backend):
     """Bit for bit at two pairs of sizes; views of the second group have the numbers that follow the first one's."""
     both = make(photos, backend, groups=(LARGE, SMALL), batch_size=8)
-    for sizes in ((32, 16), (24, 12)):
+    for asked, sizes in ((None, (32, 16)), ((24, 12), (24, 12)), (None, (32, 16))):
         large, small = (dataclasses.replace(g.spec, size=size) for g, size in zip((LARGE, SMALL), sizes, strict=True))
         # Five views of the small group's spec: the last three have the numbers that they have behind another group.
         alone = [make(photos, backend, spec=spec, count=n, batch_size=8) for spec, n in ((large, 2), (small, 5))]
-        for batch, one, other in zip(both.epoch(1, sizes=sizes), *(made.epoch(1) for made in alone), strict=True):
+        for batch, one, other in zip(both.epoch(1, sizes=asked), *(made.epoch(1) for made in alone), strict=True):
             assert batch.indices.tolist() == one.indices.tolist()
             assert [tuple(group.shape) for group in batch.views] == [(16, 3, *2 * sizes[:1]), (24, 3, *2 * sizes[1:])]
             assert all(group.is_contiguous(memory_format=torch.channels_last) for group in batch.views)
             assert torch.equal(batch.views[0], one.views[0])
             assert torch.equal(batch.views[1], other.views[0][16:])
+        assert both.sizes == sizes
         for made in alone:
             made.close()
     both.close()

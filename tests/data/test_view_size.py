@@ -1,10 +1,9 @@
-"""views.size: LOW..HIGH: which sizes, when, and that every backend delivers the same views at each of them."""
+"""views.size: LOW..HIGH: which sizes, and when; test_view_groups.py has the views of every backend at two sizes."""
 
 import dataclasses
 import functools
 import gc
 import weakref
-from collections import deque
 
 import numpy as np
 import pytest
@@ -19,11 +18,8 @@ from fastsiam.data.build import build_loader, check_grows
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 from fastsiam.run.checkpoint import identity
-from tests.support.loaders import CPU, LEVELS, RECIPE, SIZE, SPEC, make
+from tests.support.loaders import CPU, LEVELS, SIZE, SPEC, make
 from tests.support.refusals import refuses
-
-BACKENDS = ("dali", "pil", "ffcv", "resident", RECIPE)
-pytestmark = pytest.mark.usefixtures("resident_cache")
 
 
 @pytest.mark.parametrize(
@@ -165,27 +161,6 @@ def test_what_is_stored_is_advised_for_the_full_size(tiny_config, demo_folder):
 
 def of_size(photos, backend, size):
     return make(photos, backend, spec=dataclasses.replace(LEVELS, size=size))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_loader_that_changes_its_size_delivers_what_one_of_that_size_does(photos, backend):
-    """Bit for bit, in the same order and with the same boxes; without a size it is that of the specs."""
-    made = of_size(photos, backend, 32)
-    full = list(made._requests(3, 5, deque()))
-    for size in (16, 24, None, 16):
-        batches = list(made.epoch(3, 5, size and (size,)))
-        alone = of_size(photos, backend, size or 32)
-        expected = list(alone.epoch(3, 5))
-        for request, other in zip(alone._requests(3, 5, deque()), full, strict=True):
-            assert np.array_equal(request.boxes[0], other.boxes[0])
-        assert made.sizes == (size or 32,)
-        assert len(batches) == 2
-        for batch, other in zip(batches, expected, strict=True):
-            assert batch.views[0].shape == (10, 3, size or 32, size or 32)
-            assert batch.views[0].is_contiguous(memory_format=torch.channels_last)
-            assert torch.equal(batch.views[0], other.views[0])
-            assert batch.indices.tolist() == other.indices.tolist()
-    made.backend.close()
 
 
 def test_a_change_keeps_dalis_graph_which_only_decodes_and_frees_ffcvs_memory(photos):

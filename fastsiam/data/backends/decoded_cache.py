@@ -19,6 +19,7 @@ from fastsiam.data.sources.image_header import UNKNOWN, UNREADABLE, UNWANTED
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.runtime.cache_dirs import cache_root
+from fastsiam.runtime.files import sync_folder
 
 # Images in a batch of the decoding backend.
 BATCH = 64
@@ -115,8 +116,10 @@ class StoreCache:
                 images.flush()
                 (partial / "bad.json").write_text(json.dumps(bad), encoding="utf-8")
                 np.savez(partial / "headers.npz", **headers)
-                for path in (*partial.iterdir(), partial):
-                    _sync(path)
+                for path in partial.iterdir():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+                sync_folder(partial)
                 partial.rename(self.folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -172,12 +175,6 @@ def _whole_images(source, indices, pending):
         request = CropRequest(part, (np.concatenate([np.zeros_like(sizes), sizes], 1)[None],), sizes)
         pending.append(request)
         yield request
-
-
-def _sync(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def gigabytes(number: int) -> str:

@@ -81,7 +81,7 @@ def _of_table(path, text, encoding, key):
         unlabelled = Labelling([-1] * len(found), (), ", ".join(filter(None, (reason, how))))
         return new_source(root, found, unlabelled)
     labels, column, _ = chosen
-    by = ", ".join(filter(None, (f"by {path.name}, {_column_text(column)}", how)))
+    by = ", ".join(filter(None, (f"by {path.name}, column {column.removeprefix('column ')}", how)))
     if not entries.header:
         return _with_labels(path, root, found, labels, lines, key, by)
     return _once_each(root, found, labels, lines, path, by)
@@ -224,7 +224,3 @@ def _below_common_folder(folder, found):
     cut = len(root.rstrip("/")) + 1
     names = [(name[cut:], size) for name, (_, size) in zip(absolute, found, strict=True)]
     return (folder if root == inside else Path(root)), names
-
-
-def _column_text(column):
-    return column if column.startswith("column ") else f"column {column}"

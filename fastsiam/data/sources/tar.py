@@ -137,10 +137,6 @@ def check_member(member: tarfile.TarInfo, shard: Path, key: str) -> None:
     )
 
 
-def is_compressed(path: Path) -> bool:
-    return _opener_of(path) is not open
-
-
 def open_shard(path: Path, mode: str = "rb"):
     """Opens a shard's tar file, decompressing it where necessary; raises `OSError`."""
     return _opener_of(path)(path, mode)
@@ -192,7 +188,7 @@ class _Reader:
                             self._member(member, file)
                         place = _after_the_end(file, tar.offset)
         except DAMAGED as error:
-            if self._open is open and is_compressed(self._path):
+            if self._open is open and _opener_of(self._path) is not open:
                 cure = "it is compressed; add .gz to its name, and python -m fastsiam.prepare pack reads it"
                 code = "compressed-shards"
             else:

@@ -132,20 +132,15 @@ def test_crops_that_are_kept_do_not_change(photos, num_views):
 def test_torch_keeps_its_threads(photos):
     """ffcv sets their number to 1 when imported."""
     script = """
-import sys, numpy as np, torch
+import sys, torch
 torch.set_num_threads(3)
 from fastsiam.data.backends.choose import open_backend
-from fastsiam.data.backends.base import CropRequest
 from fastsiam.data.sources.open import open_source
-source = open_source(sys.argv[1])
-backend = open_backend("ffcv", source, (8,), 4, 1, torch.device("cpu"))
-indices = np.arange(4)
-sizes = source.sizes(indices)
-boxes = np.concatenate((np.zeros((1, 4, 2), np.int32), sizes[None]), 2)
-print(len(list(backend.crops([CropRequest(indices, (boxes,), sizes)]))[0][1][0]), torch.get_num_threads())
+open_backend("ffcv", open_source(sys.argv[1]), (8,), 4, 1, torch.device("cpu"))
+print("ffcv" in sys.modules, torch.get_num_threads())
 """
     done = run_python("-c", script, beton_of(photos, "jpg").root)
-    assert done.stdout.split() == ["4", "3"], done.stderr
+    assert done.stdout.split() == ["True", "3"], done.stderr
 
 
 def test_a_jpeg_damaged_after_writing_is_named(photos, tmp_path):
