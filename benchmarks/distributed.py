@@ -9,8 +9,7 @@ Rows whose statistics are those of one rank separate the price of gradients from
 import contextlib
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 
 import torch
 from torch._inductor.utils import fresh_cache
@@ -20,15 +19,7 @@ from benchmarks.harness.ranks import in_ranks, in_turns, threads_of_each
 from benchmarks.harness.results import Results
 from benchmarks.harness.timing import MIN_ROUNDS, Samples, timed
 from benchmarks.peers import AbsentError
-from benchmarks.variants.gradient_reduction import (
-    ONE_GRAPH,
-    PIECES,
-    Step,
-    Way,
-    all_reduce,
-    build_product,
-    build_step,
-)
+from benchmarks.variants.gradient_reduction import ONE_GRAPH, PIECES, Step, Way, all_reduce, build_product, build_step
 from fastsiam.config import Config, load_config
 from fastsiam.data.build import build_loader
 from fastsiam.errors import UserError
@@ -66,18 +57,6 @@ NEEDED = ("no communication", "fastsiam")
 COMPILED = ("fastsiam, compiled", "compiled in pieces", "no communication, compiled")
 
 
-@dataclass
-class Row:
-    """A row that has been built."""
-
-    call: Callable[[int], object]
-    step: Step | None = None
-    first_step_seconds: float | None = None
-    """The slowest rank's; compilation is part of it, with empty caches."""
-    seconds: float = 0.0
-    """The slowest rank's second step."""
-
-
 class Rows:
     """Rows of a config on this rank; all ranks call the same methods in the same order."""
 
@@ -86,7 +65,7 @@ class Rows:
         self.config, self.runtime, self.world = config, runtime, runtime.world
         self._deadline, self._stack = deadline, stack
         self.views = views_of_rank(config, runtime)
-        self.built: dict[str, Row] = {}
+        self.built: dict[str, Step] = {}
         self.absent: dict[str, str] = {}
 
     def prepare(self) -> None:
@@ -101,10 +80,9 @@ class Rows:
             if same in self.absent:
                 self.absent[name] = self.absent[same]
                 continue
-            row = self.built[same]
-            call = row.call if self.world.is_first else lambda index: None
-            self.built[name] = Row(call, row.step, row.first_step_seconds, row.seconds)
-        self.built[ALL_REDUCE] = Row(all_reduce(self.gradient_bytes // 4, self.runtime.device))
+            step = self.built[same]
+            self.built[name] = step if self.world.is_first else replace(step, run=lambda index: None)
+        self.built[ALL_REDUCE] = Step(all_reduce(self.gradient_bytes // 4, self.runtime.device))
 
     def measure(self) -> dict[str, Samples] | None:
         """Returns seconds a step of what was built, in turns; on the first rank."""
@@ -112,7 +90,7 @@ class Rows:
         return in_turns(
             self.world,
             device,
-            {name: self.built[name].call for name in TABLE if name in self.built},
+            {name: self.built[name].run for name in TABLE if name in self.built},
             together=CALLS[device.type],
             warmup=WARMUP,
             repeats=REPEATS,
@@ -122,12 +100,12 @@ class Rows:
     @property
     def gradient_bytes(self) -> int:
         """Bytes of fp32 gradients that every rank has to reduce."""
-        return 4 * sum(parameter.numel() for parameter in self.built["fastsiam"].step.module.parameters())
+        return 4 * sum(parameter.numel() for parameter in self.built["fastsiam"].module.parameters())
 
     def _fits(self, way):
         kind = self.runtime.device.type
         rounds = WARMUP + MIN_ROUNDS * CALLS[kind]
-        steps = [row.seconds for row in self.built.values()]
+        steps = [step.seconds for step in self.built.values()]
         planned = rounds * sum(steps) + (rounds + 2) * max(steps)
         return time.monotonic() + planned + (COMPILE_SECONDS[kind] if way.compiled else 0) < self._deadline
 
@@ -152,7 +130,7 @@ class Rows:
         if reason:
             self.absent[name] = reason
             return
-        self.built[name] = Row(step.run, step, max(first), max(second))
+        self.built[name] = replace(step, first_seconds=max(first), seconds=max(second))
         if self.world.is_first:
             print(f"{name}: steps of {max(first):.1f} and {max(second):.2f} s", flush=True)
 
@@ -168,7 +146,7 @@ def views_of_rank(config: Config, runtime: Runtime) -> list[torch.Tensor]:
     return views
 
 
-def measure(world: World, device: torch.device, config: Config, deadline: float) -> dict | None:
+def measure(world: World, config: Config, deadline: float) -> dict | None:
     """Runs on every rank; returns, on the first one, (samples or None, numbers) of every row by name."""
     with contextlib.ExitStack() as stack:
         runtime = stack.enter_context(Runtime.of(config.train, world))
@@ -181,7 +159,7 @@ def measure(world: World, device: torch.device, config: Config, deadline: float)
 def _numbers(name, rows, taken):
     if name in rows.absent:
         return None, {"absent": rows.absent[name]}
-    samples, row = taken[name], rows.built[name]
+    samples, step = taken[name], rows.built[name]
     if name == ALL_REDUCE:
         return samples, {"bytes": rows.gradient_bytes}
     way, size = ROWS[ALONE.get(name, name)], 1 if name not in ALONE else rows.world.size
@@ -191,8 +169,8 @@ def _numbers(name, rows, taken):
         "images_per_second": rows.config.train.batch_size / samples.median / size,
         "share_of_silent": silent and silent.median / samples.median if name not in ALONE else None,
         "efficiency": alone and alone.median / samples.median if name not in ALONE else None,
-        "first_step_seconds": row.first_step_seconds,
-        "graphs": row.step.graphs(),
+        "first_step_seconds": step.first_seconds,
+        "graphs": step.graphs(),
         "way": asdict(way),
     }
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import sys
 from pathlib import Path
@@ -13,10 +12,6 @@ from benchmarks.harness.timing import copy_bandwidth, interleave
 from fastsiam.config import load_config
 from fastsiam.runtime.device import choose_device
 
-PACKAGES = (
-    "torch", "triton", "torchvision", "numba", "numpy", "pydantic", "nvidia-ml-py", "nvidia-cudnn-cu13",
-    "nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu13", "pytest",
-)  # fmt: skip
 # Columns of result lines that are told at the end.
 TOLD = (
     "images_per_second", "ms", "share_of_copy_bandwidth", "share_of_L0", "share_of_L1", "teraflops_per_second",
@@ -24,32 +19,6 @@ TOLD = (
 )  # fmt: skip
 # Matrix products that keep a GPU busy for longer than a batch takes to be made.
 PRODUCTS = 60
-
-
-def versions(arguments, device: torch.device) -> int:
-    """Prints what is installed and what imports, and tries numba and NVML."""
-    for package in PACKAGES:
-        try:
-            print(package, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            print(package, "absent")
-    print("device", torch.cuda.get_device_properties(device) if device.type == "cuda" else device.type)
-    print("cudnn", torch.backends.cudnn.version())
-    import numba
-
-    print("numba works:", numba.njit(lambda x: x + 1)(1) == 2)
-    import fastsiam.kernels
-    import fastsiam.run.run  # noqa: F401
-
-    print("fastsiam imports")
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        print("NVML", pynvml.nvmlSystemGetDriverVersion())
-    except (ImportError, pynvml.NVMLError) as error:
-        print(f"NVML does not open: {error}")
-    return 0
 
 
 def ceilings(arguments, device: torch.device) -> int:
@@ -110,17 +79,19 @@ def said(arguments, device: torch.device) -> int:
     return 0
 
 
+PARTS = {"ceilings": ceilings, "under-load": under_load, "said": said}
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.first_light", description=__doc__)
-    parser.add_argument("part", choices=("versions", "ceilings", "under-load", "said"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--tiny", action="store_true", help="smallest sizes, for a trial on a CPU")
     parser.add_argument("--images", type=Path, help="folder of JPEGs, for under-load")
     parser.add_argument("--backend", default="dali", help="for under-load")
     parser.add_argument("--results", type=Path, help="folder, for said")
     arguments = parser.parse_args(argv)
-    part = {"versions": versions, "ceilings": ceilings, "under-load": under_load, "said": said}[arguments.part]
-    return part(arguments, choose_device(arguments.device))
+    return PARTS[arguments.part](arguments, choose_device(arguments.device))
 
 
 if __name__ == "__main__":

@@ -145,8 +145,8 @@ wait_for() {
 
 small=() B50=512 B18=512 CIFAR=75s RUN=()
 if [[ -n $TINY ]]; then
-    small=(--set model.encoder=resnet18 --set views.size=32) B50=4 B18=4 CIFAR=20s
-    RUN=(train.batch_size=32 views.size=16 data.workers=1 data.store_size=16)
+    small=(--set model.encoder=resnet18 --set views.size=32) B50=4 B18=4 CIFAR=null
+    RUN=(model.encoder=cifar_resnet8 model.width=8 train.batch_size=32 train.epochs=4 views.size=16 data.workers=1 data.store_size=16)
 fi
 tiny=${TINY:+--tiny}
 rows() { # CONFIG BATCH MINUTES ROWS [MORE ...]
@@ -175,7 +175,7 @@ photographs=$WORK/photographs
 if [[ -e $WORK/a/photographs.tar ]]; then
     mkdir -p "$photographs" && tar xf "$WORK/a/photographs.tar" -C "$photographs"
 fi
-part versions 40 "nvidia-smi; nvcc --version | tail -n 2; head -n 1 COMMIT; lscpu | grep -E 'Model name|^CPU\(s\)'; free -g | head -n 2; $PYTHON -m benchmarks.first_light versions --device $DEVICE"
+part versions 40 "nvidia-smi; nvcc --version | tail -n 2; head -n 1 COMMIT; lscpu | grep -E 'Model name|^CPU\(s\)'; free -g | head -n 2; $PYTHON -m fastsiam.doctor"
 
 if [[ $what == main ]]; then
     part ceilings 30 "$PYTHON -m benchmarks.first_light ceilings --device $DEVICE $tiny | tee $WORK/results/ceilings.json"

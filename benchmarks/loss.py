@@ -25,9 +25,6 @@ MODES = ("forward", "backward", "both")
 BATCHES = {"cuda": (4096, 512), "cpu": (512,)}
 DIM = 2048
 
-# Several calls a sample on a GPU, where one takes tens of microseconds and an event resolves half of one.
-_CALLS = {"cuda": 5, "cpu": 1}
-_REPEATS = {"cuda": 100, "cpu": 30}
 # Largest relative difference from float64 that rounding explains: bf16 resolves 0.004.
 _TOLERANCE = {"bf16": 2e-2, "fp32": 1e-5}
 
@@ -128,9 +125,6 @@ def measure(results: Results, case: Case, device: torch.device, seconds: float, 
         bytes_moved=bytes_moved(case),
         bandwidth=bandwidth,
         seconds=seconds,
-        repeats=_REPEATS[device.type],
-        calls=_CALLS[device.type],
-        warmup=5,
     )
 
 

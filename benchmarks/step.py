@@ -117,13 +117,7 @@ class Setting:
         precision = autocast(self.device, torch.bfloat16 if switches.precision == "bf16" else torch.float32)
         memory_format = torch.channels_last if switches.channels_last else torch.contiguous_format
         return functools.partial(
-            build_step,
-            self.config,
-            self.weights,
-            self.device,
-            precision=precision,
-            memory_format=memory_format,
-            **more,
+            build_step, self.config, self.weights, self.device, precision=precision, memory_format=memory_format, **more
         )
 
     def numbers(self, row: Row, images_per_second: float) -> dict:

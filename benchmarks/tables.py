@@ -95,11 +95,7 @@ STEP = (
     Column("first step, s", "first_step_seconds"),
 )
 LOADER = (IMAGES, Column("CPU ms an image", "cpu_seconds_per_image", scale=1000))
-END_TO_END = (
-    IMAGES,
-    Column("limit", "limit"),
-    Column("of the limit", "share_of_limit", scale=100, unit=" %"),
-)
+END_TO_END = (IMAGES, Column("limit", "limit"), Column("of the limit", "share_of_limit", scale=100, unit=" %"))
 DISTRIBUTED = (
     MS,
     IMAGES,

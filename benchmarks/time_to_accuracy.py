@@ -13,16 +13,12 @@ DIR/time_to_accuracy.jsonl gets a line a run. The same command goes on where it 
 not run again. At the end standings.json, time_to_accuracy.png and .svg are written. Rules: benchmarks/race/RECORDS.md.
 """
 
-import ctypes
 import hashlib
 import json
 import os
-import signal
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +26,7 @@ import torch
 
 from benchmarks.harness.cli import command
 from benchmarks.harness.results import Results
+from benchmarks.harness.worker_process import apart
 from benchmarks.peers import AbsentError
 from benchmarks.race import plot
 from benchmarks.race.contestants import CONTESTANTS, FASTSIAM, OURS, PLAIN, Loading, overrides_of
@@ -46,19 +43,7 @@ EVALUATIONS = 10
 _BETWEEN_EVALUATIONS = 10.0
 # Of --minutes, what is left for training beside evaluation, warm-up and the start of processes.
 _TRAINING_SHARE = 0.6
-_PR_SET_PDEATHSIG = 1
 DEFAULT = (FASTSIAM, PLAIN, "authors", "lightly", "solo-learn", "solo-learn DALI")
-
-
-def apart(function, *arguments):
-    """Calls a function in a new process, whose memory, thread pools and workers end with it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def _end_with_parent():
-    """A race that is killed leaves no run behind that would slow the next start down (Linux, prctl(2))."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def in_words(name: str, own: float) -> float:

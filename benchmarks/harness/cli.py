@@ -36,10 +36,7 @@ OPTIONS = {
     "rates": (words, "rates of the peers: base_lr, or with an x multiples of the config's (%(default)s)"),
     "own_rates": (words, "likewise ours (%(default)s)"),
     "batch": (int, "images of a step; without it those of the benchmark for this config, or the config's own"),
-    "rows": (
-        row_names,
-        "variants between semicolons, measured whatever the time; without it all that fit",
-    ),
+    "rows": (row_names, "variants between semicolons, measured whatever the time; without it all that fit"),
     "contestants": (words, "who takes part (%(default)s)"),
 }
 

@@ -9,7 +9,6 @@ import contextlib
 import json
 import re
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from benchmarks import step as bench
 from benchmarks.harness.cli import row_names
 from benchmarks.harness.results import Results
+from benchmarks.harness.timing import timed, traced
 from fastsiam.config import load_config
 from fastsiam.errors import UserError
 from fastsiam.runtime.device import choose_device
@@ -47,30 +47,20 @@ def kind(kernel: str) -> str:
 
 def kernels(step, device: torch.device) -> tuple[dict[str, tuple[float, float]], float]:
     """Returns milliseconds and launches a step by kernel (on a CPU by operator), and wall milliseconds a step."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
 
     def steps(count):
         for index in range(count):
             step(index)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
-    steps(2)
-    began = time.perf_counter()
-    with torch.profiler.profile(activities=activities) as profiler:
-        steps(STEPS)
-    wall = (time.perf_counter() - began) * 1000 / STEPS
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        profiler.export_chrome_trace(file.name)
-        events = json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]
+    timed(lambda: steps(2), device)
+    seconds = []
+    events = traced(lambda: seconds.append(timed(lambda: steps(STEPS), device)), device)
     found = {}
     for event in events:
         if event.get("cat") in (ON_DEVICE if device.type == "cuda" else ("cpu_op",)):
             spent, launches = found.get(event["name"], (0.0, 0.0))
             found[event["name"]] = spent + event["dur"] / 1000 / STEPS, launches + 1 / STEPS
-    return found, wall
+    return found, seconds[0] * 1000 / STEPS
 
 
 def by_kind(found: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:

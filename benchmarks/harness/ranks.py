@@ -11,15 +11,14 @@ import torch
 import torch.multiprocessing
 
 from benchmarks.harness.timing import Samples, interleave
-from fastsiam.runtime.device import choose_device
 from fastsiam.runtime.distributed import World
 
 
 def in_ranks(size: int, device: str, function: Callable, *arguments):
-    """Calls `function(world, device, *arguments)` in `size` new processes; returns the first one's value.
+    """Calls `function(world, *arguments)` in `size` new processes; returns the first one's value.
 
-    `device`: cpu or cuda, one GPU for each process. The processes share the CPU's cores evenly. A process that fails
-    ends the others and raises `torch.multiprocessing.ProcessException` here; all of them end with this process.
+    `device`: `train.device` of their config. The processes share the CPU's cores evenly. A process that fails ends the
+    others and raises `torch.multiprocessing.ProcessException` here; all of them end with this process.
     """
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -48,9 +47,8 @@ def _serve(rank, size, port, device, value, function, arguments):
     }
     torch.set_num_threads(threads_of_each(size))
     world = World.of_environment()
-    chosen = choose_device(device, world.local_rank, world.local_size)
-    with world.joined(chosen):
-        returned = function(world, chosen, *arguments)
+    with world.joined(device):
+        returned = function(world, *arguments)
         if world.is_first:
             value.write_bytes(pickle.dumps(returned))
 

@@ -12,8 +12,10 @@ from benchmarks.harness.timing import copy_bandwidth, count_launches, interleave
 
 FUSED = {"cpu": "numba", "cuda": "triton"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-CALLS = {"cuda": 3, "cpu": 1}
-REPEATS = {"cuda": 50, "cpu": 15}
+# Several calls a sample on a GPU, where one takes tens of microseconds and an event resolves half of one.
+CALLS = {"cuda": 5, "cpu": 1}
+REPEATS = {"cuda": 100, "cpu": 30}
+WARMUP = 5
 # More than three times an H200's L2 of 60 MB.
 INPUT_BYTES = 200_000_000
 
@@ -47,9 +49,6 @@ def time_kernel(
     bytes_moved: int,
     bandwidth: float,
     seconds: float,
-    repeats: int | None = None,
-    calls: int | None = None,
-    warmup: int = 3,
     each: tuple[str, int] | None = None,
 ) -> None:
     """Times `variants`, functions of a call's number, in turns for about `seconds`, and writes a line of each.
@@ -57,9 +56,9 @@ def time_kernel(
     `bytes_moved`: the least that a call moves; `bandwidth`: of a copy, in bytes/s. `each`: what a call makes and how
     many of it, ("view", 64), for the time of one.
     """
-    repeats, calls = repeats or REPEATS[device.type], calls or CALLS[device.type]
-    options = {"device": device, "warmup": warmup, "repeats": repeats, "calls": calls, "seconds": seconds}
-    for name, samples in interleave(variants, **options).items():
+    repeats, calls = REPEATS[device.type], CALLS[device.type]
+    taken = interleave(variants, device=device, warmup=WARMUP, repeats=repeats, calls=calls, seconds=seconds)
+    for name, samples in taken.items():
         rate, milliseconds = bytes_moved / samples.median, samples.median * 1000
         once = functools.partial(variants[name], 0)
         results.add(

@@ -202,12 +202,17 @@ def count_launches(function: Callable[[], object], device: torch.device) -> int 
         return None
     function()
     torch.cuda.synchronize(device)
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    # The trace's categories keep kernels apart from annotations that the profiler also places on the device.
+    return sum(event.get("cat") == "kernel" for event in traced(function, device))
+
+
+def traced(function: Callable[[], object], device: torch.device) -> list[dict]:
+    """Returns the events of torch.profiler's Chrome trace of one call of `function` and of the device's work for it."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profiler:
-        function()
-        torch.cuda.synchronize(device)
+        timed(function, device)
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiler.export_chrome_trace(file.name)
-        trace = json.loads(Path(file.name).read_text(encoding="utf-8"))
-    # The trace's categories keep kernels apart from annotations that the profiler also places on the device.
-    return sum(event.get("cat") == "kernel" for event in trace["traceEvents"])
+        return json.loads(Path(file.name).read_text(encoding="utf-8"))["traceEvents"]

@@ -1,8 +1,28 @@
-"""A second process that takes its turns in a comparison: for variants that differ in what a process has only once."""
+"""Second processes: one that takes its turns in a comparison, and one for a single call.
+
+They are for what a process has only once: its allocator, thread pools, workers.
+"""
 
 import contextlib
+import ctypes
 import multiprocessing
+import signal
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+
+_PR_SET_PDEATHSIG = 1
+
+
+def apart(function: Callable, *arguments):
+    """Calls a module's function in a new process, whose memory, thread pools and workers end with it."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _end_with_parent():
+    """A benchmark that is killed leaves no process behind that would slow the next start down (Linux, prctl(2))."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Aside:
@@ -19,19 +39,22 @@ class Aside:
         self._process = context.Process(target=_serve, args=(self._there, build, arguments), daemon=True)
 
     def __enter__(self):
-        self._process.start()
-        # Open in one process only, so that its end is seen here.
-        self._there.close()
         return self
 
     def __exit__(self, *_):
+        if self._process.pid is None:
+            return
         with contextlib.suppress(OSError):
             self._here.send(None)
         self._process.join(30)
         self._process.kill()
 
     def bind(self, name: str) -> Callable[[int], None]:
-        """Builds `name` there."""
+        """Builds `name` there; the first call starts the process."""
+        if self._process.pid is None:
+            self._process.start()
+            # Open in one process only, so that its end is seen here.
+            self._there.close()
         self._ask(name, None)
         return lambda index: self._ask(name, index)
 

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import nn
 
-import fastsiam
 from benchmarks.harness.product import ProductRun
 from benchmarks.peers import authors, lightly, solo_learn
+from benchmarks.variants.step import initial_weights
 from fastsiam.config import Config
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.optim.build import set_learning_rate
@@ -139,12 +139,6 @@ class Product(Contestant):
         return self.run.parts.step.read().loss
 
 
-def initial_weights(config: Config) -> dict[str, torch.Tensor]:
-    """Returns the weights with which a run of this config and seed begins, on the CPU."""
-    torch.manual_seed(config.train.seed)
-    return fastsiam.build_method(config).state_dict()
-
-
 def seed_everything(seed: int) -> None:
     """Seeds the global generators, from which peers draw and the product does not."""
     random.seed(seed)
@@ -188,9 +182,8 @@ class Peer:
         more = (checkout,) if self.checkout else ()
         dtype = choose_precision("auto", device) if self.mixed else torch.float32
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
-        weights = {name: value.to(device) for name, value in initial_weights(config).items()}
         numbers = {"precision": autocast(device, dtype), "memory_format": memory_format}
-        step = self.build_step(config, weights, device, *more, **numbers)
+        step = self.build_step(config, initial_weights(config, device), device, *more, **numbers)
         paths = [str(source.path(index)) for index in range(len(source))]
         numbers = {"batch_size": config.train.batch_size, "workers": loading.workers, "device": device}
         loader = self.loaders[loading.kind](paths, *more, spec=config.view_groups[0].spec, **numbers)

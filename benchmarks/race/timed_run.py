@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -231,7 +232,11 @@ def controls(config: Config) -> dict[str, float]:
     """kNN without training: of the seed's initial weights with filled batch-norm statistics, and of raw pixels."""
     with prepared(Job(FASTSIAM, config, 0.0, 0)) as (contestant, monitor):
         contestant.size = config.view_stages[-1]
-        untrained = monitor.untrained(contestant.model, _Views(contestant))
+        # A contestant's epochs as a monitor reads them.
+        loader = SimpleNamespace(
+            epoch=lambda number: (SimpleNamespace(views=[views]) for views in contestant.epoch(number))
+        )
+        untrained = monitor.untrained(contestant.model, loader)
         return {"untrained_knn": untrained, "raw_pixels_knn": monitor.raw_pixels()}
 
 
@@ -264,21 +269,6 @@ def _rate(contestant, batches, seconds):
         contestant.step(views).item()
         images += len(views) // 2
     return images / passed
-
-
-@dataclass(frozen=True)
-class _Batch:
-    views: list[torch.Tensor]
-
-
-class _Views:
-    """A contestant's epochs as a monitor reads them."""
-
-    def __init__(self, contestant: Contestant):
-        self._contestant = contestant
-
-    def epoch(self, number: int) -> Iterator[_Batch]:
-        return (_Batch([views]) for views in self._contestant.epoch(number))
 
 
 def _device(job):

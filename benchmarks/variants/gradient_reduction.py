@@ -41,9 +41,13 @@ class Step:
     """Step on this rank, a function of a call's number; nothing is read back from the device."""
 
     run: Callable[[int], object]
-    module: nn.Module
-    graphs: Callable[[], int]
+    module: nn.Module | None = None
+    graphs: Callable[[], int] = lambda: 0
     """Returns the number of graphs compiled so far."""
+    first_seconds: float = 0.0
+    """The slowest rank's first step; compilation is part of it, with empty caches."""
+    seconds: float = 0.0
+    """The slowest rank's second step."""
 
 
 def build_product(way: Way, config: Config, runtime: Runtime, stack: contextlib.ExitStack) -> Step:

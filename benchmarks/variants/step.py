@@ -150,40 +150,6 @@ def build_sgd(implementation: str, method: nn.Module, config: Config) -> torch.o
     return torch.optim.SGD(groups, **{key: optimizer.defaults[key] for key in ("lr", "momentum", "weight_decay")})
 
 
-def check_authors(config: Config, steps: int = 10) -> None:
-    """Raises `RuntimeError` unless losses and weights of the authors' steps equal those of our eager ones.
-
-    Three steps in fp32 to 1e-5 and `steps` in float64 to 1e-9; on the CPU, the mathematics being the same on all
-    devices, with 8 images of at most 64 px. Ten steps of ResNet-50 in fp32 do not tell: rounding that differs with the
-    number of threads alone has grown to 1e-3 by then, at a rate of 0.005 as well, where ten in float64 stay within
-    3e-14 at 0.1.
-    """
-    compare(config, torch.float32, steps=3, rate=0.02, tolerance=1e-5)
-    compare(config, torch.float64, steps=steps, rate=0.1, tolerance=1e-9)
-
-
-def compare(config: Config, dtype: torch.dtype, *, steps: int, rate: float, tolerance: float) -> None:
-    """Raises `RuntimeError` where losses or weights of the authors' way and of ours differ by more than `tolerance`."""
-    size, batch_size, cpu = min(config.views[0].size, 64), 8, torch.device("cpu")
-    config = config.with_values({"optimizer.base_lr": rate * 256 / batch_size, "train.batch_size": batch_size})
-    weights = initial_weights(config)
-    rows = {name: Switches(forward=name) for name in ("authors", "one_call")}
-    both = {name: build_ablated(row, config, weights, cpu) for name, row in rows.items()}
-    for step in both.values():
-        step.model.to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    for number in range(steps):
-        views = torch.randn(2 * batch_size, 3, size, size, generator=generator, dtype=dtype)
-        theirs, ours = (step(views).item() for step in both.values())
-        if not abs(theirs - ours) <= tolerance:
-            raise RuntimeError(f"step: the authors' loss is {theirs} at step {number}, and ours {ours}, in {dtype}")
-    theirs, ours = (step.model.state_dict() for step in both.values())
-    for name, value in ours.items():
-        error = (theirs[name].double() - value.double()).abs() / (1 + value.double().abs())
-        if not error.max() <= tolerance:
-            raise RuntimeError(f"step: after the authors' steps {name} is off by {error.max():.2g}, in {dtype}")
-
-
 def initial_weights(config: Config, device="cpu") -> dict[str, torch.Tensor]:
     """Returns the weights with which a run of this config starts."""
     torch.manual_seed(config.train.seed)

@@ -1,12 +1,7 @@
-"""Rows of benchmarks.distributed are the same training where they exchange the same, and take turns on all ranks."""
+"""Rows of benchmarks.distributed are the same training where they exchange the same."""
 
 import contextlib
-import fcntl
 import json
-import subprocess
-import sys
-import threading
-import time
 from itertools import pairwise
 from types import SimpleNamespace
 from unittest import mock
@@ -16,8 +11,6 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import distributed as benchmark
-from benchmarks.harness import ranks as ranks_module
-from benchmarks.harness.ranks import in_ranks, in_turns
 from benchmarks.harness.results import Results
 from benchmarks.harness.timing import Samples
 from benchmarks.peers import AbsentError
@@ -28,10 +21,8 @@ from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 from tests.support.bench_configs import CPU, small_config
 from tests.support.gloo_ranks import world
-from tests.support.processes import REPOSITORY
 
-STEPS = 3
-CONFIG = ("model.encoder=cifar_resnet8", "model.width=8", "optimizer.base_lr=1.0")
+STEPS = 2
 
 
 @contextlib.contextmanager
@@ -67,22 +58,17 @@ def trained(config, way):
 @pytest.fixture(scope="module")
 def rows(ranks):
     """Results of two ranks by row."""
-    config = small_config(2, *CONFIG)
-    left_out = {"nn.SyncBatchNorm", "no communication, compiled", "gradients only, in pieces"}
-    return {name: ranks(2, trained, config, way) for name, way in benchmark.ROWS.items() if name not in left_out}
+    config = small_config(2)
+    names = ("no communication", "fastsiam", "compiled in pieces", "gradients only")
+    return {name: ranks(2, trained, config, benchmark.ROWS[name]) for name in names}
 
 
 @pytest.mark.slow
 def test_rows_that_exchange_the_same_are_the_same_training(rows):
-    for eager, *others in (
-        ("fastsiam", "fastsiam, compiled", "compiled in pieces"),
-        ("gradients only", "gradients only, compiled"),
-    ):
-        for other in others:
-            for a, b in zip(rows[other], rows[eager], strict=True):
-                for key, value in a[0].items():
-                    torch.testing.assert_close(value, b[0][key], rtol=1e-4, atol=2e-5)
-                torch.testing.assert_close(a[1], b[1], rtol=1e-3, atol=2e-5)
+    for a, b in zip(rows["compiled in pieces"], rows["fastsiam"], strict=True):
+        for key, value in a[0].items():
+            torch.testing.assert_close(value, b[0][key], rtol=1e-4, atol=2e-5)
+        torch.testing.assert_close(a[1], b[1], rtol=1e-3, atol=2e-5)
     apart = [rows[name][0][1][-1][0] for name in ("fastsiam", "gradients only", "no communication")]
     assert all((one - other).abs().max() > 1e-4 for one, other in pairwise([*apart, apart[0]]))
 
@@ -100,7 +86,6 @@ def test_what_is_exchanged_shows_in_gradients_and_statistics(rows):
 @pytest.mark.slow
 def test_graphs_are_one_or_a_piece_a_bucket(rows):
     graphs = {name: found[0][2] for name, found in rows.items()}
-    assert graphs["fastsiam, compiled"] == graphs["gradients only, compiled"] == 1
     assert graphs["compiled in pieces"] > 1
     assert graphs["fastsiam"] == 0
 
@@ -115,7 +100,7 @@ def product_trained(config, way):
 
 @pytest.mark.slow
 def test_the_products_rows_are_runs_on_both_ranks(ranks):
-    config = small_config(2, *CONFIG)
+    config = small_config(2)
     (eager, graphs), (second, _) = ranks(2, product_trained, config, benchmark.ROWS["fastsiam"])
     (compiled, graph), _ = ranks(2, product_trained, config, benchmark.ROWS["fastsiam, compiled"])
     assert (graphs, graph) == (0, 1)
@@ -126,104 +111,18 @@ def test_the_products_rows_are_runs_on_both_ranks(ranks):
     assert any((value - initial[key]).abs().max() > 1e-3 for key, value in eager.items())
 
 
-def turns_of_a_rank():
-    called = []
-    functions = {name: (lambda index, name=name: called.append((name, index))) for name in "abc"}
-    taken = in_turns(world(), CPU, functions, together=2, warmup=1, repeats=3)
-    return called, taken and {name: len(samples.seconds) for name, samples in taken.items()}
-
-
-def test_ranks_take_turns_as_the_first_one_says(ranks):
-    (first, taken), (second, nothing) = ranks(2, turns_of_a_rank)
-    assert first == second
-    assert first[::2] == [
-        ("a", 0), ("b", 0), ("c", 0),
-        ("a", 2), ("b", 2), ("c", 2),
-        ("b", 4), ("c", 4), ("a", 4),
-        ("c", 6), ("a", 6), ("b", 6),
-    ]  # fmt: skip
-    assert first[1::2] == [(name, index + 1) for name, index in first[::2]]
-    assert (taken, nothing) == ({"a": 3, "b": 3, "c": 3}, None)
-
-
-def slow_rank():
-    """Two calls a sample, of which the second rank's take 0.05 s each."""
-    mine = world()
-    taken = in_turns(mine, CPU, {"a": lambda index: time.sleep(0.05 * mine.rank)}, together=2, warmup=1, repeats=3)
-    return taken and taken["a"].median
-
-
-def test_a_sample_ends_with_the_slowest_rank(ranks):
-    seconds, _ = ranks(2, slow_rank)
-    assert seconds > 0.05
-
-
-def test_samples_are_seconds_a_call(monkeypatch):
-    monkeypatch.setattr(
-        ranks_module, "interleave", lambda functions, **_: dict.fromkeys(functions, Samples((6.0, 9.0)))
-    )
-    assert in_turns(World(), CPU, {"a": print}, together=3) == {"a": Samples((2.0, 3.0))}
-
-
-def fails_on_the_second(world, device):
-    if world.rank == 1:
-        raise IndexError("nothing there")
-    world.barrier()
+def measured(config, deadline):
+    return benchmark.measure(world(), config, deadline)
 
 
 @pytest.mark.slow
-def test_a_process_that_fails_ends_the_others():
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException):
-        in_ranks(2, "cpu", fails_on_the_second)
-
-
-def wait_for_ever(world, device, folder):
-    """Holds a lock on a file, which ends with the process."""
-    with open(folder / str(world.rank), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write("locked")
-        file.flush()
-        threading.Event().wait()
-
-
-KILLED = """
-import sys, pathlib
-from benchmarks.harness.ranks import in_ranks
-from tests.benchmarks.test_distributed import wait_for_ever
-in_ranks(2, "cpu", wait_for_ever, pathlib.Path(sys.argv[1]))
-"""
-
-
-@pytest.mark.slow
-def test_ranks_of_a_killed_benchmark_end(tmp_path):
-    parent = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], cwd=REPOSITORY)
-    wait_until(lambda: {path.name for path in tmp_path.iterdir() if path.read_text() == "locked"} == {"0", "1"})
-    parent.kill()
-    parent.wait()
-    wait_until(lambda: not any(is_locked(path) for path in tmp_path.iterdir()))
-
-
-def is_locked(path):
-    with open(path) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-def wait_until(reached):
-    deadline = time.monotonic() + 100
-    while not reached():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.mark.slow
-def test_lines_of_a_run_with_little_time(tmp_path, monkeypatch):
+def test_lines_of_a_run_with_little_time(tmp_path, monkeypatch, ranks):
     path = tmp_path / "small.yaml"
-    path.write_text(small_config(2, "model.encoder=cifar_resnet8", "model.width=8").to_yaml())
+    path.write_text(small_config(2).to_yaml())
     monkeypatch.setattr(benchmark, "SETTINGS", {"cpu": (str(path), 4)})
+    monkeypatch.setattr(
+        benchmark, "in_ranks", lambda size, _, measure, *arguments: ranks(size, measured, *arguments)[0]
+    )
     benchmark.run(Results(tmp_path, CPU), device=CPU, minutes=0)
     found = {}
     for text in (tmp_path / "distributed.jsonl").read_text().splitlines():
@@ -244,7 +143,7 @@ def test_lines_of_a_run_with_little_time(tmp_path, monkeypatch):
 
 
 def _parameters():
-    method = gradient_reduction.build_method(small_config(2, "model.encoder=cifar_resnet8", "model.width=8"))
+    method = gradient_reduction.build_method(small_config(2))
     return sum(parameter.numel() for parameter in method.parameters())
 
 
@@ -254,10 +153,9 @@ def test_shares_are_against_rows_that_are_compiled_alike():
         "fastsiam": 4.0, "fastsiam, compiled": 1.0, benchmark.ALL_REDUCE: 0.1,
     }  # fmt: skip
     taken = {name: Samples((second,)) for name, second in seconds.items()}
-    step = gradient_reduction.Step(print, torch.nn.Identity(), lambda: 0)
     rows = SimpleNamespace(
         absent={"compiled in pieces": "why"}, world=World(0, 4, 0, 4), config=small_config(2), gradient_bytes=12,
-        built={name: benchmark.Row(print, step, 7.0) for name in seconds},
+        built=dict.fromkeys(seconds, gradient_reduction.Step(print)),
     )  # fmt: skip
     found = {name: benchmark._numbers(name, rows, taken) for name in (*seconds, "compiled in pieces")}
     batch = small_config(2).train.batch_size

@@ -18,11 +18,8 @@ from benchmarks.harness.slim import slim
 from tests.support.processes import REPOSITORY
 
 SCRIPT = REPOSITORY / "benchmarks/first_light.sh"
-# The first call, and the one with DALI; of what the parts need a GPU for `pytest -m gpu` is all that is left.
-PARTS = {
-    "main": ("versions", "ceilings", "step50", "loss", "augment", "cifar", "two50", "authors50", "crop"),
-    "dali": ("versions", "dali_busy", "end_to_end", "loader"),
-}
+# The first call, and the one with DALI: one part of each form, since the others differ in their names alone.
+PARTS = {"main": ("versions", "ceilings", "step50", "cifar"), "dali": ("dali_busy", "end_to_end", "loader")}
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +50,12 @@ def light(what, folders, only):
 @pytest.mark.slow
 @pytest.mark.needs("dali")
 @pytest.mark.parametrize("what", PARTS)
-def test_every_part_runs_and_its_lines_go_into_tables(folders, what):
+def test_parts_run_and_their_lines_go_into_tables(folders, what):
     """Without the compiler, which would take most of the time and is tested elsewhere."""
     printed = light(what, folders, (*PARTS[what], "cifar_files"))
     for name in PARTS[what]:
         assert f"\n{name}: rc 0" in printed, printed
-    benchmarks = {"main": {"step", "loss", "augment", "crop"}, "dali": {"end_to_end", "loader"}}[what]
+    benchmarks = {"main": {"step"}, "dali": {"end_to_end", "loader"}}[what]
     results = folders / "work/results"
     assert benchmarks <= {path.stem for path in results.glob("*.jsonl")}
     for name in benchmarks:
@@ -72,13 +69,12 @@ def test_every_part_runs_and_its_lines_go_into_tables(folders, what):
         ceilings = json.loads((results / "ceilings.json").read_text())
         assert ceilings.keys() == {"copy_bytes_per_second", "bf16_product_flops"}
         rows = {line["variant"] for line in tables.read(results / "step.jsonl")}
-        assert rows == {"fastsiam", "+ one call", "+ two calls in one callable", "authors"}
+        assert rows == {"fastsiam", "+ one call"}
         assert "'kind': 'knn'" in printed
-        assert len(list((folders / "work/profiles").glob("*.json"))) == 4
+        assert len(list((folders / "work/profiles").glob("*.json"))) == 2
 
 
-def test_no_time_begins_nothing_and_still_ends_well(folders, monkeypatch):
-    text = SCRIPT.read_text()
+def test_no_time_begins_nothing_and_still_ends_well(folders):
     done = subprocess.run(
         ["bash", SCRIPT, "main"], capture_output=True, text=True, timeout=300, env={
             **os.environ, "OUT": str(folders / "none"), "WORK": str(folders / "none"), "PYTHON": sys.executable,
@@ -87,8 +83,6 @@ def test_no_time_begins_nothing_and_still_ends_well(folders, monkeypatch):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "loss: not begun, the time is over" in done.stdout
-    # The longest call: all of MINUTES, and a little; parts that run after it has ended are none.
-    assert re.search(r"MINUTES=\$\{MINUTES:-8\.5\}", text)
 
 
 def test_every_row_that_is_asked_for_on_a_gpu_is_there():

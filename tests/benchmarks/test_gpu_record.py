@@ -1,15 +1,10 @@
 """What `pytest -m gpu` writes down, shown with tests that need no GPU."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.support.processes import REPOSITORY
-
-pytestmark = pytest.mark.slow
+pytest_plugins = ("pytester",)
 
 PLUGIN = """
 import pytest, torch
@@ -46,16 +41,14 @@ def test_left_out():
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(pytester):
     """A function that runs the tests above with more arguments, and gives the files below results/."""
-    (tmp_path / "conftest.py").write_text(PLUGIN)
-    (tmp_path / "test_here.py").write_text(TESTS)
+    pytester.makeconftest(PLUGIN)
+    pytester.makepyfile(test_here=TESTS)
 
     def files(*arguments):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
-        return sorted((tmp_path / "results").rglob("*.*"))
+        pytester.inline_run("-q", "-p", "no:cacheprovider", "-m", "gpu", *arguments)
+        return sorted((pytester.path / "results").rglob("*.*"))
 
     return files
 

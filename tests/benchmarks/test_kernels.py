@@ -1,5 +1,6 @@
 """Benchmarks of single kernels: their bytes, their lines, and their refusal to time a wrong implementation."""
 
+import importlib
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ import torch
 from benchmarks import crop, loss
 from benchmarks.harness import timing
 from benchmarks.harness.results import Results
+from benchmarks.harness.tiny import small_sizes
+from benchmarks.tables import TABLES, render
 from fastsiam.kernels import crop_resize
 from fastsiam.kernels.reference import crop_resize_ref
 
@@ -83,6 +86,19 @@ def test_loss_lines(tmp_path, monkeypatch, mode):
     for line in lines(tmp_path):
         assert line["params"] == {"batch": 8, "dim": 2048, "dtype": "fp32", "mode": mode}
         check_numbers(line, loss.bytes_moved(case))
+
+
+@pytest.mark.parametrize("name", ["loss", "augment", "crop"])
+def test_every_row_runs_at_the_smallest_sizes(tmp_path, monkeypatch, name):
+    """As first_light.sh tries it, without the compiler."""
+    module = importlib.import_module(f"benchmarks.{name}")
+    for constant, value in small_sizes(name, module).items():
+        monkeypatch.setattr(module, constant, value)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr("benchmarks.harness.time_kernel.copy_bandwidth", lambda device: 2e9)
+    module.run(Results(tmp_path, CPU), device=CPU, minutes=0)
+    assert render(TABLES[name], lines(tmp_path))
+    assert {line["variant"] for line in lines(tmp_path)} >= {"eager", "compile"}
 
 
 def test_crops_are_those_of_the_kernel_and_the_reference(monkeypatch):

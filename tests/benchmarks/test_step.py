@@ -2,26 +2,17 @@
 
 import dataclasses
 import json
-import os
 from itertools import pairwise
 
 import pytest
 import torch
 
-import benchmarks.variants.step as ablation_module
 from benchmarks import step as step_benchmark
 from benchmarks.harness.flops import flops_per_image
 from benchmarks.harness.product import ProductRun
 from benchmarks.harness.results import Results
-from benchmarks.harness.worker_process import Aside
-from benchmarks.variants.step import (
-    Switches,
-    ablation,
-    build_ablated,
-    check_authors,
-    initial_weights,
-    product,
-)
+from benchmarks.peers import authors
+from benchmarks.variants.step import Switches, ablation, build_ablated, initial_weights, product
 from fastsiam.config import load_config
 from fastsiam.data.build import build_loader
 from fastsiam.errors import UserError
@@ -56,7 +47,6 @@ def test_an_error_of_the_products_loop_is_raised_by_the_call(tiny, monkeypatch):
         ProductRun(load_config("quickstart", tiny("data.train=nowhere")))
 
 
-@pytest.mark.slow
 def test_every_row_is_the_same_function_in_fp32():
     """Losses and weights over four steps; a strong weight decay makes that of each optimizer show."""
     config = small_config(3, "optimizer.weight_decay=0.1")
@@ -102,73 +92,6 @@ def test_each_row_turns_on_one_switch_more(kind):
     assert rows["+ fused SGD" if kind == "cuda" else "+ freed memory kept"] == product(device, torch.bfloat16)
 
 
-def build_counter(name, start, stack):
-    """For the process aside: numbers of one name, which may be wrong."""
-    stack.callback(print, f"{name} ends", flush=True)
-    return lambda index: [start][index]
-
-
-def build_nothing(name, stack):
-    os._exit(3)
-
-
-def test_a_row_aside_runs_there_and_its_errors_end_it(capfd):
-    with Aside(build_counter, 5) as aside:
-        step = aside.bind("row")
-        assert step(0) is None
-        assert step(0) is None
-    assert capfd.readouterr().out == "row ends\n"
-    with Aside(build_counter, 5) as aside:
-        step = aside.bind("row")
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match="code 1$"):
-                step(1)
-    assert "IndexError" in capfd.readouterr().err
-    with Aside(build_nothing) as aside, pytest.raises(RuntimeError, match="code 3$"):
-        aside.bind("x")
-
-
-@pytest.mark.slow
-def test_rows_that_keep_memory_run_aside(lines):
-    """Their steps are the product's: losses cannot be seen from here, times and switches can."""
-    found = lines(minutes=5)
-    kept = {name for name, line in found.items() if line["switches"]["memory"] == "kept"}
-    assert kept == {"+ freed memory kept", "fastsiam"}
-    assert all(found[name]["median_seconds"] > 0 for name in kept)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "steps"), [("r18_cifar10_800ep", 10), ("r50_100ep", 1)])
-def test_the_authors_step_is_ours_in_the_settings_that_are_timed(name, steps):
-    """ResNet-50 takes 10 s a step in float64 on one core."""
-    assert {config for settings in step_benchmark.SETTINGS.values() for config, _ in settings} == {
-        "r18_cifar10_800ep",
-        "r50_100ep",
-    }
-    check_authors(load_config(name), steps)
-
-
-def test_a_wrong_step_is_found(monkeypatch):
-    config = small_config()
-    check_authors(config)
-    monkeypatch.setattr(ablation_module, "negative_cosine_ref", lambda p1, p2, z1, z2: -(p1 * z2).sum(1).mean() * 1e-3)
-    with pytest.raises(RuntimeError):
-        check_authors(config)
-
-
-def test_a_wrong_update_is_found(monkeypatch):
-    config = small_config()
-    monkeypatch.setattr(ablation_module.authors, "SimSiam", _FrozenPredictor)
-    with pytest.raises(RuntimeError, match="predictor"):
-        check_authors(config)
-
-
-class _FrozenPredictor(ablation_module.authors.SimSiam):
-    def __init__(self, model, method):
-        super().__init__(model, method)
-        self.predictor[-1].bias.requires_grad_(False)
-
-
 def test_flops_of_resnet50_are_those_of_the_paper():
     """He et al. 2016 and torchvision: 4.09 G multiply-adds forward at 224 px. Backward costs twice that but for the
     stem, whose input needs no gradient (118 M); the heads have 14.7 M (SimSiam, section 4)."""
@@ -183,7 +106,7 @@ def test_flops_do_not_depend_on_the_implementation():
 
 def _counted_by_hand(config):
     """Forward and backward of one view, layer by layer from the shapes that pass through the model."""
-    model, total = ablation_module.authors.SimSiam(config.model, config.method), 0
+    model, total = authors.SimSiam(config.model, config.method), 0
 
     def add(layer, inputs, output):
         nonlocal total
@@ -216,15 +139,18 @@ def lines(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_lines_hold_rates_and_nothing_is_dropped(lines):
+    """Rows that keep memory run in a second process: their losses cannot be seen here, times and switches can."""
     found = lines(minutes=5)
     assert list(found) == [*ablation(CPU, torch.float32), "fastsiam", "lightly", "solo-learn"]
     for name, line in found.items():
-        assert line["params"] == {"encoder": "resnet18", "size": 16, "batch": 4}
+        assert line["params"] == {"encoder": "cifar_resnet8", "size": 16, "batch": 4}
         if "absent" not in line:
             assert line["images_per_second"] == pytest.approx(4 / line["median_seconds"])
             assert line["flops_per_image"] == flops_per_image(small_config())
             assert line["share_of_L0"] is None
             assert len(line["samples_seconds"]) == 3, name
+    kept = {name for name, line in found.items() if line["switches"]["memory"] == "kept"}
+    assert kept == {"+ freed memory kept", "fastsiam"}
     absent = {name: line["absent"] for name, line in found.items() if "absent" in line and name != "lightly"}
     assert absent == {
         "+ compile": "the time was too short; give more --minutes",
@@ -233,7 +159,8 @@ def test_lines_hold_rates_and_nothing_is_dropped(lines):
     }
 
 
-def test_little_time_still_compares_the_ends(lines):
+def test_little_time_still_compares_the_ends(lines, monkeypatch):
+    monkeypatch.setattr(step_benchmark.Setting, "rows", step_benchmark.Setting.rows_here)
     found = lines(minutes=0)
     assert {"authors", "fastsiam"} <= {name for name, line in found.items() if line["samples_seconds"]}
     assert "the time was too short" in found["+ one call"]["absent"]

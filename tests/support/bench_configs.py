@@ -7,6 +7,8 @@ from fastsiam.config import load_config
 CPU = torch.device("cpu")
 
 SMALL = (
+    "model.encoder=cifar_resnet8",
+    "model.width=8",
     "method.predictor.hidden=16",
     "views.size=16",
     "train.batch_size=8",
@@ -25,11 +27,11 @@ MACHINE = {
 
 
 def small_config(layers=3, *more):
-    """ResNet-18 with CIFAR's stem at 16 px and a learning rate of 0.02."""
+    """CIFAR's ResNet-8 with 8 channels at 16 px and a learning rate of 0.02."""
     projector = f"method.projector={{layers: {layers}, hidden: 64, out: 64}}"
     return load_config("r18_cifar10_800ep", [*SMALL, projector, *more])
 
 
-def batches(count):
+def batches(count, images=8, size=16, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn(16, 3, 16, 16, generator=generator) for _ in range(count)]
+    return [torch.randn(2 * images, 3, size, size, generator=generator, dtype=dtype) for _ in range(count)]
