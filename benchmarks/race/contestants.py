@@ -31,7 +31,7 @@ from benchmarks.variants.step import initial_weights
 from fastsiam.config import Config
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.optim.build import set_learning_rate
-from fastsiam.runtime.device import DTYPES, autocast, choose_precision
+from fastsiam.runtime.device import autocast, choose_precision
 
 FASTSIAM = "fastsiam"
 PLAIN, FOUR_VIEWS, GROWING = "fastsiam plain", "fastsiam + 4 views", "fastsiam + growing views"
@@ -193,7 +193,7 @@ class Peer:
                 yield torch.cat([view.to(device, non_blocking=True) for view in batch[:2]])
 
         facts = {
-            "precision": _name(dtype),
+            "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
             "memory_format": CHANNELS_LAST if self.channels_last else "contiguous",
             "compiled": False,
             "loader": str(loading),
@@ -215,7 +215,3 @@ PEERS = {
     ),
 }
 CONTESTANTS = (*OURS, *PEERS)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, value in DTYPES.items() if value == dtype)

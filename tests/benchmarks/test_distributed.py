@@ -65,6 +65,7 @@ def rows(ranks):
 
 @pytest.mark.slow
 def test_rows_that_exchange_the_same_are_the_same_training(rows):
+    assert (rows["fastsiam"][0][2], rows["compiled in pieces"][0][2] > 1) == (0, True)
     for a, b in zip(rows["compiled in pieces"], rows["fastsiam"], strict=True):
         for key, value in a[0].items():
             torch.testing.assert_close(value, b[0][key], rtol=1e-4, atol=2e-5)
@@ -81,13 +82,6 @@ def test_what_is_exchanged_shows_in_gradients_and_statistics(rows):
         means = [key for key in first if key.endswith("running_mean")]
         shared = all(torch.allclose(first[key], second[key], atol=1e-6) for key in means)
         assert (averaged, shared) == (way.gradients, way.statistics == "all ranks"), name
-
-
-@pytest.mark.slow
-def test_graphs_are_one_or_a_piece_a_bucket(rows):
-    graphs = {name: found[0][2] for name, found in rows.items()}
-    assert graphs["compiled in pieces"] > 1
-    assert graphs["fastsiam"] == 0
 
 
 def product_trained(config, way):

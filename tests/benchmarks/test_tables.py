@@ -174,12 +174,6 @@ def test_what_is_absent_is_shown():
     assert "| ours | 1,000 | 1 | absent |" in nothing
 
 
-def test_a_table_leaves_to_another_what_that_shows():
-    columns = (Column("ms", "median_seconds", 1000),)
-    text = render(Table("step", columns, "authors", without=("peer",)), [line("authors"), line("peer"), line("ours")])
-    assert [row.split()[1] for row in text.splitlines()[4:]] == ["authors", "ours"]
-
-
 def test_a_rate_falls_as_time_grows_and_is_compared_by_itself():
     """10 images/s in the median of 2 s: the slow end, 4 s, gives 5 images/s, the fast end, 1.6 s, 12.5."""
     table = Table("step", (Column("images/s", "images_per_second", spread=True),), "slow", speed="images_per_second")
@@ -188,17 +182,6 @@ def test_a_rate_falls_as_time_grows_and_is_compared_by_itself():
     assert render(table, [slow, fast]).splitlines()[4:] == [
         "| slow | 10.0 [5.00, 12.5] | 1.00x |",
         "| fast | 25.0 [25.0, 25.0] | 2.50x |",
-    ]
-
-
-def test_words_and_no_baseline():
-    table = Table("end_to_end", (Column("limit", "limit"), Column("of it", "share", scale=100, unit=" %")))
-    text = render(table, [line("step"), line("end to end", limit="loader", share=0.951)])
-    assert text.splitlines()[2:] == [
-        "| variant | limit | of it |",
-        "| --- | ---: | ---: |",
-        "| step | - | - |",
-        "| end to end | loader | 95.1 % |",
     ]
 
 
