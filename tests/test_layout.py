@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastsiam.__main__ import COMMANDS
+from fastsiam.__main__ import COMMANDS, main
 from tests.support.processes import REPOSITORY, run_python
 
 # Each row may import from the rows above it and from its own row.
@@ -40,10 +40,13 @@ def modules():
             yield name if folder == "fastsiam" else f"fastsiam.{name}", path
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def imported(path: Path, inside_functions=True):
-    tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if inside_functions else tree.body
-    for node in nodes:
+    for node in ast.walk(parsed(path)) if inside_functions else parsed(path).body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -123,9 +126,8 @@ def sources():
     kinds, found = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef, ast.Call), {}
     for folder in ("fastsiam", "kernels", "benchmarks", "tests"):
         for path in sorted((REPOSITORY / folder).rglob("*.py")):
-            text = path.read_text()
-            nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
-            found[str(path.relative_to(REPOSITORY))] = text, nodes
+            nodes = [node for node in ast.walk(parsed(path)) if isinstance(node, kinds)]
+            found[str(path.relative_to(REPOSITORY))] = path.read_text(), nodes
     return found
 
 
@@ -157,18 +159,20 @@ def test_the_top_holds_what_is_run_or_imported():
 
 
 @pytest.mark.parametrize(("argument", "said"), [("--help", "commands:"), ("--version", "fastsiam 0.1.0\n")])
-def test_the_command_says_what_it_is(argument, said):
-    done = run_python("-m", "fastsiam", argument)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert said in done.stdout
-    for command in COMMANDS:
-        assert argument == "--version" or f"\n  {command} " in done.stdout
+def test_the_command_prints_what_it_is(argument, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([argument])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert said in printed
+    assert argument == "--version" or all(f"\n  {command} " in printed for command in COMMANDS)
 
 
-def test_an_unknown_command_is_refused():
-    done = run_python("-m", "fastsiam", "trian")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "invalid choice: 'trian' (choose from" in done.stderr
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["trian"])
+    assert ended.value.code == 2
+    assert "invalid choice: 'trian'" in capsys.readouterr().err
 
 
 def test_public_names_load():

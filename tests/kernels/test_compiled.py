@@ -7,6 +7,8 @@ import pytest
 from fastsiam.kernels import augment_triton
 from tests.support.processes import run_python
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def report():

@@ -152,8 +152,8 @@ def test_nan_and_infinity_reach_the_loss_and_the_gradients_of_their_row(value, p
 
 
 def test_a_scaled_gradient_in_fp16_is_stored_after_the_scale():
-    """A gradient is about 1e-6 at N = 4096 and |p| = 60, of which fp16 keeps 4 bits; 65,536 times that, all 11."""
-    inputs = draw(4096, 16, torch.float16, scale=10.0)
+    """A gradient is about 1e-6, as at N = 4096 and |p| = 60, of which fp16 keeps 4 bits; 65,536 times that, all 11."""
+    inputs = draw(256, 16, torch.float16, scale=160.0)
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
     ours = gradients(65536.0 * fused(*inputs), inputs)
     exact = gradients(65536.0 * plain(*exact_inputs), exact_inputs)
@@ -186,14 +186,14 @@ def test_one_launch_each_way(monkeypatch):
 
     for name in ("_forward_kernel", "_backward_kernel"):
         monkeypatch.setattr(cosine_triton, name, counting(name))
-    inputs = draw(40, 2048)
+    inputs = draw(8, 2048)
     gradients(fused(*inputs), inputs)
     assert launches == ["_forward_kernel", "_backward_kernel"]
 
 
 def test_a_counter_that_is_kept_is_left_at_zero_and_changes_nothing():
-    """40 rows are 20 programs a pair, of which the last one adds up."""
-    inputs, counter = draw(40, 2048), torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    """8 rows are 4 programs a pair, of which the last one adds up."""
+    inputs, counter = draw(8, 2048), torch.zeros(1, dtype=torch.int32, device=DEVICE)
     p1, p2, z1, z2 = inputs
     expected = fused(*inputs)
     for _ in range(3):
