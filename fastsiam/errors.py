@@ -1,4 +1,4 @@
-"""Errors and warnings that carry a code, and the exit codes of the commands."""
+"""Errors and warnings that carry a code, the text of names in them, and the exit codes of the commands."""
 
 import re
 from enum import IntEnum
@@ -49,6 +49,11 @@ class Notice(str):
 
     def __getnewargs__(self):
         return str(self), self.code
+
+
+def printable(text: str) -> str:
+    """Returns a text with bytes of file names that are not UTF-8 as \\xNN, which every file and terminal takes."""
+    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 class ExitCode(IntEnum):

@@ -1,6 +1,5 @@
 """Lists of excluded images: those that a scan has found, and those that a run could not decode."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from fastsiam.data.sources.image_header import UNREADABLE
 from fastsiam.data.sources.source import ImageSource
-from fastsiam.errors import UserError
+from fastsiam.errors import UserError, printable
 
 _SHOWN = 10
 
@@ -37,10 +36,8 @@ class SkipList:
         for index, reason in reasons.items():
             if not self.mask[index]:
                 self.mask[index] = True
-                # Names that are no UTF-8 could be written nowhere.
-                reason = os.fsencode(reason).decode(errors="backslashreplace")
-                self.found[index] = reason
-                self._report(index, reason, len(self.found))
+                self.found[index] = printable(reason)
+                self._report(index, self.found[index], len(self.found))
         if len(self.found) > self._max_fraction * len(self.mask):
             names = "\n  ".join(list(self.found.values())[:_SHOWN])
             more = f"\n  and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""

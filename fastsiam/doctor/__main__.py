@@ -16,6 +16,7 @@ from pathlib import Path
 from fastsiam import cli
 from fastsiam.doctor import facts, machine, software
 from fastsiam.doctor.lines import Line
+from fastsiam.errors import printable
 from fastsiam.optim.apex import find_apex
 from fastsiam.runtime.cache_dirs import cache_root, home_folder
 from fastsiam.runtime.cores import cpu_quota, usable_cores
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="for scripts")
     arguments = parser.parse_args(argv)
     if arguments.data is not None and not os.path.isdir(arguments.data):
-        sentence = f"DATA_FOLDER: {_printable(arguments.data)} is not a folder; give a folder of images"
+        sentence = f"DATA_FOLDER: {printable(arguments.data)} is not a folder; give a folder of images"
         return cli.print_error(sentence, "not-a-folder")
     try:
         lines = examine(arguments.data)
@@ -102,7 +103,7 @@ def _print(lines: list[Line], counts: dict[str, int]) -> None:
     width = max(len(line.name) for line in lines)
     for line in lines:
         cure = f"; cure: {line.cure} [{line.code}]" if line.cure else ""
-        output(_printable(f"{line.status:7}  {line.name:{width}}  {line.text}{cure}"), STYLES[line.status])
+        output(printable(f"{line.status:7}  {line.name:{width}}  {line.text}{cure}"), STYLES[line.status])
     output(f"errors: {counts['error']}, warnings: {counts['warning']}", None)
 
 
@@ -114,11 +115,6 @@ def _printer():
         return lambda text, _: print(text)
     console = Console()
     return lambda text, style: console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
-
-
-def _printable(text: str) -> str:
-    """Returns text with bytes of file names that are not UTF-8 as \\xNN, which a terminal's encoding would refuse."""
-    return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 if __name__ == "__main__":

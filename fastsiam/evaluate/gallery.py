@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from fastsiam.config.views import ViewSpec
 from fastsiam.data.sources.source import ImageSource
-from fastsiam.errors import Notice
+from fastsiam.errors import Notice, printable
 from fastsiam.runtime.files import read_arrays, write_arrays
 
 PAIRS, QUERIES, NEIGHBOURS = 8, 8, 5
@@ -189,11 +189,8 @@ def _one_of_each(labels: np.ndarray) -> np.ndarray:
 
 def _names(source: ImageSource, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns names and labels of images."""
-    names = [bytes(source.names[index]) for index in indices]
+    names = [os.fsdecode(bytes(source.names[index])) for index in indices]
     labels = [source.classes[label] if label >= 0 else "" for label in source.labels[indices]]
-    # Bytes that are not UTF-8 become \xNN: a page cannot hold them.
-    texts = [
-        [os.fsencode(text).decode(errors="backslashreplace")[-_NAME_CHARACTERS:] for text in texts]
-        for texts in (names, labels)
-    ]
-    return np.array(texts[0], dtype=str), np.array(texts[1], dtype=str)
+    # A page cannot hold bytes that are not UTF-8.
+    names, labels = ([printable(text)[-_NAME_CHARACTERS:] for text in texts] for texts in (names, labels))
+    return np.array(names, dtype=str), np.array(labels, dtype=str)

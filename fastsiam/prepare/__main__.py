@@ -18,7 +18,7 @@ from fastsiam.data import demo_images
 from fastsiam.data.sources import scan_manifest
 from fastsiam.data.sources.index_cache import cache_folder
 from fastsiam.data.sources.open import open_source, open_unscanned
-from fastsiam.errors import UserError
+from fastsiam.errors import UserError, printable
 from fastsiam.prepare import cifar10, ffcv, pack
 from fastsiam.prepare.compressed import open_compressed
 from fastsiam.runtime.cores import usable_cores
@@ -196,8 +196,7 @@ def _print_exclusions(source):
 
 
 def _print(text):
-    """Prints a sentence; bytes of a file's name that are not UTF-8 as \\xNN, which a terminal would refuse."""
-    print(text.encode(errors="surrogateescape").decode(errors="backslashreplace"))
+    print(printable(text))
 
 
 @contextlib.contextmanager

@@ -1,14 +1,13 @@
 """Reader of run folders in any state: running, killed, empty, of an older or a newer version."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fastsiam.config.yaml_file import flat, read
-from fastsiam.errors import UserError
+from fastsiam.errors import UserError, printable
 from fastsiam.runtime.files import json_lines, read_arrays, read_json
 
 # Horizontal axes, by the field of a line of metrics.jsonl that has the position of the run.
@@ -111,9 +110,9 @@ def number(value) -> float:
 
 def open_runs(paths: list[Path]) -> list[Run]:
     """Reads run folders; raises `UserError` for a folder that is not one. Runs of one name are named by their paths."""
-    names = [readable(path.resolve().name) for path in paths]
+    names = [printable(path.resolve().name) for path in paths]
     return [
-        open_run(path, name if names.count(name) == 1 else readable(str(path)))
+        open_run(path, name if names.count(name) == 1 else printable(str(path)))
         for path, name in zip(paths, names, strict=True)
     ]
 
@@ -142,11 +141,6 @@ def open_run(path: Path, name: str) -> Run:
         pictures=read_arrays(path / "pictures.npz"),
         skipped=(*_read_skipped(path / "skip.tsv"), *_read_skipped(path / "skip_val.tsv")),
     )
-
-
-def readable(text: str) -> str:
-    """Returns a name with its bytes that are not UTF-8 as \\xNN, which a page can hold."""
-    return os.fsencode(text).decode(errors="backslashreplace")
 
 
 def _read_skipped(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fastsiam.errors import UserError
+from fastsiam.errors import UserError, printable
 
 # Columns of file names, the likeliest first.
 FILE_COLUMNS = (
@@ -141,7 +141,7 @@ def whole_number(value: str) -> str:
 
 def shown(text: object, most: int = _SHOWN) -> str:
     """Returns the last `most` characters of a name for a message; the end of a path says more than its beginning."""
-    text = str(text).encode(errors="surrogateescape").decode(errors="backslashreplace")
+    text = printable(str(text))
     return text if len(text) <= most else "..." + text[3 - most :]
 
 
