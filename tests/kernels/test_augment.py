@@ -101,15 +101,15 @@ def test_contrast_is_about_the_mean_of_the_blurred_crop(kernel, color, kind):
     assert (abs(unblurred - grey) > 1e-3) == (kind == "gaussian")
 
 
-SIGMAS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 1.41, 1.42, 1.7, 2.0)
+SIGMAS = (0.1, 0.3, 0.5, 1.2, 1.41, 1.42, 2.0)
 
 
 @pytest.mark.parametrize("kernel", [*KERNELS, "reference"])
 def test_the_blur_of_the_papers_recipe_is_pillows(kernel):
     """Three levels are the six roundings of Pillow's passes; above sigma 1.41 they hold inside the image only."""
     generator = np.random.default_rng(0)
-    crops = generator.integers(0, 256, (len(SIGMAS), 24, 24, 3), np.uint8)
-    crops[:, 12:] = crops[:, 12:] // 128 * 255
+    crops = generator.integers(0, 256, (len(SIGMAS), 18, 18, 3), np.uint8)
+    crops[:, 9:] = crops[:, 9:] // 128 * 255
     nothing = torch.zeros(len(SIGMAS), dtype=torch.bool)
     drawn = {
         "flip": nothing,
