@@ -24,6 +24,12 @@ def names(source):
     return [os.fsdecode(bytes(name)) for name in source.names]
 
 
+def test_programs_import_it_from_the_package():
+    from fastsiam.data.sources import open_source as of_package
+
+    assert of_package is open_source
+
+
 def test_what_is_missing_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
