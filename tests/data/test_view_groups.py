@@ -70,7 +70,7 @@ def test_groups_of_a_config_are_read_written_and_read_again(tmp_path):
         (["views.1.count=3"], None, "unknown-key"),
         ([YAML, "views.size=16"], "views.size", "not-a-section"),
         ([YAML, "views.2.size=16"], "views.2.size", "not-a-section"),
-        ([YAML, "views.1.size=0"], "views.size", None),
+        ([YAML, "views.1.size=0"], "views.size", "bad-view-size"),
         ([YAML, "views.1.cuont=1"], None, "unknown-key"),
         (["views=[]"], "views.count", "out-of-range"),
         (["views.count=1"], "views.count", "out-of-range"),
