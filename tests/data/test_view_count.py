@@ -77,6 +77,7 @@ def test_two_views_are_bit_equal_to_the_papers_loss(tiny_config):
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(method.parameters(), before.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_three_views_are_one_graph(tiny_config):
     torch._dynamo.reset()
     method = build_method(tiny_config("views.count=3"))
@@ -142,6 +143,7 @@ def test_stopped_in_mid_epoch_a_run_of_three_views_goes_on_bit_by_bit(tiny, tmp_
     assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
 
 
+@pytest.mark.slow
 def test_two_ranks_of_16_images_are_one_of_32(ranks, tiny, tmp_path):
     """Three views that grow, in steps at both sizes."""
     growing = ("train.batch_size=32", "views.count=3", "views.size=16..24", "optimizer.base_lr=0.05", "train.epochs=3")

@@ -167,14 +167,6 @@ def test_the_same_images_give_the_same_shards(photos, packed, tmp_path):
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
 
 
-def test_tar_files_beside_the_images_unpacked_from_them_are_ignored(tmp_path, picture):
-    (tmp_path / "n01").mkdir()
-    (tmp_path / "n01/a.jpg").write_bytes(picture)
-    shard(tmp_path / "n01.tar", ("a.jpg", picture))
-    source = open_source(str(tmp_path))
-    assert (source.names.tolist(), source.packed) == ([b"n01/a.jpg"], None)
-
-
 @pytest.mark.parametrize(("end", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
 def test_compressed_shards_are_packed_in_their_order_with_their_labels(photos, tmp_path, end, compress, capsys):
     folder = open_source(str(photos))

@@ -129,6 +129,7 @@ def test_crops_that_are_kept_do_not_change(photos, num_views):
     assert all(torch.equal(crops, then) for crops, then in kept)
 
 
+@pytest.mark.slow
 def test_torch_keeps_its_threads(photos):
     """ffcv sets their number to 1 when imported."""
     script = """
