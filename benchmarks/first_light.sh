@@ -7,7 +7,8 @@
 #     bash benchmarks/first_light.sh prepare CIFAR10 PHOTOGRAPHS
 #   CIFAR10: an archive that `python -m fastsiam.prepare cifar10` reads; PHOTOGRAPHS: a folder of JPEGs, of some MiB.
 #   Takes 3 to 10 minutes, most of it xz. Writes into .gpu, which git ignores, and prints the sizes in MiB:
-#     .gpu/a           wheels of pydantic for Python 3.12, both data sets, and COMMIT, which says what commit the tree is
+#     .gpu/a           wheels for Python 3.12 of what images with torch may lack, both data sets, and COMMIT, which says
+#                      what commit the tree is
 #     .gpu/b0, b1      DALI for CUDA 13 and Python 3.12 in one or two parts of at most 56 MiB in place of eight, without
 #                      symbols, headers and the GPU code of other chips
 #
@@ -40,7 +41,8 @@ prepare() {
     local pip=("$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp
         --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_24_x86_64
         --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64)
-    "${pip[@]}" -d "$gpu/a/wheels" pydantic annotated-types typing-inspection typing-extensions
+    "${pip[@]}" -d "$gpu/a/wheels" pydantic annotated-types typing-inspection typing-extensions filelock jinja2 markupsafe \
+        psutil pyyaml rich markdown-it-py mdurl pygments safetensors
     # pydantic names the one pydantic-core that it takes.
     local core; core=$(unzip -p "$gpu"/a/wheels/pydantic-*.whl '*/METADATA' | sed -n 's/^Requires-Dist: pydantic-core==\([0-9.]*\).*/\1/p')
     "${pip[@]}" -d "$gpu/a/wheels" "pydantic-core==$core"
@@ -168,7 +170,7 @@ tests() { # the project's own, and their record; modules that cannot be imported
     printf '%q ' "$PYTHON" -m pytest -q -rA --durations=15 -p no:cacheprovider --continue-on-collection-errors $timeout "$@"
 }
 
-if ! "$PYTHON" -c 'import pydantic' 2> /dev/null; then
+if ! "$PYTHON" -c 'import filelock, jinja2, psutil, pydantic, rich, safetensors, yaml' 2> /dev/null; then
     "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$WORK"/a/wheels/*.whl
 fi
 photographs=$WORK/photographs

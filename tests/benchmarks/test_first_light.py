@@ -85,6 +85,18 @@ def test_no_time_begins_nothing_and_still_ends_well(folders):
     assert "loss: not begun, the time is over" in done.stdout
 
 
+def test_what_an_image_with_torch_may_lack_is_packed():
+    """The machine has no network: a requirement of fastsiam is in its image or among the wheels."""
+    in_the_image = {"torch", "torchvision", "triton", "numba", "numpy", "pillow", "nvidia-ml-py"}
+    # A run without them warns and goes on.
+    optional = {"matplotlib", "tensorboard"}
+    (listed,) = re.findall(r"install_requires=\[(.*?)\]", (REPOSITORY / "setup.py").read_text(), re.DOTALL)
+    required = set(re.findall(r'^ *"([\w-]+)', listed, re.MULTILINE))
+    wheels = re.search(r'-d "\$gpu/a/wheels" (.*?)\n +#', SCRIPT.read_text(), re.DOTALL)[1].split()
+    assert "torch" in required
+    assert required - in_the_image - optional <= set(wheels)
+
+
 def test_every_row_that_is_asked_for_on_a_gpu_is_there():
     """On a CPU other rows are asked for."""
     from benchmarks.variants.step import ablation
