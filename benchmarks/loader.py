@@ -111,6 +111,14 @@ def drain(batches: Iterable, device: torch.device) -> int:
     return images
 
 
+def check_installed(backend: str) -> None:
+    """Raises `AbsentError` for a backend that is not installed."""
+    try:
+        choose_backend(backend)
+    except ImportError as error:
+        raise AbsentError(str(error)) from error
+
+
 def ours(
     case: Case,
     backend: str,
@@ -127,10 +135,7 @@ def ours(
     `decode_device`: where decoding, cropping and augmenting happen before the views go to the case's device.
     `backend_augments`: DALI's own operators make the views (`data.augment=dali`). `source`: in place of the files.
     """
-    try:
-        choose_backend(backend)
-    except ImportError as error:
-        raise AbsentError(str(error)) from error
+    check_installed(backend)
     config = load_config("r50_100ep", [f"views.size={case.size}", f"views.color={color}"])
     groups = (config.view_groups[0]._replace(count=num_views),)
     source = source or source_of(case.paths)
@@ -159,15 +164,14 @@ def decoded_twice(case: Case, backend: str):
 
 def from_beton(case: Case):
     """Loader of the files as `prepare ffcv` stores them by default, written before anything is timed."""
-    try:
-        choose_backend("ffcv")
-    except ImportError as error:
-        raise AbsentError(str(error)) from error
+    check_installed("ffcv")
     folder = tempfile.TemporaryDirectory()
     path = Path(folder.name) / "images.beton"
     write_beton(source_of(case.paths), path)
     epoch, description = ours(case, "ffcv", source=open_source(str(path)))
-    return _with(folder, epoch), description
+    # Removed with it.
+    epoch.folder = folder
+    return epoch, description
 
 
 def from_memory(case: Case):
@@ -175,16 +179,8 @@ def from_memory(case: Case):
     folder = tempfile.TemporaryDirectory()
     with mock.patch.dict(os.environ, XDG_CACHE_HOME=folder.name):
         epoch, description = ours(case, "resident", store_size=case.size)
-    return _with(folder, epoch), description
-
-
-def _with(folder: tempfile.TemporaryDirectory, epoch: Callable[[int], int]) -> Callable[[int], int]:
-    """`epoch`, holding on to the folder that it reads from."""
-
-    def reading(index, _folder=folder):
-        return epoch(index)
-
-    return reading
+    epoch.folder = folder
+    return epoch, description
 
 
 def source_of(paths: tuple[str, ...]) -> ImageSource:

@@ -89,36 +89,35 @@ class Setting:
 
     def rows_here(self, stack: contextlib.ExitStack) -> list[Row]:
         """Returns the same rows, all of them in this process."""
-        rows = []
-        for name, switches in ablation(self.device, self.dtype).items():
-            build = functools.partial(build_ablated, switches, self.config, self.weights, self.device)
-            rows.append(Row(name, switches, build, needed=name == "authors"))
         ours = product(self.device, self.dtype)
         plain = Switches(forward="lightly")
         fast = replace(plain, precision=ours.precision, channels_last=True)
-        rows.append(Row("lightly", plain, self._peer(lightly.build_step, plain), needed=True))
-        if fast.precision == "bf16":
-            rows.append(Row("lightly + bf16 + channels-last", fast, self._peer(lightly.build_step, fast)))
         # Its own configs ask for mixed precision and channels-last.
         solo = replace(fast, forward="solo-learn")
-        build = self._peer(solo_learn.build_step, solo, checkout=self.checkout)
-        rows.append(Row("solo-learn", solo, build, needed=True))
-        for row in rows:
-            row.build = functools.partial(self._on_inputs, row.build, row.switches)
-        own = Row("fastsiam", ours, lambda: stack.enter_context(ProductRun(self.config)), needed=True)
-        rows.insert(next(index for index, row in enumerate(rows) if row.name == "lightly"), own)
+        rows = []
+        for name, switches in ablation(self.device, self.dtype).items():
+            build = functools.partial(build_ablated, switches, self.config, self.weights, self.device)
+            rows.append(self._row(name, switches, build, needed=name == "authors"))
+        rows.append(Row("fastsiam", ours, lambda: stack.enter_context(ProductRun(self.config)), needed=True))
+        rows.append(self._peer("lightly", plain, lightly.build_step))
+        if fast.precision == "bf16":
+            rows.append(self._peer("lightly + bf16 + channels-last", fast, lightly.build_step, needed=False))
+        rows.append(self._peer("solo-learn", solo, solo_learn.build_step, self.checkout))
         return rows
 
-    def _on_inputs(self, build, switches):
-        step, views = build(), self.inputs.of(switches)
-        return lambda index: step(views[index % len(views)])
+    def _row(self, name, switches, build_step, needed):
+        def build():
+            step, views = build_step(), self.inputs.of(switches)
+            return lambda index: step(views[index % len(views)])
 
-    def _peer(self, build_step, switches, **more):
+        return Row(name, switches, build, needed)
+
+    def _peer(self, name, switches, build_step, *more, needed=True):
         precision = autocast(self.device, torch.bfloat16 if switches.precision == "bf16" else torch.float32)
         memory_format = torch.channels_last if switches.channels_last else torch.contiguous_format
-        return functools.partial(
-            build_step, self.config, self.weights, self.device, precision=precision, memory_format=memory_format, **more
-        )
+        numbers = {"precision": precision, "memory_format": memory_format}
+        build = functools.partial(build_step, self.config, self.weights, self.device, *more, **numbers)
+        return self._row(name, switches, build, needed)
 
     def numbers(self, row: Row, images_per_second: float) -> dict:
         """Returns the numbers of a line besides its time."""

@@ -12,7 +12,6 @@ from benchmarks.harness import timing
 from benchmarks.harness.results import Results
 from benchmarks.harness.tiny import small_sizes
 from benchmarks.tables import TABLES, render
-from fastsiam.kernels import crop_resize
 from fastsiam.kernels.reference import crop_resize_ref
 
 CPU = torch.device("cpu")
@@ -59,46 +58,32 @@ def test_bytes_moved():
     assert loss.bytes_moved(loss.Case(3, "bf16", "both")) == 10 * 3 * 2048 * 2
 
 
-def test_crop_lines(tmp_path, monkeypatch):
-    def plain(device, size, boxes, indices):
-        assert indices.tolist() == [0, 1, 2, 0, 1, 2]
-        return {
-            "numba": lambda images: crop_resize(images, boxes, size, indices),
-            "eager": lambda images: crop_resize_ref(images, boxes, size, indices),
-        }
-
-    monkeypatch.setattr(crop, "variants", plain)
-    crop.measure(Results(tmp_path, CPU), CROP, CPU, 0.0, bandwidth=2e9)
-    assert [line["variant"] for line in lines(tmp_path)] == ["numba", "eager"]
-    for line in lines(tmp_path):
-        assert line["params"] == {"crops": 6, "stored": 20, "size": 12}
-        assert line["ms_per_crop"] == pytest.approx(line["median_seconds"] * 1000 / 6)
-        check_numbers(line, crop.bytes_moved(CROP, crop.draw_boxes(CROP)))
-
-
-@pytest.mark.parametrize("mode", loss.MODES)
-def test_loss_lines(tmp_path, monkeypatch, mode):
-    plain = {"eager": loss.negative_cosine_ref, "authors": loss.authors_loss}
-    monkeypatch.setattr(loss, "variants", lambda device: plain)
-    case = loss.Case(8, "fp32", mode)
-    loss.measure(Results(tmp_path, CPU), case, CPU, 0.0, bandwidth=2e9)
-    assert [line["variant"] for line in lines(tmp_path)] == ["eager", "authors"]
-    for line in lines(tmp_path):
-        assert line["params"] == {"batch": 8, "dim": 2048, "dtype": "fp32", "mode": mode}
-        check_numbers(line, loss.bytes_moved(case))
-
-
-@pytest.mark.parametrize("name", ["loss", "augment", "crop"])
-def test_every_row_runs_at_the_smallest_sizes(tmp_path, monkeypatch, name):
-    """As first_light.sh tries it, without the compiler."""
+@pytest.mark.parametrize(
+    ("name", "variants"),
+    [
+        ("loss", ["eager", "authors", "compile"]),
+        ("augment", ["numba", "eager", "compile"]),
+        ("crop", ["numba", "eager", "compile"]),
+    ],
+)
+def test_lines_of_the_smallest_sizes(tmp_path, monkeypatch, name, variants):
+    """As first_light.sh tries them, without the compiler."""
     module = importlib.import_module(f"benchmarks.{name}")
     for constant, value in small_sizes(name, module).items():
         monkeypatch.setattr(module, constant, value)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr("benchmarks.harness.time_kernel.copy_bandwidth", lambda device: 2e9)
     module.run(Results(tmp_path, CPU), device=CPU, minutes=0)
-    assert render(TABLES[name], lines(tmp_path))
-    assert {line["variant"] for line in lines(tmp_path)} >= {"eager", "compile"}
+    found = lines(tmp_path)
+    assert render(TABLES[name], found)
+    assert [line["variant"] for line in found] == variants * (len(found) // 3)
+    assert len(found) == (18 if name == "loss" else 3)
+    for line in found:
+        case = module.Case(**{key: value for key, value in line["params"].items() if key != "dim"})
+        check_numbers(line, module.bytes_moved(case, *([crop.draw_boxes(case)] if name == "crop" else [])))
+        each = {"augment": "view", "crop": "crop"}.get(name)
+        if each:
+            assert line[f"ms_per_{each}"] == pytest.approx(line["ms"] / getattr(case, f"{each}s"))
 
 
 def test_crops_are_those_of_the_kernel_and_the_reference(monkeypatch):
