@@ -45,8 +45,8 @@ def test_every_test_is_collected_where_they_are_missing():
 SKIPPED = {
     "test_crops_of_the_same_pixels_are_pils_within_one_level": "ffcv",
     "test_the_same_seed_gives_the_same_order_and_boxes[ffcv]": "ffcv",
-    "test_dalis_graph_has_one_decoder_for_all_views": "dali",
-    "test_changing_the_size_of_views_takes_no_memory": "dali",
+    "test_dalis_graph_has_one_decoder_for_all_groups[dali]": "dali",
+    "test_bad_files_take_no_memory": "dali",
     "test_names_from_outside_stay_text": "playwright",
 }
 
@@ -85,8 +85,10 @@ def test_an_error_other_than_a_missing_library_fails(monkeypatch):
 
 def test_without_chromium_and_a_compiler_their_tests_are_skipped(tmp_path):
     """A PATH without any, and no download of playwright's own."""
-    tests = map(address, ("test_names_from_outside_stay_text", "test_inductor_gives_eagers_loss_and_gradients"))
+    tests = map(
+        address, ("test_names_from_outside_stay_text", "test_inductor_compiles_one_graph_that_steps_as_the_module_does")
+    )
     code, printed = without((), "-q", *tests, PATH=str(tmp_path), PLAYWRIGHT_BROWSERS_PATH=str(tmp_path))
     assert code == 0, printed[-2000:]
     assert "playwright install chromium" in printed
-    assert "test_inductor_gives_eagers_loss_and_gradients needs g++: apt-get install" in printed
+    assert "test_inductor_compiles_one_graph_that_steps_as_the_module_does needs g++: apt-get install" in printed

@@ -30,6 +30,17 @@ def loop_distance(p, z):
     return -total / len(p)
 
 
+def algorithm_1(p1, p2, z1, z2, stop_gradient=True):
+    """The loss of two views in torch, for autograd, in the precision of what it is given."""
+
+    def distance(p, z):
+        z = z.detach() if stop_gradient else z
+        p, z = p / p.norm(dim=1, keepdim=True), z / z.norm(dim=1, keepdim=True)
+        return -(p * z).sum(dim=1).mean()
+
+    return distance(p1, z2) / 2 + distance(p2, z1) / 2
+
+
 def gradients(loss, inputs):
     return torch.autograd.grad(loss, inputs, allow_unused=True)
 
