@@ -78,7 +78,9 @@ def load_encoder(path: str | Path) -> nn.Module:
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = shortened(str(error), 150)
         raise UserError(f"{path} does not hold the encoder that it describes ({reason})", "not-an-encoder") from error
-    encoder.mean, encoder.std = (_triple(description.get(key)) for key in ("mean", "std"))
+    for key in ("mean", "std"):
+        values = description.get(key)
+        setattr(encoder, key, None if values is None else tuple(map(float, values)))
     encoder.description = description
     return encoder.eval()
 
@@ -92,10 +94,6 @@ def _read(path):
             break
         time.sleep(_PAUSE)
     return _of_run(path) if path.is_dir() else _of_file(path)
-
-
-def _triple(values):
-    return None if values is None else tuple(map(float, values))
 
 
 def _of_run(folder):

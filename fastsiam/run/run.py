@@ -39,14 +39,12 @@ class Run:
 
     def __init__(self, config: Config, start: Start, stack: contextlib.ExitStack, signals: StopSignals):
         """Takes parts that are open already; see `open`."""
-        self.config, self.signals, self._saved = config, signals, start.saved
-        self.runtime, self.data, self.progress = start.runtime, start.data, start.progress
-        self.folder, self.journal = start.folder, start.journal
-        self.on_close = stack.callback
-        progress, journal, path = start.progress, start.journal, start.folder.path
-        world = start.runtime.world
-        self.clock = Stopwatch(progress.state, data_wait_on(start.runtime.device), progress.cost.opened)
-        self.log = TrainLog(start.data, progress, self.clock, journal)
+        self.config, self.signals, self.on_close = config, signals, stack.callback
+        runtime, data, progress, folder, self._saved, journal = start
+        self.runtime, self.data, self.progress, self.folder, self.journal = runtime, data, progress, folder, journal
+        path, world = folder.path, runtime.world
+        self.clock = Stopwatch(progress.state, data_wait_on(runtime.device), progress.cost.opened)
+        self.log = TrainLog(data, progress, self.clock, journal)
         self.watchdog = stack.enter_context(Watchdog(path, config.train.watchdog_seconds, world.rank, self.fail))
         self.checkpoints = Checkpoints(path, config.checkpoint, progress, world.is_first, journal.warn)
         self.signal: int | None = None

@@ -67,7 +67,9 @@ class Watchdog:
             self._left.set()
             faulthandler.cancel_dump_traceback_later()
         self._thread.join()
-        self._close()
+        self.leave_nothing()
+        if self._file != STDERR:
+            os.close(self._file)
 
     def beat(self) -> None:
         """The run has moved: called after every step and every batch of an evaluation."""
@@ -90,13 +92,11 @@ class Watchdog:
     def _watch(self):
         while not self._left.wait(self._look):
             self._arm()
-            if self._is_stuck():
+            with self._arming:
+                watching = not self._pauses and not self._left.is_set()
+                is_stuck = watching and time.monotonic() - self._last >= self._seconds
+            if is_stuck:
                 self._finish()
-
-    def _is_stuck(self):
-        with self._arming:
-            watching = not self._pauses and not self._left.is_set()
-            return watching and time.monotonic() - self._last >= self._seconds
 
     def _arm(self):
         """Two looks later than the watching thread: it comes first wherever Python threads run at all."""
@@ -169,11 +169,6 @@ class Watchdog:
     def forget_earlier(self) -> None:
         """The run has come to its end: stacks of hangs on the way there go, too, once the context is left."""
         self._size_before = 0
-
-    def _close(self):
-        self.leave_nothing()
-        if self._file != STDERR:
-            os.close(self._file)
 
 
 def remove_stacks_of_absent_ranks(folder: Path, world_size: int) -> None:

@@ -45,8 +45,6 @@ def cpu_info() -> tuple[str, set[str]]:
 
 
 def driver_version() -> str | None:
-    try:
-        with open("/proc/driver/nvidia/version", encoding="utf-8") as file:
-            return file.readline().strip()
-    except OSError:
-        return None
+    with contextlib.suppress(OSError), open("/proc/driver/nvidia/version", encoding="utf-8") as file:
+        return file.readline().strip()
+    return None

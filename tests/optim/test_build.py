@@ -136,23 +136,6 @@ def test_every_parameter_is_decayed_and_trained_once(predictor):
     assert {group["scheduled"] for group in optimizer.param_groups} == {True, predictor == "scheduled"}
 
 
-def test_the_step_is_sgd_with_momentum_and_decay_in_the_gradient():
-    """v = m v + (g + wd w); w = w - lr v, the form of the authors' optimizer."""
-    config = small("optimizer.predictor_lr=scheduled")
-    method = torch.nn.Linear(3, 2)
-    method.constant_lr_parameters = list
-    optimizer = build_optimizer(method, config)
-    weight, velocity = method.weight.detach().double(), torch.zeros(2, 3, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        gradient = torch.randn(2, 3, generator=generator)
-        method.weight.grad, method.bias.grad = gradient.clone(), torch.zeros(2)
-        optimizer.step()
-        velocity = 0.9 * velocity + gradient.double() + 5e-4 * weight
-        weight = weight - 0.2 * velocity
-    torch.testing.assert_close(method.weight.detach().double(), weight, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("batch_size", "more", "advice"),
     [

@@ -85,17 +85,6 @@ def test_lines_that_fit_are_written_before_one_that_does_not(recorded):
     assert steps(folder) == ["header", 1, 2, "warning", 3]
 
 
-def test_a_device_that_is_full_takes_the_lines_when_it_is_replaced(recorded):
-    folder, said = recorded
-    folder.metrics_path.unlink()
-    folder.metrics_path.symlink_to("/dev/full")
-    folder.write({"kind": "train", "step": 2})
-    assert [notice.code for notice in said] == ["disk-refuses"]
-    folder.metrics_path.unlink()
-    folder.write({"kind": "train", "step": 3})
-    assert steps(folder) == [2, "warning", 3]
-
-
 def test_lines_that_are_lost_at_the_end_are_told(recorded):
     folder, said = recorded
     with largest_file(folder.metrics_path.stat().st_size):
