@@ -174,7 +174,8 @@ class Run:
         self.watchdog.leave_nothing()
         # One that has ended is writing its report.
         if self.folder.status().get("status") == "running":
-            self.fail("ended at once by a second Ctrl-C; rerun the command to resume from the last checkpoint")
+            text = "ended at once by a second Ctrl-C; rerun the command to resume from the last checkpoint"
+            self.fail(Notice(text, "second-interrupt"))
         self.journal.give_back_cursor()
 
     @property
@@ -238,7 +239,10 @@ def _note(run: Run, error: BaseException) -> None:
     if is_lost_peer(error):
         if run.folder.status().get("status") == "running":
             # The process that has gone knows better why, where it could still write it.
-            run.fail("another process of the run has gone")
+            run.fail(Notice("another process of the run has gone", "lost-rank"))
         return
-    details = {"exit_code": int(ExitCode.USER_ERROR), "code": error.code} if type(error) is UserError else {}
+    details = {"code": error.code} if isinstance(error, UserError) else {}
+    # The same command fails again, unless the disk that refused has space by then.
+    if type(error) is UserError:
+        details["exit_code"] = int(ExitCode.USER_ERROR)
     run.fail(f"{type(error).__name__}: {error}", **details)

@@ -49,7 +49,7 @@ def test_a_job_whose_workers_are_killed_ends_with_the_weights_of_an_undisturbed_
         said, errors = job.communicate(timeout=120)
     assert job.returncode == 1
     assert " [lost-rank]\n" in errors
-    assert status(runs / "killed")["status"] == "failed"
+    assert status(runs / "killed")["code"] == "lost-rank"
     # The kill may have come while checkpoint.pt was made checkpoint.1.pt.
     before = load_newest(runs / "killed", warn=pytest.fail)["state"]["step"]
     assert before >= 3 - 1

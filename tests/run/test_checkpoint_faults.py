@@ -185,7 +185,7 @@ def test_a_run_outlives_a_disk_that_is_full(tiny, tmp_path):
     assert warned == [(step, "checkpoint-unwritten") for step in range(8, 21)]
     assert [line["step"] for line in lines(folder) if line["kind"] == "train"] == list(range(1, 21))
     status = json.loads((folder / "status.json").read_text())
-    assert status["status"] == "failed"
+    assert (status["status"], status["code"]) == ("failed", "checkpoint-unwritten")
     assert (folder / "checkpoint.pt").read_bytes() == before
     assert not (folder / "checkpoint.tmp").exists()
     assert main(command) == 0
