@@ -38,8 +38,8 @@ def test_every_test_is_collected_where_they_are_missing():
     code, printed = without(EVERYTHING, "--collect-only", "-q", "-m", "gpu")
     assert code == 0, printed[-2000:]
     (chosen, all_of_them) = re.search(r"^(\d+)/(\d+) tests collected", printed, re.MULTILINE).groups()
-    assert int(chosen) >= 28
-    assert int(all_of_them) > 1700
+    assert int(chosen) >= 25
+    assert int(all_of_them) > 1500
 
 
 SKIPPED = {
