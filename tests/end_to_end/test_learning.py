@@ -117,7 +117,7 @@ def fifty_photographs(folder, images):
 
 CALIBRATION = {
     "small batch": (lambda folder, images: few_of_each_class(folder, images / "train", 64), 16, 4),
-    "cifar": (cifar, 64, 9),
+    "cifar": (cifar, 32, 5),
     "fifty photographs": (fifty_photographs, 16, 42),
     "another seed": (lambda folder, images: few_of_each_class(folder, images / "val", 100), 32, 5),
 }
