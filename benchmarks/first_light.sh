@@ -147,13 +147,15 @@ wait_for() {
 
 small=() B50=512 B18=512 CIFAR=75s RUN=()
 if [[ -n $TINY ]]; then
-    small=(--set model.encoder=resnet18 --set views.size=32) B50=4 B18=4 CIFAR=null
-    RUN=(model.encoder=cifar_resnet8 model.width=8 train.batch_size=32 train.epochs=4 views.size=16 data.workers=1 data.store_size=16)
+    heads=(method.projector.hidden=64 method.projector.out=64) B50=4 B18=4 CIFAR=null
+    small=(--set model.encoder=resnet18 --set views.size=32 --set "${heads[0]}" --set "${heads[1]}")
+    RUN=("${heads[@]}" model.encoder=cifar_resnet8 model.width=8 train.batch_size=32 train.epochs=4 views.size=16 data.workers=1 data.store_size=16)
 fi
 tiny=${TINY:+--tiny}
 rows() { # CONFIG BATCH MINUTES ROWS [MORE ...]
     local config=$1 batch=$2 minutes=$3 rows=$4
     shift 4
+    [[ -n $TINY ]] && minutes=0.02
     printf '%q ' "$PYTHON" -m benchmarks.harness.profiled --config "$config" --batch "$batch" --minutes "$minutes" --rows "$rows" \
         --device "$DEVICE" --out "$WORK/results" --profiles "$WORK/profiles" "${small[@]}" "$@"
 }
