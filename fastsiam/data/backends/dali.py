@@ -105,14 +105,15 @@ class DaliBackend:
         self._refusals = _Refusals(source, self._converted, threads, self._decoder, self._device_id)
         self._crop = partial(crop_scattered, device=device) if self._on_gpu else crop_on_cpu
         self._lane, self._cropped = lane_to(device), Passed()
+        # DALI writes over outputs that no Python object holds any more, and a GPU may still be reading them.
+        self._outputs = None
 
     def crops(self, requests):
         self._requests = iter(requests)
         finished = False
         try:
             while not finished:
-                # The next run takes back the images of the last one.
-                self._cropped.synchronize()
+                self._give_back()
                 try:
                     delivered = self._next()
                 except _ConvertedError:
@@ -131,10 +132,14 @@ class DaliBackend:
         self._sizes = sizes
 
     def close(self):
-        self._cropped.synchronize()
+        self._give_back()
         self._pipeline = None
         self._in_flight.clear()
         self._converted.clear()
+
+    def _give_back(self):
+        self._cropped.synchronize()
+        self._outputs = None
 
     def _next(self):
         """Returns indices and crops of the oldest batch in flight, or None where there is no more.
@@ -144,7 +149,7 @@ class DaliBackend:
         if self._pipeline is None:
             self._pipeline = self._build()
         try:
-            indices, *outputs = self._pipeline.run()
+            indices, *self._outputs = self._pipeline.run()
         except StopIteration:
             return None
         except RuntimeError:
@@ -156,7 +161,7 @@ class DaliBackend:
                 raise
         else:
             request = self._in_flight[0]
-            delivered = self._deliver(request, outputs)
+            delivered = self._deliver(request, self._outputs)
             self._in_flight.popleft()
             self._converted.finish()
             return np.array(indices.as_cpu().as_tensor()).reshape(-1), delivered

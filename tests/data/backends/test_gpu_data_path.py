@@ -12,7 +12,7 @@ from PIL import Image
 from fastsiam.data.sources.open import open_source
 from fastsiam.kernels import crop_triton
 from tests.support.lanes import LateLane
-from tests.support.loaders import CPU, SIZE, count_decoders, crops_of, make
+from tests.support.loaders import CPU, RECIPE, SIZE, count_decoders, crops_of, make
 
 pytestmark = pytest.mark.usefixtures("resident_cache")
 
@@ -73,7 +73,7 @@ def test_the_graph_of_a_gpu_can_be_defined(photos, monkeypatch):
         assert decoders == [("image", "mixed")]
 
 
-@pytest.mark.parametrize("backend", ["dali", "ffcv"])
+@pytest.mark.parametrize("backend", ["dali", RECIPE, "ffcv"])
 def test_memory_that_a_device_still_reads_is_not_written_to(photos, backend):
     """Over two epochs, the first of them left early: every batch is copied or cropped as late as its mark allows."""
     made, plain = (make(photos, backend, batch_size=2) for _ in range(2))
