@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -146,8 +147,12 @@ def pytest_configure(config):
         config.pluginmanager.register(GpuRecord())
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Skip tests marked gpu where there is no CUDA device, and `needs` where a library is missing; CI has them all."""
+    if hasattr(config, "workerinput"):
+        # In several processes, files with many slow tests first: one of them at the end would leave a core idle.
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
     gpu = torch.cuda.is_available()
     for item in items:
         if item.get_closest_marker("gpu") and not gpu:
