@@ -48,22 +48,24 @@ def nearest(bank, queries, k: int, world: World = ALONE) -> tuple[torch.Tensor, 
     k, first = min(k, sum(sizes)), sum(sizes[: world.rank])
     best = queries.new_full((len(queries), k), -torch.inf)
     places = torch.zeros_like(best, dtype=torch.int64)
+    # Slices of the queries, and of the tables in which their neighbours are kept.
+    chunks = list(zip(queries.split(CHUNK), best.split(CHUNK), places.split(CHUNK), strict=True))
     for start in range(0, len(bank), BLOCK):
         block = F.normalize(bank[start : start + BLOCK].float(), dim=1)
-        for rows in torch.arange(len(queries), device=queries.device).split(CHUNK):
-            found, where = (queries[rows] @ block.T).topk(min(k, len(block)), dim=1)
-            both = torch.cat((best[rows], found), 1), torch.cat((places[rows], where + (first + start)), 1)
-            best[rows], places[rows] = _largest(*both, k)
+        for asked, near, which in chunks:
+            found, rows = (asked @ block.T).topk(min(k, len(block)), dim=1)
+            _keep_largest(near, which, torch.cat((near, found), 1), torch.cat((which, rows + first + start), 1))
     if world.size > 1:
-        for rows in torch.arange(len(queries), device=queries.device).split(CHUNK):
-            everybodys = (world.gather(table[rows].T.contiguous()).T for table in (best, places))
-            best[rows], places[rows] = _largest(*everybodys, k)
+        for _, near, which in chunks:
+            _keep_largest(near, which, *(world.gather(table.T.contiguous()).T for table in (near, which)))
     return best, places
 
 
-def _largest(similarity, places, k):
-    similarity, columns = similarity.topk(k, dim=1)
-    return similarity, places.gather(1, columns)
+def _keep_largest(near, which, similarity, places):
+    """Writes the k most similar of each row, and their places, into `near` and `which` [n, k]."""
+    found, columns = similarity.topk(near.shape[1], dim=1)
+    near.copy_(found)
+    which.copy_(places.gather(1, columns))
 
 
 @torch.no_grad()

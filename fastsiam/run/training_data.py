@@ -16,6 +16,7 @@ from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.levels import Levels
 from fastsiam.data.sources.open import open_sources
 from fastsiam.data.sources.source import ImageSource
+from fastsiam.errors import Notice
 from fastsiam.run.bad_files import BadFiles
 from fastsiam.run.checkpoint import check_identity, identity
 from fastsiam.run.metrics import Journal
@@ -126,7 +127,13 @@ class Images(NamedTuple):
     """None without kNN."""
 
 
-def open_images(config: Config, runtime: Runtime, warn: Callable, say: Callable, run: Path | None = None) -> Images:
+def open_images(
+    config: Config,
+    runtime: Runtime,
+    warn: Callable[[Notice], None],
+    say: Callable[[str], None],
+    run: Path | None = None,
+) -> Images:
     """Opens the images of a config, drawing missing demo images; all ranks must call.
 
     `warn(notice)` and `say(line)` print; `run`: the folder of a run that is resumed. Raises `UserError` where the

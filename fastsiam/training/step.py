@@ -129,7 +129,12 @@ class TrainingStep:
         if first != _NEVER and mine[1] == first:
             images = next((indices for number, indices in self._recent if number == first), images)
         self._recent.clear()
-        return Reading(sum(losses) / len(losses), None if first == _NEVER else first, images, int(skipped[0]))
+        return Reading(
+            loss=sum(losses) / len(losses),
+            first_bad_step=None if first == _NEVER else first,
+            bad_images=images,
+            skipped_steps=int(skipped[0]),
+        )
 
     def state_dict(self) -> dict:
         return {
