@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from fastsiam.run.checkpoint import load_newest
+from fastsiam.train import main
 from tests.support.processes import torchrun
 from tests.support.runs import EVERY_STEP, assert_same_run, lines, wait_for_step
 
@@ -78,15 +79,17 @@ def test_one_asked_worker_stops_all_with_one_checkpoint_and_no_restart(slow, tmp
     assert left["status"] == "preempted"
     assert [path.name for path in folder.glob("checkpoint*")] == ["checkpoint.pt"]
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["step"] == left["step"] < 15
-    # The agent passes on what it gets.
-    with torchrun(*overrides) as job:
-        wait_for_step(job, folder, left["step"] + 1)
-        job.send_signal(signal.SIGTERM)
-        said, errors = job.communicate(timeout=120)
-    assert "stopped   at step" in said, errors
-    assert status(folder)["status"] == "preempted"
+    # The agent passes on what it gets: SIGTERM, and the Ctrl-C of a terminal.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with torchrun(*overrides) as job:
+            wait_for_step(job, folder, status(folder)["step"] + 1)
+            job.send_signal(number)
+            said, errors = job.communicate(timeout=120)
+        assert "stopped   at step" in said, errors
+        assert status(folder)["status"] == "preempted"
+    assert main(["--config", "quickstart", *overrides]) == 0
     steps = [line["step"] for line in lines(folder) if line["kind"] == "train"]
-    assert steps == list(range(1, status(folder)["step"] + 1))
+    assert steps == list(range(1, 16))
 
 
 def test_ranks_that_hang_write_their_stacks_and_end_with_a_sentence(slow, tmp_path):
