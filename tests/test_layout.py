@@ -19,11 +19,12 @@ LAYERS = (
     {"methods", "training"},
     {"evaluate"},
     {"run"},
-    {"prepare", "doctor", "report", "plan", "config.__main__"},
+    {"prepare", "doctor", "report", "plan", "config.__main__", "evaluate.protocols", "embed", "export"},
+    {"evaluate.__main__"},
     {"train", "__main__"},
 )
 TORCH_FREE = (
-    "config.__main__",
+    "config.__main__", "evaluate.__main__",
     "cli", "config", "config.budget", "config.published", "config.views", "data.demo_images", "data.read_speed",
     "data.rng", "data.sources.open", "data.sources.pixel_range", "data.sources.deep_pixels", "data.backends.store_size",
     "doctor.__main__", "doctor.probe", "errors", "optim.apex", "plan.__main__", "prepare.__main__", "prepare.cifar10",

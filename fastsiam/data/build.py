@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 
 from fastsiam.config import Config
+from fastsiam.config.views import ViewGroup, ViewSpec
 from fastsiam.data.backends.choose import choose_backend, open_backend
 from fastsiam.data.backends.store_size import with_its_store
-from fastsiam.data.loader import EvaluationLoader, Loader, check_divides, full_sizes
+from fastsiam.data.loader import EvaluationLoader, Loader, check_batch_size, check_divides, full_sizes
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
@@ -89,13 +90,83 @@ def build_evaluation_loader(
     Images have the size and normalisation of the first group of views, and batches are as large as those of one of
     `world_size` ranks in training.
     """
-    name, _ = choose_backend(config.data.backend, source.root)
-    batch_size = min(config.train.batch_size // world_size, len(source))
     config = with_its_store(config, source)
-    data, spec, device = config.data, config.view_groups[0].spec, torch.device(device)
-    backend = open_backend(name, source, (spec.size,), batch_size, data.workers, device, data.store_size, say)
-    return EvaluationLoader(
-        source, spec, backend, batch_size=batch_size, crop_ratio=config.evaluate.crop_ratio, dtype=dtype, skip=skip
+    data = config.data
+    return open_evaluation_loader(
+        source,
+        config.view_groups[0].spec,
+        batch_size=config.train.batch_size // world_size,
+        crop_ratio=config.evaluate.crop_ratio,
+        backend=data.backend,
+        workers=data.workers,
+        store_size=data.store_size,
+        skip=skip,
+        device=device,
+        dtype=dtype,
+        say=say,
+    )
+
+
+def open_evaluation_loader(
+    source: ImageSource,
+    spec: ViewSpec,
+    *,
+    batch_size: int,
+    crop_ratio: float = 0.875,
+    backend: str = "auto",
+    workers: int | None = None,
+    store_size: int | None = None,
+    skip: SkipList | None = None,
+    device="cpu",
+    dtype=torch.float32,
+    say: Callable[[str], None] = lambda line: None,
+) -> EvaluationLoader:
+    """Returns the loader of an encoder that has no config: size and normalisation of `spec`, no augmentation.
+
+    The other arguments are the keys of that name in the sections data, train and evaluate; `batch_size` is cut to the
+    number of images.
+    """
+    name, _ = choose_backend(backend, source.root)
+    batch_size, device = min(batch_size, len(source)), torch.device(device)
+    opened = open_backend(name, source, (spec.size,), batch_size, workers, device, store_size or spec.size, say)
+    return EvaluationLoader(source, spec, opened, batch_size=batch_size, crop_ratio=crop_ratio, dtype=dtype, skip=skip)
+
+
+def open_training_loader(
+    source: ImageSource,
+    groups: tuple[ViewGroup, ...],
+    *,
+    batch_size: int,
+    seed: int,
+    backend: str = "auto",
+    workers: int | None = None,
+    store_size: int | None = None,
+    skip: SkipList | None = None,
+    device="cpu",
+    dtype=torch.float32,
+    rank: int = 0,
+    world_size: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+) -> Loader:
+    """Returns the training loader of an encoder that has no config: augmented views, with their labels.
+
+    `batch_size` is that of all ranks. Raises `UserError` for a batch larger than the data.
+    """
+    check_batch_size(batch_size, len(source), source.root)
+    check_divides(batch_size, world_size)
+    name, _ = choose_backend(backend, source.root)
+    sizes, device = full_sizes(groups), torch.device(device)
+    opened = open_backend(name, source, sizes, batch_size // world_size, workers, device, store_size or max(sizes), say)
+    return Loader(
+        source,
+        groups,
+        opened,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        skip=skip,
+        rank=rank,
+        world_size=world_size,
     )
 
 

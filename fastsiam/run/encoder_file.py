@@ -1,6 +1,7 @@
 """Encoders on the disk: encoder.safetensors of a run that has ended, and the one in a checkpoint of any other run."""
 
 import contextlib
+import hashlib
 import json
 import time
 import warnings
@@ -25,11 +26,15 @@ _PAUSE, _TRIES = 0.05, 20
 _BUILDS = ("encoder", "stem", "width")
 
 
-def describe_encoder(config: Config, step: int, commit: str | None) -> dict:
+def describe_encoder(
+    config: Config, step: int | None, commit: str | None, images_seen: int | None = None, knn: float | None = None
+) -> dict:
     """Description in the file of an encoder: how to build it, how to feed it, and where it comes from.
 
-    `mean` and `std` [3] normalise RGB in [0, 1]; `size` is the side in pixels of the views that it was trained on;
-    `step` counts its training steps; `commit` is that of the code.
+    `mean` and `std` [3] normalise RGB in [0, 1]; `size` is the side in pixels of the views that it was trained on, and
+    of evaluation crops: the centred square of `crop_ratio` times the short side, resized by `interpolation` with
+    antialiasing. `step` counts its training steps, `images_seen` the images of their batches; `commit` is that of the
+    code; `knn` is its kNN top-1 in percent; `config` is the SHA-256 of the run's config.yaml.
     """
     spec = config.view_groups[0].spec
     return {
@@ -37,9 +42,14 @@ def describe_encoder(config: Config, step: int, commit: str | None) -> dict:
         "mean": list(spec.mean),
         "std": list(spec.std),
         "size": spec.size,
+        "crop_ratio": config.evaluate.crop_ratio,
+        "interpolation": "bilinear",
         "recipe": config.views[0].recipe,
         "method": config.method.name,
         "step": step,
+        "images_seen": images_seen,
+        "knn": knn,
+        "config": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
         "commit": commit,
         "fastsiam": fastsiam.__version__,
     }

@@ -139,7 +139,7 @@ def contents(
         "computation": computation(data.runtime),
         "budget": progress.budget.amount,
         "identity": data.identity,
-        "encoder": describe_encoder(config, progress.state.step, folder.commit),
+        "encoder": describe_encoder(config, progress.state.step, folder.commit, progress.state.images_seen),
         "metrics": folder.metrics_state(),
     }
 

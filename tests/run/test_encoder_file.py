@@ -1,5 +1,6 @@
 """An encoder can be had from every run, says how to feed it, and a file of another kind is one sentence."""
 
+import hashlib
 import json
 import os
 import signal
@@ -70,8 +71,10 @@ def test_a_run_says_in_its_encoder_how_to_feed_it(tiny, tmp_path):
         said = json.loads(file.metadata()["fastsiam"])
     expected = {
         "encoder": "cifar_resnet8", "stem": "cifar", "width": 8, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
-        "size": 16, "recipe": "demo", "method": "simsiam", "step": 3, "fastsiam": fastsiam.__version__,
+        "size": 16, "crop_ratio": 1.0, "interpolation": "bilinear", "recipe": "demo", "method": "simsiam", "step": 3,
+        "images_seen": 24, "knn": None, "fastsiam": fastsiam.__version__,
     }  # fmt: skip
+    expected["config"] = hashlib.sha256((tmp_path / "runs/run/config.yaml").read_bytes()).hexdigest()
     commit = json.loads((tmp_path / "runs/run/environment.json").read_text())["commit"]
     assert said == expected | {"commit": commit}
     encoder = fastsiam.load_encoder(result.run_dir)

@@ -192,26 +192,33 @@ def _table_in(root: Path, key: str) -> str:
     return f"{key}={shown(root / name)} reads it as a list" if name else ""
 
 
-def check_labels(train: ImageSource, val: ImageSource) -> None:
-    """Raises `UserError` where kNN is impossible: no labels, or classes of `val` that `train` does not have."""
-    for key, source in (("data.train", train), ("data.val", val)):
+def check_labels(
+    train: ImageSource, val: ImageSource, keys: tuple[str, str] = ("data.train", "data.val"), what: str = "kNN"
+) -> None:
+    """Raises `UserError` where `what` is impossible: no labels, or classes of `val` that `train` does not have.
+
+    `keys`: config keys or options of the two, with which messages begin.
+    """
+    of_run = keys[1] == "data.val"
+    for key, source in zip(keys, (train, val), strict=True):
         if not source.classes:
             reason = source.labelling or _table_in(source.root, key) or _LABELS_OF[source.packed is None]
+            advice = "set data.val=null to train without kNN" if of_run else f"give {key} labelled images"
             raise UserError(
-                f"{key}: kNN needs labels, and {shown(source.root)} has none ({reason}); set data.val=null to train "
-                "without kNN",
-                "no-labels",
+                f"{key}: {what} needs labels, and {shown(source.root)} has none ({reason}); {advice}", "no-labels"
             )
     unknown = sorted(set(val.classes) - set(train.classes))
+    advice = ", or set data.val=null" if of_run else ""
     if unknown and is_numbered(val.classes) and not is_numbered(train.classes):
         raise UserError(
-            f"data.val: its labels are numbers ({shown(unknown[0], 20)}, ...), those of data.train are words "
-            f"({shown(train.classes[0], 20)}, ...); label both alike, or set data.val=null",
+            f"{keys[1]}: its labels are numbers ({shown(unknown[0], 20)}, ...), those of {keys[0]} are words "
+            f"({shown(train.classes[0], 20)}, ...); label both alike{advice}",
             "labels-differ",
         )
     if unknown:
+        advice = ", or data.val=null" if of_run else ""
         raise UserError(
-            f"data.val: {len(unknown)} of its {len(val.classes)} classes are not in data.train, for example "
-            f"{shown(unknown[0], 40)}; set data.val to images of the same classes, or data.val=null",
+            f"{keys[1]}: {len(unknown)} of its {len(val.classes)} classes are not in {keys[0]}, for example "
+            f"{shown(unknown[0], 40)}; set {keys[1]} to images of the same classes{advice}",
             "unknown-classes",
         )

@@ -1,0 +1,145 @@
+"""Encoder, images, device and precision of an evaluation, from its command line."""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastsiam.config.schema import TrainConfig
+from fastsiam.config.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
+from fastsiam.config.yaml_file import expand_home
+from fastsiam.data.build import open_evaluation_loader
+from fastsiam.data.loader import EvaluationLoader
+from fastsiam.data.skip_list import SkipList
+from fastsiam.data.sources.image_header import UNREADABLE
+from fastsiam.data.sources.open import check_labels, open_source
+from fastsiam.data.sources.source import ImageSource
+from fastsiam.errors import UserError
+from fastsiam.models.encoder import build_encoder
+from fastsiam.run.encoder_file import load_encoder
+from fastsiam.runtime.distributed import World
+from fastsiam.runtime.runtime import Runtime
+
+# Share of the images that may fail to decode: data.max_bad_fraction of a run.
+MAX_BAD_FRACTION = 0.001
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a protocol works on: a frozen encoder in evaluation mode on its device, and how it is fed."""
+
+    encoder: nn.Module
+    """Images [B, 3, S, S] to features [B, D]; `num_features` is D."""
+    origin: dict
+    """`path` as given, `untrained`, and the encoder's own `description`."""
+    folder: Path | None
+    """The run folder that the encoder comes from; None for a lone file."""
+    spec: ViewSpec
+    """Size and normalisation of the views."""
+    crop_ratio: float
+    runtime: Runtime
+    arguments: argparse.Namespace
+
+    def source(self, location: str, key: str) -> ImageSource:
+        """The images at `location`; `key` (`--train`) begins the messages of errors."""
+        return open_source(os.path.expanduser(location), key, max_bad_fraction=MAX_BAD_FRACTION)
+
+    def labelled(self) -> tuple[ImageSource, ImageSource, torch.Tensor]:
+        """The images of --train and --val, and [C_val] int64: the label in --train of each class of --val.
+
+        Raises `UserError` where one has no labels, and for classes of --val that --train lacks.
+        """
+        train, val = (self.source(getattr(self.arguments, key), f"--{key}") for key in ("train", "val"))
+        check_labels(train, val, keys=("--train", "--val"))
+        return train, val, torch.tensor([train.classes.index(name) for name in val.classes])
+
+    def loader(self, source: ImageSource) -> EvaluationLoader:
+        """Each image once, in the source's order, as the encoder expects it."""
+        asked = self.arguments
+        return open_evaluation_loader(
+            source,
+            self.spec,
+            batch_size=asked.batch_size,
+            crop_ratio=self.crop_ratio,
+            backend=asked.backend,
+            workers=asked.workers,
+            skip=skip_list(source),
+            device=self.runtime.device,
+            dtype=self.runtime.dtype,
+        )
+
+
+def skip_list(source: ImageSource) -> SkipList:
+    """Excluded images of a source; reading stops where more than `MAX_BAD_FRACTION` fail to decode."""
+    return SkipList(len(source), MAX_BAD_FRACTION, source.kinds >= UNREADABLE, location=str(source.root))
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    """ENCODER, and how and where it is computed."""
+    parser.add_argument(
+        "encoder", metavar="ENCODER", type=expand_home, help="a run folder, encoder.safetensors or checkpoint.pt"
+    )
+    text = "random weights of the same architecture in place of the trained ones: the control"
+    parser.add_argument("--untrained", action="store_true", help=text)
+    parser.add_argument("--size", type=int, metavar="S", help="side of a view in pixels (default: the encoder's)")
+    text = "side of the centred crop as a share of the short side (default: the encoder's, 0.875 where unknown)"
+    parser.add_argument("--crop-ratio", type=float, metavar="R", help=text)
+    parser.add_argument("--backend", choices=("auto", "dali", "pil", "ffcv"), default="auto", help="decoder")
+    parser.add_argument("--workers", type=int, metavar="N", help="threads or processes of the decoder")
+    parser.add_argument("--batch-size", type=int, default=256, metavar="B", help="images in a batch (%(default)s)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+
+
+def add_labelled_arguments(parser: argparse.ArgumentParser) -> None:
+    """--train and --val, and --out."""
+    parser.add_argument("--train", metavar="SRC", required=True, help="labelled training images: folder, shards, list")
+    parser.add_argument("--val", metavar="SRC", required=True, help="labelled validation images of the same classes")
+    text = "folder of the results (default: evaluate/ in the encoder's run folder; none for a lone file)"
+    parser.add_argument("--out", metavar="FOLDER", type=expand_home, help=text)
+
+
+@contextlib.contextmanager
+def opened(arguments: argparse.Namespace, world: World | None = None) -> Iterator[Inputs]:
+    """The inputs of a protocol, with its device in force inside the block. Raises `UserError` for a mistake."""
+    check_numbers(arguments)
+    encoder = load_encoder(arguments.encoder)
+    description = encoder.description
+    size = arguments.size or description.get("size")
+    if size is None:
+        raise UserError(f"--size: {arguments.encoder} does not say its view size; give --size", "no-size")
+    mean, std = encoder.mean or IMAGENET_MEAN, encoder.std or IMAGENET_STD
+    if arguments.untrained:
+        torch.manual_seed(arguments.seed)
+        encoder = build_encoder(*(description[key] for key in ("encoder", "stem", "width")), zero_init_residual=False)
+    asked = TrainConfig(batch_size=2, epochs=1, device=arguments.device, precision=arguments.precision, compile="off")
+    runtime = Runtime.of(asked, world)
+    with runtime:
+        encoder = encoder.eval().requires_grad_(False).to(runtime.device, memory_format=torch.channels_last)
+        given = arguments.crop_ratio or description.get("crop_ratio") or 0.875
+        folder = arguments.encoder if arguments.encoder.is_dir() else arguments.encoder.parent
+        origin = {"path": str(arguments.encoder), "untrained": arguments.untrained, "description": description}
+        folder = folder if (folder / "config.yaml").is_file() else None
+        spec = ViewSpec(size=size, color="exact", mean=mean, std=std)
+        yield Inputs(encoder, origin, folder, spec, given, runtime, arguments)
+
+
+def check_numbers(arguments: argparse.Namespace) -> None:
+    """Raises `UserError` for a number that is out of range."""
+    for key, least in (("size", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
+        value = getattr(arguments, key)
+        if value is not None and value < least:
+            raise UserError(f"--{key.replace('_', '-')}: {value} is below {least}", "out-of-range")
+    if arguments.crop_ratio is not None and not 0 < arguments.crop_ratio <= 1:
+        raise UserError(f"--crop-ratio: {arguments.crop_ratio:g} is not in (0, 1]", "out-of-range")
+
+
+def with_size(inputs: Inputs, size: int) -> Inputs:
+    """The same inputs at another view size."""
+    return replace(inputs, spec=replace(inputs.spec, size=size))
