@@ -27,14 +27,21 @@ _BUILDS = ("encoder", "stem", "width")
 
 
 def describe_encoder(
-    config: Config, step: int | None, commit: str | None, images_seen: int | None = None, knn: float | None = None
+    config: Config,
+    step: int | None,
+    commit: str | None,
+    images_seen: int | None = None,
+    knn: float | None = None,
+    knn_step: int | None = None,
 ) -> dict:
     """Description in the file of an encoder: how to build it, how to feed it, and where it comes from.
 
     `mean` and `std` [3] normalise RGB in [0, 1]; `size` is the side in pixels of the views that it was trained on, and
     of evaluation crops: the centred square of `crop_ratio` times the short side, resized by `interpolation` with
-    antialiasing. `step` counts its training steps, `images_seen` the images of their batches; `commit` is that of the
-    code; `knn` is its kNN top-1 in percent; `config` is the SHA-256 of the run's config.yaml.
+    antialiasing, as Pillow does it and every backend. `step` counts its training steps, `images_seen` the images of
+    their batches; `commit` is that of the code. `knn` is kNN top-1 in percent as last measured, after step `knn_step`,
+    with `knn_k` neighbours at `knn_temperature`; all four are None where it never was. `config` is the SHA-256 of the
+    run's config.yaml.
     """
     spec = config.view_groups[0].spec
     return {
@@ -49,7 +56,10 @@ def describe_encoder(
         "step": step,
         "images_seen": images_seen,
         "knn": knn,
-        "config": hashlib.sha256(config.to_yaml().encode()).hexdigest(),
+        "knn_step": knn_step,
+        "knn_k": config.evaluate.knn_k if knn is not None else None,
+        "knn_temperature": config.evaluate.knn_temperature if knn is not None else None,
+        "config": _sha256(config.to_yaml().encode()),
         "commit": commit,
         "fastsiam": fastsiam.__version__,
     }
@@ -168,9 +178,7 @@ def _of_safetensors(path):
     except (ValueError, TypeError) as error:
         text = f"{path} has damaged metadata ({error}); copy it again from its run's folder"
         raise UserError(text, "damaged-file") from error
-    if "mean" not in description and (config := _config_beside(path)):
-        description = describe_encoder(config, None, None) | description
-    return state, description
+    return state, _completed(description, path)
 
 
 def _of_saved(saved, path):
@@ -179,14 +187,12 @@ def _of_saved(saved, path):
         raise UserError(f"{path} is a file of another program ({_contents(saved)}); {READS}", "other-program")
     if saved["layout"] != checkpoint.LAYOUT:
         raise UserError(f"{path} is of another version of fastsiam; load it with that version", "other-version")
-    description = saved.get("encoder")
-    if description is None:
-        config = _config_beside(path)
-        if config is None:
-            raise UserError(
-                f"{path} does not describe its encoder; put the config.yaml of its run beside it", "no-description"
-            )
-        description = describe_encoder(config, saved["state"]["step"], None)
+    counted = {key: saved["state"].get(key) for key in ("step", "images_seen")}
+    description = _completed(counted | (saved.get("encoder") or {}), path)
+    if "encoder" not in description:
+        raise UserError(
+            f"{path} does not describe its encoder; put the config.yaml of its run beside it", "no-description"
+        )
     weights = saved["method"].items()
     return {name.removeprefix("encoder."): value for name, value in weights if name.startswith("encoder.")}, description
 
@@ -196,6 +202,26 @@ def _contents(saved):
         return f"it holds a {type(saved).__name__}"
     names = ", ".join(str(key)[:30] for key in list(saved)[:3])
     return f"it holds {names}, ..."
+
+
+def _completed(description, path):
+    """A description of an earlier version, with what the config.yaml of its run says where that lies beside the file.
+
+    Nothing there tells the step, kNN and commit of the weights, or the version that wrote them.
+    """
+    if "config" in description or (config := _config_beside(path)) is None:
+        return description
+    found = describe_encoder(config, None, None)
+    if any(description.get(key, found[key]) != found[key] for key in _BUILDS):
+        return description
+    del found["fastsiam"]
+    # As the run wrote it, not as this version would.
+    found["config"] = _sha256(path.with_name("config.yaml").read_bytes())
+    return found | description
+
+
+def _sha256(data):
+    return hashlib.sha256(data).hexdigest()
 
 
 def _config_beside(path):

@@ -39,7 +39,6 @@ class EvaluationSchedule:
         self.collapsed: str | None = None
         """Sentence on the collapse of the run, if it counts as collapsed."""
         self._measured_at: int | None = None
-        self._last_knn: tuple[int, float] | None = None
         spec = config.view_groups[0].spec
         self._pictures = Pictures(folder, data.source, data.val, spec, journal.warn, runtime.world.is_first)
         self._online = None
@@ -121,16 +120,16 @@ class EvaluationSchedule:
 
     def measure_knn(self, last: bool = False) -> float:
         """Measure kNN, unless it was measured at this very step; returns top-1 in percent."""
-        step = self._progress.state.step
-        if self._last_knn is None or self._last_knn[0] != step:
+        state = self._progress.state
+        if state.knn_step != state.step:
             self.measure_controls()
             with self._progress.evaluating():
-                top1 = self._online.knn(self._method, self._pictures, step)
-            self._last_knn = (step, top1)
-            self._journal.write("knn", knn_top1=top1)
+                state.knn = self._online.knn(self._method, self._pictures, state.step)
+            state.knn_step = state.step
+            self._journal.write("knn", knn_top1=state.knn)
             if not last:
-                self._journal.say(f"kNN       {top1:.2f} % at step {step:,}")
-        return self._last_knn[1]
+                self._journal.say(f"kNN       {state.knn:.2f} % at step {state.step:,}")
+        return state.knn
 
     def measure_last(self) -> float | None:
         """Measure at the end of the run; returns kNN, None without labelled images."""

@@ -130,16 +130,17 @@ def contents(
     config: Config, data: TrainingData, progress: Progress, folder: RunFolder, step: TrainingStep, guard: CollapseGuard
 ) -> dict:
     """A checkpoint as `restore` takes it: tensors and plain values only."""
+    state = progress.state
     return {
         "layout": checkpoint.LAYOUT,
-        "state": asdict(progress.state),
+        "state": asdict(state),
         **step.state_dict(),
         "collapsed_in_a_row": guard.collapsed_in_a_row,
         "random": torch.get_rng_state(),
         "computation": computation(data.runtime),
         "budget": progress.budget.amount,
         "identity": data.identity,
-        "encoder": describe_encoder(config, progress.state.step, folder.commit, progress.state.images_seen),
+        "encoder": describe_encoder(config, state.step, folder.commit, state.images_seen, state.knn, state.knn_step),
         "metrics": folder.metrics_state(),
     }
 

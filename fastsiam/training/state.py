@@ -23,6 +23,9 @@ class State:
     """Cost of the last kNN, in the unit of the budget, where that is time or energy."""
     untrained_knn: float | None = None
     raw_pixels_knn: float | None = None
+    knn: float | None = None
+    """kNN top-1 in percent, as last measured, after step `knn_step`."""
+    knn_step: int | None = None
 
     def advance(self, batch_size: int) -> None:
         self.step += 1

@@ -72,7 +72,8 @@ def test_a_run_says_in_its_encoder_how_to_feed_it(tiny, tmp_path):
     expected = {
         "encoder": "cifar_resnet8", "stem": "cifar", "width": 8, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
         "size": 16, "crop_ratio": 1.0, "interpolation": "bilinear", "recipe": "demo", "method": "simsiam", "step": 3,
-        "images_seen": 24, "knn": None, "fastsiam": fastsiam.__version__,
+        "images_seen": 24, "knn": None, "knn_step": None, "knn_k": None, "knn_temperature": None,
+        "fastsiam": fastsiam.__version__,
     }  # fmt: skip
     expected["config"] = hashlib.sha256((tmp_path / "runs/run/config.yaml").read_bytes()).hexdigest()
     commit = json.loads((tmp_path / "runs/run/environment.json").read_text())["commit"]
@@ -83,6 +84,17 @@ def test_a_run_says_in_its_encoder_how_to_feed_it(tiny, tmp_path):
         encoder = fastsiam.load_encoder(path)
         assert_weights(encoder, tmp_path / "runs/run/checkpoint.pt")
         assert encoder.description["step"] == 3
+
+
+def test_encoder_and_checkpoint_name_the_last_knn_with_its_step(tiny, tmp_path):
+    asked = ("train.max_steps=12", "evaluate.knn_k=5", "evaluate.controls=false")
+    result = fastsiam.pretrain(load_config("quickstart", tiny(*asked)))
+    file = tmp_path / "runs/run/encoder.safetensors"
+    expected = {"knn": result.knn_top1, "knn_step": 12, "knn_k": 5, "knn_temperature": 0.07}
+    for path in (file, file.with_name("checkpoint.pt")):
+        assert expected.items() <= fastsiam.load_encoder(path).description.items()
+    saved = torch.load(file.with_name("checkpoint.pt"), weights_only=True)["state"]
+    assert (saved["knn"], saved["knn_step"]) == (result.knn_top1, 12)
 
 
 @pytest.mark.parametrize(
@@ -123,11 +135,15 @@ def test_files_of_an_earlier_version_load(tiny, tmp_path):
     assert main(["--config", "quickstart", *tiny("train.max_steps=3", "data.val=null")]) == 0
     as_in_version_0_1_0(folder / "encoder.safetensors")
     of_an_earlier_version(folder)
+    config_hash = hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()
     for path in (folder, folder / "checkpoint.pt"):
         loaded = load_encoder(path)
         assert_weights(loaded, folder / "checkpoint.pt")
         # From the config.yaml beside it.
         assert loaded.mean == (0.5, 0.5, 0.5)
+        found = loaded.description
+        assert (found["crop_ratio"], found["config"], "fastsiam" in found) == (1.0, config_hash, False)
+    assert (found["step"], found["images_seen"]) == (3, 24)
     for name in ("encoder.safetensors", "checkpoint.pt"):
         (folder / name).rename(tmp_path / name)
     alone = load_encoder(tmp_path / "encoder.safetensors")
