@@ -12,6 +12,7 @@ COMMANDS = {
     "plan": "measure for a minute, then predict time, memory and cost of a run",
     "prepare": "scan, pack or convert images",
     "report": "write one HTML page of one run or several",
+    "replay": "make a step of a run again: its views, its loss, its gradients",
     "doctor": "check what is installed, and the machine",
 }
 

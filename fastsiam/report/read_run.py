@@ -8,6 +8,7 @@ import numpy as np
 
 from fastsiam.config.yaml_file import flat, read
 from fastsiam.errors import UserError, printable
+from fastsiam.run.reading import check_is_run
 from fastsiam.runtime.files import json_lines, read_arrays, read_json
 
 # Horizontal axes, by the field of a line of metrics.jsonl that has the position of the run.
@@ -118,12 +119,7 @@ def open_runs(paths: list[Path]) -> list[Run]:
 
 
 def open_run(path: Path, name: str) -> Run:
-    if not path.is_dir():
-        raise UserError(f"RUN: {path} is not a folder; give a run folder, for example runs/quickstart", "no-run-folder")
-    if not (path / "config.yaml").is_file() and not (path / "metrics.jsonl").is_file():
-        inside = sorted(entry.parent.name for entry in path.glob("*/config.yaml"))
-        cure = f"give a run folder in it, for example {path / inside[0]}" if inside else "give a run folder"
-        raise UserError(f"RUN: {path} has neither config.yaml nor metrics.jsonl; {cure}", "not-a-run")
+    check_is_run(path)
     try:
         metrics = (path / "metrics.jsonl").read_bytes() if (path / "metrics.jsonl").exists() else b""
     except OSError as error:

@@ -102,7 +102,7 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> dict | None:
     One that cannot be loaded is reported through `warn(notice)`, and the one before it is taken. Raises `UserError`
     where none can.
     """
-    paths = list(_existing(folder).values())
+    paths = existing(folder)
     for path in paths:
         try:
             return load(path)
@@ -115,6 +115,11 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> dict | None:
             "no-whole-checkpoint",
         )
     return None
+
+
+def existing(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest first."""
+    return list(_existing(folder).values())
 
 
 def load(path: Path) -> dict:

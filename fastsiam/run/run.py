@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import socket
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -72,7 +73,7 @@ class Run:
             run = cls(config, start, stack, signals)
             signals.abandon = run.abandon
             try:
-                run.set_status("running", pid=os.getpid())
+                run.set_status("running", pid=os.getpid(), host=socket.gethostname())
                 journal.attach(folder.write, run._where)
                 yield run
             except BaseException as error:

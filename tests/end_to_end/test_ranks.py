@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch._dynamo.backends.registry import lookup_backend
 
+from fastsiam.__main__ import main
+from fastsiam.config import load_config
 from fastsiam.data.rng import epoch_order
 from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
@@ -169,3 +171,17 @@ def test_compiled_on_two_ranks_it_trains_as_in_eager_mode(ranks, wider, tmp_path
     assert (line["graphs"], line["recompiles"]) == (1, 0)
     weights = [torch.load(folder / "checkpoint.pt", weights_only=True)["method"] for folder in (one, compiled)]
     torch.testing.assert_close(*weights, atol=1e-4, rtol=1e-3)
+
+
+def test_a_replay_makes_the_batch_of_all_ranks_on_one(ranks, wider, tmp_path, capsys):
+    (_, first), (_, second) = ranks(2, train_here, wider("two", "train.epochs=1", "data.val=null"))
+    folder = tmp_path / "runs/two"
+    assert main(["replay", str(folder), "--step", "4", "--from-start"]) == 0
+    said = capsys.readouterr().out
+    assert "those of all 2 processes" in said
+    assert "2 processes, and this start has 1 process" in said
+    rows = (folder / "replay/step-4/images.tsv").read_text().splitlines()[1:]
+    names = open_source(load_config(folder / "config.yaml").data.train).names
+    assert [row.split("\t")[1].encode() for row in rows] == names[[*first[3][1], *second[3][1]]].tolist()
+    loss = float(next(line for line in said.splitlines() if line.startswith("loss")).split()[1])
+    assert loss == pytest.approx(numbers(folder, "train", "loss")[3, 0], abs=5e-4)

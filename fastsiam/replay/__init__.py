@@ -1,0 +1,1 @@
+"""Any step of a run, made again: its views, its loss and its gradients."""
