@@ -32,7 +32,7 @@ class Schedule:
             for step, line in self.train.items()
             if "view_size" in line
         }
-        known = {0: 0.0} | {state["step"]: state["progress"] for state in states}
+        known = {0: self._progress_of_starting()} | {state["step"]: state["progress"] for state in states}
         known |= {step: line["progress"] for step, line in self.train.items() if "progress" in line}
         self._known_progress = sorted(known), [known[step] for step in sorted(known)]
 
@@ -90,6 +90,13 @@ class Schedule:
     def _start(self, step):
         """Number of the start of the run that made a step, from 0."""
         return bisect.bisect_left(self._starts, step) - 1
+
+    def _progress_of_starting(self):
+        """Share of the budget that was used before the first step, by the first line of the log."""
+        first = next(iter(self.train.values()), {})
+        if not first.get("spent_seconds"):
+            return 0.0
+        return first.get("progress", 0.0) * max(0.0, 1 - first["train_seconds"] / first["spent_seconds"])
 
     def _progress_at(self, finished, start):
         if not self.counts_steps:

@@ -44,8 +44,8 @@ COLUMNS = (
 )
 
 
-def page(runs: Sequence[Run]) -> str:
-    """Returns the whole document."""
+def page(runs: Sequence[Run], reload_seconds: float | None = None) -> str:
+    """Returns the whole document; `reload_seconds`: a browser loads it again after so many, None: never."""
     environment = Environment(
         loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -53,6 +53,7 @@ def page(runs: Sequence[Run]) -> str:
     return environment.get_template("page.html.j2").render(
         runs=runs,
         several=len(runs) > 1,
+        reload=None if reload_seconds is None else max(1, round(reload_seconds)),
         resumed=any(run.of_kind("resume") for run in runs),
         columns=_columns(runs),
         panels=panels,

@@ -39,12 +39,15 @@ def test_a_larger_budget_counts_from_its_resumption_on():
 
 
 def test_progress_by_time_is_that_of_lines_and_checkpoints_and_lies_between_them():
-    lines = [line(4, progress=0.1, lr=0.3), line(12, progress=0.5, lr=0.2, view_size=24)]
+    lines = [
+        line(4, progress=0.1, lr=0.3, spent_seconds=50.0, train_seconds=25.0),
+        line(12, progress=0.5, lr=0.2, view_size=24),
+    ]
     state = {"step": 14, "epoch": 1, "progress": 0.6, "epoch_progress": 0.45}
     found = Schedule(config("budget=2h"), 10, lines, [state])
     assert found.last_step is None
     assert found.reached == 14
-    assert [found.progress_before(step) for step in (5, 9, 13, 15)] == pytest.approx([0.1, 0.3, 0.5, 0.6])
+    assert [found.progress_before(step) for step in (3, 5, 9, 13, 15)] == pytest.approx([0.075, 0.1, 0.3, 0.5, 0.6])
     assert found.epoch_progress(11) == 0.45
     assert found.unknown_rates(1, 12) == 10
     assert [found.sizes_are_known(step) for step in (3, 13, 25)] == [True, True, False]
