@@ -19,7 +19,8 @@ LAYERS = (
     {"methods", "training"},
     {"evaluate"},
     {"run"},
-    {"prepare", "doctor", "report", "plan", "replay", "follow", "config.__main__", "evaluate.protocols", "embed", "export"},
+    {"prepare", "doctor", "report", "plan", "replay", "follow", "config.__main__"}
+    | {"evaluate.protocols", "embed", "export"},
     {"evaluate.__main__"},
     {"train", "__main__"},
 )
