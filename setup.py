@@ -19,6 +19,7 @@ setup(
         "fastsiam": ["py.typed"],
         "fastsiam.configs": ["*.yaml"],
         "fastsiam.report": ["page.css", "page.html.j2"],
+        "fastsiam.embed": ["neighbours.html.j2"],
     },
     install_requires=[
         "torch>=2.11",
@@ -49,6 +50,8 @@ setup(
         "ffcv": ["ffcv>=1.0.2", "setuptools"],
         # TIFFs that Pillow does not decode, or not as they were written: floating RGB, 64 bits, planes, BigTIFF.
         "tiff": ["tifffile", "imagecodecs"],
+        # Features as .parquet.
+        "parquet": ["pyarrow"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
         "peers": ["lightly"],
         "dev": [

@@ -9,6 +9,7 @@ import fastsiam
 COMMANDS = {
     "train": "pretrain an encoder, or resume a run",
     "config": "print what the keys of a config mean, with range and default",
+    "embed": "write the features of images, or show nearest neighbours",
     "plan": "measure for a minute, then predict time, memory and cost of a run",
     "prepare": "scan, pack or convert images",
     "report": "write one HTML page of one run or several",

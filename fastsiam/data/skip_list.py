@@ -22,14 +22,15 @@ class SkipList:
         known: np.ndarray | None = None,
         report: Callable[[int, str, int], None] = lambda index, reason, count: None,
         location: str = "PATH",
+        key: str = "data.max_bad_fraction",
     ):
         """`known`: [N] bool. `report(index, reason, count)` is called for each file found; `count` is their number.
 
-        `location`: of the images, for messages.
+        `location`: of the images, and `key`: of the limit, for messages.
         """
         self.mask = np.zeros(num_images, bool) if known is None else known.copy()
         self.found: dict[int, str] = {}
-        self._max_fraction, self._report, self._location = max_fraction, report, location
+        self._max_fraction, self._report, self._location, self._key = max_fraction, report, location, key
 
     def add(self, reasons: dict[int, str]) -> None:
         """Excludes these images from now on; raises `UserError` with the list where they become too many."""
@@ -42,7 +43,7 @@ class SkipList:
             names = "\n  ".join(list(self.found.values())[:_SHOWN])
             more = f"\n  and {len(self.found) - _SHOWN} more" if len(self.found) > _SHOWN else ""
             raise UserError(
-                f"{len(self.found)} of {len(self.mask):,} images cannot be used, more than data.max_bad_fraction="
+                f"{len(self.found)} of {len(self.mask):,} images cannot be used, more than {self._key}="
                 f"{self._max_fraction:g} allows; python -m fastsiam.prepare scan {self._location} finds them all, "
                 f"and later runs exclude them:\n  {names}{more}",
                 "too-many-bad-images",

@@ -25,9 +25,6 @@ from fastsiam.run.encoder_file import load_encoder
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 
-# Share of the images that may fail to decode: data.max_bad_fraction of a run.
-MAX_BAD_FRACTION = 0.001
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -47,7 +44,7 @@ class Inputs:
 
     def source(self, location: str, key: str) -> ImageSource:
         """The images at `location`; `key` (`--train`) begins the messages of errors."""
-        return open_source(os.path.expanduser(location), key, max_bad_fraction=MAX_BAD_FRACTION)
+        return open_source(os.path.expanduser(location), key, max_bad_fraction=self.arguments.max_bad_fraction)
 
     def labelled(self) -> tuple[ImageSource, ImageSource, torch.Tensor]:
         """The images of --train and --val, and [C_val] int64: the label in --train of each class of --val.
@@ -57,6 +54,11 @@ class Inputs:
         train, val = (self.source(getattr(self.arguments, key), f"--{key}") for key in ("train", "val"))
         check_labels(train, val, keys=("--train", "--val"))
         return train, val, torch.tensor([train.classes.index(name) for name in val.classes])
+
+    def skip_list(self, source: ImageSource) -> SkipList:
+        """The excluded images of a source; reading stops where more than --max-bad-fraction fail to decode."""
+        known, most = source.kinds >= UNREADABLE, self.arguments.max_bad_fraction
+        return SkipList(len(source), most, known, location=str(source.root), key="--max-bad-fraction")
 
     def loader(self, source: ImageSource) -> EvaluationLoader:
         """Each image once, in the source's order, as the encoder expects it."""
@@ -68,15 +70,10 @@ class Inputs:
             crop_ratio=self.crop_ratio,
             backend=asked.backend,
             workers=asked.workers,
-            skip=skip_list(source),
+            skip=self.skip_list(source),
             device=self.runtime.device,
             dtype=self.runtime.dtype,
         )
-
-
-def skip_list(source: ImageSource) -> SkipList:
-    """Excluded images of a source; reading stops where more than `MAX_BAD_FRACTION` fail to decode."""
-    return SkipList(len(source), MAX_BAD_FRACTION, source.kinds >= UNREADABLE, location=str(source.root))
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,6 +89,8 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=("auto", "dali", "pil", "ffcv"), default="auto", help="decoder")
     parser.add_argument("--workers", type=int, metavar="N", help="threads or processes of the decoder")
     parser.add_argument("--batch-size", type=int, default=256, metavar="B", help="images in a batch (%(default)s)")
+    text = "share of the images that may fail to decode (%(default)s)"
+    parser.add_argument("--max-bad-fraction", type=float, default=0.001, metavar="SHARE", help=text)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")
     parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto", help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -136,6 +135,8 @@ def check_numbers(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, key)
         if value is not None and value < least:
             raise UserError(f"--{key.replace('_', '-')}: {value} is below {least}", "out-of-range")
+    if not 0 <= arguments.max_bad_fraction <= 1:
+        raise UserError(f"--max-bad-fraction: {arguments.max_bad_fraction:g} is not in [0, 1]", "out-of-range")
     if arguments.crop_ratio is not None and not 0 < arguments.crop_ratio <= 1:
         raise UserError(f"--crop-ratio: {arguments.crop_ratio:g} is not in (0, 1]", "out-of-range")
 
