@@ -145,7 +145,7 @@ def _pyarrow():
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        text = "--out: .parquet needs pyarrow; pip install 'fastsiam[parquet]', or write .npz or .safetensors"
+        text = "--out: .parquet needs pyarrow; pip install pyarrow, or write .npz or .safetensors"
         raise MissingLibraryError(text, "no-pyarrow", name="pyarrow") from error
     return pyarrow, pyarrow.parquet
 
