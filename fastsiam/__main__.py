@@ -11,6 +11,7 @@ COMMANDS = {
     "config": "print what the keys of a config mean, with range and default",
     "embed": "write the features of images, or show nearest neighbours",
     "plan": "measure for a minute, then predict time, memory and cost of a run",
+    "evaluate": "measure a trained encoder by kNN and other protocols",
     "prepare": "scan, pack or convert images",
     "report": "write one HTML page of one run or several",
     "replay": "make a step of a run again: its views, its loss, its gradients",

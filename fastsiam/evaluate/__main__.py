@@ -4,20 +4,37 @@ Prints one JSON line on stdout and a table on stderr. Exit codes: 0; 2 for a mis
 """
 
 import argparse
+import re
 import sys
 from importlib import import_module
 
 from fastsiam import cli
 from fastsiam.errors import UserError
 
-PROTOCOLS = {}
+PROTOCOLS = {
+    "knn": "accuracy of a vote of the nearest training images, for several k and temperatures",
+}
 """Name of each protocol, which is that of its module in fastsiam/evaluate/protocols, and what it measures."""
+
+# Config keys in the errors of what runs share with evaluations, whose options have the same names.
+_KEY = re.compile(r"\b(?:train|data)\.(batch_size|device|precision|backend|workers)\b(=?)")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastsiam.evaluate", description="Measure a trained encoder.")
-    parser.add_argument("protocol", metavar="PROTOCOL", choices=PROTOCOLS, help="; ".join(PROTOCOLS))
+    width = max(map(len, PROTOCOLS))
+    parser = argparse.ArgumentParser(
+        prog="python -m fastsiam.evaluate",
+        description="Measure a trained encoder.",
+        epilog="protocols:\n" + "\n".join(f"  {name:{width}}  {what}" for name, what in PROTOCOLS.items())
+        + "\n\nfastsiam evaluate PROTOCOL --help prints its options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("protocol", metavar="PROTOCOL", choices=PROTOCOLS)
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER)
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
     chosen = parser.parse_args(argv)
     try:
         cli.prepare_process()
@@ -31,10 +48,17 @@ def main(argv: list[str] | None = None) -> int:
     arguments = below.parse_args(chosen.arguments)
 
     def work():
-        protocol.run(arguments)
+        try:
+            protocol.run(arguments)
+        except UserError as error:
+            raise UserError(_KEY.sub(_option, str(error)), error.code) from error
         return 0
 
     return cli.answered(work, gone="another process has gone", stopped="stopped; the result was not written")
+
+
+def _option(key):
+    return f"--{key[1].replace('_', '-')}" + (" " if key[2] else "")
 
 
 if __name__ == "__main__":

@@ -60,9 +60,10 @@ def test_chunks_change_nothing(monkeypatch):
     queries, query_labels = features(37, 3)
     whole = knn_accuracy(bank, bank_labels, queries, query_labels, k=9)
     similarity, places = nearest(bank, queries, 9)
-    monkeypatch.setattr(knn, "CHUNK", 5)
+    monkeypatch.setattr(knn, "VOTERS", 7)
+    monkeypatch.setitem(knn.CHUNK, "cpu", 5)
     # The last block has fewer rows than there are neighbours.
-    monkeypatch.setattr(knn, "BLOCK", 11)
+    monkeypatch.setitem(knn.BLOCK, "cpu", 11)
     assert knn_accuracy(bank, bank_labels, queries, query_labels, k=9) == whole
     torch.testing.assert_close(nearest(bank, queries, 9), (similarity, places), atol=1e-6, rtol=0)
 
@@ -147,7 +148,7 @@ class Allocated(TorchDispatchMode):
 
 def test_the_bank_is_in_memory_once_in_half_precision(monkeypatch):
     """Features of 400 images in batches of 50: one allocation of their size, and none more for the search."""
-    monkeypatch.setattr(knn, "BLOCK", 40)
+    monkeypatch.setitem(knn.BLOCK, "cpu", 40)
     rows, labels = features(400, 8, dim=96)
     parts = zip(rows.split(50), labels.split(50), strict=True)
     batches = [EvaluationBatch(views, part, torch.arange(50).numpy()) for views, part in parts]

@@ -1,7 +1,9 @@
 """Results of the protocols: one JSON line on stdout and in evaluations.jsonl, a table on stderr."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -9,29 +11,41 @@ from rich.table import Table
 
 import fastsiam
 from fastsiam.errors import UserError
-from fastsiam.evaluate.protocols.inputs import Inputs
+from fastsiam.evaluate.protocols.inputs import Inputs, folder_of_results
 from fastsiam.runtime.environment import environment
 
 
 def results_folder(inputs: Inputs) -> Path | None:
     """The folder for results and pictures, made where it is missing: --out, or evaluate/ in the encoder's run folder.
 
-    None for an encoder that lies outside of a run folder, without --out.
+    None for an encoder that lies outside of a run folder, without --out. Raises `UserError` where the disk refuses.
     """
-    folder = getattr(inputs.arguments, "out", None) or (inputs.folder and inputs.folder / "evaluate")
+    folder = folder_of_results(inputs.arguments, inputs.folder)
     if folder is not None:
-        try:
+        with written(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out: cannot write {folder} ({error.strerror or error})", "out-unwritable") from error
     return folder
 
 
-def publish(protocol: str, settings: dict, numbers: dict, inputs: Inputs, data: dict) -> dict:
+@contextlib.contextmanager
+def written(path: Path) -> Iterator[None]:
+    """Raises `UserError` in place of the `OSError` of a block that writes `path`."""
+    try:
+        yield
+    except OSError as error:
+        sentence = f"--out: cannot write {path} ({error.strerror or error}); give another folder with --out"
+        raise UserError(sentence, "out-unwritable") from error
+
+
+def publish(
+    protocol: str, settings: dict, numbers: dict, inputs: Inputs, data: dict, table: list[dict] | None = None
+) -> dict:
     """Prints and writes a result; returns its line.
 
     `settings`: what defines the protocol (k, epochs, learning rate, "epoch": "last", "features": "offline").
-    `numbers`: the accuracies in percent, and others, by name. `data`: numbers of images and classes, decoder.
+    `numbers`: the accuracies in percent, and others, by name; finite, or None for one that does not exist.
+    `data`: numbers of images and classes, decoder. `table`: rows with the same keys to print in place of `numbers`.
+    Raises `UserError` where the disk refuses, after printing.
     """
     line = {
         "protocol": protocol,
@@ -46,25 +60,32 @@ def publish(protocol: str, settings: dict, numbers: dict, inputs: Inputs, data: 
         "environment": environment(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    text = json.dumps(line)
+    text = json.dumps(line, allow_nan=False)
+    # Printed first: a disk that refuses must not cost the measurement.
+    _print_table(protocol, settings, table or [{"result": name, "value": value} for name, value in numbers.items()])
+    print(text, flush=True)
     folder = results_folder(inputs)
     if folder is not None:
         path = folder / "evaluations.jsonl"
-        try:
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except OSError as error:
-            raise UserError(f"--out: cannot write {path} ({error.strerror or error})", "out-unwritable") from error
-    _print_table(protocol, settings, numbers)
-    print(text, flush=True)
+        with written(path), open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
     return line
 
 
-def _print_table(protocol, settings, numbers):
+def _print_table(protocol, settings, rows):
     console = Console(stderr=True, highlight=False)
-    table = Table(title=f"{protocol} ({', '.join(f'{key} {value}' for key, value in settings.items())})")
-    table.add_column("result")
-    table.add_column("value", justify="right")
-    for name, value in numbers.items():
-        table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
+    table = Table(title=protocol, title_justify="left")
+    for index, key in enumerate(rows[0]):
+        table.add_column(key, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*map(_text, row.values()))
     console.print(table)
+    console.print(", ".join(f"{key} {_text(value)}" for key, value in settings.items()), soft_wrap=True, markup=False)
+
+
+def _text(value):
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return "/".join(map(_text, value))
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
