@@ -139,6 +139,7 @@ def add_out_argument(parser: argparse.ArgumentParser) -> None:
     """--out."""
     text = "folder of the results (default: evaluate/ in the encoder's run folder; none for a lone file)"
     parser.add_argument("--out", metavar="FOLDER", type=expand_home, help=text)
+    parser.set_defaults(has_results_folder=True)
 
 
 @contextlib.contextmanager
@@ -178,7 +179,8 @@ def folder_of_results(arguments: argparse.Namespace, run_folder: Path | None) ->
 def check_writable(arguments: argparse.Namespace, run_folder: Path | None) -> None:
     """Raises `UserError` where the folder of the results is a file or lies where nothing may be written."""
     folder = folder_of_results(arguments, run_folder)
-    if folder is None:
+    # Other commands write a file, wherever they are told.
+    if folder is None or not getattr(arguments, "has_results_folder", False):
         return
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
