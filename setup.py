@@ -54,6 +54,9 @@ setup(
         "parquet": ["pyarrow"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
         "peers": ["lightly"],
+        # Trackers that `fastsiam follow` writes to.
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny>=3"],
         "dev": [
             *("pytest", "pytest-xdist", "playwright", "tifffile", "imagecodecs"),
             *("ruff", "build", "setuptools", "wheel"),

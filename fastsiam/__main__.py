@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": "scan, pack or convert images",
     "report": "write one HTML page of one run or several",
     "replay": "make a step of a run again: its views, its loss, its gradients",
+    "follow": "copy the numbers of a run into Weights & Biases or MLflow",
     "doctor": "check what is installed, and the machine",
 }
 

@@ -12,6 +12,8 @@ LIBRARIES = {
     "dali": ("nvidia.dali", "pip install -e '.[dali]', or '.[dali-cu13]' beside a torch for CUDA 13"),
     "ffcv": ("ffcv", "pip install -e '.[ffcv]' (it is compiled: the README names the packages for that)"),
     "playwright": ("playwright", "pip install playwright"),
+    "wandb": ("wandb", "pip install -e '.[wandb]'"),
+    "mlflow": ("mlflow", "pip install -e '.[mlflow]'"),
     "g++": (None, "apt-get install -y g++ python3-dev, or set CXX to another C++ compiler"),
 }
 CHROMIUM = "no Chromium: apt-get install -y chromium, or without root: playwright install chromium"
