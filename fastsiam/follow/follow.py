@@ -46,7 +46,7 @@ def follow(folder: Path, to: str, project: str | None, offline: bool, memory: Pa
 
 
 def wait_for(folder: Path, is_there: Callable[[], bool], what: str, say: Callable[[str], None]) -> str | None:
-    """Waits until `is_there()`, and says for `what` where it must; returns how the run has ended where it ends before."""
+    """Waits until `is_there()`, and says once for what; returns how the run has ended where it ends before."""
     said = False
     while True:
         # Before the look: what was written until the end is seen.
