@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from fastsiam.config import load_config as load_config
     from fastsiam.data.build import build_loader as build_loader
     from fastsiam.evaluate.knn import knn_accuracy as knn_accuracy
+    from fastsiam.evaluate.protocols.classifier import load_classifier as load_classifier
     from fastsiam.methods import build_method as build_method
     from fastsiam.run.encoder_file import load_encoder as load_encoder
     from fastsiam.train import pretrain as pretrain
@@ -20,6 +21,7 @@ _PUBLIC = {
     "build_loader": "data.build",
     "build_method": "methods",
     "load_encoder": "run.encoder_file",
+    "load_classifier": "evaluate.protocols.classifier",
     "knn_accuracy": "evaluate.knn",
 }
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from fastsiam.config import Config
@@ -146,13 +147,15 @@ def open_training_loader(
     dtype=torch.float32,
     rank: int = 0,
     world_size: int = 1,
+    among: np.ndarray | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Loader:
     """Returns the training loader of an encoder that has no config: augmented views, with their labels.
 
-    `batch_size` is that of all ranks. Raises `UserError` for a batch larger than the data.
+    `batch_size` is that of all ranks; `among`: [M] indices of the only images that are used, None for all. Raises
+    `UserError` for a batch larger than the data.
     """
-    check_batch_size(batch_size, len(source), source.root)
+    check_batch_size(batch_size, len(source if among is None else among), source.root)
     check_divides(batch_size, world_size)
     name, _ = choose_backend(backend, source.root)
     sizes, device = full_sizes(groups), torch.device(device)
@@ -167,6 +170,7 @@ def open_training_loader(
         skip=skip,
         rank=rank,
         world_size=world_size,
+        among=among,
     )
 
 

@@ -50,18 +50,23 @@ class Loader:
         skip: SkipList | None = None,
         rank: int = 0,
         world_size: int = 1,
+        among: np.ndarray | None = None,
     ):
         """`backend` crops at the sizes of the groups.
 
-        `skip` knows which images are excluded; without one the first that cannot be decoded stops the run.
+        `skip` knows which images are excluded; without one the first that cannot be decoded stops the run. `among`: [M]
+        int64 indices into the source of the only images that are used, None for all.
         """
         check_divides(batch_size, world_size)
-        check_batch_size(batch_size, len(source), source.root)
+        self._count = len(source) if among is None else len(among)
+        check_batch_size(batch_size, self._count, source.root)
         self.source, self.groups, self.backend = source, groups, backend
         self.batch_size, self.seed, self.dtype = batch_size, seed, dtype
         self.skip = skip or SkipList(len(source), 0.0, source.kinds >= UNREADABLE)
+        self._among = among
+        self._outside = None if among is None else ~np.isin(np.arange(len(source)), among)
         self.rank, self.world_size = rank, world_size
-        self.steps_per_epoch = len(source) // batch_size
+        self.steps_per_epoch = self._count // batch_size
         self.sizes = full_sizes(groups)
         """Sides in pixels of the groups' views in the epoch begun last."""
         self._cold = True
@@ -119,7 +124,8 @@ class Loader:
 
     def _requests(self, epoch, cursor, pending, pool: ThreadPoolExecutor | None = None):
         """`pool` draws the next batch's boxes and augmentations while this one's request is worked on."""
-        order = rng.epoch_order(self.seed, epoch, len(self.source))
+        order = rng.epoch_order(self.seed, epoch, self._count)
+        order = order if self._among is None else self._among[order]
         share = self.batch_size // self.world_size
         asked: deque[Callable[[], CropRequest]] = deque()
         for start in range(cursor, self.steps_per_epoch * self.batch_size, self.batch_size):
@@ -156,7 +162,10 @@ class Loader:
     def _readable(self, epoch, asked):
         """Replaces images that are excluded, or whose header cannot be read."""
         while True:
-            indices = rng.replace_skipped(self.seed, epoch, asked, self.skip.mask)
+            mask = self.skip.mask if self._outside is None else self.skip.mask | self._outside
+            if mask is not self.skip.mask and mask.all():
+                raise UserError("none of the chosen images can be decoded", "no-decodable-images")
+            indices = rng.replace_skipped(self.seed, epoch, asked, mask)
             reasons = self.source.look(indices)
             if not reasons:
                 return indices

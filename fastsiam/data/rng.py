@@ -21,6 +21,7 @@ NO_JITTER = (1.0, 1.0, 1.0, 0.0)
 # The address of each draw within a view; a new one goes to the end, so that old runs keep theirs.
 _NAMES = """
 order flip jitter brightness contrast saturation hue color_order grayscale blur blur_sigma solarize probe replacement
+subset
 """
 _SLOTS = {name: slot for slot, name in enumerate(_NAMES.split())}
 _CROP_SLOT = 1000
@@ -81,6 +82,11 @@ def probe_indices(seed: int, num_images: int, count: int) -> np.ndarray:
     """`count` images (or all, if fewer) of a fixed random subset, sorted, int64."""
     keys = _bits(seed, 0, np.arange(num_images), 0, _SLOTS["probe"])
     return np.sort(np.argsort(keys, kind="stable")[:count])
+
+
+def subset_keys(seed: int, count: int) -> np.ndarray:
+    """Float64 [count] in [0, 1): the lower, the earlier an image or class is chosen for a part of the labels."""
+    return uniform(seed, 0, np.arange(count), 0, _SLOTS["subset"])
 
 
 def crop_boxes(spec: ViewSpec, seed: int, epoch: int, indices, view: int, sizes: np.ndarray) -> np.ndarray:

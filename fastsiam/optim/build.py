@@ -25,7 +25,7 @@ def build_optimizer(method, config: Config) -> torch.optim.Optimizer:
         return LARS(groups, **numbers, trust=settings.lars_trust)
     if settings.implementation == "apex":
         return _apex_sgd(groups, numbers)
-    return _fused_sgd(groups, numbers)
+    return fused_sgd(groups, numbers)
 
 
 def parameter_groups(method, config: Config) -> list[dict]:
@@ -52,7 +52,7 @@ def _split_by_dimension(group):
     ]
 
 
-def _fused_sgd(groups, numbers):
+def fused_sgd(groups, numbers):
     """torch's fused SGD, whose momentum begins at zero.
 
     Left to itself it allocates momentum in its first step with `torch.empty_like`, for the kernel to fill. Where fp16

@@ -107,8 +107,8 @@ class Inputs:
         )
 
 
-def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
-    """ENCODER, and how and where it is computed."""
+def add_encoder_arguments(parser: argparse.ArgumentParser, batch_size: int | None = 256) -> None:
+    """ENCODER, and how and where it is computed; `batch_size`: the default, None where the protocol chooses."""
     parser.add_argument(
         "encoder", metavar="ENCODER", type=expand_home, help="a run folder, encoder.safetensors or checkpoint.pt"
     )
@@ -119,7 +119,8 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--crop-ratio", type=float, metavar="R", help=text)
     parser.add_argument("--backend", choices=("auto", "dali", "pil", "ffcv"), default="auto", help="decoder")
     parser.add_argument("--workers", type=int, metavar="N", help="threads or processes of the decoder")
-    parser.add_argument("--batch-size", type=int, default=256, metavar="B", help="images in a batch (%(default)s)")
+    text = f"images in a batch ({batch_size or 'see --preset'})"
+    parser.add_argument("--batch-size", type=int, default=batch_size, metavar="B", help=text)
     text = "share of the images that may fail to decode (%(default)s)"
     parser.add_argument("--max-bad-fraction", type=float, default=0.001, metavar="SHARE", help=text)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(%(default)s)")

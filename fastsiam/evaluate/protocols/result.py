@@ -80,7 +80,9 @@ def _print_table(protocol, settings, rows):
     for row in rows:
         table.add_row(*map(_text, row.values()))
     console.print(table)
-    console.print(", ".join(f"{key} {_text(value)}" for key, value in settings.items()), soft_wrap=True, markup=False)
+    # Rates may be small.
+    exact = {key: f"{value:g}" if isinstance(value, float) else _text(value) for key, value in settings.items()}
+    console.print(", ".join(f"{key} {text}" for key, text in exact.items()), soft_wrap=True, markup=False)
 
 
 def _text(value):
