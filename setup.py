@@ -52,6 +52,8 @@ setup(
         "tiff": ["tifffile", "imagecodecs"],
         # Features as .parquet.
         "parquet": ["pyarrow"],
+        # Encoders timm:NAME and their published weights.
+        "timm": ["timm>=1.0"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
         "peers": ["lightly"],
         # Trackers that `fastsiam follow` writes to.

@@ -110,13 +110,16 @@ def opened(
 
     world = world or World()
     with started(config, world, began) as start:
-        runtime, data, progress, folder, _, journal = start
+        runtime, data, progress, folder, _, journal, weights = start
         result = world.share(finished(config, folder, progress, journal) if world.is_first else None)
         if result is not None:
             yield None, result
             return
         torch.manual_seed(config.train.seed)
-        method = build_method(config, world.size).to(runtime.device)
+        method = build_method(config, world.size)
+        if weights is not None:
+            weights.load_into(method.encoder)
+        method.to(runtime.device)
         if config.train.channels_last:
             method.to(memory_format=torch.channels_last)
         with world.together():

@@ -1,19 +1,13 @@
 """Sections model, method and optimizer of a config."""
 
-import difflib
-import re
+import os
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from fastsiam.config.data_sections import PositiveFloat, PositiveInt, Section
-from fastsiam.config.yaml_file import shown
+from fastsiam.config.encoder_names import check_name, check_options
 from fastsiam.errors import UserError
-
-TORCHVISION_RESNETS = (
-    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
-    "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2",
-)  # fmt: skip
 
 # eta of SimCLR, BYOL and the paper's own linear evaluation.
 LARS_TRUST = 0.001
@@ -35,10 +29,11 @@ class PredictorConfig(Section):
 
 class ModelConfig(Section):
     encoder: str
-    """Architecture: a torchvision ResNet (resnet50, resnext50_32x4d, ...) or cifar_resnetN with N = 6n+2 (He et al.,
-    section 4.2)."""
+    """Architecture: a torchvision classifier (resnet50, efficientnet_b0, convnext_tiny, ...), timm:NAME of timm (extra
+    `timm`), or cifar_resnetN with N = 6n+2 (He et al., section 4.2). Its classifier is left out."""
     stem: Literal["imagenet", "cifar"]
-    """First layers of the encoder. imagenet: 7x7 with stride 2 and max-pool; cifar: 3x3 with stride 1."""
+    """First layers of a ResNet. imagenet: 7x7 with stride 2 and max-pool; cifar: 3x3 with stride 1. Other encoders take
+    imagenet, which leaves them as they are."""
     # Below 8 channels oneDNN's channels-last backward writes out of bounds (seen at 4: torch 2.15, AVX2).
     width: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
     """Channels of a cifar_resnet's first stage (16 in He et al.), a multiple of 8; null for torchvision's."""
@@ -48,29 +43,32 @@ class ModelConfig(Section):
     """Images over which batch norm averages. per_view: each view apart, the paper's model; joint: all views together,
     another model."""
 
+    weights: str | None = None
+    """Weights that a new run begins with: null (random), a file or run folder, torchvision:NAME (torchvision:DEFAULT)
+    or timm:NAME (timm:resnet50.a1_in1k). fastsiam/models/README.md lists the formats."""
+    weights_partial: bool = False
+    """Lets layers that model.weights does not hold, or holds in another shape, keep their random start."""
+
     @field_validator("encoder")
     @classmethod
     def known_encoder(cls, name):
-        match = re.fullmatch(r"cifar_resnet(\d+)", name)
-        if match and int(match[1]) >= 8 and (int(match[1]) - 2) % 6 == 0:
-            return name
-        if name in TORCHVISION_RESNETS:
-            return name
-        near = difflib.get_close_matches(name, [*TORCHVISION_RESNETS, "cifar_resnet8", "cifar_resnet20"], 1, 0.3)
-        raise UserError(
-            f"model.encoder: {shown(name)} is neither a torchvision ResNet nor cifar_resnetN with N = 8, 14, 20, ..."
-            + (f"; did you mean {near[0]}?" if near else ""),
-            "unknown-encoder",
-        )
+        check_name(name)
+        return name
+
+    @field_validator("weights")
+    @classmethod
+    def home_expanded(cls, path):
+        if path == "":
+            raise UserError("model.weights: the name is empty; set a file, or null for random weights", "empty-name")
+        return path and os.path.expanduser(path)
 
     @model_validator(mode="after")
-    def width_and_stem(self):
-        if self.encoder.startswith("cifar_resnet"):
-            if self.stem != "cifar" or self.width is None:
-                raise UserError(f"model.encoder: {self.encoder} needs model.stem=cifar and a model.width", "no-width")
-        elif self.width is not None:
+    def options_of_the_encoder(self):
+        check_options(self.encoder, self.stem, self.width, self.zero_init_residual)
+        if self.weights_partial and self.weights is None:
             raise UserError(
-                f"model.width: only cifar_resnetN has a width to choose; set null for {self.encoder}", "width-is-fixed"
+                "model.weights_partial: true, and there are no model.weights; set model.weights, or false",
+                "partial-of-nothing",
             )
         return self
 

@@ -50,7 +50,7 @@ class EvaluateConfig(Section):
     crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
     """Side of the centred evaluation crop as a share of the image's short side; 0.875 is 224 / 256."""
     controls: bool = False
-    """Before training, also measure the kNN accuracy of raw pixels and of the untrained encoder."""
+    """Before training, also measure the kNN accuracy of raw pixels and of the encoder as it starts."""
 
 
 class CollapseConfig(Section):

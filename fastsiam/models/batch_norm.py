@@ -12,12 +12,16 @@ that is faster, the whole encoder for each view (`view_by_view`).
 """
 
 import contextlib
+import functools
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastsiam.errors import UserError
 
 # torch 2.14 renamed it, and warns at eager calls of the old name.
 _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
@@ -125,12 +129,12 @@ def gains_by_view(module: nn.Module, device_type: str) -> bool:
     """
     if device_type != "cuda" or torch.compiler.is_compiling() or not module.training:
         return False
-    norms = [layer for layer in module.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     return bool(norms) and all(isinstance(layer, _PerView) and layer.world_size == 1 for layer in norms)
 
 
 class _PerView:
-    """Mixin over nn.BatchNorm1d/2d: `num_views` equal chunks of the batch, each normalised by itself.
+    """Mixin over a class of batch norm: `num_views` equal chunks of the batch, each normalised by itself.
 
     With a `world_size` above 1 a chunk is the images of all ranks: training-mode forward and backward are one
     collective each over the default process group, which has to have that size and equal batches on all ranks.
@@ -149,27 +153,47 @@ class _PerView:
             return super().forward(x)
         if x.shape[0] % self.num_views:
             raise ValueError(f"batch norm: a batch of {x.shape[0]} does not divide into {self.num_views} views")
-        self.num_batches_tracked.add_(self.num_views)
-        if self.world_size > 1 or torch.compiler.is_compiling():
+        tail = _tail(self)
+        if tail is None:
+            # A forward of its own, of which nothing is known.
+            return torch.cat([super(_PerView, self).forward(view) for view in x.chunk(self.num_views)])
+        out = self._normalised(x)
+        for layer in tail:
+            out = layer(out)
+        return out
+
+    def _normalised(self, x):
+        written_out = self.world_size > 1 or torch.compiler.is_compiling()
+        if written_out or (self.momentum is None and self.num_batches_tracked is not None):
             return self._across_ranks(x.unflatten(0, (self.num_views, -1))).flatten(0, 1)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(self.num_views)
         return torch.cat(
             [
                 F.batch_norm(
-                    view, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps
+                    view, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum or 0.0,
+                    self.eps,
                 )
                 for view in x.chunk(self.num_views)
             ]
-        )
+        )  # fmt: skip
 
     def _across_ranks(self, views):
         """[V, N, C, ...] normalised by all ranks' statistics, which the running ones take in, view after view."""
         mean, variance = _statistics(views.detach(), self.world_size)
-        count = _count(views, self.world_size)
-        for running, new in ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1)))):
-            for of_view in new.flatten(1).to(running.dtype):
-                running.lerp_(of_view, self.momentum)
+        if self.num_batches_tracked is not None:
+            self._take_in(mean, variance, _count(views, self.world_size))
         inverse_std = (variance + self.eps).rsqrt()
         return _Normalize.apply(views, mean, inverse_std, self.weight, self.bias, self.world_size)
+
+    def _take_in(self, mean, variance, count):
+        tracked = self.num_batches_tracked.clone()
+        self.num_batches_tracked.add_(self.num_views)
+        for running, new in ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1)))):
+            for number, of_view in enumerate(new.flatten(1).to(running.dtype), 1):
+                # Without a momentum the running statistics are the mean over all batches, counted on the device.
+                share = (tracked + number).to(running.dtype).reciprocal() if self.momentum is None else self.momentum
+                running.lerp_(of_view, share)
 
     def extra_repr(self):
         return f"{super().extra_repr()}, num_views={self.num_views}, world_size={self.world_size}"
@@ -183,17 +207,40 @@ class PerViewBatchNorm2d(_PerView, nn.BatchNorm2d):
     """nn.BatchNorm2d over [V*N, C, H, W], statistics per view."""
 
 
-_PER_VIEW = {nn.BatchNorm1d: PerViewBatchNorm1d, nn.BatchNorm2d: PerViewBatchNorm2d}
+@functools.cache
+def _per_view_class(kind: type) -> type:
+    known = {nn.BatchNorm1d: PerViewBatchNorm1d, nn.BatchNorm2d: PerViewBatchNorm2d}
+    return known.get(kind) or type(f"PerView{kind.__name__}", (_PerView, kind), {"__doc__": kind.__doc__})
+
+
+def _tail(layer: nn.Module) -> tuple[nn.Module, ...] | None:
+    """Modules that a batch norm applies to what it has normalised; None where its forward is not known."""
+    kind = next(kind for kind in type(layer).__mro__ if kind is not _PerView and not issubclass(kind, _PerView))
+    if kind.forward is _BatchNorm.forward:
+        return ()
+    # timm's, under which efficientnets, regnets, dense nets and others keep their activation.
+    if kind.__name__ == "BatchNormAct2d" and kind.__module__.startswith("timm."):
+        return layer.drop, layer.act
+    return None
 
 
 def split_statistics(module: nn.Module, num_views: int, world_size: int = 1) -> nn.Module:
-    """Turn every plain batch norm inside `module` into its per-view form, in place; returns `module`.
+    """Turn every batch norm inside `module` into its per-view form, in place; returns `module`.
 
-    `num_views` 1 is plain statistics over the whole batch; `world_size` is the number of ranks that share a batch.
-    Parameters, buffers and their names stay, so a state dict fits both forms.
+    Those of other libraries are meant as well: every subclass of torch's. Layers that average over no batch (layer
+    norm, group norm) stay. `num_views` 1 is plain statistics over the whole batch; `world_size` is the number of ranks
+    that share a batch. Parameters, buffers and their names stay, so a state dict fits both forms. Raises `UserError`
+    for several ranks and a batch norm with a forward of its own that is not known here.
     """
     for layer in module.modules():
-        if type(layer) in _PER_VIEW:
-            layer.__class__ = _PER_VIEW[type(layer)]
+        if isinstance(layer, _BatchNorm) and not isinstance(layer, _PerView):
+            kind = type(layer)
+            layer.__class__ = _per_view_class(kind)
             layer.num_views, layer.world_size = num_views, world_size
+            if world_size > 1 and _tail(layer) is None:
+                raise UserError(
+                    f"model.encoder: {kind.__module__}.{kind.__name__} has no statistics over several ranks; train it "
+                    "in one process, or choose another encoder",
+                    "norm-of-one-rank",
+                )
     return module

@@ -95,7 +95,7 @@ def _panels(runs):
             if figure is not None
         }
         has_controls = len(runs) == 1 and panel.key == "knn" and runs[0].control("knn_top1") is not None
-        caption = panel.caption + (" Dashed: untrained; dotted: raw pixels." if has_controls else "")
+        caption = panel.caption + (f" Dashed: {runs[0].begins}; dotted: raw pixels." if has_controls else "")
         if drawn:
             found.append((panel, caption, drawn))
     return found

@@ -76,11 +76,17 @@ class Run:
         return None
 
     def control(self, field: str) -> float | None:
-        """Returns a field of the kNN before training: `knn_top1` of random weights, `raw_pixels_knn_top1`."""
+        """Returns a field of the kNN before training: `knn_top1` of the first weights, `raw_pixels_knn_top1`."""
         for line in self.of_kind("knn"):
             if "control" in line and math.isfinite(number(line.get(field))):
                 return number(line[field])
         return None
+
+    @property
+    def begins(self) -> str:
+        """Returns what the control before training had: `untrained` weights, or those of the `start`."""
+        named = next((line["control"] for line in self.of_kind("knn") if "control" in line), "untrained")
+        return "at the start" if named == "start" else "untrained"
 
     @property
     def warnings(self) -> list[tuple[object, str]]:

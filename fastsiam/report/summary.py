@@ -50,7 +50,7 @@ def result(run: Run) -> Fact:
     knn, loss = knn_of(run), run.last("loss", "train")
     controls = [
         f"{run.control(field):.2f} % {of}"
-        for field, of in (("knn_top1", "untrained"), ("raw_pixels_knn_top1", "on raw pixels"))
+        for field, of in (("knn_top1", run.begins), ("raw_pixels_knn_top1", "on raw pixels"))
         if run.control(field) is not None
     ]
     if knn is not None:
@@ -70,6 +70,7 @@ def facts(run: Run) -> list[Fact]:
         f"torch {environment['torch']}" if environment.get("torch") else None,
     ]
     return [
+        *_start(run),
         Fact("Epochs", epochs(run), "" if planned is None else f"of {planned}"),
         Fact("Images seen", count(run.last("images_seen"))),
         Fact("Training time", training_time(run), "" if wall is None else f"{duration(wall)} with evaluation"),
@@ -79,6 +80,19 @@ def facts(run: Run) -> list[Fact]:
         *_cost(run),
         Fact("Hardware", hardware(run), ", ".join(str(part) for part in software if part)),
     ]
+
+
+def _start(run):
+    """The weights that the run began with, and how many runs and files lie behind them."""
+    weights = run.environment.get("weights")
+    if not isinstance(weights, dict):
+        return []
+    earlier, depth = weights.get("earlier"), 0
+    while isinstance(earlier, dict):
+        earlier, depth = earlier.get("earlier"), depth + 1
+    behind = f", itself begun from {depth} before it" if depth else ""
+    note = f"{weights.get('matched')} tensors, sha256 {str(weights.get('sha256'))[:12]}{behind}"
+    return [Fact("Started from", str(weights.get("source")), note)]
 
 
 def rate(run: Run) -> str:

@@ -19,6 +19,7 @@ from fastsiam.run.console import choice_lines, opening_lines, schedule_line, sou
 from fastsiam.run.folder import RunFolder, run_path
 from fastsiam.run.resume import check_config, finished
 from fastsiam.run.start import started
+from fastsiam.run.start_weights import check_encoder, start_weights
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 
@@ -48,13 +49,14 @@ def dry_run(config: Config) -> None:
 
 def _as_started(config, world):
     """The first lines of a run, from its start itself."""
-    with started(config, world) as (runtime, data, progress, folder, _, journal):
+    with started(config, world) as (runtime, data, progress, folder, _, journal, weights):
         with world.together():
             build_optimizer(build_method(config, world.size).to(runtime.device), config)
             if world.is_first:
                 folder.check_start()
                 finished(config, folder, progress, journal)
-        return opening_lines(config, runtime, data, f"would run in {folder.path}")
+        lines = opening_lines(config, runtime, data, f"would run in {folder.path}")
+        return [*lines, *(weights.lines() if weights else ())]
 
 
 def _before_its_first_start(
@@ -68,6 +70,8 @@ def _before_its_first_start(
         num_val = demo_images.VAL_PER_CLASS * len(demo_images.CLASSES)
     folder = RunFolder(config, run_path(config), _warn)
     check_config(folder, config)
+    check_encoder(config)
+    weights = start_weights(config, world)
     folder.check_start()
     check_divides(batch_size, world.size)
     check_batch_size(batch_size, num_train, data.train)
@@ -78,7 +82,7 @@ def _before_its_first_start(
         loader = _resident_text(with_its_cores(config, world), train, runtime.device)
     where = f"would run in {folder.path}"
     lines = choice_lines(config, runtime, num_train, num_val, loader, reason, where, source_lines(train, val))
-    return [*lines, schedule_line(config, num_train // batch_size)]
+    return [*lines, schedule_line(config, num_train // batch_size), *(weights.lines() if weights else ())]
 
 
 def _resident_text(config: Config, source: ImageSource, device: torch.device) -> str:

@@ -7,20 +7,26 @@ import time
 import warnings
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import nn
 
 import fastsiam
 from fastsiam.config import Config, load_config
 from fastsiam.config.yaml_file import shortened
-from fastsiam.errors import UserError
-from fastsiam.models.encoder import build_encoder
+from fastsiam.errors import MissingLibraryError, UserError
+from fastsiam.models.encoder import build_encoder, build_on_meta
+from fastsiam.models.weights import find, flatten, look_alike
 from fastsiam.run import checkpoint
 from fastsiam.run.folder import read_status
+from fastsiam.run.weight_files import read_file, sha256_of
 from fastsiam.runtime.files import replace_file
 
-READS = "load_encoder reads the folder of a run (runs/NAME), its encoder.safetensors or its checkpoint.pt"
+READS = (
+    "load_encoder reads the folder of a run (runs/NAME), its encoder.safetensors or its checkpoint.pt, and weights of "
+    "torchvision's networks"
+)
 # Between two tries to read a run that is writing, in seconds.
 _PAUSE, _TRIES = 0.05, 20
 _BUILDS = ("encoder", "stem", "width")
@@ -33,6 +39,7 @@ def describe_encoder(
     images_seen: int | None = None,
     knn: float | None = None,
     knn_step: int | None = None,
+    weights: dict | None = None,
 ) -> dict:
     """Description in the file of an encoder: how to build it, how to feed it, and where it comes from.
 
@@ -41,7 +48,8 @@ def describe_encoder(
     antialiasing, as Pillow does it and every backend. `step` counts its training steps, `images_seen` the images of
     their batches; `commit` is that of the code. `knn` is kNN top-1 in percent as last measured, after step `knn_step`,
     with `knn_k` neighbours at `knn_temperature`; all four are None where it never was. `config` is the SHA-256 of the
-    run's config.yaml.
+    run's config.yaml. `weights`: what training began from, with the SHA-256 of that file, and below `earlier` what
+    that began from; missing for random weights.
     """
     spec = config.view_groups[0].spec
     return {
@@ -62,6 +70,7 @@ def describe_encoder(
         "config": _sha256(config.to_yaml().encode()),
         "commit": commit,
         "fastsiam": fastsiam.__version__,
+        **({"weights": weights} if weights else {}),
     }
 
 
@@ -85,7 +94,9 @@ def load_encoder(path: str | Path) -> nn.Module:
     to features [B, D]. `mean` and `std` are tuples of three floats, None in files of version 0.1.0 that lie outside
     their run's folder. `description` is the dict of `describe_encoder`, as far as the file holds it.
 
-    Raises `UserError` (a `ValueError`) for a path that holds no encoder of fastsiam. Runs no code of a file.
+    Files of other programs are read where they hold all weights of one of torchvision's networks, under any prefix (a
+    checkpoint of SimSiam's authors); `mean` and `std` are None then. Raises `UserError` (a `ValueError`) for any other
+    path. Runs no code of a file.
     """
     path = Path(path).expanduser()
     try:
@@ -95,6 +106,8 @@ def load_encoder(path: str | Path) -> nn.Module:
     try:
         encoder = build_encoder(*(description[key] for key in _BUILDS), zero_init_residual=False)
         encoder.load_state_dict(state)
+    except MissingLibraryError:
+        raise
     except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         reason = shortened(str(error), 150)
         raise UserError(f"{path} does not hold the encoder that it describes ({reason})", "not-an-encoder") from error
@@ -117,13 +130,23 @@ def _read(path):
 
 
 def _of_run(folder):
-    """Encoder of a run: encoder.safetensors once it has ended, otherwise its newest checkpoint, which may be newer."""
+    path = encoder_path(folder)
+    if path.suffix == ".safetensors":
+        return _of_safetensors(path)
+    return _of_saved(_newest_checkpoint(folder), folder / "checkpoint.pt")
+
+
+def encoder_path(folder: Path) -> Path:
+    """The file of a run that holds its newest encoder: encoder.safetensors once it has ended, otherwise a checkpoint.
+
+    Raises `UserError` for a folder without one.
+    """
     file, has_ended = folder / "encoder.safetensors", read_status(folder).get("status") in ("done", None)
-    saved = None if file.is_file() and has_ended else _newest_checkpoint(folder)
-    if saved is not None:
-        return _of_saved(saved, folder / "checkpoint.pt")
+    saved = [] if file.is_file() and has_ended else checkpoint.existing(folder)
+    if saved:
+        return saved[0]
     if file.is_file():
-        return _of_safetensors(file)
+        return file
     if (folder / "config.yaml").is_file():
         raise UserError(
             f"{folder} holds no encoder and no checkpoint yet; the run writes one when it is stopped",
@@ -149,24 +172,54 @@ def _newest_checkpoint(folder):
 def _of_file(path):
     if not path.exists():
         raise UserError(f"there is no {path}; {READS}", "no-such-file")
+    contents = read_contents(path)
+    return contents if isinstance(contents, tuple) else _of_another_program(contents, path)
+
+
+def read_contents(path: Path) -> tuple[dict, dict] | object:
+    """(weights, description) of an encoder of fastsiam; what `read_file` returns for files of other programs."""
     with open(path, "rb") as file:
         start = file.read(9)
-    if start.startswith(checkpoint.ZIP_MAGIC):
-        return _of_saved(checkpoint.load(path), path)
     # Eight bytes of a length, then JSON.
-    if start[8:] == b"{":
+    if start[8:] == b"{" and "fastsiam" in _metadata(path):
         return _of_safetensors(path)
-    what = "is empty" if not start else "is neither a safetensors file nor a checkpoint of fastsiam"
-    raise UserError(f"{path} {what}; {READS}", "not-an-encoder")
+    contents = read_file(path)
+    return _of_saved(contents, path) if _is_ours(contents) else contents
+
+
+def _is_ours(saved):
+    return isinstance(saved, dict) and {"layout", "method", "identity"} <= saved.keys()
+
+
+def _metadata(path):
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again from its run's folder", "damaged-file") from error
+
+
+def _of_another_program(contents, path):
+    """Weights and description of a network of torchvision."""
+    tensors = flatten(contents)
+    alike = look_alike(tensors, contents.get("arch") if isinstance(contents, dict) else None)
+    if alike is None:
+        raise UserError(
+            f"{path} is a file of another program ({_contents(contents)}) and not the weights of one of torchvision's "
+            "networks; load it with that program",
+            "other-program",
+        )
+    encoder = build_on_meta(*alike, None)
+    found = find(tensors, encoder)
+    weights = {"source": str(path), "sha256": sha256_of(path), "matched": found.matched}
+    # The numbers of batches that batch norm has seen are of no use in evaluation mode, and may be missing.
+    counters = encoder.state_dict().keys() - found.state.keys()
+    state = found.state | {name: torch.tensor(0) for name in counters}
+    return state, dict(zip(_BUILDS, (*alike, None), strict=True)) | {"weights": weights}
 
 
 def _of_safetensors(path):
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again from its run's folder", "damaged-file") from error
+    metadata, state = _metadata(path), load_file(path)
     if "fastsiam" not in metadata:
         raise UserError(
             f"{path} was not written by fastsiam: its metadata do not say what encoder it holds; load it with the "
@@ -183,7 +236,7 @@ def _of_safetensors(path):
 
 def _of_saved(saved, path):
     """The encoder in what a checkpoint holds."""
-    if not isinstance(saved, dict) or not {"layout", "method", "identity"} <= saved.keys():
+    if not _is_ours(saved):
         raise UserError(f"{path} is a file of another program ({_contents(saved)}); {READS}", "other-program")
     if saved["layout"] != checkpoint.LAYOUT:
         raise UserError(f"{path} is of another version of fastsiam; load it with that version", "other-version")

@@ -50,6 +50,9 @@ class EvaluationSchedule:
         # Measured before the first kNN and not before the first step, which would wait for it: 4 s of the quickstart's
         # 8, minutes with ImageNet.
         measures_controls = self.has_knn and config.evaluate.controls and progress.state.untrained_knn is None
+        if config.model.weights is not None and progress.state.step:
+            # A run resumed before its first kNN: it has not read the weights that it began with.
+            measures_controls = False
         self._untrained = copy.deepcopy(method).cpu() if measures_controls else None
 
     def close(self) -> None:
@@ -86,7 +89,7 @@ class EvaluationSchedule:
         self._pictures.write_pairs()
 
     def measure_controls(self) -> None:
-        """Measure kNN of raw pixels and of the untrained encoder, once and where the config asks for it.
+        """Measure kNN of raw pixels and of the encoder as it starts, once and where the config asks for it.
 
         Not in mid-epoch: it takes batches from the loader.
         """
@@ -94,15 +97,18 @@ class EvaluationSchedule:
             return
         state, device = self._progress.state, next(self._method.parameters()).device
         self._loader.close()
-        state.untrained_knn = self._online.untrained(self._untrained.to(device), self._loader)
+        begins, given = self._untrained.to(device), self._config.model.weights
+        # Weights that are given bring the statistics of their batch norms.
+        state.untrained_knn = self._online.knn(begins) if given else self._online.untrained(begins, self._loader)
         state.raw_pixels_knn = self._online.raw_pixels()
-        self._untrained = None
+        self._untrained = begins = None
         self._loader.close()
         raw = {"raw_pixels_knn_top1": state.raw_pixels_knn}
-        self._journal.write_at_step("knn", step=0, knn_top1=state.untrained_knn, control="untrained", **raw)
+        control = "start" if given else "untrained"
+        what = f"the weights of {given}" if given else "random weights (batch-norm statistics filled)"
+        self._journal.write_at_step("knn", step=0, knn_top1=state.untrained_knn, control=control, **raw)
         self._journal.say(
-            f"before    kNN {state.untrained_knn:.2f} % with random weights (batch-norm statistics filled), "
-            f"{state.raw_pixels_knn:.2f} % on raw pixels"
+            f"before    kNN {state.untrained_knn:.2f} % with {what}, {state.raw_pixels_knn:.2f} % on raw pixels"
         )
 
     def measure_collapse(self) -> bool:

@@ -25,7 +25,7 @@ def finish(run: Run, status: str, step: TrainingStep, evaluation: EvaluationSche
         if status != "failed":
             run.checkpoints.save(run.contents(step, evaluation))
         if status == "done" and world.is_first:
-            known = (state.images_seen, state.knn, state.knn_step)
+            known = (state.images_seen, state.knn, state.knn_step, run.folder.weights)
             description = describe_encoder(run.config, state.step, run.folder.commit, *known)
             save_encoder(step.method.encoder, description, path / "encoder.safetensors")
     reason = run.reason or evaluation.collapsed

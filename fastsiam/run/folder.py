@@ -58,6 +58,8 @@ class RunFolder:
         self._lock: FileLock | None = None
         self.commit: str | None = None
         """Of the code; None where it is not known, and before `open`."""
+        self.weights: dict | None = None
+        """What the encoder began from, see `describe_encoder`; None for random weights."""
 
     def exists(self) -> bool:
         return (self.path / "config.yaml").is_file()
@@ -102,7 +104,8 @@ class RunFolder:
             self._lock = _locked(self.path)
             replace_file(self.path / "config.yaml", self.config.to_yaml().encode())
             self.commit = _commit()
-            described = json.dumps(environment | {"commit": self.commit}, indent=1)
+            weights = {"weights": self.weights} if self.weights else {}
+            described = json.dumps(environment | {"commit": self.commit, **weights}, indent=1)
             replace_file(self.path / "environment.json", described.encode())
 
     def check_start(self) -> None:

@@ -74,7 +74,7 @@ class Knn(TypedDict):
     knn_top1: float
     """Percent."""
     control: NotRequired[str]
-    """`untrained`"""
+    """`untrained`: random weights; `start`: those of model.weights"""
     raw_pixels_knn_top1: NotRequired[float]
 
 

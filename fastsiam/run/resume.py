@@ -140,7 +140,9 @@ def contents(
         "computation": computation(data.runtime),
         "budget": progress.budget.amount,
         "identity": data.identity,
-        "encoder": describe_encoder(config, state.step, folder.commit, state.images_seen, state.knn, state.knn_step),
+        "encoder": describe_encoder(
+            config, state.step, folder.commit, state.images_seen, state.knn, state.knn_step, folder.weights
+        ),
         "metrics": folder.metrics_state(),
     }
 

@@ -41,7 +41,8 @@ class Run:
     def __init__(self, config: Config, start: Start, stack: contextlib.ExitStack, signals: StopSignals):
         """Takes parts that are open already; see `open`."""
         self.config, self.signals, self.on_close = config, signals, stack.callback
-        runtime, data, progress, folder, self._saved, journal = start
+        runtime, data, progress, folder, self._saved, journal, weights = start
+        self._weight_lines = weights.lines() if weights else []
         self.runtime, self.data, self.progress, self.folder, self.journal = runtime, data, progress, folder, journal
         path, world = folder.path, runtime.world
         self.clock = Stopwatch(progress.state, data_wait_on(runtime.device), progress.cost.opened)
@@ -84,7 +85,8 @@ class Run:
         """Print the first lines, then restore the checkpoint of an earlier start, or begin a new run."""
         config, data, world, journal = self.config, self.data, self.runtime.world, self.journal
         saved = self._saved
-        for line in opening_lines(config, self.runtime, data, f"run folder {self.folder.path}"):
+        lines = opening_lines(config, self.runtime, data, f"run folder {self.folder.path}")
+        for line in (*lines, *self._weight_lines):
             journal.say(line)
         elsewhere = None
         if not saved and world.is_first:

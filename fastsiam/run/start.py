@@ -8,6 +8,7 @@ from fastsiam.config import Config
 from fastsiam.run.folder import RunFolder
 from fastsiam.run.metrics import Journal
 from fastsiam.run.resume import find_run
+from fastsiam.run.start_weights import StartWeights, check_encoder, start_weights
 from fastsiam.run.training_data import TrainingData
 from fastsiam.runtime.device import spinning_notice
 from fastsiam.runtime.distributed import World
@@ -29,6 +30,8 @@ class Start(NamedTuple):
     saved: dict
     """The checkpoint to resume from; empty for a new run."""
     journal: Journal
+    weights: StartWeights | None
+    """Those of model.weights, for a new run."""
 
 
 @contextlib.contextmanager
@@ -41,6 +44,10 @@ def started(config: Config, world: World, began: float | None = None) -> Iterato
     check_alike(world, facts_of_config(config))
     journal = Journal(world)
     folder, saved = find_run(config, world, journal)
+    with world.together():
+        check_encoder(config)
+    weights = None if saved else start_weights(config, world)
+    folder.weights = weights.record if weights else saved.get("encoder", {}).get("weights")
     with world.together():
         runtime = Runtime.of(config.train, world, saved.get("computation"))
     if (notice := spinning_notice(runtime.device)) is not None:
@@ -58,4 +65,4 @@ def started(config: Config, world: World, began: float | None = None) -> Iterato
             state = State(**saved["state"]) if saved else None
             with world.together():
                 progress = Progress(config, data.steps_per_epoch, cost, world, state, saved.get("budget"))
-            yield Start(runtime, data, progress, folder, saved, journal)
+            yield Start(runtime, data, progress, folder, saved, journal, weights)

@@ -6,7 +6,7 @@ from fastsiam.errors import UserError
 from fastsiam.runtime.distributed import World
 
 # Where things lie may differ from machine to machine.
-_LOCAL = ("data.train", "data.val", "data.workers", "data.manifest", "run.dir", "run.name")
+_LOCAL = ("data.train", "data.val", "data.workers", "data.manifest", "model.weights", "run.dir", "run.name")
 
 
 def check_alike(world: World, facts: dict) -> None:

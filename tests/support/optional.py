@@ -11,6 +11,8 @@ from fastsiam.doctor.facts import has_python_headers, is_installed
 LIBRARIES = {
     "dali": ("nvidia.dali", "pip install -e '.[dali]', or '.[dali-cu13]' beside a torch for CUDA 13"),
     "ffcv": ("ffcv", "pip install -e '.[ffcv]' (it is compiled: the README names the packages for that)"),
+    "timm": ("timm", "pip install -e '.[timm]'"),
+    "lightly": ("lightly", "pip install -e '.[peers]'"),
     "playwright": ("playwright", "pip install playwright"),
     "wandb": ("wandb", "pip install -e '.[wandb]'"),
     "mlflow": ("mlflow", "pip install -e '.[mlflow]'"),
