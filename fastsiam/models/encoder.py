@@ -116,8 +116,8 @@ def import_timm():
         import timm
     except ImportError as error:
         raise MissingLibraryError(
-            f"model.encoder: timm cannot be imported ({error}); pip install 'fastsiam[timm]', or choose an encoder of "
-            "torchvision",
+            f"model.encoder: timm cannot be imported ({error}); pip install -e '.[timm]' (or pip install timm), or "
+            "choose an encoder of torchvision",
             "no-timm",
             name=error.name or "timm",
         ) from error

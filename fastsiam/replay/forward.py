@@ -11,6 +11,8 @@ from fastsiam.methods import build_method
 from fastsiam.optim.build import build_optimizer, set_learning_rate
 from fastsiam.replay.recorded import Recorded
 from fastsiam.replay.schedule import Schedule
+from fastsiam.run.start_weights import start_weights
+from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 from fastsiam.training.step import TrainingStep
 
@@ -40,7 +42,11 @@ def initial(recorded: Recorded, runtime: Runtime, saved: dict | None) -> Trainin
     """The training step of a run with the weights of the checkpoint `saved`; None: with the seed's initial weights."""
     config = recorded.config
     torch.manual_seed(config.train.seed)
-    method = build_method(config).to(runtime.device)
+    method = build_method(config)
+    if saved is None and (weights := start_weights(config, World())) is not None:
+        weights.check_same(recorded.environment.get("weights"))
+        weights.load_into(method.encoder)
+    method.to(runtime.device)
     if config.train.channels_last:
         method.to(memory_format=torch.channels_last)
     step = TrainingStep(method, build_optimizer(method, config), config, runtime)

@@ -49,6 +49,16 @@ class StartWeights:
         encoder.load_state_dict(self._state, strict=False)
         self._state = {}
 
+    def check_same(self, record: dict | None) -> None:
+        """Raise `UserError` where a run has recorded another file than this one."""
+        then = (record or {}).get("sha256")
+        if then != self.record["sha256"]:
+            raise UserError(
+                f"model.weights: {self.record['source']} is another file now (sha256 {self.record['sha256'][:12]}, then "
+                f"{str(then)[:12]}); put the first one back",
+                "other-weights",
+            )
+
     def lines(self) -> list[str]:
         """What was found in the file, for the first lines of a run."""
         match = self._match

@@ -125,7 +125,7 @@ def test_without_timm_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "timm", None)
     with refuses("no-timm", "model.encoder") as error:
         build_encoder("timm:resnet50", "imagenet", None, False)
-    assert "pip install 'fastsiam[timm]'" in str(error.value)
+    assert "pip install -e '.[timm]'" in str(error.value)
 
 
 def _randomless(encoder):

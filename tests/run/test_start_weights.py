@@ -17,12 +17,15 @@ from torch import nn
 import fastsiam
 from fastsiam.config import load_config
 from fastsiam.models.encoder import build_encoder
+from fastsiam.replay.forward import initial
+from fastsiam.replay.recorded import read_recorded
 from fastsiam.report import summary
 from fastsiam.report.read_run import open_run
 from fastsiam.run import hub_weights
 from fastsiam.run.encoder_file import load_encoder
 from fastsiam.run.start_weights import start_weights
 from fastsiam.runtime.distributed import World
+from fastsiam.runtime.runtime import Runtime
 from fastsiam.train import main
 from tests.support.foreign_weights import FORMATS, body, features, resnet18, under
 from tests.support.gloo_ranks import world
@@ -82,6 +85,22 @@ def test_a_chain_of_runs_says_what_each_began_with(tiny, tmp_path, capsys):
     facts = {fact.label: (fact.value, fact.note) for fact in summary.facts(open_run(runs / "b", "b"))}
     assert facts["Started from"] == (f"{runs}/a", f"45 tensors, sha256 {record['sha256'][:12]}")
     assert "at the start" in summary.result(open_run(runs / "b", "b")).note
+
+
+def test_a_replay_from_the_start_begins_with_the_same_file(tiny, tmp_path):
+    own, recorded = tmp_path / "own.pt", []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        theirs = build_encoder("cifar_resnet8", "cifar", 8, False)
+        torch.save(theirs.state_dict(), own)
+        if not recorded:
+            assert main(["--config", "quickstart", *tiny(f"model.weights={own}", "train.max_steps=1")]) == 0
+            recorded.append(read_recorded(tmp_path / "runs/run", None, print))
+            runtime = Runtime.of(recorded[0].config.train, World(), {})
+            encoder = initial(recorded[0], runtime, None).method.encoder
+            torch.testing.assert_close(encoder.state_dict(), theirs.state_dict(), atol=0, rtol=0)
+    with refuses("other-weights", "model.weights"):
+        initial(recorded[0], runtime, None)
 
 
 def test_a_resumed_run_takes_its_checkpoint_and_keeps_the_record(tiny, tmp_path):
