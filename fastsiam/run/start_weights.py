@@ -54,7 +54,7 @@ class StartWeights:
         then = (record or {}).get("sha256")
         if then != self.record["sha256"]:
             raise UserError(
-                f"model.weights: {self.record['source']} is another file now (sha256 {self.record['sha256'][:12]}, then "
+                f"model.weights: {self.record['source']} is another file (sha256 {self.record['sha256'][:12]}, then "
                 f"{str(then)[:12]}); put the first one back",
                 "other-weights",
             )
