@@ -131,7 +131,6 @@ def _matched(tensors, prefix, table, shapes, rivals):
             mismatched[ours] = tuple(value.shape), shapes[ours]
     counted = [name for name in shapes if not _is_counter(name)]
     below = [name.removeprefix(prefix) for name in tensors if name.startswith(prefix) and name not in used]
-    # Without a prefix all that the file holds lies below it.
     return Match(
         prefix=prefix,
         state=state,

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import io
 import json
 import os
@@ -21,22 +20,15 @@ from fastsiam.replay.forward import initial
 from fastsiam.replay.recorded import read_recorded
 from fastsiam.report import summary
 from fastsiam.report.read_run import open_run
-from fastsiam.run import hub_weights
 from fastsiam.run.encoder_file import load_encoder
 from fastsiam.run.start_weights import start_weights
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 from fastsiam.train import main
-from tests.support.foreign_weights import FORMATS, body, features, resnet18, under
+from tests.support.foreign_weights import FORMATS, RESNET, body, features, loaded, resnet18, sha256, under
 from tests.support.gloo_ranks import world
 from tests.support.refusals import refuses
 from tests.support.runs import lines, refused_unwritten
-
-RESNET = ("model.encoder=resnet18", "model.stem=imagenet", "model.width=null")
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +41,6 @@ def weights_file(tmp_path, network):
     path = tmp_path / "resnet18.pth"
     torch.save(network.state_dict(), path)
     return path
-
-
-def loaded(config):
-    """The encoder of a config with its weights, as `train.opened` has it."""
-    encoder = build_encoder(config.model.encoder, config.model.stem, config.model.width, False).eval()
-    weights = start_weights(config, World())
-    weights.load_into(encoder)
-    return encoder, weights
 
 
 def test_a_chain_of_runs_says_what_each_began_with(tiny, tmp_path, capsys):
@@ -246,73 +230,6 @@ def test_the_weights_of_another_encoder_of_ours_say_which(tiny_config, tmp_path)
     with refuses("weights-do-not-fit", "model.weights") as error:
         start_weights(tiny_config(f"model.weights={path}"), World())
     assert "set model.width=16" in str(error.value)
-
-
-def test_published_weights_of_torchvision_by_name(tiny_config, network, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    file = tmp_path / "hub/checkpoints" / os.path.basename(torchvision.models.ResNet18_Weights.DEFAULT.url)
-    torch.save(network.state_dict(), file)
-    for name in ("ResNet18_Weights.IMAGENET1K_V1", "IMAGENET1K_V1", "DEFAULT", "ResNet18_Weights.DEFAULT"):
-        encoder, weights = loaded(tiny_config(*RESNET, f"model.weights=torchvision:{name}"))
-        assert torch.equal(encoder.conv1.weight, network.conv1.weight)
-        assert (weights.record["source"], weights.record["sha256"]) == (f"torchvision:{name}", sha256(file))
-    for name in ("ResNet50_Weights.IMAGENET1K_V2", "IMAGENET1K_V9"):
-        with refuses("unknown-weights", "model.weights") as error:
-            start_weights(tiny_config(*RESNET, f"model.weights=torchvision:{name}"), World())
-        assert "torchvision:ResNet18_Weights.IMAGENET1K_V1" in str(error.value)
-    with refuses("unknown-weights", "model.weights"):
-        start_weights(tiny_config("model.weights=torchvision:DEFAULT"), World())
-
-
-def test_a_download_that_fails_is_one_sentence(tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    def fail(url, path, *_, **__):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    with refuses("download-failed", "model.weights") as error:
-        start_weights(tiny_config(*RESNET, "model.weights=torchvision:DEFAULT"), World())
-    assert "https://download.pytorch.org/models/resnet18-f37072fd.pth could not be downloaded" in str(error.value)
-
-
-@pytest.mark.needs("timm")
-def test_published_weights_of_timm_by_name(tiny_config, tmp_path, monkeypatch):
-    import timm
-
-    torch.manual_seed(4)
-    theirs = timm.create_model("resnet10t", num_classes=1000)
-    file = tmp_path / "model.safetensors"
-    save_file(theirs.state_dict(), file)
-    from safetensors.torch import load_file
-
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *_, **__: load_file(file))
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(file))
-    keys = ("model.encoder=timm:resnet10t", "model.stem=imagenet", "model.width=null")
-    encoder, weights = loaded(tiny_config(*keys, "model.weights=timm:resnet10t.c3_in1k"))
-    images = torch.randn(2, 3, 64, 64)
-    torch.testing.assert_close(
-        encoder(images), theirs.eval().forward_head(theirs.forward_features(images), pre_logits=True), atol=1e-6, rtol=0
-    )
-    assert weights.record["sha256"] == sha256(file)
-    with refuses("unknown-weights", "model.weights") as error:
-        start_weights(tiny_config(*keys, "model.weights=timm:resnet10t.a1_in1k"), World())
-    assert "did you mean timm:resnet10t.c3_in1k" in str(error.value)
-
-    def fail(*_, **__):
-        raise OSError("no connection")
-
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", fail)
-    with refuses("download-failed", "model.weights"):
-        start_weights(tiny_config(*keys, "model.weights=timm:resnet10t.c3_in1k"), World())
-
-
-def test_tensors_without_a_file_have_a_hash_of_their_own():
-    state = {"a": torch.ones(2), "b": torch.zeros(())}
-    digest = hub_weights._sha256_of_tensors(state)
-    assert digest == hub_weights._sha256_of_tensors(dict(reversed(state.items())))
-    assert digest != hub_weights._sha256_of_tensors(state | {"b": torch.ones(())})
 
 
 def of_one_rank(config, paths):

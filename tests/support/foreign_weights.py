@@ -2,10 +2,29 @@
 
 import argparse
 import copy
+import hashlib
 
 import torch
 import torchvision
 from torch import nn
+
+from fastsiam.models.encoder import build_encoder
+from fastsiam.run.start_weights import start_weights
+from fastsiam.runtime.distributed import World
+
+RESNET = ("model.encoder=resnet18", "model.stem=imagenet", "model.width=null")
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def loaded(config):
+    """The encoder of a config with its weights, as `train.opened` has it."""
+    encoder = build_encoder(config.model.encoder, config.model.stem, config.model.width, False).eval()
+    weights = start_weights(config, World())
+    weights.load_into(encoder)
+    return encoder, weights
 
 
 def resnet18(seed):
