@@ -16,6 +16,7 @@ LIBRARIES = {
     "playwright": ("playwright", "pip install playwright"),
     "wandb": ("wandb", "pip install -e '.[wandb]'"),
     "mlflow": ("mlflow", "pip install -e '.[mlflow]'"),
+    "sklearn": ("sklearn", "pip install scikit-learn"),
     "g++": (None, "apt-get install -y g++ python3-dev, or set CXX to another C++ compiler"),
 }
 CHROMIUM = "no Chromium: apt-get install -y chromium, or without root: playwright install chromium"

@@ -38,19 +38,27 @@ def written(path: Path) -> Iterator[None]:
 
 
 def publish(
-    protocol: str, settings: dict, numbers: dict, inputs: Inputs, data: dict, table: list[dict] | None = None
+    protocol: str,
+    settings: dict,
+    numbers: dict,
+    inputs: Inputs,
+    data: dict,
+    table: list[dict] | None = None,
+    details: dict | None = None,
 ) -> dict:
     """Prints and writes a result; returns its line.
 
     `settings`: what defines the protocol (k, epochs, learning rate, "epoch": "last", "features": "offline").
     `numbers`: the accuracies in percent, and others, by name; finite, or None for one that does not exist.
     `data`: numbers of images and classes, decoder. `table`: rows with the same keys to print in place of `numbers`.
+    `details`: what else the line has, and no table.
     Raises `UserError` where the disk refuses, after printing.
     """
     line = {
         "protocol": protocol,
         **settings,
         **numbers,
+        **(details or {}),
         "encoder": inputs.origin,
         "data": data,
         "size": inputs.spec.size,
