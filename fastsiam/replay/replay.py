@@ -98,7 +98,7 @@ def _findings(recorded, schedule, loader, runtime, batch, saved, name, number, s
 
 
 def _checkpoint_before(recorded, step, say):
-    """The newest whole checkpoint before a step with its name, or None; and the `State` of every whole one."""
+    """The newest whole checkpoint before a step with its name, or None; and `State` of all that were read for it."""
     saved, name, states, problems = None, None, [], {}
     for attempt in range(_TRIES):
         problems.clear()
@@ -110,9 +110,10 @@ def _checkpoint_before(recorded, step, say):
                 problems[path] = error
                 continue
             states.append(found["state"])
-            if saved is None and found["state"]["step"] < step:
+            if found["state"]["step"] < step:
                 saved, name = found, path.name
-        if not problems or recorded.has_ended:
+                break
+        if saved is not None or not problems or recorded.has_ended:
             break
         time.sleep(_PAUSE * (attempt < _TRIES - 1))
     for path, error in problems.items():
