@@ -127,7 +127,9 @@ def opened(
         with Run.open(config, start) as run:
             step = TrainingStep(method, optimizer, config, runtime, run.watchdog.paused)
             step.rehearse_growth()
-            evaluation = EvaluationSchedule(config, method, data, progress, journal, folder.path, run.watchdog)
+            evaluation = EvaluationSchedule(
+                config, method, data, progress, journal, folder.path, run.watchdog, step.encoder
+            )
             run.on_close(evaluation.close)
             run.begin(step, evaluation)
             yield Parts(data, step, progress, evaluation, run), None

@@ -10,6 +10,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from fastsiam.config.budget import EXAMPLES, Budget, parse_budget
 from fastsiam.config.data_sections import DataConfig, PositiveFloat, PositiveInt, Section, ViewsConfig
+from fastsiam.config.micro_batch import check_micro_batch
 from fastsiam.config.model_sections import HEADS, MethodConfig, ModelConfig, OptimizerConfig
 from fastsiam.config.views import ViewGroup, spec_of, stages_of
 from fastsiam.config.yaml_file import check, set_value
@@ -23,6 +24,15 @@ class TrainConfig(Section):
     """Stops the run after so many steps; the schedule still spans the epochs or the budget."""
     batch_size: Annotated[int, Field(gt=1)]
     """Images in a step over all ranks; each gives views.count views."""
+    micro_batch: Annotated[int, Field(gt=1)] | None = None
+    """Images that go through the network at once, over all ranks; it divides train.batch_size. null: the whole batch. A
+    step sums the gradients of its micro batches, and its memory is that of one. Learning rate and schedule stay those
+    of train.batch_size; batch-norm statistics are those of a micro batch, as with small batches in the paper's
+    Table 2."""
+    checkpoint_activations: bool = False
+    """Computes the activations inside of the encoder's blocks a second time in the backward pass, in place of keeping
+    them: a third more arithmetic for less memory (fastsiam/run/README.md has numbers). The function is the same, so a
+    run may change it when it resumes."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that trains. auto: cuda where torch sees a GPU, else cpu."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -39,6 +49,15 @@ class TrainConfig(Section):
     watchdog_seconds: PositiveFloat = 600.0
     """Seconds without a training step after which a run writes the stacks of its threads and ends with exit code 5."""
 
+    @model_validator(mode="after")
+    def micro_batches_of_one_size(self):
+        check_micro_batch(self.batch_size, self.micro_batch)
+        return self
+
+
+# Nine tenths of such an average are weights of the last 2,300 steps: less than an epoch of ImageNet at batch 512.
+AVERAGE_DECAY = 0.999
+
 
 class EvaluateConfig(Section):
     knn_every_epochs: PositiveInt | None = None
@@ -51,6 +70,22 @@ class EvaluateConfig(Section):
     """Side of the centred evaluation crop as a share of the image's short side; 0.875 is 224 / 256."""
     controls: bool = False
     """Before training, also measure the kNN accuracy of raw pixels and of the encoder as it starts."""
+    average: Literal["none", "ema"] = "none"
+    """Weights of the encoder that kNN measures and the run exports. none: those of the last step; ema: their
+    exponential moving average in fp32. Training is the same with both, and a run keeps its choice."""
+    average_decay: Annotated[float, Field(gt=0, lt=1)] = AVERAGE_DECAY
+    """Share of the average that a step keeps; step t keeps at most t / (t + 9), so that a short run forgets its random
+    weights. 0.999 averages about a thousand steps, which is less than an epoch of ImageNet at batch 512."""
+
+    @model_validator(mode="after")
+    def decay_of_an_average(self):
+        if self.average == "none" and self.average_decay != AVERAGE_DECAY:
+            raise UserError(
+                f"evaluate.average_decay: {self.average_decay:g} has no effect with evaluate.average=none; set "
+                f"evaluate.average=ema, or evaluate.average_decay={AVERAGE_DECAY:g}",
+                "decay-without-average",
+            )
+        return self
 
 
 class CollapseConfig(Section):

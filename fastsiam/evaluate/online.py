@@ -57,13 +57,13 @@ class OnlineEvaluation:
     def has_knn(self) -> bool:
         return self._val is not None
 
-    def knn(self, method, pictures: Pictures | None = None, step: int = 0) -> float:
-        """kNN top-1 in percent of the encoder's pooled features, val images against train images.
+    def knn(self, encoder, pictures: Pictures | None = None, step: int = 0) -> float:
+        """kNN top-1 in percent of an encoder's pooled features, val images against train images.
 
         `pictures`, of all ranks or of none, take the features of `step`.
         """
-        with evaluation_mode(method):
-            return self._knn(method.encoder, pictures, step)
+        with evaluation_mode(encoder):
+            return self._knn(encoder, pictures, step)
 
     def raw_pixels(self) -> float:
         """The same kNN on the pixels themselves, pooled to at most 32 px."""
@@ -81,7 +81,7 @@ class OnlineEvaluation:
             for batch in self._watched(islice(batches, FILL_STEPS)):
                 with self._runtime.autocast():
                     control(batch.views)
-        return self.knn(control)
+        return self.knn(control.encoder)
 
     @torch.no_grad()
     def collapse(self, method) -> Measures:
@@ -163,11 +163,11 @@ class OnlineEvaluation:
 
 
 @contextlib.contextmanager
-def evaluation_mode(method: torch.nn.Module) -> Iterator[None]:
+def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block, the mode of before after it."""
-    was_training = method.training
-    method.eval()
+    was_training = module.training
+    module.eval()
     try:
         yield
     finally:
-        method.train(was_training)
+        module.train(was_training)

@@ -24,8 +24,10 @@ class Method(Protocol):
     def forward(self, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns `loss`, a scalar of this rank whose gradients the ranks average, and detached diagnostics.
 
-        `views`: [V_g*N, 3, S_g, S_g] a group, view by view, N images of this rank in every group. Runs under autocast
-        and torch.compile as one graph: no value is read back to the host, nothing outside of buffers is changed.
+        `views`: [V_g*N, 3, S_g, S_g] a group, view by view, N images of this rank in every group. Diagnostics are
+        scalars, or have one row for each view of each image, view by view. Runs under autocast and torch.compile as
+        one graph: no value is read back to the host, nothing outside of buffers is changed. With train.micro_batch it
+        is called for each micro batch of a step, and the step takes the mean of the losses.
         """
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -34,7 +36,8 @@ class Method(Protocol):
     def after_step(self, progress: float, out: dict[str, torch.Tensor]) -> None:
         """Changes what the gradient does not, such as a momentum encoder; called once after each optimizer step.
 
-        `progress`: share of the run's budget used so far, in [0, 1]. `out`: what `forward` returned in that step.
+        `progress`: share of the run's budget used so far, in [0, 1]. `out`: what `forward` returned in that step; with
+        micro batches the means of their scalars, and the rows of all images in the order of the batch.
         """
 
     def constant_lr_parameters(self) -> Iterable[nn.Parameter]:

@@ -101,14 +101,25 @@ def views_at_a_time(module: nn.Module, num_views: int):
 
     Layers with one set of statistics over all views keep it.
     """
-    layers = [layer for layer in module.modules() if isinstance(layer, _PerView) and layer.num_views > 1]
-    before = [layer.num_views for layer in layers]
-    for layer in layers:
-        layer.num_views = num_views
+    with with_view_counts([(layer, num_views) for layer, count in view_counts(module) if count > 1]):
+        yield
+
+
+def view_counts(module: nn.Module) -> list[tuple[nn.Module, int]]:
+    """Returns the batch norms in `module` with their numbers of views, for `with_view_counts`."""
+    return [(layer, layer.num_views) for layer in module.modules() if isinstance(layer, _PerView)]
+
+
+@contextlib.contextmanager
+def with_view_counts(counts: list[tuple[nn.Module, int]]):
+    """Gives layers their numbers of views as long as the block lasts."""
+    before = [layer.num_views for layer, _ in counts]
+    for layer, number in counts:
+        layer.num_views = number
     try:
         yield
     finally:
-        for layer, number in zip(layers, before, strict=True):
+        for (layer, _), number in zip(counts, before, strict=True):
             layer.num_views = number
 
 

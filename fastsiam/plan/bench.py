@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastsiam.config import Config
+from fastsiam.config.micro_batch import check_micro_batch
 from fastsiam.data.backends.base import Batch
 from fastsiam.data.backends.synthetic import IMAGENET_TRAIN_IMAGES
 from fastsiam.data.loader import check_batch_size, check_divides
@@ -56,6 +57,7 @@ class Bench:
         """Seconds for drawing the demo images, which a run finds drawn."""
         with self.world.together():
             check_divides(config.train.batch_size, self.world.size)
+            check_micro_batch(config.train.batch_size, config.train.micro_batch, self.world.size)
             if self.source is not None:
                 check_batch_size(config.train.batch_size, len(self.source), config.data.train)
         # The load of the last minute; this process has not been busy for long.

@@ -33,7 +33,8 @@ class Loaders:
     """Loaders of a config at a batch size; they store decoded images below `folder`, not in the user's cache."""
 
     def __init__(self, bench: Bench, batch_size: int, folder: str):
-        self.bench, self.config, self._folder = bench, with_batch_size(bench.config, batch_size), folder
+        self.bench, self._folder = bench, folder
+        self.config = with_batch_size(bench.config, batch_size, bench.world.size)
         self.sample = bench.source and sample_of(bench.source, batch_size, bench.config.train.seed)
         self.decoding_seconds = 0.0
         """Time to decode all images for data.backend=resident; 0 where an earlier run has decoded them."""

@@ -212,7 +212,7 @@ class _Measurements:
 
     def _batch_sizes(self) -> None:
         bench, own = self.bench, self.batch_size
-        learning_rate = with_batch_size(bench.config, own).learning_rate
+        learning_rate = with_batch_size(bench.config, own, bench.world.size).learning_rate
         found = {own: BatchRate(own, learning_rate, self.found["step_images_per_second"])}
         sizes = other_batch_sizes(own, bench.images, bench.world.size)
         for size in sizes:

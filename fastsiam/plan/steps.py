@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastsiam.config import Config
+from fastsiam.config.micro_batch import micro_batch_sizes
 from fastsiam.data.backends.resident import free_bytes
 from fastsiam.data.build import build_loader
 from fastsiam.evaluate import collapse
@@ -33,7 +34,7 @@ class Stepper:
     def __init__(self, bench: Bench, batch_size: int, runtime: Runtime | None = None):
         """`batch_size`: of all ranks. `runtime`: in place of the bench's; alone, it takes this rank's share."""
         runtime, self._bench, self.batch_size = runtime or bench.runtime, bench, batch_size
-        config = with_batch_size(bench.config, batch_size * runtime.world.size // bench.world.size)
+        config = with_batch_size(bench.config, batch_size, bench.world.size, share=runtime.world.size)
         torch.manual_seed(config.train.seed)
         self.method = build_method(config, runtime.world.size).to(bench.device)
         if config.train.channels_last:
@@ -42,7 +43,7 @@ class Stepper:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         self.step = TrainingStep(self.method, optimizer, config, runtime)
-        synthetic = bench.config.with_values(SYNTHETIC | {"train.batch_size": batch_size})
+        synthetic = bench.config.with_values(SYNTHETIC | {"train.batch_size": batch_size, "train.micro_batch": None})
         self.views = next(build_loader(synthetic, **bench.loader_options).epoch(0)).views
 
     def __call__(self, views: list[torch.Tensor] | None = None) -> None:
@@ -76,6 +77,8 @@ class Affordable:
 
     seconds_per_image: float = 0.0
     bytes_per_image: float = 0.0
+    micro_batch: int | None = None
+    """Images that are in memory at once, where that is not the whole batch."""
     seconds: float = 0.0
     """Time of a measurement."""
     memory: int = 0
@@ -87,7 +90,8 @@ class Affordable:
         if bench.device.type == "cuda":
             return cls()
         size = bench.world.size
-        count = min(max(2, PROBE_IMAGES // size) * size, bench.config.train.batch_size)
+        train = bench.config.train
+        count = min(max(2, PROBE_IMAGES // size) * size, train.micro_batch or train.batch_size)
         stepper, saved = Stepper(bench, count, replace(bench.runtime, compiles=False)), {}
 
         def keep(tensor):
@@ -102,11 +106,13 @@ class Affordable:
         bench.free()
         memory = bench.world.share(free_bytes(bench.device))
         share = PARTS["step"] / sum(PARTS.values())
-        return cls(seconds, MEMORY_FACTOR * sum(saved.values()) * size / count, 60 * minutes * share, memory)
+        needed = MEMORY_FACTOR * sum(saved.values()) * size / count
+        return cls(seconds, needed, train.micro_batch, 60 * minutes * share, memory)
 
     def refusal(self, batch_size: int) -> str | None:
         """Returns the reason why a batch size is not tried."""
-        needed, seconds = self.bytes_per_image * batch_size, self.seconds_per_image * batch_size
+        at_once = min(batch_size, self.micro_batch or batch_size)
+        needed, seconds = self.bytes_per_image * at_once, self.seconds_per_image * batch_size
         if needed > FREE_SHARE * self.memory:
             return f"does not fit the memory: about {needed / 1e9:,.0f} GB, and {self.memory / 1e9:,.0f} GB are free"
         if seconds > STEP_SHARE * self.seconds:
@@ -128,7 +134,7 @@ def other_batch_sizes(batch_size: int, images: int, ranks: int) -> list[int]:
 
 def batch_rate(bench: Bench, batch_size: int, affordable: Affordable, seconds: float) -> BatchRate:
     """Measures the step at another batch size; `note` gives the reason where it was skipped."""
-    learning_rate, rate = with_batch_size(bench.config, batch_size).learning_rate, None
+    learning_rate, rate = with_batch_size(bench.config, batch_size, bench.world.size).learning_rate, None
     reason = affordable.refusal(batch_size)
     if bench.world.size > 1 and bench.device.type == "cuda" and batch_size > bench.config.train.batch_size:
         reason = "not tried on several GPUs, where a rank out of memory leaves the others waiting"
@@ -141,5 +147,14 @@ def batch_rate(bench: Bench, batch_size: int, affordable: Affordable, seconds: f
     return BatchRate(batch_size, learning_rate, rate, reason)
 
 
-def with_batch_size(config: Config, batch_size: int) -> Config:
-    return config.with_values({"train.batch_size": batch_size})
+def with_batch_size(config: Config, batch_size: int, ranks: int, share: int | None = None) -> Config:
+    """Returns the config at another batch size of so many ranks, in the largest micro batches up to its own.
+
+    `share`: for a run of so many of these ranks alone, with their part of the batch and of its micro batches.
+    """
+    share = share or ranks
+    batch_size, micro_batch = batch_size * share // ranks, config.train.micro_batch
+    if micro_batch is not None:
+        sizes = micro_batch_sizes(batch_size, share)
+        micro_batch = max((size for size in sizes if size <= micro_batch * share // ranks), default=sizes[0])
+    return config.with_values({"train.batch_size": batch_size, "train.micro_batch": micro_batch})

@@ -54,10 +54,11 @@ def _machine(plan: Plan, config: Config) -> list[str]:
     size = f"{views.size} px" if len(views.sizes) == 1 else f"{views.full_size} px (faster while {views.size} px grow)"
     size = size if views.count == 2 else f"{views.count} views of {size}"
     compiles = "on" if measured.compile else "off"
+    batch = f"{plan.batch_size}" + (f" in micro batches of {config.train.micro_batch}" * bool(config.train.micro_batch))
     return [
         f"fastsiam  {plan.fastsiam}, torch {plan.torch}, {measured.gpu or measured.device}{ranks}",
         f"data      {measured.images:,} images under {config.data.train}, {knn}",
-        f"step      {config.model.encoder}, {size}, batch {plan.batch_size}, {measured.dtype}, compile {compiles}",
+        f"step      {config.model.encoder}, {size}, batch {batch}, {measured.dtype}, compile {compiles}",
         f"loader    {measured.loader}",
         f"measured  in {spoken(measured.measuring_seconds)}, at batch {measured.measured_batch_size}",
     ]

@@ -6,6 +6,7 @@ import torch
 
 import fastsiam
 from fastsiam.config import Config
+from fastsiam.config.published import batch_size_text
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.evaluate import collapse
 from fastsiam.kernels import numba_cache
@@ -78,9 +79,28 @@ def choice_lines(
         f"{'channels-last' if train.channels_last else 'channels-first'}, "
         f"loss {'fused (Triton)' if loss_is_fused(num_views, device) else 'in plain torch'}",
     ]
+    lines += _memory_lines(train)
+    if config.evaluate.average == "ema":
+        lines.append(
+            f"average   kNN and encoder.safetensors are of the moving average of the encoder's weights, decay "
+            f"{config.evaluate.average_decay:g}, less in the first steps"
+        )
     lines.append(f"device    {_runtime_text(runtime)}")
     if numba_cache.NOTE and device.type == "cpu":
         lines.append(f"cache     {numba_cache.NOTE}")
+    return lines
+
+
+def _memory_lines(train):
+    """Lines on what a step does to need less memory."""
+    lines, size = [], train.micro_batch
+    if size:
+        lines.append(
+            f"micro     {train.batch_size // size} x {size} images a step: gradients of the whole batch, batch-norm "
+            f"statistics of {size} images; for batches of that size {batch_size_text(size)}"
+        )
+    if train.checkpoint_activations:
+        lines.append("recompute the activations of the encoder's blocks are computed again in the backward pass")
     return lines
 
 
@@ -212,7 +232,8 @@ def _knn_line(config, state, knn):
     settings, before = config.evaluate, ""
     if state.untrained_knn is not None:
         before = f"; before {state.untrained_knn:.2f} %, raw pixels {state.raw_pixels_knn:.2f} %"
-    return f"kNN       {knn:.2f} % (k {settings.knn_k}, T {settings.knn_temperature:g}{before})"
+    averaged = ", averaged weights" if settings.average == "ema" else ""
+    return f"kNN       {knn:.2f} % (k {settings.knn_k}, T {settings.knn_temperature:g}{averaged}{before})"
 
 
 def _cost_line(progress, price):

@@ -47,8 +47,9 @@ def describe_encoder(
     of evaluation crops: the centred square of `crop_ratio` times the short side, resized by `interpolation` with
     antialiasing, as Pillow does it and every backend. `step` counts its training steps, `images_seen` the images of
     their batches; `commit` is that of the code. `knn` is kNN top-1 in percent as last measured, after step `knn_step`,
-    with `knn_k` neighbours at `knn_temperature`; all four are None where it never was. `config` is the SHA-256 of the
-    run's config.yaml. `weights`: what training began from, with the SHA-256 of that file, and below `earlier` what
+    with `knn_k` neighbours at `knn_temperature`; all four are None where it never was. `average` is `ema` where the
+    weights are the moving average over its steps, `none` where they are those of the last. `config` is the SHA-256 of
+    the run's config.yaml. `weights`: what training began from, with the SHA-256 of that file, and below `earlier` what
     that began from; missing for random weights.
     """
     spec = config.view_groups[0].spec
@@ -63,6 +64,7 @@ def describe_encoder(
         "method": config.method.name,
         "step": step,
         "images_seen": images_seen,
+        "average": config.evaluate.average,
         "knn": knn,
         "knn_step": knn_step,
         "knn_k": config.evaluate.knn_k if knn is not None else None,
@@ -246,8 +248,8 @@ def _of_saved(saved, path):
         raise UserError(
             f"{path} does not describe its encoder; put the config.yaml of its run beside it", "no-description"
         )
-    weights = saved["method"].items()
-    return {name.removeprefix("encoder."): value for name, value in weights if name.startswith("encoder.")}, description
+    weights = {name.removeprefix("encoder."): v for name, v in saved["method"].items() if name.startswith("encoder.")}
+    return saved.get("average") or weights, description
 
 
 def _contents(saved):

@@ -29,10 +29,11 @@ class EvaluationSchedule:
         journal: Journal,
         folder: Path,
         watchdog: Watchdog,
+        encoder: torch.nn.Module,
     ):
-        """`folder`: the run's, for pictures. `watchdog`: beaten at every batch."""
+        """`folder`: the run's, for pictures. `watchdog`: beaten at every batch. `encoder`: what kNN is measured on."""
         runtime = data.runtime
-        self._config, self._method, self._loader = config, method, data.loader
+        self._config, self._method, self._encoder, self._loader = config, method, encoder, data.loader
         self._journal, self._world, self._progress = journal, runtime.world, progress
         self.guard = collapse.CollapseGuard(data.steps_per_epoch)
         self.measures: collapse.Measures | None = None
@@ -130,7 +131,7 @@ class EvaluationSchedule:
         if state.knn_step != state.step:
             self.measure_controls()
             with self._progress.evaluating():
-                state.knn = self._online.knn(self._method, self._pictures, state.step)
+                state.knn = self._online.knn(self._encoder, self._pictures, state.step)
             state.knn_step = state.step
             self._journal.write("knn", knn_top1=state.knn)
             if not last:

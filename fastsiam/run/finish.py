@@ -27,7 +27,7 @@ def finish(run: Run, status: str, step: TrainingStep, evaluation: EvaluationSche
         if status == "done" and world.is_first:
             known = (state.images_seen, state.knn, state.knn_step, run.folder.weights)
             description = describe_encoder(run.config, state.step, run.folder.commit, *known)
-            save_encoder(step.method.encoder, description, path / "encoder.safetensors")
+            save_encoder(step.encoder, description, path / "encoder.safetensors")
     reason = run.reason or evaluation.collapsed
     _write_end(run, status, knn, evaluation.measures, reason)
     if status == "done":

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from fastsiam.config import Config
+from fastsiam.config.micro_batch import check_micro_batch
 from fastsiam.run.folder import RunFolder
 from fastsiam.run.metrics import Journal
 from fastsiam.run.resume import find_run
@@ -46,6 +47,7 @@ def started(config: Config, world: World, began: float | None = None) -> Iterato
     folder, saved = find_run(config, world, journal)
     with world.together():
         check_encoder(config)
+        check_micro_batch(config.train.batch_size, config.train.micro_batch, world.size)
     weights = None if saved else start_weights(config, world)
     folder.weights = weights.record if weights else saved.get("encoder", {}).get("weights")
     with world.together():

@@ -2,10 +2,12 @@
 
 import contextlib
 import os
+from collections.abc import Callable
 
 import torch
 
 from fastsiam.config.published import TABLE_2
+from fastsiam.config.schema import TrainConfig
 from fastsiam.errors import Notice, UserError
 from fastsiam.runtime.compile import eager_reason
 from fastsiam.runtime.environment import cpu_info
@@ -70,26 +72,33 @@ def spinning_notice(device: torch.device) -> Notice | None:
     )
 
 
-def out_of_memory_advice(batch_size: int, step_fits) -> str:
-    """A sentence for a step that ran out of memory at `batch_size` images.
+def out_of_memory_advice(train: TrainConfig, sizes: list[int], step_fits: Callable[[int], bool] | None) -> str:
+    """A sentence for a step of the config's batch, or of its micro batches, that ran out of memory.
 
-    `step_fits(batch)` tries a step of a smaller batch; the largest power-of-two fraction that fits is named with
-    what the paper's Table 2 says it costs. None: a rank among several, which cannot try alone.
+    `sizes`: what train.micro_batch can be. `step_fits(size)` tries a step of such micro batches; the largest that fits
+    is named with what the paper's Table 2 says of it. None: a rank among several, which cannot try alone.
     """
+    at = f"train.batch_size: CUDA out of memory at {train.batch_size}"
+    if train.micro_batch:
+        at += f" in micro batches of {train.micro_batch}"
     if step_fits is None:
-        return (
-            f"train.batch_size: CUDA out of memory at {batch_size} over all ranks; start more of them, or set "
-            f"train.batch_size={batch_size // 2} ({_table_2_cost(batch_size // 2)}; the learning rate follows)"
-        )
-    smaller = batch_size // 2
-    while smaller >= 2 and not step_fits(smaller):
-        smaller //= 2
-    if smaller < 2:
-        return f"train.batch_size: CUDA out of memory at {batch_size}, and even 2 does not fit; lower views.size"
-    return (
-        f"train.batch_size: CUDA out of memory at {batch_size}; {smaller} fits (tried); {_table_2_cost(smaller)}; "
-        f"set train.batch_size={smaller} (the learning rate follows)"
-    )
+        at += " over all ranks"
+    recompute = "" if train.checkpoint_activations else "train.checkpoint_activations=true"
+    lower = f"set {recompute} or a smaller views.size" if recompute else "set a smaller views.size"
+    smaller = [size for size in sizes if size < (train.micro_batch or train.batch_size)]
+    if not smaller and train.micro_batch is None:
+        return f"{at}, which divides into no micro batches; {lower}, or another train.batch_size"
+    if not smaller:
+        return f"{at}, of which there are no smaller ones; {lower}"
+    fitting = smaller[-1] if step_fits is None else next(filter(step_fits, reversed(smaller)), None)
+    if fitting is None:
+        return f"{at}, and micro batches of {smaller[0]} do not fit either; {lower}"
+    advice = f"start more of them, or set train.micro_batch={fitting}"
+    if step_fits is not None:
+        advice = f"train.micro_batch={fitting} fits (tried); set it"
+    statistics = f"batch-norm statistics are then those of {fitting} images; {_table_2_cost(fitting)}"
+    more = recompute and f"; {recompute} saves memory and leaves the statistics as they are (not tried)"
+    return f"{at}; {advice} ({statistics}){more}"
 
 
 def _table_2_cost(batch_size: int) -> str:

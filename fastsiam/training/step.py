@@ -12,10 +12,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastsiam.config import Config
+from fastsiam.config.micro_batch import micro_batch_sizes
 from fastsiam.errors import UserError
 from fastsiam.runtime.compile import Compiled
 from fastsiam.runtime.device import out_of_memory_advice
 from fastsiam.runtime.runtime import Runtime
+from fastsiam.training.average import EncoderAverage
+from fastsiam.training.micro_batch import micro_batch_of, together
 
 _NEVER = 2**62
 
@@ -52,19 +55,28 @@ class TrainingStep:
         """`method` is on the device already. `paused()`: a context for the time that a compilation takes."""
         self.method, self.optimizer, self._runtime, self._world = method, optimizer, runtime, runtime.world
         device = runtime.device
-        self._batch_size, self._groups = config.train.batch_size, config.view_groups
+        self._train, self._groups = config.train, config.view_groups
+        self._micro_batches = config.train.batch_size // (config.train.micro_batch or config.train.batch_size)
         self._grows = len(config.view_stages) > 1
         self.compiled = Compiled(method, sizes=config.view_stages, paused=paused) if runtime.compiles else None
         self._forward = self.compiled or method
         if self._world.size > 1:
             self._forward = data_parallel(_Forward(method, self._forward))
         self._scaler = torch.amp.GradScaler(device.type) if runtime.dtype == torch.float16 else None
+        evaluate = config.evaluate
+        self.average = EncoderAverage(method.encoder, evaluate.average_decay) if evaluate.average == "ema" else None
         self._first_bad = torch.full((), _NEVER, device=device)
         self._skipped = torch.zeros(1, device=device)
+        self._overflowed: torch.Tensor | None = None
         self._loss: torch.Tensor | None = None
         self._recent: deque[tuple[int, np.ndarray]] = deque()
         if self._scaler:
             self.optimizer.register_step_pre_hook(self._count_skipped)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder to evaluate and to export: the average where there is one, else the method's."""
+        return self.method.encoder if self.average is None else self.average.encoder
 
     def __call__(self, views: list[torch.Tensor], number: int, indices: np.ndarray | None = None) -> dict:
         """Step `number` on groups of views of the images `indices`; no value is read back from the device.
@@ -93,9 +105,8 @@ class TrainingStep:
     def rehearse(self) -> None:
         """See `rehearse_growth`; on any device."""
         before = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
-        share = self._batch_size // self._world.size
         blank = torch.zeros(0, dtype=self._runtime.dtype, device=self._runtime.device)
-        if not self._reaches_backward(blank, share):
+        if not self._reaches_backward(blank):
             raise self._does_not_fit(blank)
         self.optimizer.zero_grad()
         for name, buffer in self.method.named_buffers():
@@ -107,19 +118,32 @@ class TrainingStep:
         `forward`: in place of the compiled method, or of the one that averages gradients.
         """
         self.optimizer.zero_grad()
-        with self._runtime.autocast():
-            out = (forward or self._forward)(views)
-        loss = out["loss"]
+        out = self._accumulate(views, forward or self._forward, range(self._micro_batches))
         if self._scaler:
-            self._scaler.scale(loss).backward()
             self._scaler.step(self.optimizer)
             self._scaler.update()
         else:
-            loss.backward()
             self.optimizer.step()
-        finite = torch.isfinite(loss.detach())
+        if self.average is not None:
+            self.average.update(number, self._overflowed)
+        # The mean over micro batches is finite where each of them is.
+        finite = torch.isfinite(out["loss"].detach())
         self._first_bad = torch.where(finite, self._first_bad, self._first_bad.clamp(max=number))
         return out
+
+    def _accumulate(self, views, forward, chosen: range) -> dict:
+        """Add the gradients of the `chosen` micro batches, each divided by the number of all of them."""
+        outs, number_of_all = [], self._micro_batches
+        for number in chosen:
+            # The ranks exchange gradients once, in the last backward pass.
+            waits = number != chosen[-1] and isinstance(forward, DistributedDataParallel)
+            with forward.no_sync() if waits else contextlib.nullcontext():
+                with self._runtime.autocast():
+                    out = forward(micro_batch_of(views, number, number_of_all))
+                loss = out["loss"] if number_of_all == 1 else out["loss"] / number_of_all
+                (self._scaler.scale(loss) if self._scaler else loss).backward()
+            outs.append(out)
+        return outs[0] if number_of_all == 1 else together(outs)
 
     def read(self) -> Reading:
         """Wait for the device and read the state since the last reading; all ranks must call."""
@@ -142,6 +166,7 @@ class TrainingStep:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict() if self._scaler else None,
             "skipped_steps": int(self._skipped.item()),
+            "average": None if self.average is None else self.average.encoder.state_dict(),
         }
 
     def load_state_dict(self, saved: dict) -> None:
@@ -151,34 +176,40 @@ class TrainingStep:
         if self._scaler and saved["scaler"]:
             self._scaler.load_state_dict(saved["scaler"])
         self._skipped.fill_(saved["skipped_steps"])
+        if self.average is not None:
+            self.average.encoder.load_state_dict(saved["average"])
 
     def _count_skipped(self, optimizer, *_):
+        # The scaler takes it away after the step.
+        self._overflowed = optimizer.found_inf
         self._skipped += optimizer.found_inf
 
-    def _reaches_backward(self, like, share):
+    def _reaches_backward(self, like):
+        """Two micro batches: beside the second one lie the gradients of the first."""
         try:
-            with self._runtime.autocast():
-                loss = self._forward(self._blank_views(like, share))["loss"]
-            loss.backward()
+            self._accumulate(self._blank_views(like), self._forward, range(self._micro_batches)[:2])
         except torch.OutOfMemoryError:
             return False
         return True
 
     def _does_not_fit(self, like):
-        fits = (lambda batch_size: self._fits(like, batch_size)) if self._world.size == 1 else None
-        return UserError(out_of_memory_advice(self._batch_size, fits), "out-of-memory")
+        sizes = micro_batch_sizes(self._train.batch_size, self._world.size)
+        fits = (lambda size: self._fits(like, size)) if self._world.size == 1 else None
+        return UserError(out_of_memory_advice(self._train, sizes, fits), "out-of-memory")
 
-    def _blank_views(self, like, batch_size):
-        """Zeros as views of the full sizes, with the dtype and device of `like`."""
-        shapes = [(count * batch_size, 3, spec.size, spec.size) for count, spec in self._groups]
+    def _blank_views(self, like):
+        """Zeros as this rank's views of the full sizes, with the dtype and device of `like`."""
+        images = self._train.batch_size // self._world.size
+        shapes = [(count * images, 3, spec.size, spec.size) for count, spec in self._groups]
         return [like.new_zeros(shape).contiguous(memory_format=torch.channels_last) for shape in shapes]
 
-    def _fits(self, like, batch_size):
-        """Tried as it is: to compile for each batch takes minutes, and what fits uncompiled fits compiled as well."""
+    def _fits(self, like, micro_batch):
+        """Tried as it is: to compile for each size takes minutes, and what fits uncompiled fits compiled as well."""
+        self._micro_batches = self._train.batch_size // micro_batch
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()
         try:
-            self.attempt(self._blank_views(like, batch_size), _NEVER, self.method)
+            self.attempt(self._blank_views(like), _NEVER, self.method)
         except torch.OutOfMemoryError:
             return False
         return True

@@ -10,6 +10,7 @@ import torch
 import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data.backends import choose
+from fastsiam.methods.simsiam import SimSiam
 from fastsiam.train import main
 from fastsiam.training.step import TrainingStep
 from tests.support.processes import run_python
@@ -128,21 +129,22 @@ def test_precision_and_layout_reach_the_step(tiny, tmp_path, monkeypatch):
     assert [(views, layout) for views, layout, _ in seen] == [(torch.float32, True), (torch.bfloat16, True)]
 
 
-def test_out_of_memory_names_the_largest_batch_that_fits_and_its_price(tiny, tmp_path, capsys, monkeypatch):
-    """A step of more than 2 images runs out of memory; no GPU is needed to read what is said then."""
-    real = TrainingStep.attempt
+def test_out_of_memory_names_the_largest_micro_batch_that_fits_and_its_price(tiny, tmp_path, capsys, monkeypatch):
+    """A forward pass of more than 2 images runs out of memory; no GPU is needed to read what is said then."""
+    real = SimSiam.forward
 
-    def small_gpu(self, views, number, *forward):
+    def small_gpu(self, views):
         if len(views[0]) > 2 * 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(self, views, number, *forward)
+        return real(self, views)
 
-    monkeypatch.setattr(TrainingStep, "attempt", small_gpu)
+    monkeypatch.setattr(SimSiam, "forward", small_gpu)
     assert main(["--config", "quickstart", *tiny()]) == 2
     said = capsys.readouterr().err
     assert printed_error(said).code == "out-of-memory"
-    # The batch that failed, the largest that fits, and the paper's accuracy at batch 64 and 256.
-    assert re.findall(r"[\d.]*\d", said)[:7] == ["8", "2", "2", "66.1", "64", "68.1", "256"]
+    # The batch that failed, the micro batch that fits, and the paper's accuracy at batch 64 and 256.
+    assert re.findall(r"[\d.]*\d", said)[:3] == ["8", "2", "2"]
+    assert re.findall(r"[\d.]*\d", said.partition("Table 2")[2])[:4] == ["66.1", "64", "68.1", "256"]
     assert said.count("\n") == 1
 
 
@@ -198,7 +200,8 @@ def test_fp16_scales_the_loss_and_counts_what_it_skips(tiny, tmp_path, capsys):
     assert main(["--config", "quickstart", *tiny("train.epochs=4", "data.val=null", "run.name=fp32")]) == 0
 
 
-def test_steps_between_log_points_read_nothing_back(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more", [(), ("train.micro_batch=4", "evaluate.average=ema")], ids=["plain", "averaged"])
+def test_steps_between_log_points_read_nothing_back(tiny, tmp_path, monkeypatch, more):
     """Reading a tensor back to the host waits for a GPU; between log points nothing may."""
     reads = []
     for name in ("item", "cpu", "tolist", "numpy", "__bool__", "__float__"):
@@ -219,7 +222,7 @@ def test_steps_between_log_points_read_nothing_back(tiny, tmp_path, monkeypatch)
         return out
 
     monkeypatch.setattr(TrainingStep, "__call__", step)
-    fastsiam.pretrain(load_config("quickstart", tiny("train.max_steps=3", "data.val=null")))
+    fastsiam.pretrain(load_config("quickstart", tiny("train.max_steps=3", "data.val=null", *more)))
     assert per_step == [[], [], []]
 
 

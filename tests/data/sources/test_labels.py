@@ -182,5 +182,5 @@ def test_images_without_a_label_are_trained_on_and_do_not_vote(tiny_config, demo
         torch.manual_seed(0)
         method = build_method(config)
         online = OnlineEvaluation(config, train, val, (None, None), Runtime.of(config.train))
-        accuracies.append(online.knn(method))
+        accuracies.append(online.knn(method.encoder))
     assert accuracies[0] == accuracies[1] > 0
