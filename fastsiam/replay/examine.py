@@ -15,6 +15,7 @@ from torch import nn
 
 from fastsiam.config.views import ViewGroup
 from fastsiam.runtime.runtime import Runtime
+from fastsiam.training.micro_batch import micro_batch_of, together
 
 LARGEST = 5
 
@@ -44,11 +45,17 @@ class Findings:
 
 
 def examine(
-    method: nn.Module, views: list[torch.Tensor], groups: tuple[ViewGroup, ...], runtime: Runtime, scale: float = 1.0
+    method: nn.Module,
+    views: list[torch.Tensor],
+    groups: tuple[ViewGroup, ...],
+    runtime: Runtime,
+    scale: float = 1.0,
+    micro_batches: int = 1,
 ) -> Findings:
     """Forward and backward of `method` on groups of views [V_g*N, 3, S_g, S_g], in training mode.
 
-    `scale`: of the loss in the backward pass (fp16). Leaves gradients in the parameters.
+    `scale`: of the loss in the backward pass (fp16). `micro_batches`: into so many the step cuts the batch. Leaves
+    gradients in the parameters.
     """
     num_images = len(views[0]) // groups[0].count
     watch = _Watch(num_images)
@@ -58,16 +65,21 @@ def examine(
         watch.see("the views" if len(views) == 1 else f"the views of group {number + 1}", view, by_image=True)
     for parameter in method.parameters():
         parameter.grad = None
-    with watch.over(method), runtime.autocast():
-        loss = method(views)["loss"]
-    watch.see("the loss", loss)
-    with watch.over_gradients(method):
-        (loss * scale).backward()
+    outs = []
+    for number in range(micro_batches):
+        watch.rows = range(number, num_images, micro_batches)
+        with watch.over(method), runtime.autocast():
+            loss = method(micro_batch_of(views, number, micro_batches))["loss"]
+        watch.see("the loss", loss)
+        with watch.over_gradients(method):
+            (loss * (scale / micro_batches)).backward()
+        outs.append({"loss": loss, **watch.outputs})
+    found = together(outs)
     gradients = {name: p.grad for name, p in method.named_parameters() if p.grad is not None}
     norms = {name: torch.linalg.vector_norm(g, dtype=torch.float64).item() / scale for name, g in gradients.items()}
     return Findings(
-        loss=loss.item(),
-        losses=_losses(watch.outputs, sum(group.count for group in groups)),
+        loss=found.pop("loss").item(),
+        losses=_losses(found, sum(group.count for group in groups)),
         norms={"total": _joint(norms.values())} | _by_part(method, norms),
         largest=sorted(norms.items(), key=lambda named: -named[1] if math.isfinite(named[1]) else -math.inf)[:LARGEST],
         first_bad=watch.first,
@@ -79,23 +91,25 @@ class _Watch:
     """Looks at tensors in the order of computation and keeps the first one that is not finite."""
 
     def __init__(self, num_images: int):
-        self._num_images = num_images
+        self.rows = range(num_images)
+        """Of a view's rows, the images in the batch."""
         self.first: str | None = None
         self.images: list[int] = []
         self.outputs: dict[str, torch.Tensor] = {}
         """Of projector and predictor."""
 
     def see(self, name: str, tensor: torch.Tensor, by_image: bool = False) -> None:
-        """`by_image`: its rows are the first views of N images, then the second ones, and so on."""
+        """`by_image`: its rows are the first views of the images of `rows`, then the second ones, and so on."""
         if self.first is not None or not tensor.is_floating_point():
             return
         finite = torch.isfinite(tensor.detach())
         if finite.all():
             return
         self.first = name
-        if by_image and tensor.ndim and len(tensor) % self._num_images == 0:
+        if by_image and tensor.ndim and len(tensor) % len(self.rows) == 0:
             rows = (~finite).flatten(1).any(1) if tensor.ndim > 1 else ~finite
-            self.images = rows.view(-1, self._num_images).any(0).nonzero().flatten().tolist()
+            places = rows.view(-1, len(self.rows)).any(0).nonzero().flatten().tolist()
+            self.images = [self.rows[place] for place in places]
 
     @contextlib.contextmanager
     def over(self, method: nn.Module) -> Iterator[None]:

@@ -91,7 +91,8 @@ def _findings(recorded, schedule, loader, runtime, batch, saved, name, number, s
     else:
         say(text.training(first, number - 1, name))
     scaler = step.state_dict()["scaler"]
-    found = examine(step.method, batch.views, recorded.config.view_groups, runtime, scaler["scale"] if scaler else 1.0)
+    scale, groups = scaler["scale"] if scaler else 1.0, recorded.config.view_groups
+    found = examine(step.method, batch.views, groups, runtime, scale, step.micro_batches)
     for line in text.loss(found.loss, losses, schedule, number):
         say(line)
     return found

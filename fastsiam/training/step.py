@@ -56,7 +56,8 @@ class TrainingStep:
         self.method, self.optimizer, self._runtime, self._world = method, optimizer, runtime, runtime.world
         device = runtime.device
         self._train, self._groups = config.train, config.view_groups
-        self._micro_batches = config.train.batch_size // (config.train.micro_batch or config.train.batch_size)
+        self.micro_batches = config.train.batch_size // (config.train.micro_batch or config.train.batch_size)
+        """How many a step has."""
         self._grows = len(config.view_stages) > 1
         self.compiled = Compiled(method, sizes=config.view_stages, paused=paused) if runtime.compiles else None
         self._forward = self.compiled or method
@@ -118,7 +119,7 @@ class TrainingStep:
         `forward`: in place of the compiled method, or of the one that averages gradients.
         """
         self.optimizer.zero_grad()
-        out = self._accumulate(views, forward or self._forward, range(self._micro_batches))
+        out = self._accumulate(views, forward or self._forward, range(self.micro_batches))
         if self._scaler:
             self._scaler.step(self.optimizer)
             self._scaler.update()
@@ -133,7 +134,7 @@ class TrainingStep:
 
     def _accumulate(self, views, forward, chosen: range) -> dict:
         """Add the gradients of the `chosen` micro batches, each divided by the number of all of them."""
-        outs, number_of_all = [], self._micro_batches
+        outs, number_of_all = [], self.micro_batches
         for number in chosen:
             # The ranks exchange gradients once, in the last backward pass.
             waits = number != chosen[-1] and isinstance(forward, DistributedDataParallel)
@@ -187,7 +188,7 @@ class TrainingStep:
     def _reaches_backward(self, like):
         """Two micro batches: beside the second one lie the gradients of the first."""
         try:
-            self._accumulate(self._blank_views(like), self._forward, range(self._micro_batches)[:2])
+            self._accumulate(self._blank_views(like), self._forward, range(self.micro_batches)[:2])
         except torch.OutOfMemoryError:
             return False
         return True
@@ -205,7 +206,7 @@ class TrainingStep:
 
     def _fits(self, like, micro_batch):
         """Tried as it is: to compile for each size takes minutes, and what fits uncompiled fits compiled as well."""
-        self._micro_batches = self._train.batch_size // micro_batch
+        self.micro_batches = self._train.batch_size // micro_batch
         self.optimizer.zero_grad()
         torch.cuda.empty_cache()
         try:

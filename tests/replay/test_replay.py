@@ -137,6 +137,15 @@ def test_gradients_are_those_of_a_loop_over_pairs(tiny, tmp_path, again):
         assert norm == pytest.approx(math.sqrt(sum(mine)), rel=1e-3)
 
 
+def test_a_step_of_micro_batches_is_cut_as_in_the_run(tiny, tmp_path, again):
+    train_here(tiny("data.val=null", "train.micro_batch=4", "train.max_steps=2"))
+    found, _, said = again(2, "--from-start")
+    assert found.loss == logged(tmp_path / "runs/run")[2]["loss"]
+    assert said["logged"] == ["equal: metrics.jsonl has the same loss"]
+    assert found.losses.shape == (8,)
+    assert found.losses.mean() == pytest.approx(found.loss, abs=1e-5)
+
+
 def test_a_resumed_run_with_more_epochs_has_both_schedules(tiny, tmp_path, record, again):
     first = record(tiny(*GROWING, "train.epochs=2"), stop_after=13)
     second = record(tiny(*GROWING, "train.epochs=4", "train.max_steps=24"))

@@ -72,7 +72,7 @@ def test_a_run_says_in_its_encoder_how_to_feed_it(tiny, tmp_path):
     expected = {
         "encoder": "cifar_resnet8", "stem": "cifar", "width": 8, "mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25],
         "size": 16, "crop_ratio": 1.0, "interpolation": "bilinear", "recipe": "demo", "method": "simsiam", "step": 3,
-        "images_seen": 24, "knn": None, "knn_step": None, "knn_k": None, "knn_temperature": None,
+        "images_seen": 24, "average": "none", "knn": None, "knn_step": None, "knn_k": None, "knn_temperature": None,
         "fastsiam": fastsiam.__version__,
     }  # fmt: skip
     expected["config"] = hashlib.sha256((tmp_path / "runs/run/config.yaml").read_bytes()).hexdigest()
