@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from fastsiam.errors import UserError
@@ -49,7 +50,8 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_composite(module):
-    return not isinstance(module, nn.Sequential) and next(module.children(), None) is not None
+    # timm's batch norm holds the activation behind it.
+    return not isinstance(module, nn.Sequential | _BatchNorm) and next(module.children(), None) is not None
 
 
 def _repeats(module):

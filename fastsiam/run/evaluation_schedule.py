@@ -100,7 +100,9 @@ class EvaluationSchedule:
         self._loader.close()
         begins, given = self._untrained.to(device), self._config.model.weights
         # Weights that are given bring the statistics of their batch norms.
-        state.untrained_knn = self._online.knn(begins) if given else self._online.untrained(begins, self._loader)
+        state.untrained_knn = (
+            self._online.knn(begins.encoder) if given else self._online.untrained(begins, self._loader)
+        )
         state.raw_pixels_knn = self._online.raw_pixels()
         self._untrained = begins = None
         self._loader.close()
