@@ -1,7 +1,6 @@
 """Files of weights that other programs have written. No code of a file is run, whatever it holds."""
 
 import argparse
-import collections
 import contextlib
 import hashlib
 import pathlib
@@ -25,7 +24,7 @@ _CLASS = re.compile(r"(?:GLOBAL|class|function) [<'\"]*(?:class|built-in functio
 # Classes that hold values and do nothing: options of a command line, paths, and numbers of numpy under its two names.
 _SCALAR = np.float64(0).__reduce__()[0]
 _SAFE = [
-    argparse.Namespace, collections.defaultdict, pathlib.PosixPath, pathlib.PurePosixPath,
+    argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath,
     np.dtype, *(getattr(np.dtypes, name) for name in np.dtypes.__all__ if name != "ObjectDType"),
     (_SCALAR, "numpy.core.multiarray.scalar"), (_SCALAR, "numpy._core.multiarray.scalar"),
 ]  # fmt: skip

@@ -1,12 +1,15 @@
 """Runs that begin with weights: what is said and recorded, and what is refused before anything is written."""
 
+import argparse
 import contextlib
 import copy
 import io
 import json
 import os
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -22,6 +25,7 @@ from fastsiam.report import summary
 from fastsiam.report.read_run import open_run
 from fastsiam.run.encoder_file import load_encoder
 from fastsiam.run.start_weights import start_weights
+from fastsiam.run.weight_files import read_file
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 from fastsiam.train import main
@@ -153,6 +157,13 @@ def test_partial_weights_leave_the_rest_at_random_and_name_every_shape(tiny_conf
     assert not torch.equal(encoder.layer4[1].conv2.weight, network.layer4[1].conv2.weight)
     assert encoder.conv1.weight.shape == (64, 3, 3, 3)
     assert "other shapes 1 (conv1.weight [64, 3, 7, 7], here [64, 3, 3, 3])" in weights.lines()[0]
+
+
+def test_options_and_numbers_beside_the_weights_are_read(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    contents = {"args": argparse.Namespace(out=Path("a"), lr=0.1), "best": np.float64(3.5), "epoch": np.int64(7)}
+    torch.save(contents, path)
+    assert read_file(path) == contents
 
 
 class Runs:
