@@ -54,6 +54,8 @@ setup(
         "parquet": ["pyarrow"],
         # Encoders timm:NAME and their published weights.
         "timm": ["timm>=1.0"],
+        # COCO's average precision, and its masks.
+        "detection": ["pycocotools"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
         "peers": ["lightly"],
         # Trackers that `fastsiam follow` writes to.
@@ -61,6 +63,7 @@ setup(
         "mlflow": ["mlflow-skinny>=3"],
         "dev": [
             *("pytest", "pytest-xdist", "playwright", "tifffile", "imagecodecs"),
+            *("pycocotools", "faster-coco-eval"),
             *("ruff", "build", "setuptools", "wheel"),
         ],
     },

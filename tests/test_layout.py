@@ -20,7 +20,7 @@ LAYERS = (
     {"evaluate"},
     {"run"},
     {"prepare", "doctor", "report", "plan", "replay", "follow", "config.__main__"}
-    | {"evaluate.protocols", "embed", "export"},
+    | {"evaluate.protocols", "evaluate.detection", "embed", "export"},
     {"evaluate.__main__"},
     {"train", "__main__"},
 )

@@ -15,6 +15,7 @@ PROTOCOLS = {
     "knn": "accuracy of a vote of the nearest training images, for several k and temperatures",
     "linear": "accuracy of a linear classifier, trained on features of augmented training images",
     "finetune": "accuracy of an encoder that is fine-tuned with all labels, 10 % or 1 % of them, or those of a list",
+    "detect": "average precision of a detector that is trained around the encoder, on COCO's or VOC's format",
 }
 """Name of each protocol, which is that of its module in fastsiam/evaluate/protocols, and what it measures."""
 

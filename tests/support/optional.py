@@ -17,6 +17,8 @@ LIBRARIES = {
     "wandb": ("wandb", "pip install -e '.[wandb]'"),
     "mlflow": ("mlflow", "pip install -e '.[mlflow]'"),
     "sklearn": ("sklearn", "pip install scikit-learn"),
+    "pycocotools": ("pycocotools", "pip install -e '.[detection]'"),
+    "faster-coco-eval": ("faster_coco_eval", "pip install faster-coco-eval"),
     "g++": (None, "apt-get install -y g++ python3-dev, or set CXX to another C++ compiler"),
 }
 CHROMIUM = "no Chromium: apt-get install -y chromium, or without root: playwright install chromium"

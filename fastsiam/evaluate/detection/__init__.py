@@ -1,0 +1,1 @@
+"""Transfer to object detection: images with boxes, detectors around an encoder, training, average precision."""
