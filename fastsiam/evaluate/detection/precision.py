@@ -38,8 +38,7 @@ def check_evaluator(name: str) -> None:
     try:
         _library(name)
     except ImportError as error:
-        # Masks are packed and unpacked by pycocotools in any case.
-        text = f"--evaluator: {name} is not installed; pip install 'fastsiam[detection]', or pip install {name}"
+        text = f"--evaluator: {name} is not installed; pip install {name}"
         raise MissingLibraryError(text, "no-coco-evaluator", name=name.replace("-", "_")) from error
 
 
