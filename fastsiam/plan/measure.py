@@ -145,6 +145,7 @@ class _Measurements:
     def _knn(self, stepper: Stepper) -> None:
         """Measures features of images and a search among them."""
         bench, settings, ranks = self.bench, self.bench.config.evaluate, self.bench.world.size
+        chunk = CHUNK[bench.device.type]
         bench.say("measuring what kNN costs")
         loader = self.loaders.evaluation()
         part = np.arange(len(loader.source))[bench.world.share_of(len(loader.source))]
@@ -163,11 +164,11 @@ class _Measurements:
         loader.backend.close()
 
         def search():
-            nearest(bank, bank[:CHUNK], settings.knn_k)
+            nearest(bank, bank[:chunk], settings.knn_k)
 
         bench.timed(search)
         images, queries = bench.images, len(bench.val)
-        searches = bench.timed(search) * (images / BANK) * (queries / CHUNK) / ranks
+        searches = bench.timed(search) * (images / BANK) * (queries / chunk) / ranks
         self.found["knn_seconds"] = 2 * start + (images + queries) / rate.median + searches
 
     def _saving(self, stepper: Stepper) -> None:
