@@ -153,6 +153,7 @@ def train(
             evaluation.remember(batch.views, batch.indices)
             out = step(batch.views, state.step + 1, batch.indices)  # nothing is read back from the device
             run.finished_step(step)
+            evaluation.learn(out["features"], batch.labels)
             progress.advance()
             asked = run.ask_ranks()  # one exchange; brings progress up to date
             step.method.after_step(progress.value, out)

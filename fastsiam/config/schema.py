@@ -70,6 +70,9 @@ class EvaluateConfig(Section):
     """Side of the centred evaluation crop as a share of the image's short side; 0.875 is 224 / 256."""
     controls: bool = False
     """Before training, also measure the kNN accuracy of raw pixels and of the encoder as it starts."""
+    online_linear: bool = False
+    """Trains a linear classifier beside the method, on detached features of its views: needs labels, no encoder pass,
+    and changes nothing of the training. Its accuracy is logged, at kNN evaluations also that on data.val."""
     average: Literal["none", "ema"] = "none"
     """Weights of the encoder that kNN measures and the run exports. none: those of the last step; ema: their
     exponential moving average in fp32. Training is the same with both, and a run keeps its choice."""
@@ -184,6 +187,16 @@ class Config(Section):
             )
         # Its property raises for a budget that cannot be parsed.
         return self.to_spend and self
+
+    @model_validator(mode="after")
+    def a_classifier_has_labels(self):
+        if self.evaluate.online_linear and self.data.backend == "synthetic":
+            raise UserError(
+                "evaluate.online_linear: images of data.backend=synthetic have no labels; set "
+                "evaluate.online_linear=false",
+                "no-labels",
+            )
+        return self
 
     @model_validator(mode="after")
     def scaled_gradients_have_their_optimizer(self):

@@ -18,6 +18,7 @@ from fastsiam.errors import UserError
 from fastsiam.evaluate.collapse import PROBE_IMAGES, Measures, measure
 from fastsiam.evaluate.gallery import Pictures
 from fastsiam.evaluate.knn import extract, knn_accuracy, nearest
+from fastsiam.evaluate.online_linear import OnlineLinear
 from fastsiam.runtime.runtime import Runtime
 
 # Two views a step with momentum 0.1 leave 0.5 % of the initial running statistics after 25 steps.
@@ -57,13 +58,15 @@ class OnlineEvaluation:
     def has_knn(self) -> bool:
         return self._val is not None
 
-    def knn(self, encoder, pictures: Pictures | None = None, step: int = 0) -> float:
+    def knn(
+        self, encoder, pictures: Pictures | None = None, step: int = 0, linear: OnlineLinear | None = None
+    ) -> float:
         """kNN top-1 in percent of an encoder's pooled features, val images against train images.
 
-        `pictures`, of all ranks or of none, take the features of `step`.
+        `pictures`, of all ranks or of none, take the features of `step`, and `linear` is measured on them.
         """
         with evaluation_mode(encoder):
-            return self._knn(encoder, pictures, step)
+            return self._knn(encoder, pictures, step, linear)
 
     def raw_pixels(self) -> float:
         """The same kNN on the pixels themselves, pooled to at most 32 px."""
@@ -101,9 +104,9 @@ class OnlineEvaluation:
         if self._val:
             self._val.backend.close()
 
-    def _knn(self, encoder, pictures=None, step=0) -> float:
+    def _knn(self, encoder, pictures=None, step=0, linear=None) -> float:
         try:
-            return self._votes(encoder, pictures, step)
+            return self._votes(encoder, pictures, step, linear)
         except torch.OutOfMemoryError:
             pass
         # Outside the handler: the traceback would hold what did not fit.
@@ -114,7 +117,7 @@ class OnlineEvaluation:
             "out-of-memory-in-knn",
         )
 
-    def _votes(self, encoder, pictures, step):
+    def _votes(self, encoder, pictures, step, linear):
         settings, world = self._config.evaluate, self._runtime.world
         bank, bank_labels, bank_indices = self._extract(encoder, self._train)
         queries, query_labels, query_indices = self._extract(encoder, self._val)
@@ -129,8 +132,11 @@ class OnlineEvaluation:
                     return similarity.cpu().numpy(), images[places.cpu()].numpy()
 
                 pictures.evaluated(step, chosen, where.numpy(), neighbours, self._thumbnails)
+        truth = self._val_label[query_labels]
+        if linear is not None:
+            linear.validate(queries, truth)
         votes = {"k": settings.knn_k, "temperature": settings.knn_temperature, "world": world}
-        return knn_accuracy(bank, bank_labels, queries, self._val_label[query_labels], **votes)
+        return knn_accuracy(bank, bank_labels, queries, truth, **votes)
 
     def _extract(self, encoder, loader):
         """Features, labels and indices of this rank's part of the images that have a label."""

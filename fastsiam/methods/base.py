@@ -22,7 +22,8 @@ class Method(Protocol):
     """Images [B, 3, S, S] to pooled features [B, D]; its `num_features` is D."""
 
     def forward(self, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Returns `loss`, a scalar of this rank whose gradients the ranks average, and detached diagnostics.
+        """Returns `loss`, a scalar of this rank whose gradients the ranks average, and detached diagnostics, among them
+        `features` [V*N, D] of the encoder, view by view.
 
         `views`: [V_g*N, 3, S_g, S_g] a group, view by view, N images of this rank in every group. Diagnostics are
         scalars, or have one row for each view of each image, view by view. Runs under autocast and torch.compile as

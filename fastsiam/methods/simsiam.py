@@ -29,12 +29,13 @@ class SimSiam(nn.Module):
         self.register_buffer("_loss_counter", torch.zeros(1, dtype=torch.int32), persistent=False)
 
     def forward(self, views):
-        """Returns `loss`, a scalar in [-1, 1], and `z` [V*N, d], detached.
+        """Returns `loss`, a scalar in [-1, 1], and, detached, `features` [V*N, D] and `z` [V*N, d].
 
         `views`: [V_g*N, 3, S_g, S_g] a group, the first views of N images, then the second ones, and so on.
         """
         features = [self._encode(*group) for group in zip(views, self.view_counts, strict=True)]
-        z = self.projector(features[0] if len(features) == 1 else torch.cat(features))
+        features = features[0] if len(features) == 1 else torch.cat(features)
+        z = self.projector(features)
         p = self.predictor(z)
         target = z.detach() if self.stop_gradient else z
         num_views = sum(self.view_counts)
@@ -45,7 +46,7 @@ class SimSiam(nn.Module):
         else:
             p_of_views, z_of_views = (x.unflatten(0, (num_views, -1)) for x in (p, target))
             loss = negative_cosine_all_pairs(p_of_views, z_of_views, stop_gradient=False)
-        return {"loss": loss, "z": z.detach()}
+        return {"loss": loss, "features": features.detach(), "z": z.detach()}
 
     def _encode(self, views, count):
         if gains_by_view(self.encoder, views.device.type):

@@ -64,6 +64,15 @@ PANELS = (
         "knn", "knn", "knn_top1", "kNN accuracy", "Top-1 in percent: validation images against training images.",
         from_zero=False,
     ),
+    Panel(
+        "online_linear", "online_linear", "val_top1", "Online linear accuracy",
+        "Top-1 in percent on validation images, of a classifier trained on features of the training views.",
+        from_zero=False,
+    ),
+    Panel(
+        "online_linear_train", "online_linear", "train_top1", "Online linear accuracy in training",
+        "Top-1 in percent on the training views, before the classifier learned from them.", from_zero=False,
+    ),
     Panel("std_ratio", "collapse", "std_ratio", "Spread of z", "In evaluation mode: 1 is spread out, 0 is one point."),
     Panel("effective_rank", "collapse", "effective_rank", "Effective rank", "Directions that z uses; 1 is a line."),
     Panel(

@@ -9,6 +9,7 @@ from fastsiam.config import Config
 from fastsiam.config.published import batch_size_text
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.evaluate import collapse
+from fastsiam.evaluate.online_linear import NAME
 from fastsiam.kernels import numba_cache
 from fastsiam.methods.simsiam import loss_is_fused
 from fastsiam.optim.build import scale_at
@@ -219,6 +220,8 @@ def closing_lines(
         lines += _held_rate_lines(config, progress)
         if knn is not None:
             lines.append((_knn_line(config, state, knn), "bold"))
+        if evaluation.linear is not None:
+            lines.append((_linear_line(evaluation.linear), None))
     if evaluation.measures and status not in ("collapsed", "failed"):
         verdict = _verdict(evaluation.measures, evaluation.guard, state.step)
         lines.append((f"collapse  {verdict}: {evaluation.measures}", None))
@@ -234,6 +237,12 @@ def _knn_line(config, state, knn):
         before = f"; before {state.untrained_knn:.2f} %, raw pixels {state.raw_pixels_knn:.2f} %"
     averaged = ", averaged weights" if settings.average == "ema" else ""
     return f"kNN       {knn:.2f} % (k {settings.knn_k}, T {settings.knn_temperature:g}{averaged}{before})"
+
+
+def _linear_line(linear):
+    parts = [] if linear.val_top1 is None else [f"{linear.val_top1:.2f} % of data.val"]
+    parts += [f"{linear.last.top1:.2f} % of the last views"] if linear.last else []
+    return f"linear    {', '.join(parts) or 'not measured'}: {NAME}"
 
 
 def _cost_line(progress, price):

@@ -11,6 +11,8 @@ from fastsiam.errors import Notice
 from fastsiam.evaluate import collapse
 from fastsiam.evaluate.gallery import Pictures
 from fastsiam.evaluate.online import OnlineEvaluation
+from fastsiam.evaluate.online_linear import NAME, OnlineLinear
+from fastsiam.optim.build import scale_at
 from fastsiam.run.metrics import Journal
 from fastsiam.run.training_data import TrainingData
 from fastsiam.run.watchdog import Watchdog
@@ -48,6 +50,12 @@ class EvaluationSchedule:
                 self._online = OnlineEvaluation(
                     data.config, data.source, data.val, data.skips, runtime, watchdog.beat, journal.say
                 )
+        self.linear: OnlineLinear | None = None
+        """Of evaluate.online_linear."""
+        if config.evaluate.online_linear:
+            self.linear = OnlineLinear(
+                method.encoder.num_features, len(data.source.classes), config.train.seed, runtime
+            )
         # Measured before the first kNN and not before the first step, which would wait for it: 4 s of the quickstart's
         # 8, minutes with ImageNet.
         measures_controls = self.has_knn and config.evaluate.controls and progress.state.untrained_knn is None
@@ -84,6 +92,17 @@ class EvaluationSchedule:
     def remember(self, views: torch.Tensor, indices: np.ndarray) -> None:
         """Keep views of the first step for the report; nothing is read back from the device."""
         self._pictures.remember(self._progress.state.step + 1, views, indices)
+
+    def learn(self, features: torch.Tensor, labels: torch.Tensor) -> None:
+        """A step of the online linear classifier, where there is one; nothing is read back from the device."""
+        if self.linear is not None:
+            self.linear.step(features, labels, scale_at(self._progress.value, "cosine", 0.0))
+
+    def log_linear(self) -> None:
+        """Write what the online linear classifier has done since the last time; waits for the device."""
+        if self.linear is not None:
+            reading = self.linear.read()
+            self._journal.write("online_linear", loss=reading.loss, train_top1=reading.top1)
 
     def write_pictures(self) -> None:
         """Write the views kept by `remember`."""
@@ -133,11 +152,14 @@ class EvaluationSchedule:
         if state.knn_step != state.step:
             self.measure_controls()
             with self._progress.evaluating():
-                state.knn = self._online.knn(self._encoder, self._pictures, state.step)
+                state.knn = self._online.knn(self._encoder, self._pictures, state.step, self.linear)
             state.knn_step = state.step
             self._journal.write("knn", knn_top1=state.knn)
+            if self.linear is not None:
+                self._journal.write("online_linear", val_top1=self.linear.val_top1)
             if not last:
-                self._journal.say(f"kNN       {state.knn:.2f} % at step {state.step:,}")
+                linear = "" if self.linear is None else f", {NAME} {self.linear.val_top1:.2f} %"
+                self._journal.say(f"kNN       {state.knn:.2f} % at step {state.step:,}{linear}")
         return state.knn
 
     def measure_last(self) -> float | None:

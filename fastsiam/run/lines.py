@@ -78,6 +78,17 @@ class Knn(TypedDict):
     raw_pixels_knn_top1: NotRequired[float]
 
 
+class OnlineLinear(_Position):
+    """With evaluate.online_linear: beside each train line its training, and after each kNN its validation."""
+
+    loss: NotRequired[float | None]
+    """Mean cross entropy since the line before; null without a labelled image."""
+    train_top1: NotRequired[float]
+    """Percent of the labelled training views since the line before."""
+    val_top1: NotRequired[float]
+    """Percent of data.val."""
+
+
 class Collapse(_Position, _Measures):
     """After each measure of collapse."""
 
@@ -131,6 +142,7 @@ KINDS = {
     "header": Header,
     "train": Train,
     "knn": Knn,
+    "online_linear": OnlineLinear,
     "collapse": Collapse,
     "compile": Compile,
     "resume": Resume,

@@ -11,6 +11,7 @@ import torch
 from fastsiam.config import Config, differences
 from fastsiam.errors import Notice, UserError
 from fastsiam.evaluate.collapse import CollapseGuard
+from fastsiam.evaluate.online_linear import OnlineLinear
 from fastsiam.run import checkpoint
 from fastsiam.run.encoder_file import describe_encoder
 from fastsiam.run.folder import Result, RunFolder, run_path
@@ -127,7 +128,13 @@ def finished(config: Config, folder: RunFolder, progress: Progress, journal: Jou
 
 
 def contents(
-    config: Config, data: TrainingData, progress: Progress, folder: RunFolder, step: TrainingStep, guard: CollapseGuard
+    config: Config,
+    data: TrainingData,
+    progress: Progress,
+    folder: RunFolder,
+    step: TrainingStep,
+    guard: CollapseGuard,
+    linear: OnlineLinear | None,
 ) -> dict:
     """A checkpoint as `restore` takes it: tensors and plain values only."""
     state = progress.state
@@ -136,6 +143,7 @@ def contents(
         "state": asdict(state),
         **step.state_dict(),
         "collapsed_in_a_row": guard.collapsed_in_a_row,
+        "online_linear": linear and linear.state_dict(),
         "random": torch.get_rng_state(),
         "computation": computation(data.runtime),
         "budget": progress.budget.amount,
@@ -147,10 +155,19 @@ def contents(
     }
 
 
-def restore(saved: dict, folder: RunFolder, world: World, step: TrainingStep, guard: CollapseGuard) -> None:
+def restore(
+    saved: dict,
+    folder: RunFolder,
+    world: World,
+    step: TrainingStep,
+    guard: CollapseGuard,
+    linear: OnlineLinear | None,
+) -> None:
     """Bring weights, optimizer, random numbers and metrics.jsonl back to a checkpoint."""
     step.load_state_dict(saved)
     guard.collapsed_in_a_row = saved["collapsed_in_a_row"]
+    if linear is not None:
+        linear.load_state_dict(saved["online_linear"])
     torch.set_rng_state(saved["random"])
     if world.is_first:
         folder.restore_metrics(saved["metrics"])

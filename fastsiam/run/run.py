@@ -95,7 +95,7 @@ class Run:
             journal.warn(warning)
         with world.together():
             if saved:
-                resume.restore(saved, self.folder, world, step, evaluation.guard)
+                resume.restore(saved, self.folder, world, step, evaluation.guard, evaluation.linear)
                 _report_resumption(self, saved)
             elif world.is_first:
                 self.folder.write_header()
@@ -142,8 +142,9 @@ class Run:
         """Write and show the numbers of a step where that is due; `rate`: its learning rate."""
         if self._log_is_due:
             self.log.write(reading, rate)
+            evaluation.log_linear()
         if asked.show or self.progress.is_over:
-            self.log.show(reading, evaluation.measures)
+            self.log.show(reading, evaluation.measures, evaluation.linear)
 
     def save_on_the_way(self, step: TrainingStep, evaluation: EvaluationSchedule) -> None:
         self.checkpoints.save_on_the_way(self.contents(step, evaluation))
@@ -188,7 +189,14 @@ class Run:
     def contents(self, step, evaluation) -> Callable[[], dict]:
         self.clock.update_state()
         return functools.partial(
-            resume.contents, self.config, self.data, self.progress, self.folder, step, evaluation.guard
+            resume.contents,
+            self.config,
+            self.data,
+            self.progress,
+            self.folder,
+            step,
+            evaluation.guard,
+            evaluation.linear,
         )
 
     def _where(self):

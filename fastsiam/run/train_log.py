@@ -5,6 +5,7 @@ import torch
 from fastsiam.data.bottleneck import LoaderWatch, describe
 from fastsiam.errors import Notice
 from fastsiam.evaluate.collapse import Measures
+from fastsiam.evaluate.online_linear import OnlineLinear
 from fastsiam.run.metrics import Journal
 from fastsiam.run.training_data import TrainingData
 from fastsiam.training.progress import Progress
@@ -45,10 +46,10 @@ class TrainLog:
             text = f"cannot update spent.json ({error}); a kill now would lose the cost since the last write"
             journal.warn_once(Notice(text, "cost-unwritten"))
 
-    def show(self, reading: Reading, measures: Measures | None) -> None:
-        """The line on the screen, with the last collapse `measures`."""
+    def show(self, reading: Reading, measures: Measures | None, linear: OnlineLinear | None) -> None:
+        """The line on the screen, with the last collapse `measures` and the last accuracy of `linear`."""
         lap = self._next(self._shown)
-        self._journal.progress(self._progress.share_done, self._text(reading, lap, measures))
+        self._journal.progress(self._progress.share_done, self._text(reading, lap, measures, linear))
 
     def _next(self, laps):
         self._progress.read_energy()
@@ -64,13 +65,15 @@ class TrainLog:
         fields |= {"data_wait_fraction": lap.wait_fraction, "progress": self._progress.value, **self._view_size()}
         return fields | self._progress.cost.fields(lap.joules_per_image)
 
-    def _text(self, reading, lap, measures):
+    def _text(self, reading, lap, measures, linear):
         measured, loss = "", reading.loss
         if measures:
             measured = (
                 f"std_ratio {measures.std_ratio:.2f} rank {measures.effective_rank:.0f} "
                 f"|cos| {measures.mean_abs_cos:.2f}  "
             )
+        if linear and linear.last:
+            measured += f"online linear {linear.last.top1:.1f} %  "
         size = "".join(f"{side} px  " for side in self._view_size().values())
         return (
             f"{_where(self._progress)}  {size}loss {loss:+.3f} (cosine {-loss:.3f})  {measured}"

@@ -112,7 +112,7 @@ def open_sources(config: Config, warn, say) -> tuple[ImageSource | None, ImageSo
 
     None for the first with the synthetic backend, for the second where there is no kNN. `warn` gets a `Notice` for a
     `data.val` that does not exist, or holds demo images while data.train does not. Raises `UserError` for labels that
-    kNN cannot use.
+    kNN or evaluate.online_linear cannot use.
     """
     data = config.data
     if data.backend == "synthetic":
@@ -125,7 +125,17 @@ def open_sources(config: Config, warn, say) -> tuple[ImageSource | None, ImageSo
     train = open_source(
         data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction, levels=data.deep_pixels
     )
+    if config.evaluate.online_linear and not train.classes:
+        raise UserError(
+            f"evaluate.online_linear: a linear classifier needs labels, and {shown(train.root)} has none "
+            f"({_why_unlabelled(train, 'data.train')}); set evaluate.online_linear=false",
+            "no-labels",
+        )
     return train, open_validation(config, train, warn)
+
+
+def _why_unlabelled(source, key):
+    return source.labelling or _table_in(source.root, key) or _LABELS_OF[source.packed is None]
 
 
 def splits_in(location: str) -> list[str]:
@@ -202,7 +212,7 @@ def check_labels(
     of_run = keys[1] == "data.val"
     for key, source in zip(keys, (train, val), strict=True):
         if not source.classes:
-            reason = source.labelling or _table_in(source.root, key) or _LABELS_OF[source.packed is None]
+            reason = _why_unlabelled(source, key)
             advice = "set data.val=null to train without kNN" if of_run else f"give {key} labelled images"
             raise UserError(
                 f"{key}: {what} needs labels, and {shown(source.root)} has none ({reason}); {advice}", "no-labels"
