@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(_KEY.sub(_option, str(error)), error.code) from error
         return 0
 
-    return cli.answered(work, gone="another process has gone", stopped="stopped; the result was not written")
+    stopped = getattr(protocol, "STOPPED", "stopped; the result was not written")
+    return cli.answered(work, gone="another process has gone", stopped=stopped)
 
 
 def _option(key):

@@ -233,7 +233,14 @@ def _of_safetensors(path):
     except (ValueError, TypeError) as error:
         text = f"{path} has damaged metadata ({error}); copy it again from its run's folder"
         raise UserError(text, "damaged-file") from error
+    if "finetuned" in description:
+        # A classifier of fastsiam evaluate finetune.
+        state = _encoder_in(state)
     return state, _completed(description, path)
+
+
+def _encoder_in(state):
+    return {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
 
 
 def _of_saved(saved, path):
@@ -248,8 +255,7 @@ def _of_saved(saved, path):
         raise UserError(
             f"{path} does not describe its encoder; put the config.yaml of its run beside it", "no-description"
         )
-    weights = {name.removeprefix("encoder."): v for name, v in saved["method"].items() if name.startswith("encoder.")}
-    return saved.get("average") or weights, description
+    return saved.get("average") or _encoder_in(saved["method"]), description
 
 
 def _contents(saved):

@@ -7,6 +7,7 @@ each epoch, from which the same command goes on. Under torchrun several processe
 import contextlib
 import hashlib
 import json
+import math
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from fastsiam.evaluate.protocols import finetune_settings
 from fastsiam.evaluate.protocols.classifier import FILE, Classifier, save_classifier
 from fastsiam.evaluate.protocols.finetune_folder import FinetuneFolder
 from fastsiam.evaluate.protocols.finetune_settings import Settings, check_settings, parse_labels, resolve
-from fastsiam.evaluate.protocols.finetune_training import FineTuning, accuracy
+from fastsiam.evaluate.protocols.finetune_training import FineTuning, accuracy, not_finite
 from fastsiam.evaluate.protocols.inputs import (
     Inputs,
     add_encoder_arguments,
@@ -41,6 +42,9 @@ from fastsiam.run.progress_line import ProgressLine
 from fastsiam.runtime.cores import usable_cores
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.rank_check import check_alike
+
+STOPPED = "stopped; the same command goes on after the last whole epoch"
+"""At Ctrl-C."""
 
 # RandomResizedCrop of 8 to 100 % and a flip, as in all of the published protocols.
 _PLAIN = {"crop_scale": (0.08, 1.0), "flip": 0.5, "jitter": 0.0, "grayscale": 0.0, "blur": 0.0, "solarize": 0.0}
@@ -207,7 +211,13 @@ def _train(training, data, loaders, folder, history, speaker):
         batches = train.epoch(epoch)
         loss = training.epoch(epoch, batches, steps, speaker.showing(epoch, settings.epochs, steps))
         seconds = time.perf_counter() - began
+        with world.together():
+            if not math.isfinite(loss):
+                raise not_finite("loss", settings, epoch)
         found = accuracy(training.model, val, data.label_of, runtime)
+        with world.together():
+            if not found.pop("finite"):
+                raise not_finite("output", settings, epoch)
         history.append({"epoch": epoch + 1, "loss": loss, **found})
         best = max(history, key=lambda line: line["top1"])
         speaker.say(

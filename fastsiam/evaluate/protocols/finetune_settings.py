@@ -107,6 +107,9 @@ def resolve(arguments: argparse.Namespace, images: int, labelled: int, ranks: in
     """
     preset = PRESETS[arguments.preset][images > FEW * labelled]
     asked = arguments.batch_size or preset.batch_size
+    if asked < max(2, ranks):
+        text = f"--batch-size: {asked} is too few for batch norm on {ranks} ranks; give {max(2, ranks)} or more"
+        raise UserError(text, "batch-too-small")
     batch_size = min(asked, images) // ranks * ranks
     if batch_size < 2:
         many = "1 image has a label" if images == 1 else f"{images} images have labels"

@@ -76,8 +76,8 @@ class FineTuning:
     ) -> float:
         """Epoch `number` of `steps` batches; returns the mean loss of all ranks.
 
-        `shown(step, loss)` is called after each step; `loss()` waits for the device and gives the mean so far. Raises
-        `UserError` for a loss that is not finite. All ranks must call.
+        `shown(step, loss)` is called after each step; `loss()` waits for the device, gives the mean so far, and raises
+        `UserError` where it is not finite. All ranks must call.
         """
         world = self.runtime.world
         # A function of seed, epoch and rank: resuming needs no random state.
@@ -90,20 +90,13 @@ class FineTuning:
                 group["lr"] = rate * scale
             total += self.step(batch.views[0], batch.labels.to(total.device, non_blocking=True))
             shown(step + 1, partial(self._mean, total, step + 1, number))
-        return self._finite(sum(world.collect(total.item())) / world.size / steps, number)
+        return sum(world.collect(total.item())) / world.size / steps
 
     def _mean(self, total, steps, epoch):
-        return self._finite(total.item() / steps, epoch)
-
-    def _finite(self, loss: float, epoch: int) -> float:
-        if math.isfinite(loss):
-            return loss
-        head, chosen = self.settings.head_lr, self.settings.lr
-        raise UserError(
-            f"--lr: the loss is not finite in epoch {epoch + 1} with learning rate {chosen:g}, and {head:g} of the new "
-            "layer; set a lower --lr and --head-lr",
-            "not-finite",
-        )
+        loss = total.item() / steps
+        if not math.isfinite(loss):
+            raise not_finite("loss", self.settings, epoch)
+        return loss
 
     def state_dict(self) -> dict:
         scaler = self._scaler.state_dict() if self._scaler else None
@@ -114,6 +107,16 @@ class FineTuning:
         self.optimizer.load_state_dict(saved["optimizer"])
         if self._scaler and saved["scaler"]:
             self._scaler.load_state_dict(saved["scaler"])
+
+
+def not_finite(what: str, settings: Settings, epoch: int) -> UserError:
+    """The error where training has diverged in an epoch, counted from 0."""
+    fresh = ", with --fresh" if epoch else ""
+    return UserError(
+        f"--lr: the {what} is not finite in epoch {epoch + 1} with learning rate {settings.lr:g}, and "
+        f"{settings.head_lr:g} of the new layer; set a lower --lr and --head-lr{fresh}",
+        "not-finite",
+    )
 
 
 def _share_statistics(model, ranks):
@@ -132,21 +135,24 @@ def accuracy(model: Classifier, loader: EvaluationLoader, label_of: torch.Tensor
     """Top-1 and, with more than five classes, top-5 accuracy in percent; all ranks must call, each takes its part.
 
     `label_of`: [C_val] int64, the logit of each class of the loader's source. Images without a label do not count.
+    `finite`: False where a logit is not. Raises `UserError` where no image can be decoded.
     """
     model.eval()
     source, world = loader.source, runtime.world
     labelled = np.flatnonzero(source.labels >= 0)
     part = labelled[world.share_of(len(labelled))]
     best = min(5, model.fc.out_features)
-    counts = torch.zeros(3, dtype=torch.int64, device=runtime.device)
+    counts = torch.zeros(4, dtype=torch.int64, device=runtime.device)
     for batch in loader.batches(part) if len(part) else ():
         with runtime.autocast():
             logits = model(batch.images)
         truth = label_of[batch.labels].to(runtime.device)[:, None]
         hits = logits.float().topk(best, dim=1).indices == truth
-        counts += torch.stack((hits[:, 0].sum(), hits.any(1).sum(), torch.tensor(len(hits), device=counts.device)))
-    first, five, seen = (sum(column) for column in zip(*world.collect(counts.tolist()), strict=True))
+        counts += torch.stack(
+            (hits[:, 0].sum(), hits.sum(), torch.ones_like(hits[:, 0]).sum(), (~logits.isfinite()).sum())
+        )
+    first, five, seen, bad = (sum(column) for column in zip(*world.collect(counts.tolist()), strict=True))
     if not seen:
         raise UserError("--val: none of its labelled images can be decoded; run fastsiam prepare scan", "no-val-images")
     top5 = {"top5": 100 * five / seen} if model.fc.out_features > 5 else {}
-    return {"top1": 100 * first / seen, **top5, "images": seen}
+    return {"top1": 100 * first / seen, **top5, "images": seen, "finite": not bad}

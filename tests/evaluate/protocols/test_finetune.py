@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from fastsiam import load_classifier
+from fastsiam import load_classifier, load_encoder
 from fastsiam.config import load_config
 from fastsiam.config.schema import TrainConfig
 from fastsiam.config.views import ViewSpec
@@ -174,6 +174,7 @@ def test_result_and_model(command, demo_folder, tmp_path, capsys):
     ]
     assert line["top1"] == 100 * np.mean(hits)
     assert line["best_top1"] >= line["top1"]
+    torch.testing.assert_close(load_encoder(folder / "model.safetensors").state_dict(), model.encoder.state_dict())
     before = (folder / "model.safetensors").read_bytes()
     assert finetuned(command("--labels", "30%", "--head-lr", 0.5), capsys)[0] == line
     assert (folder / "model.safetensors").read_bytes() == before
@@ -216,7 +217,9 @@ def test_another_option_is_refused_until_fresh(command, capsys):
         (("--labels", "nowhere.txt"), "absent", "--labels"),
         (("--epochs", 0), "out-of-range", "--epochs"),
         (("--layer-decay", 1.5), "out-of-range", "--layer-decay"),
+        (("--batch-size", 1), "batch-too-small", "--batch-size"),
         (("--lr", 1e30), "not-finite", "--lr"),
+        (("--lr", 1e30, "--batch-size", 80), "not-finite", "--lr"),
     ],
 )
 def test_mistakes_are_one_sentence(command, tmp_path, capsys, more, code, key):
