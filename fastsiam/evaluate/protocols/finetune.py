@@ -106,7 +106,7 @@ class Data:
             settings, notes = resolve(asked, len(subset.indices), labelled, world.size)
         if asked.workers is None and (sharing := world.ranks_on_these_cores()) > 1:
             asked.workers = max(1, usable_cores() // sharing)
-        asked.batch_size = settings.batch_size
+        asked.batch_size = settings.batch_size // world.size
         return cls(source, val, label_of, subset, settings, (*subset.notes, *notes))
 
     def loaders(self, inputs: Inputs) -> tuple[Loader, EvaluationLoader]:
