@@ -33,8 +33,7 @@ class FineTuning:
         model.requires_grad_(True)
         self._forward: nn.Module = model
         if world.size > 1:
-            _share_statistics(model, world.size)
-            self._forward = data_parallel(model)
+            self._forward = data_parallel(split_statistics(model, 1, world.size))
         groups = layerwise_groups(
             model.encoder, model.fc, rate=settings.lr, head_rate=settings.head_lr, decay=settings.layer_decay
         )
@@ -117,17 +116,6 @@ def not_finite(what: str, settings: Settings, epoch: int) -> UserError:
         f"{settings.head_lr:g} of the new layer; set a lower --lr and --head-lr{fresh}",
         "not-finite",
     )
-
-
-def _share_statistics(model, ranks):
-    split_statistics(model, 1, ranks)
-    for layer in model.modules():
-        is_norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        if is_norm and getattr(layer, "world_size", 1) != ranks:
-            raise UserError(
-                f"ENCODER: its {type(layer).__name__} has statistics of one process; fine-tune it without torchrun",
-                "norm-not-shared",
-            )
 
 
 @torch.no_grad()
