@@ -56,6 +56,8 @@ setup(
         "timm": ["timm>=1.0"],
         # COCO's average precision, and its masks.
         "detection": ["pycocotools"],
+        # Exports to ONNX; onnxruntime checks them.
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
         "peers": ["lightly"],
         # Trackers that `fastsiam follow` writes to.
@@ -64,6 +66,8 @@ setup(
         "dev": [
             *("pytest", "pytest-xdist", "playwright", "tifffile", "imagecodecs"),
             *("pycocotools", "faster-coco-eval"),
+            # Exports are read back by the libraries that they are for.
+            *("onnx", "onnxscript", "onnxruntime", "timm>=1.0.16", "transformers"),
             *("ruff", "build", "setuptools", "wheel"),
         ],
     },

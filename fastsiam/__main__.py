@@ -16,6 +16,7 @@ COMMANDS = {
     "report": "write one HTML page of one run or several",
     "replay": "make a step of a run again: its views, its loss, its gradients",
     "follow": "copy the numbers of a run into Weights & Biases or MLflow",
+    "export": "write an encoder for torchvision, timm, ONNX, detectron2 or transformers",
     "doctor": "check what is installed, and the machine",
 }
 

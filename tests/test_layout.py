@@ -30,7 +30,7 @@ TORCH_FREE = (
     "data.rng", "data.sources.open", "data.sources.pixel_range", "data.sources.deep_pixels", "data.backends.store_size",
     "doctor.__main__", "doctor.probe", "errors", "optim.apex", "plan.__main__", "prepare.__main__", "prepare.cifar10",
     "prepare.pack", "follow.__main__", "replay.__main__", "report.__main__", "report.page", "report.watch",
-    "run.folder", "run.progress_line", "run.reading",
+    "run.folder", "run.progress_line", "run.reading", "export.__main__",
     "run.stop_signals", "run.tensorboard", "run.write_report", "runtime.energy", "runtime.files", "train",
     "training.cost",
 )  # fmt: skip

@@ -19,6 +19,8 @@ LIBRARIES = {
     "sklearn": ("sklearn", "pip install scikit-learn"),
     "pycocotools": ("pycocotools", "pip install -e '.[detection]'"),
     "faster-coco-eval": ("faster_coco_eval", "pip install faster-coco-eval"),
+    "onnx": ("onnxscript", "pip install -e '.[onnx]'"),
+    "transformers": ("transformers", "pip install transformers"),
     "g++": (None, "apt-get install -y g++ python3-dev, or set CXX to another C++ compiler"),
 }
 CHROMIUM = "no Chromium: apt-get install -y chromium, or without root: playwright install chromium"
