@@ -98,7 +98,10 @@ def _check_libraries(to):
     for name in FORMATS[to].libraries:
         if importlib.util.find_spec(name) is None:
             raise MissingLibraryError(
-                f"--to: {to} needs {name}, which is not installed; pip install 'fastsiam[{to}]'", f"no-{name}", name
+                f"--to: {to} needs {name}, which is not installed; pip install {' '.join(FORMATS[to].libraries)}, or "
+                f"in a clone pip install -e '.[{to}]'",
+                f"no-{name}",
+                name,
             )
 
 
