@@ -59,7 +59,7 @@ setup(
         # Exports to ONNX; onnxruntime checks them.
         "onnx": ["onnx", "onnxscript", "onnxruntime"],
         # What the benchmarks compare with; solo-learn pins an old torch and is measured from a checkout.
-        "peers": ["lightly"],
+        "peers": ["lightly", "faiss-cpu", "scipy"],
         # Trackers that `fastsiam follow` writes to.
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny>=3"],

@@ -135,6 +135,10 @@ TABLES = {
     "augment": Table(
         "augment", (MS, Column("ms a view", "ms_per_view"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"
     ),
+    "knn": Table("knn", (MS, Column("top-1, %", "top1")), baseline="faiss IndexFlatIP"),
+    "spectrum": Table(
+        "spectrum", (Column("Spearman with kNN", "spearman"), Column("p", "p_value"), Column("last kNN, %", "knn_last"))
+    ),
     "crop": Table("crop", (MS, Column("ms a crop", "ms_per_crop"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"),
 }
 

@@ -12,6 +12,7 @@ from fastsiam import cli
 from fastsiam.errors import UserError
 
 PROTOCOLS = {
+    "spectrum": "RankMe, effective rank, decay of the spectrum, uniformity and alignment; needs no labels",
     "knn": "accuracy of a vote of the nearest training images, for several k and temperatures",
     "linear": "accuracy of a linear classifier, trained on features of augmented training images",
     "finetune": "accuracy of an encoder that is fine-tuned with all labels, 10 % or 1 % of them, or those of a list",

@@ -15,6 +15,7 @@ from fastsiam.data.build import build_evaluation_loader
 from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
+from fastsiam.evaluate import spectrum
 from fastsiam.evaluate.collapse import PROBE_IMAGES, Measures, measure
 from fastsiam.evaluate.gallery import Pictures
 from fastsiam.evaluate.knn import extract, knn_accuracy, nearest
@@ -25,6 +26,8 @@ from fastsiam.runtime.runtime import Runtime
 FILL_STEPS = 25
 # Raw pixels are compared at no more than this side, which bounds the bank at 12 kB an image.
 PIXEL_SIDE = 32
+# Training images whose features' spectrum is measured: twice the width of ResNet-50.
+SPECTRUM_IMAGES = 4096
 
 
 class OnlineEvaluation:
@@ -53,6 +56,10 @@ class OnlineEvaluation:
             self._val_label = torch.tensor([train.classes.index(name) for name in val.classes])
         self._probe_indices = rng.probe_indices(config.train.seed, len(train), PROBE_IMAGES)
         self._probe = None
+        order = np.random.default_rng(config.train.seed).permutation(len(train))
+        self._spectrum_indices = np.sort(order[:SPECTRUM_IMAGES])
+        self.spectrum_of_knn: tuple[spectrum.Spectrum, int] | None = None
+        """Of the features of the last kNN that was given `pictures`, and the number of images; None if not finite."""
 
     @property
     def has_knn(self) -> bool:
@@ -67,6 +74,17 @@ class OnlineEvaluation:
         """
         with evaluation_mode(encoder):
             return self._knn(encoder, pictures, step, linear)
+
+    def spectrum(self, encoder) -> tuple[spectrum.Spectrum, int] | None:
+        """Spectrum of an encoder's pooled features of some training images, and their number, without kNN.
+
+        None where there are fewer than two, and where features are not finite.
+        """
+        part = self._spectrum_indices[self._runtime.world.share_of(len(self._spectrum_indices))]
+        with evaluation_mode(encoder):
+            features, _, _ = self._extract_part(encoder, self._train, part)
+        self.close()
+        return self._spectrum_of(features)
 
     def raw_pixels(self) -> float:
         """The same kNN on the pixels themselves, pooled to at most 32 px."""
@@ -123,6 +141,8 @@ class OnlineEvaluation:
         queries, query_labels, query_indices = self._extract(encoder, self._val)
         self.close()
         if pictures is not None:
+            among = torch.from_numpy(np.isin(bank_indices, self._spectrum_indices))
+            self.spectrum_of_knn = self._spectrum_of(bank[among])
             looked_at = torch.from_numpy(np.isin(query_indices, pictures.chosen()))
             chosen, images, where = map(world.gather, (queries[looked_at], bank_indices, query_indices[looked_at]))
             if len(chosen) and len(images):
@@ -138,10 +158,20 @@ class OnlineEvaluation:
         votes = {"k": settings.knn_k, "temperature": settings.knn_temperature, "world": world}
         return knn_accuracy(bank, bank_labels, queries, truth, **votes)
 
+    def _spectrum_of(self, features):
+        """Of the features of all ranks: the first measures."""
+        features, world = self._runtime.world.gather(features), self._runtime.world
+        found = None
+        if world.is_first and len(features) > 1 and features.isfinite().all():
+            found = spectrum.measure(features), len(features)
+        return world.share(found)
+
     def _extract(self, encoder, loader):
         """Features, labels and indices of this rank's part of the images that have a label."""
         part = np.arange(len(loader.source))[self._runtime.world.share_of(len(loader.source))]
-        part = part[loader.source.labels[part] >= 0]
+        return self._extract_part(encoder, loader, part[loader.source.labels[part] >= 0])
+
+    def _extract_part(self, encoder, loader, part):
         if loader.skip.mask[part].all():
             none = torch.empty(0, dtype=torch.int64)
             return torch.empty(0, dtype=torch.float16, device=self._runtime.device), none, none

@@ -73,6 +73,13 @@ PANELS = (
         "online_linear_train", "online_linear", "train_top1", "Online linear accuracy in training",
         "Top-1 in percent on the training views, before the classifier learned from them.", from_zero=False,
     ),
+    Panel(
+        "rankme", "spectrum", "rankme", "RankMe",
+        "Directions that the features of training images use, measured without labels while training.",
+    ),
+    Panel(
+        "alpha", "spectrum", "alpha", "Decay of the spectrum", "Eigenvalues of the features fall as rank to the −alpha."
+    ),
     Panel("std_ratio", "collapse", "std_ratio", "Spread of z", "In evaluation mode: 1 is spread out, 0 is one point."),
     Panel("effective_rank", "collapse", "effective_rank", "Effective rank", "Directions that z uses; 1 is a line."),
     Panel(

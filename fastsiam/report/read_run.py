@@ -39,6 +39,8 @@ class Run:
     pictures: dict[str, np.ndarray]
     skipped: tuple[str, ...] = ()
     """Reasons why files were not decoded, from skip.tsv and skip_val.tsv."""
+    evaluations: tuple[dict, ...] = ()
+    """Lines of evaluate/evaluations.jsonl, of `fastsiam evaluate`."""
 
     def of_kind(self, kind: str) -> list[dict]:
         return [line for line in self.lines if line.get("kind") == kind]
@@ -142,7 +144,15 @@ def open_run(path: Path, name: str) -> Run:
         lines=tuple(json_lines(metrics)),
         pictures=read_arrays(path / "pictures.npz"),
         skipped=(*_read_skipped(path / "skip.tsv"), *_read_skipped(path / "skip_val.tsv")),
+        evaluations=_read_evaluations(path / "evaluate/evaluations.jsonl"),
     )
+
+
+def _read_evaluations(path: Path) -> tuple[dict, ...]:
+    try:
+        return tuple(json_lines(path.read_bytes()))
+    except OSError:
+        return ()
 
 
 def _read_skipped(path: Path) -> list[str]:

@@ -45,6 +45,52 @@ def knn_of(run: Run) -> float | None:
     return last if math.isfinite(last) else run.last("knn_top1", "knn", "end")
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of the table of evaluations."""
+
+    protocol: str
+    images: str
+    epoch: str
+    """Of the weights: last or best."""
+    features: str
+    """online: measured by the run; offline: of the frozen encoder, by `fastsiam evaluate`."""
+    step: str
+    numbers: str
+
+
+def evaluations(run: Run) -> list[Evaluation]:
+    """Returns the last kNN of the run itself, and the results of `fastsiam evaluate` in the order of their times."""
+    rows, knn = [], knn_of(run)
+    if knn is not None:
+        k, temperature = (run.config.get(f"evaluate.knn_{name}", "?") for name in ("k", "temperature"))
+        images = str(run.config.get("data.val", "–"))
+        numbers = f"top1 {knn:.2f} (k {k}, T {temperature})"
+        rows.append(Evaluation("knn", images, "last", "online", count(run.last("step", "knn", "end")), numbers))
+    for line in run.evaluations:
+        names, data, encoder = line.get("results"), line.get("data"), line.get("encoder")
+        if not isinstance(names, list) or not isinstance(data, dict) or not isinstance(encoder, dict):
+            continue
+        description = encoder.get("description")
+        step = number(description.get("step") if isinstance(description, dict) else None)
+        untrained = ", random weights" if encoder.get("untrained") else ""
+        rows.append(
+            Evaluation(
+                str(line.get("protocol")) + untrained,
+                str(data.get("val") or data.get("train") or "–"),
+                str(line.get("epoch", "–")),
+                str(line.get("features", "–")),
+                count(step if math.isfinite(step) and not untrained else None),
+                ", ".join(f"{name} {_number(line[name])}" for name in names if isinstance(name, str) and name in line),
+            )
+        )
+    return rows
+
+
+def _number(value) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
 def result(run: Run) -> Fact:
     """Returns the kNN accuracy with its controls; without one the loss."""
     knn, loss = knn_of(run), run.last("loss", "train")

@@ -1,4 +1,6 @@
-"""Schedule of the evaluations of a run: kNN after its epochs, collapse measures at their steps; logs the numbers."""
+"""Schedule of the evaluations of a run: kNN and the features' spectrum after its epochs, collapse measures at their
+steps; logs the numbers.
+"""
 
 import copy
 from pathlib import Path
@@ -42,6 +44,7 @@ class EvaluationSchedule:
         self.collapsed: str | None = None
         """Sentence on the collapse of the run, if it counts as collapsed."""
         self._measured_at: int | None = None
+        self._spectrum_at: int | None = None
         spec = config.view_groups[0].spec
         self._pictures = Pictures(folder, data.source, data.val, spec, journal.warn, runtime.world.is_first)
         self._online = None
@@ -75,7 +78,7 @@ class EvaluationSchedule:
 
     @property
     def is_due(self) -> bool:
-        """True at a step after which something is measured: collapse, or kNN, mostly at the end of an epoch."""
+        """True at a step after which something is measured: collapse, or features, mostly at the end of an epoch."""
         ends = self._progress.epoch_is_over and self.follows(self._progress.state.epoch + 1)
         return self._collapse_is_due or ends or self.is_wanted_early
 
@@ -85,9 +88,9 @@ class EvaluationSchedule:
         return self.has_knn and self._progress.evaluation_is_wanted()
 
     def follows(self, epochs: int) -> bool:
-        """True where kNN comes after so many finished epochs."""
+        """True where kNN, or the spectrum alone without labelled images, comes after so many finished epochs."""
         every = self._config.evaluate.knn_every_epochs
-        return bool(every) and epochs % every == 0 and self.has_knn and self._progress.leaves_room()
+        return bool(every) and epochs % every == 0 and self._online is not None and self._progress.leaves_room()
 
     def remember(self, views: torch.Tensor, indices: np.ndarray) -> None:
         """Keep views of the first step for the report; nothing is read back from the device."""
@@ -146,9 +149,16 @@ class EvaluationSchedule:
             self._journal.warn(Notice(f"{self.collapsed}; {collapse.ADVICE}", "collapsed"))
         return action == "stop"
 
-    def measure_knn(self, last: bool = False) -> float:
-        """Measure kNN, unless it was measured at this very step; returns top-1 in percent."""
+    def measure_features(self, last: bool = False) -> float | None:
+        """Measure kNN and the spectrum, unless that was done at this very step.
+
+        Returns kNN top-1 in percent; None without labelled images, where the spectrum is measured alone.
+        """
         state = self._progress.state
+        if not self.has_knn:
+            if self._spectrum_at != state.step:
+                self._note_spectrum(self._online.spectrum(self._encoder), last)
+            return None
         if state.knn_step != state.step:
             self.measure_controls()
             with self._progress.evaluating():
@@ -160,7 +170,20 @@ class EvaluationSchedule:
             if not last:
                 linear = "" if self.linear is None else f", {NAME} {self.linear.val_top1:.2f} %"
                 self._journal.say(f"kNN       {state.knn:.2f} % at step {state.step:,}{linear}")
+            self._note_spectrum(self._online.spectrum_of_knn, last)
         return state.knn
+
+    def _note_spectrum(self, found, last):
+        self._spectrum_at = step = self._progress.state.step
+        if found is None:
+            return
+        measures, images = found
+        # A number a field, as TensorBoard takes them; alignment needs two views.
+        numbers = {name: getattr(measures, name) for name in ("rankme", "effective_rank", "alpha", "uniformity")}
+        self._journal.write("spectrum", **numbers, images=images)
+        self._journal.say(
+            f"spectrum  {measures} of {images:,} training images" + ("" if last else f" at step {step:,}")
+        )
 
     def measure_last(self) -> float | None:
         """Measure at the end of the run; returns kNN, None without labelled images."""
@@ -168,7 +191,7 @@ class EvaluationSchedule:
             return None
         if self._measured_at != self._progress.state.step:
             self._measure()
-        return self.measure_knn(last=True) if self.has_knn else None
+        return self.measure_features(last=True)
 
     @property
     def _collapse_is_due(self):

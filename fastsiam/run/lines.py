@@ -89,6 +89,17 @@ class OnlineLinear(_Position):
     """Percent of data.val."""
 
 
+class Spectrum(_Position):
+    """After each measure of kNN, and in its place without labelled images: see `fastsiam.evaluate.spectrum`."""
+
+    rankme: float
+    effective_rank: float
+    alpha: float | None
+    uniformity: float
+    images: int
+    """Training images whose features these are."""
+
+
 class Collapse(_Position, _Measures):
     """After each measure of collapse."""
 
@@ -143,6 +154,7 @@ KINDS = {
     "train": Train,
     "knn": Knn,
     "online_linear": OnlineLinear,
+    "spectrum": Spectrum,
     "collapse": Collapse,
     "compile": Compile,
     "resume": Resume,

@@ -150,7 +150,7 @@ class Run:
         self.checkpoints.save_on_the_way(self.contents(step, evaluation))
 
     def save_before_evaluation(self, step: TrainingStep, evaluation: EvaluationSchedule) -> None:
-        """Save at the end of an epoch that kNN follows, and of the run, where the last checkpoint is old.
+        """Save at the end of an epoch that an evaluation follows, and of the run, where the last checkpoint is old.
 
         A kill would lose spent time or energy, with which the steps could not be trained again.
         """
@@ -161,7 +161,7 @@ class Run:
             self.checkpoints.save_unless_recent(contents)
 
     def evaluate_epoch(self, evaluation: EvaluationSchedule) -> None:
-        """Measure kNN between two epochs, where it is due."""
+        """Measure kNN and the spectrum between two epochs, where they are due."""
         if evaluation.follows(self.progress.state.epoch):
             # Decoders and their buffers would otherwise lie beside those of the evaluation.
             self.data.close()
@@ -204,8 +204,8 @@ class Run:
         return self.progress.state.where()
 
     def _evaluate(self, evaluation):
-        self.journal.doing("measuring kNN")
-        evaluation.measure_knn()
+        self.journal.doing("measuring kNN" if evaluation.has_knn else "measuring the spectrum")
+        evaluation.measure_features()
         self.progress.agree()
         self.data.bad_files.exchange()
 

@@ -11,8 +11,9 @@ import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data.backends.base import EvaluationBatch
 from fastsiam.evaluate import knn, online
-from fastsiam.evaluate.knn import extract, knn_accuracy, nearest
+from fastsiam.evaluate.knn import extract, knn_accuracies, knn_accuracy, nearest
 from tests.support.gloo_ranks import world
+from tests.support.processes import run_python
 from tests.support.refusals import refuses
 
 
@@ -76,6 +77,86 @@ def test_the_nearest_are_those_of_cosine_similarity():
     assert places.tolist() == whole.argsort(1, descending=True)[:, :5].tolist()
     torch.testing.assert_close(similarity, whole.topk(5, dim=1).values, atol=1e-6, rtol=0)
     assert nearest(bank[:2], queries, 5)[1].shape == (3, 2)
+
+
+@pytest.mark.needs("sklearn")
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.1), (20, 0.07), (100, 0.5)])
+def test_votes_are_those_of_scikit_learn(k, temperature):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    (bank, labels), (queries, truth) = features(600, 10, dim=32), features(200, 11, dim=32)
+    options = {"metric": "cosine", "weights": lambda distance: math.e ** (-distance / temperature)}
+    model = KNeighborsClassifier(k, **options).fit(bank.double().numpy(), labels.numpy())
+    share = torch.from_numpy(model.predict_proba(queries.double().numpy()))
+    rank = (share > share.gather(1, truth[:, None])).sum(1)
+    voted = share.gather(1, truth[:, None])[:, 0] > 0
+    found = knn_accuracies(bank, labels, queries, truth, votes=[(k, temperature)])[k, temperature]
+    assert found.top1 == pytest.approx(100 * model.score(queries.double().numpy(), truth.numpy()))
+    assert found.top5 == pytest.approx(100 * ((rank < 5) & voted).double().mean().item())
+
+
+def test_several_votes_are_those_of_one_each():
+    (bank, labels), (queries, truth) = features(150, 12), features(90, 13)
+    votes = [(k, t) for k in (3, 40, 500) for t in (0.05, 0.2)]
+    together = knn_accuracies(bank, labels, queries, truth, votes=votes)
+    assert list(together) == votes
+    for vote in votes:
+        assert knn_accuracies(bank, labels, queries, truth, votes=[vote]) == {vote: together[vote]}
+    assert len({found.top1 for found in together.values()}) > 2
+
+
+def test_a_small_temperature_does_not_overflow():
+    (bank, labels), (queries, truth) = features(150, 12), features(90, 13)
+    assert knn_accuracy(bank, labels, queries, truth, k=9, temperature=1e-4) == knn_accuracy(
+        bank, labels, queries, truth, k=1
+    )
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+@pytest.mark.parametrize("k", [1, 7, 60, 300])
+def test_of_equal_cosines_the_lower_place_comes_first(kind, k, monkeypatch):
+    """The search of a CPU, and that of a GPU on a CPU: each row of the bank is there three times."""
+    monkeypatch.setitem(knn._SEARCHES, "cpu", knn._SEARCHES[kind])
+    monkeypatch.setitem(knn.BLOCK, "cpu", 70)
+    monkeypatch.setitem(knn.BLOCK, "cuda", 70)
+    # Whole numbers: products are exact, whatever their order.
+    generator = torch.Generator().manual_seed(5)
+    bank = torch.nn.functional.one_hot(torch.randint(16, (100,), generator=generator), 16).float().repeat(3, 1)
+    queries = torch.randint(-3, 4, (40, 16), generator=generator).float()
+    similarity, places = nearest(bank, queries, k)
+    exact, order = (F.normalize(queries, dim=1) @ bank.T).sort(dim=1, descending=True, stable=True)
+    assert torch.equal(places, order[:, :k])
+    assert torch.equal(similarity, exact[:, :k])
+
+
+def test_values_that_are_not_finite_are_never_near():
+    bank, queries = torch.eye(6).repeat(60, 1), torch.eye(6)
+    bank[6:12] = torch.nan
+    places = nearest(bank, queries, 20)[1]
+    assert not ((places >= 6) & (places < 12)).any()
+    assert (places % 6 == torch.arange(6)[:, None]).all()
+
+
+MEMORY = """
+import resource, torch
+from fastsiam.evaluate.knn import nearest
+bank = torch.nn.functional.normalize(torch.randn(64, 512)).half().repeat(1024, 1)
+nearest(bank[:500], bank[:50], 20)
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+nearest(bank, bank[:3000], 200)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_the_search_takes_less_than_256_mb_beside_the_bank():
+    """65,536 rows of 512 features take 67 MB in half precision, 134 in single."""
+    done = run_python("-c", MEMORY)
+    assert done.returncode == 0, done.stderr
+    # Measured: 40 MB, of which 7 are the result.
+    assert int(done.stdout) < 100e6
 
 
 def of_this_rank(k):

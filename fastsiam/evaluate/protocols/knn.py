@@ -8,10 +8,10 @@ import argparse
 from itertools import product
 
 from fastsiam.errors import UserError
-from fastsiam.evaluate.knn import knn_accuracies
+from fastsiam.evaluate.knn import accuracy, nearest
 from fastsiam.evaluate.protocols.features import features, labelled_rows
 from fastsiam.evaluate.protocols.inputs import add_encoder_arguments, add_labelled_arguments, opened
-from fastsiam.evaluate.protocols.result import publish
+from fastsiam.evaluate.protocols.result import publish, results_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,16 +36,22 @@ def run(arguments: argparse.Namespace) -> None:
         # Two k above the size of the bank are one.
         ks = list(dict.fromkeys(min(k, len(bank.rows)) for k in arguments.k))
         temperatures = list(dict.fromkeys(arguments.temperature))
-        truth = label_of[queries.labels]
-        found = knn_accuracies(bank.rows, bank.labels, queries.rows, truth, votes=list(product(ks, temperatures)))
+        similarity, places = nearest(bank.rows, queries.rows, max(ks))
+        labels = bank.labels.to(places.device)[places]
+        truth = label_of[queries.labels].to(places.device)
+        voted = truth, len(train.classes)
+        found = {
+            (k, temperature): accuracy(similarity[:, :k], labels[:, :k], *voted, temperature)
+            for k, temperature in product(ks, temperatures)
+        }
         numbers = {
             f"{name}_k{k}_T{temperature:g}": value
-            for (k, temperature), accuracy in found.items()
-            for name, value in accuracy._asdict().items()
+            for (k, temperature), percent in found.items()
+            for name, value in percent._asdict().items()
         }
         table = [
-            {"k": k, "T": f"{temperature:g}", "top-1, %": accuracy.top1, "top-5, %": accuracy.top5}
-            for (k, temperature), accuracy in found.items()
+            {"k": k, "T": f"{temperature:g}", "top-1, %": percent.top1, "top-5, %": percent.top5}
+            for (k, temperature), percent in found.items()
         ]
         settings = {
             "epoch": "last",
@@ -64,6 +70,17 @@ def run(arguments: argparse.Namespace) -> None:
             "decoder": bank.decoder,
         }
         publish("knn", {"k": ks, "temperature": temperatures, **settings}, numbers, inputs, data, table)
+        folder = results_folder(inputs)
+        if folder is None:
+            return
+        # Matplotlib takes 0.4 s to import, which an encoder outside of a run folder need not wait for.
+        from fastsiam.evaluate.protocols.pictures import confusion, write_confusion, write_pictures
+
+        name, k, temperature = arguments.encoder.name, ks[0], temperatures[0]
+        title = f"kNN of {name}{' (untrained)' if arguments.untrained else ''}, last epoch, offline"
+        write_pictures(folder, inputs, train, val, bank, queries, title)
+        matrix = confusion(similarity[:, :k], labels[:, :k], *voted, temperature)
+        write_confusion(folder, matrix, list(train.classes), f"{title}, k {k}, T {temperature:g}")
 
 
 def _list_of(kind):

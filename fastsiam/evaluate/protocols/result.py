@@ -58,6 +58,7 @@ def publish(
         "protocol": protocol,
         **settings,
         **numbers,
+        "results": list(numbers),
         **(details or {}),
         "encoder": inputs.origin,
         "data": data,
@@ -96,6 +97,6 @@ def _print_table(protocol, settings, rows):
 def _text(value):
     if value is None:
         return "none"
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "/".join(map(_text, value))
     return f"{value:.2f}" if isinstance(value, float) else str(value)
