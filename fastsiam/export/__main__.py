@@ -85,7 +85,8 @@ def check_out(out: Path, to: str, source: Path) -> None:
     kind = FORMATS[to]
     if not out.parent.is_dir():
         raise UserError(f"--out: there is no folder {out.parent}; make it, or choose another", "no-such-folder")
-    if out.exists() and (out.samefile(source) if source.exists() else False):
+    read = [source, source / "encoder.safetensors", *source.glob("checkpoint*.pt")]
+    if out.exists() and any(path.exists() and out.samefile(path) for path in read):
         raise UserError(f"--out: {out} is the encoder that is read; choose another name", "out-is-encoder")
     is_file = out.suffix in kind.suffixes and not out.is_dir()
     is_folder = kind.folder and not out.is_file() and (out.is_dir() or not out.suffix or not kind.suffixes)

@@ -10,7 +10,7 @@ from fastsiam.export.output import as_json, put_file, put_folder, put_sidecar, s
 from fastsiam.export.resnet import resnet_name
 
 # What timm's own configuration of an architecture says of it, and not of the weights that come with it.
-_OF_ARCHITECTURE = ("classifier", "first_conv", "pool_size", "fixed_input_size")
+_OF_ARCHITECTURE = ("classifier", "first_conv", "fixed_input_size")
 
 
 def write(encoder: nn.Module, out: Path) -> str:
@@ -35,7 +35,7 @@ def write(encoder: nn.Module, out: Path) -> str:
 def _pretrained_config(encoder):
     """timm's PretrainedCfg; numbers of the test size are given too, or those of timm's own weights would stay."""
     feeding = Feeding.of(encoder)
-    own = getattr(encoder, "pretrained_cfg", None) or {"classifier": "fc", "first_conv": "conv1", "pool_size": [7, 7]}
+    own = getattr(encoder, "pretrained_cfg", None) or {"classifier": "fc", "first_conv": "conv1"}
     size = feeding.size and [3, feeding.size, feeding.size]
     found = {
         "input_size": size,

@@ -47,6 +47,11 @@ def test_what_cannot_be_written_is_refused(tmp_path, name, overrides, to, out, c
     assert kept(tmp_path) == ["encoder.safetensors"]
 
 
+def test_the_encoder_of_a_run_is_not_written_over(tmp_path):
+    path = write_encoder(tmp_path / "encoder.safetensors")
+    assert refused("export", tmp_path, "--to", "torchvision", "--out", path).code == "out-is-encoder"
+
+
 def test_groups_and_widths_that_transformers_lacks_are_refused(tmp_path):
     path = write_encoder(tmp_path / "encoder.safetensors", "resnext50_32x4d")
     assert refused("export", path, "--to", "huggingface", "--out", tmp_path / "x").code == "no-counterpart"

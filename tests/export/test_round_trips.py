@@ -30,6 +30,16 @@ def test_torchvision_lacks_the_classifier_alone(tmp_path, capsys, out):
     assert described(tmp_path / out) == encoder.description
 
 
+def test_torchvisions_other_networks_lack_the_classifier_alone_too(tmp_path, capsys):
+    encoder, code = exported(tmp_path, capsys, "mobilenet_v3_small", "torchvision", "mobilenet.pth")
+    model = code["model"]
+    model.classifier = torch.nn.Identity()
+    assert torch.equal(features(model), features(encoder))
+    saved = torch.load(tmp_path / "mobilenet.pth", weights_only=True)
+    missing, unexpected = torchvision.models.mobilenet_v3_small().load_state_dict(saved, strict=False)
+    assert (sorted({name.partition(".")[0] for name in missing}), unexpected) == (["classifier"], [])
+
+
 def assert_feeds_as_ours(config):
     """timm's resolved data configuration."""
     assert (tuple(config["mean"]), tuple(config["std"])) == (IMAGENET_MEAN, IMAGENET_STD)
@@ -60,6 +70,13 @@ def test_timm_loads_weights_and_preparation(tmp_path, capsys, out):
         assert_feeds_as_ours(timm.data.resolve_model_data_config(model, use_test_size=True))
         pooled = model.forward_head(model.forward_features(images()), pre_logits=True)
         torch.testing.assert_close(pooled, features(encoder), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.needs("timm")
+@pytest.mark.parametrize("out", ["network.safetensors", "folder"])
+def test_timm_loads_its_own_networks(tmp_path, capsys, out):
+    encoder, code = exported(tmp_path, capsys, "timm:mobilenetv3_small_050", "timm", out)
+    torch.testing.assert_close(features(code["model"]), features(encoder), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
