@@ -122,8 +122,9 @@ def outlines(image: AnnotatedImage) -> list[dict]:
 
     found = []
     for segment in image.segments or ():
-        if isinstance(segment, list):
-            found.append(coco_mask.merge(coco_mask.frPyObjects(segment, image.height, image.width)))
+        if isinstance(segment, tuple):
+            polygons = [polygon.tolist() for polygon in segment]
+            found.append(coco_mask.merge(coco_mask.frPyObjects(polygons, image.height, image.width)))
         else:
             packed = isinstance(segment["counts"], str | bytes)
             found.append(segment if packed else coco_mask.frPyObjects(segment, image.height, image.width))

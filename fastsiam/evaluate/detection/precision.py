@@ -34,12 +34,13 @@ class Detections(NamedTuple):
 
 
 def check_evaluator(name: str) -> None:
-    """Raises `MissingLibraryError` where the library is not installed."""
-    try:
-        _library(name)
-    except ImportError as error:
-        text = f"--evaluator: {name} is not installed; pip install {name}"
-        raise MissingLibraryError(text, "no-coco-evaluator", name=name.replace("-", "_")) from error
+    """Raises `MissingLibraryError` where the library, or pycocotools, which packs masks, is not installed."""
+    for needed in ("pycocotools", name):
+        try:
+            _library(needed)
+        except ImportError as error:
+            text = f"--evaluator: {needed} is not installed; pip install {needed}"
+            raise MissingLibraryError(text, "no-coco-evaluator", name=needed.replace("-", "_")) from error
 
 
 def coco_ap(

@@ -58,7 +58,7 @@ def _parsed(folder, name, key):
     try:
         tree = ElementTree.parse(path).getroot()
         objects = [_object(one) for one in tree.iter("object")]
-        size = tuple(int(tree.findtext(f"size/{side}", "0")) for side in ("width", "height"))
+        size = tuple(int(float(tree.findtext(f"size/{side}", "0"))) for side in ("width", "height"))
     except OSError as error:
         raise UserError(f"{key}: cannot read {path} ({error.strerror or error})", "unreadable") from error
     except (ElementTree.ParseError, TypeError, ValueError) as error:

@@ -14,7 +14,7 @@ import torch
 from fastsiam.config.yaml_file import expand_home
 from fastsiam.errors import UserError
 from fastsiam.evaluate.detection import evaluation, precision
-from fastsiam.evaluate.detection.annotations import check_masks
+from fastsiam.evaluate.detection.annotations import check_masks, without_outlines
 from fastsiam.evaluate.detection.facts import check_detector
 from fastsiam.evaluate.detection.loader import TrainingImages
 from fastsiam.evaluate.detection.locate import read_both
@@ -101,6 +101,8 @@ def run(arguments: argparse.Namespace) -> None:
             if arguments.model == "mask_rcnn":
                 check_masks(train, "--train")
                 check_masks(val, "--val")
+            else:
+                train, val = without_outlines(train), without_outlines(val)
             folder = world.share(_work_folder(inputs) if world.is_first else None)
         _measure(inputs, train, val, folder)
 
@@ -195,7 +197,15 @@ def _measure(inputs, train, val, folder):
         with world.together():
             found = folder is not None and training.resume(folder, identity, lambda notice: say(f"warning: {notice}"))
         say(f"resumed   at iteration {training.iteration:,}" if found else "resumed   nothing: there is no checkpoint")
-    training.run(say, 60 * asked.checkpoint_minutes, folder, identity)
+    try:
+        training.run(say, 60 * asked.checkpoint_minutes, folder, identity)
+    except torch.OutOfMemoryError as error:
+        # Without `together`: the other ranks wait in a collective, and torchrun ends them.
+        raise UserError(
+            f"--batch-size: out of memory on the GPU at {asked.batch_size // world.size} images of up to "
+            f"{asked.long_side} px on each; give a smaller --batch-size, smaller --short-sides, or more GPUs",
+            "out-of-memory",
+        ) from error
     training.use_exact_statistics()
     training.save(say, folder, identity)
     found = evaluation.detect(
