@@ -52,7 +52,8 @@ def test_difficult_objects_and_crowds_are_neither_hits_nor_misses():
     right = (0.5, 1, *box)
     for mark in ("difficult", "crowd"):
         truth = [image((1, *box), (1, *beside, mark))]
-        assert coco_ap(truth, [found((0.9, 1, *beside), right)], 1)["ap"] == pytest.approx(100)
+        for boxes in (found((0.9, 1, *beside), right), found(right)):
+            assert coco_ap(truth, [boxes], 1)["ap"] == pytest.approx(100)
         assert voc07_ap(truth, [found((0.9, 1, *beside), right)], 1)["ap50_voc07"] == 100 - 50 * (mark == "crowd")
     assert coco_ap([image((1, *box))], [found((0.9, 1, *beside), right)], 1)["ap"] == pytest.approx(50)
     assert voc07_ap([image((1, *box))], [found((0.9, 1, *box), right)], 1)["ap_voc07"] == 100

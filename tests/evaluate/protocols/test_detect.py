@@ -133,17 +133,30 @@ def test_an_encoder_without_detector_is_refused(shapes, tmp_path):
 
 @pytest.fixture(scope="module")
 def taught(tmp_path_factory):
-    """An encoder that has learned to name single shapes of 32 px images."""
+    """An encoder whose first three stages have learned where in an image which shape is, from other images."""
     generator, path = np.random.default_rng(5), tmp_path_factory.mktemp("taught") / "encoder.safetensors"
     torch.manual_seed(0)
-    encoder, head = build_encoder("resnet18", "imagenet", None, False), nn.Linear(512, len(NAMES))
-    optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], 1e-3)
+    encoder = build_encoder("resnet18", "imagenet", None, False)
+    heads = nn.ModuleList(nn.Conv2d(channels, 1 + len(NAMES), 1) for channels in (64, 128, 256))
+    optimizer = torch.optim.Adam([*encoder.parameters(), *heads.parameters()], 1e-3)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
-    for _ in range(60):
-        drawn = [shape_image(generator, 32, 1) for _ in range(32)]
+    for _ in range(80):
+        drawn = [shape_image(generator, 64, 3) for _ in range(8)]
         pixels = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2)
-        labels = torch.tensor([NAMES.index(found[0][0]) for _, found in drawn])
-        loss = nn.functional.cross_entropy(head(encoder((pixels / 255 - mean) / std)), labels)
+        truth = torch.zeros(8, 64, 64, dtype=torch.int64)
+        for labels, (_, shapes) in zip(truth, drawn, strict=True):
+            for name, (left, top, right, bottom) in shapes:
+                labels[top : bottom + 1, left : right + 1] = 1 + NAMES.index(name)
+        maps = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1((pixels / 255 - mean) / std))))
+        loss = torch.zeros(())
+        for stage, head, stride in zip(
+            (encoder.layer1, encoder.layer2, encoder.layer3), heads, (4, 8, 16), strict=True
+        ):
+            maps = stage(maps)
+            centres = truth[:, stride // 2 :: stride, stride // 2 :: stride]
+            loss = loss + nn.functional.cross_entropy(head(maps), centres)
+        # For the statistics of its norms.
+        encoder.layer4(maps.detach())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -153,8 +166,8 @@ def taught(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_trained_encoder_detects_better_than_a_random_one(taught, shapes, capsys):
-    """Both are frozen, so that the pyramid and the heads alone adapt."""
-    options = (*PYRAMID, "--freeze", "layer4", "--iterations", 60, "--lr", 0.3, "--steps", 0.8)
+    """Both are frozen: the pyramid and the heads alone adapt. With torch 2.14 AP50 is 39 against 6."""
+    options = (*PYRAMID, "--freeze", "layer4", "--iterations", 60, "--lr", 0.2, "--steps", 0.8)
     trained, _ = evaluated(capsys, taught, *shapes, *options)
     random, _ = evaluated(capsys, taught, *shapes, *options, "--untrained")
-    assert trained["ap50"] > random["ap50"] + 5
+    assert trained["ap50"] > random["ap50"] + 10
