@@ -121,6 +121,7 @@ BUDGET = (
     Column("steps", "steps"),
     Column("resumed at step", "resumed_at_step"),
 )
+LINEAR = (Column("s", "median_seconds"), Column("top-1, %", "top1"), Column("how", "description"))
 PEERS = ("lightly", "lightly + bf16 + channels-last", "solo-learn")
 
 TABLES = {
@@ -131,6 +132,7 @@ TABLES = {
     "distributed": Table("distributed", DISTRIBUTED),
     "budget": Table("budget", BUDGET),
     "race": Table("time_to_accuracy", RACE, rows_of=standings.rows),
+    "linear": Table("linear", LINEAR, baseline="lightly"),
     "loss": Table("loss", (MS, *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"),
     "augment": Table(
         "augment", (MS, Column("ms a view", "ms_per_view"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"

@@ -6,8 +6,10 @@ from fastsiam.data.sources.open import open_source
 from fastsiam.errors import UserError
 
 
-def write_list(folder: Path, count: int | None, out: Path, option: str) -> Path:
+def write_list(folder: Path, count: int | None, out: Path, option: str, classes: int | None = None) -> Path:
     """A list of `count` images of a labelled folder (None: of all), written to `out`/<name of the folder>.txt.
+
+    `classes`: of the first so many classes; None: of all.
 
     A list reaches what lies below its own folder, so that the images appear there through a link. Raises `UserError`
     naming `option` where the classes cannot give equally many.
@@ -19,12 +21,13 @@ def write_list(folder: Path, count: int | None, out: Path, option: str) -> Path:
     if source.packed:
         message = f"{option}: {folder} holds tar shards, which the peers cannot read; give a folder of image files"
         raise UserError(message, code="packed-images")
-    each = None if count is None else count // len(source.classes)
-    if count is not None and (count < 1 or count % len(source.classes)):
-        message = f"{option}: {count} is not a multiple of the {len(source.classes)} classes; give one that is"
+    names = source.classes[:classes]
+    each = None if count is None else count // len(names)
+    if count is not None and (count < 1 or count % len(names)):
+        message = f"{option}: {count} is not a multiple of the {len(names)} classes; give one that is"
         raise UserError(message, code="unequal-classes")
     lines = []
-    for label, name in enumerate(source.classes):
+    for label, name in enumerate(names):
         members = [index for index in range(len(source)) if source.labels[index] == label]
         if each is not None and len(members) < each:
             message = f"{option}: {each} images of each class are asked for, but {name} has {len(members)}; give less"
