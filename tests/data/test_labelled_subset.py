@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
+from fastsiam.config.views import ViewGroup, ViewSpec
 from fastsiam.data import rng
+from fastsiam.data.build import open_training_loader
 from fastsiam.data.labelled_subset import balanced, listed, share_of_labels, write_list
+from fastsiam.data.skip_list import SkipList
 from fastsiam.data.sources.open import open_source
 from tests.support.refusals import refuses
 
@@ -67,6 +70,30 @@ def test_a_list_is_read_back(demo_folder, tmp_path):
     assert [read.path(i).resolve() for i in range(len(read))] == [source.path(i).resolve() for i in indices]
     assert read.classes == source.classes
     assert read.labels.tolist() == source.labels[indices].tolist()
+
+
+def test_epochs_hold_the_chosen_images_alone(demo_folder):
+    """Each once, in another order each epoch, shared by two ranks; one that is excluded is replaced by a chosen one."""
+    source = open_source(str(demo_folder / "train"))
+    chosen = np.arange(3, 80, 7)
+    skip = SkipList(len(source), 1.0, np.arange(len(source)) == 10)
+    groups = (ViewGroup(1, ViewSpec(size=8, color="exact")),)
+
+    def epoch(number, rank=0, ranks=1, skip=None):
+        loader = open_training_loader(
+            source, groups, batch_size=10, seed=0, backend="pil", workers=0, among=chosen, skip=skip, rank=rank,
+            world_size=ranks,
+        )  # fmt: skip
+        return np.concatenate([batch.indices for batch in loader.epoch(number)]).tolist()
+
+    first, second = epoch(0), epoch(1)
+    assert len(set(first)) == len(set(second)) == 10
+    assert set(first) | set(second) <= set(chosen.tolist())
+    assert first != second
+    assert epoch(0, 0, 2) + epoch(0, 1, 2) == first
+    kept = epoch(0, skip=skip)
+    assert [index for index, before in zip(kept, first, strict=True) if before != 10] == [i for i in first if i != 10]
+    assert set(kept) <= set(chosen.tolist()) - {10}
 
 
 @pytest.fixture
