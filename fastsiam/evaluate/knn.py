@@ -5,19 +5,20 @@ Features are those of the backbone after pooling, l2-normalised; a neighbour vot
 ImageNet's takes 5.2 GB with the 2,048 features of ResNet-50, and 0.7 GB on each of 8 ranks.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from fastsiam.kernels.select_numba import Largest
+from fastsiam.evaluate import cpu_search
 from fastsiam.runtime.distributed import World
 
 ALONE = World()
-# Queries and rows of the bank that are compared at once, by the type of device. On a CPU their similarities stay in its
-# last cache; on a GPU 16,384 rows of 2,048 features take 134 MB in fp32, and as many similarities 67 MB.
+# Queries that are compared at once, by the type of device.
 CHUNK = {"cpu": 2048, "cuda": 1024}
-BLOCK = {"cpu": 1024, "cuda": 16_384}
+# Rows of the bank that a GPU compares at once: 134 MB in fp32 with 2,048 features, beside 67 MB of similarities.
+BLOCK = 16_384
 # Queries whose votes are counted at once.
 VOTERS = 1024
 
@@ -90,32 +91,20 @@ def nearest(bank, queries, k: int, world: World = ALONE) -> tuple[torch.Tensor, 
     best = torch.full((len(queries), k), -torch.inf, device=queries.device)
     places = torch.zeros_like(best, dtype=torch.int64)
     kind = queries.device.type
-    search, scale = _SEARCHES[kind], _inverse_norms(bank, BLOCK[kind])
+    search = _SEARCHES[kind](bank, _inverse_norms(bank)) if len(bank) else None
     # Slices of the queries, and of the tables in which their neighbours are kept.
     for asked, near, which in zip(*(rows.split(CHUNK[kind]) for rows in (queries, best, places)), strict=True):
         if len(bank):
-            search(bank, scale, F.normalize(asked.float(), dim=1), near, which, first)
+            search(F.normalize(asked.float(), dim=1), near, which, first)
         if world.size > 1:
             _keep_largest(near, which, *(world.gather(table.T.contiguous()).T for table in (near, which)))
     return best, places
 
 
-def _search_on_cpu(bank, scale, queries, near, which, first):
-    """Writes the most similar rows of this rank's bank into `near` and `which` [n, k]; `scale`: `_inverse_norms`."""
-    largest, block = Largest(*near.shape), BLOCK["cpu"]
-    products = torch.empty(len(queries) * min(block, len(bank)))
-    for start in range(0, len(bank), block):
-        rows = torch.mul(bank[start : start + block], scale[start : start + block]).float()
-        similarity = products[: len(queries) * len(rows)].view(len(queries), len(rows))
-        largest.add(torch.mm(queries, rows.T, out=similarity).numpy(), first + start)
-    largest.take(near.numpy(), which.numpy())
-
-
-def _search_on_gpu(bank, scale, queries, near, which, first):
-    """The same with torch's functions alone, of which none reads the device for each block but `nonzero`."""
-    block = BLOCK["cuda"]
-    for start in range(0, len(bank), block):
-        similarity = queries @ (bank[start : start + block] * scale[start : start + block]).float().T
+def _find_on_gpu(bank, scale, queries, near, which, first):
+    """As `cpu_search.Search`, with torch's functions alone."""
+    for start in range(0, len(bank), BLOCK):
+        similarity = queries @ (bank[start : start + BLOCK] * scale[start : start + BLOCK]).float().T
         # Not those equal to the last: places before win.
         above = similarity > near[:, -1:]
         counts = above.sum(1)
@@ -127,7 +116,7 @@ def _search_on_gpu(bank, scale, queries, near, which, first):
         _keep_largest(near, which, torch.cat((near, found), 1), torch.cat((which, there), 1))
 
 
-_SEARCHES = {"cpu": _search_on_cpu, "cuda": _search_on_gpu}
+_SEARCHES = {"cpu": cpu_search.Search, "cuda": lambda bank, scale: functools.partial(_find_on_gpu, bank, scale)}
 
 
 def _keep_largest(near, which, similarity, places):
@@ -138,12 +127,12 @@ def _keep_largest(near, which, similarity, places):
     which.copy_(places.gather(1, columns[:, :k]))
 
 
-def _inverse_norms(bank, block):
+def _inverse_norms(bank):
     """fp32 [M, 1], which make unit rows of the bank's."""
     scale = torch.empty(len(bank), 1, device=bank.device)
-    for start in range(0, len(bank), block):
-        rows = bank[start : start + block].float()
-        scale[start : start + block] = 1 / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    for start in range(0, len(bank), cpu_search.BLOCK):
+        rows = bank[start : start + cpu_search.BLOCK].float()
+        scale[start : start + cpu_search.BLOCK] = 1 / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)
     return scale
 
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastsiam
 from fastsiam.config import load_config
 from fastsiam.data.backends.base import EvaluationBatch
-from fastsiam.evaluate import knn, online
+from fastsiam.evaluate import cpu_search, knn, online
 from fastsiam.evaluate.knn import extract, knn_accuracies, knn_accuracy, nearest
 from tests.support.gloo_ranks import world
 from tests.support.processes import run_python
@@ -64,7 +64,7 @@ def test_chunks_change_nothing(monkeypatch):
     monkeypatch.setattr(knn, "VOTERS", 7)
     monkeypatch.setitem(knn.CHUNK, "cpu", 5)
     # The last block has fewer rows than there are neighbours.
-    monkeypatch.setitem(knn.BLOCK, "cpu", 11)
+    monkeypatch.setattr(cpu_search, "BLOCK", 11)
     assert knn_accuracy(bank, bank_labels, queries, query_labels, k=9) == whole
     torch.testing.assert_close(nearest(bank, queries, 9), (similarity, places), atol=1e-6, rtol=0)
 
@@ -117,8 +117,8 @@ def test_a_small_temperature_does_not_overflow():
 def test_of_equal_cosines_the_lower_place_comes_first(kind, k, monkeypatch):
     """The search of a CPU, and that of a GPU on a CPU: each row of the bank is there three times."""
     monkeypatch.setitem(knn._SEARCHES, "cpu", knn._SEARCHES[kind])
-    monkeypatch.setitem(knn.BLOCK, "cpu", 70)
-    monkeypatch.setitem(knn.BLOCK, "cuda", 70)
+    monkeypatch.setattr(cpu_search, "BLOCK", 70)
+    monkeypatch.setattr(knn, "BLOCK", 70)
     # Whole numbers: products are exact, whatever their order.
     generator = torch.Generator().manual_seed(5)
     bank = torch.nn.functional.one_hot(torch.randint(16, (100,), generator=generator), 16).float().repeat(3, 1)
@@ -127,6 +127,52 @@ def test_of_equal_cosines_the_lower_place_comes_first(kind, k, monkeypatch):
     exact, order = (F.normalize(queries, dim=1) @ bank.T).sort(dim=1, descending=True, stable=True)
     assert torch.equal(places, order[:, :k])
     assert torch.equal(similarity, exact[:, :k])
+
+
+@pytest.fixture
+def in_bf16(monkeypatch):
+    """The search of CPUs that multiply bf16; a list of how many queries were left to fp32, for each chunk."""
+    left, real = [], cpu_search.Search._find_by_candidates
+
+    def spy(*arguments):
+        rest = real(*arguments)
+        left.append(len(rest))
+        return rest
+
+    monkeypatch.setattr(cpu_search, "multiplies_bf16", lambda device: True)
+    monkeypatch.setattr(cpu_search.Search, "_find_by_candidates", spy)
+    return left
+
+
+@pytest.mark.parametrize(("k", "spread"), [(1, 1.0), (9, 1.0), (9, 0.2), (40, 1.0)])
+def test_candidates_in_bf16_hold_the_nearest(k, spread, in_bf16):
+    """Cosines of all signs, or crowded around 0.9, where bf16 resolves 0.004; each row is there twice."""
+    generator = torch.Generator().manual_seed(k)
+    centre = (1 - spread) * 4 * torch.ones(48)
+    bank = (centre + torch.randn(2500, 48, generator=generator)).half().repeat(2, 1)
+    queries = centre + torch.randn(70, 48, generator=generator)
+    similarity, places = nearest(bank, queries, k)
+    exact = F.normalize(queries.double(), dim=1) @ F.normalize(bank.double(), dim=1).T
+    expected = exact.topk(k, dim=1).values
+    torch.testing.assert_close(similarity.double(), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(exact.gather(1, places), expected, atol=1e-6, rtol=0)
+    # Of a pair of equal rows the first comes first; where the end cuts a pair in two, it stays.
+    for row in places.tolist():
+        assert all(place < 2500 or row.index(place - 2500) < row.index(place) for place in row)
+    assert in_bf16 == [0]
+
+
+def test_queries_with_too_many_candidates_are_searched_in_fp32(in_bf16):
+    """The rows lie in two heaps, each of nearly one cosine."""
+    generator = torch.Generator().manual_seed(0)
+    bank = torch.eye(16)[0] + 1e-4 * torch.randn(4000, 16, generator=generator)
+    bank[::2, 0] = -1
+    queries = torch.randn(40, 16, generator=generator)
+    found = nearest(bank, queries, 5)
+    exact, order = (F.normalize(queries, dim=1).double() @ F.normalize(bank, dim=1).double().T).sort(descending=True)
+    assert in_bf16[0] > 10
+    torch.testing.assert_close(found[0].double(), exact[:, :5], atol=1e-6, rtol=0)
+    assert (found[1] == order[:, :5]).float().mean() > 0.9
 
 
 def test_values_that_are_not_finite_are_never_near():
@@ -229,7 +275,7 @@ class Allocated(TorchDispatchMode):
 
 def test_the_bank_is_in_memory_once_in_half_precision(monkeypatch):
     """Features of 400 images in batches of 50: one allocation of their size, and none more for the search."""
-    monkeypatch.setitem(knn.BLOCK, "cpu", 40)
+    monkeypatch.setattr(cpu_search, "BLOCK", 40)
     rows, labels = features(400, 8, dim=96)
     parts = zip(rows.split(50), labels.split(50), strict=True)
     batches = [EvaluationBatch(views, part, torch.arange(50).numpy()) for views, part in parts]
