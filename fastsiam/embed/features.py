@@ -121,9 +121,21 @@ class Partial:
     def save(self) -> None:
         for file in self._files:
             file.flush()
+        self._note()
+
+    def _note(self):
         said = {"identity": self._identity, "done": self.done, "width": self._width}
         replace_file(self._folder / "state.json", json.dumps(said).encode())
         self._saved_at = time.monotonic()
+
+    def close(self) -> None:
+        """Keeps what there is; of nothing no folder stays."""
+        for file in self._files:
+            file.close()
+        if self.done:
+            self._note()
+        else:
+            shutil.rmtree(self._folder)
 
     def indices(self) -> np.ndarray:
         """[n] int64: places in the source, in its order."""
@@ -158,8 +170,7 @@ def _fill(rows, inputs, source, encoder, progress):
         raise UserError(f"--out: cannot write ({error.strerror or error}); free the disk, and go on", "disk") from error
     finally:
         loader.backend.close()
-        if rows.done:
-            rows.save()
+        rows.close()
     if not rows.done:
         raise UserError(f"SRC: none of the images under {source.root} can be decoded", "no-decodable-images")
 

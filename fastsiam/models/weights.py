@@ -19,6 +19,8 @@ _COMPILED = "_orig_mod."
 _FOLLOWERS = {"momentum", "ema", "target", "k", "key", "m", "avg", "averaged"}
 # torchvision's ResNets as nn.Sequential(*list(resnet.children())[:-1]), the form of lightly's examples.
 _NUMBERED = {"conv1": "0", "bn1": "1", "layer1": "4", "layer2": "5", "layer3": "6", "layer4": "7"}
+# Modules that end in the classifier, of which an encoder may keep the beginning.
+_HEADS = {"classifier", "head", "heads", "fc"}
 # Fewer tensors than any network has that `look_alike` knows.
 _FEW = 10
 # Parts of names that a family's networks have, so that not all of them need to be built; others have features.0.
@@ -49,6 +51,13 @@ class Match(NamedTuple):
     """Other prefixes under which as much fits."""
     needed: int
     """Number of the encoder's tensors, those of `num_batches_tracked` left out."""
+
+    @property
+    def deeper(self) -> list[str]:
+        """Those of `dropped` that are layers of a larger network: ResNet-34's tensors hold all of ResNet-18's."""
+        # A module of more than vectors that is no classifier.
+        body = {name.partition(".")[0] for name, value in self.state.items() if value.ndim > 1 and name.count(".") > 1}
+        return [name for name in self.dropped if name.partition(".")[0] in body - _HEADS]
 
     @property
     def matched(self) -> int:
@@ -167,11 +176,6 @@ def look_alike(tensors: Mapping[str, torch.Tensor], arch: object = None) -> tupl
         for stem in ("imagenet", "cifar") if name in TORCHVISION_RESNETS else ("imagenet",):
             found = find(tensors, build_on_meta(name, stem, None))
             # A network may hold a smaller one of the same names: VGG-13 the first layers of VGG-11.
-            if found.matched == found.needed and not any(name.startswith(_body(found)) for name in found.dropped):
+            if found.matched == found.needed and not found.deeper:
                 return name, stem
     return None
-
-
-def _body(match):
-    """Names of modules that hold more layers of the same encoder."""
-    return tuple({f"{name.partition('.')[0]}." for name in match.state if name.count(".") > 1})

@@ -98,7 +98,7 @@ def _memory_lines(train):
     if size:
         lines.append(
             f"micro     {train.batch_size // size} x {size} images a step: gradients of the whole batch, batch-norm "
-            f"statistics of {size} images; for batches of that size {batch_size_text(size)}"
+            f"statistics of {size} images; {batch_size_text(size)}"
         )
     if train.checkpoint_activations:
         lines.append("recompute the activations of the encoder's blocks are computed again in the backward pass")

@@ -162,7 +162,8 @@ def fitted(config: Config, source: Source) -> StartWeights:
             "checkpoint from before they came",
             "weights-not-finite",
         )
-    if match.matched < match.needed and not (model.weights_partial and match.matched):
+    fits = match.matched == match.needed and not match.deeper
+    if not fits and not (model.weights_partial and match.matched):
         raise _does_not_fit(config, source, match)
     return StartWeights(config, source, match)
 
@@ -182,6 +183,8 @@ def _does_not_fit(config, source, match):
         text = f"model.weights: {model.weights} has no tensor of {model.encoder} ({holds}); {cure}"
         return UserError(text, "weights-of-another-model")
     reasons = [_counted("missing", match.missing)] if match.missing else []
+    if match.deeper:
+        reasons.append(_counted("more layers", match.deeper))
     if match.mismatched:
         name, (theirs, ours) = next(iter(match.mismatched.items()))
         reasons.append(f"of another shape {len(match.mismatched)}: {name} {list(theirs)}, here {list(ours)}")

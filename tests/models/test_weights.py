@@ -100,6 +100,20 @@ def test_a_network_is_known_by_its_tensors(name, stem):
     assert look_alike(under("module.", theirs.state_dict())) == (name, stem)
 
 
+@pytest.mark.parametrize(
+    ("larger", "smaller"), [("resnet34", "resnet18"), ("swin_s", "swin_t"), ("convnext_small", "convnext_tiny")]
+)
+def test_the_layers_of_a_larger_network_are_told_from_a_head(larger, smaller):
+    with torch.device("meta"):
+        theirs, ours = (getattr(torchvision.models, name)().state_dict() for name in (larger, smaller))
+    encoder = build_on_meta(smaller, "imagenet", None)
+    match = find(theirs, encoder)
+    assert match.matched == match.needed
+    # Of more blocks only; the classifiers are alike.
+    assert set(match.deeper) == theirs.keys() - ours.keys()
+    assert find(ours, encoder).deeper == []
+
+
 def test_no_network_is_known_by_a_few_tensors_or_by_a_name_alone(networks):
     assert look_alike({"conv1.weight": torch.ones(64, 3, 7, 7)}, "resnet18") is None
     assert look_alike(body(networks[0]), "resnet50") == ("resnet18", "imagenet")

@@ -202,6 +202,11 @@ NOTHING = {f"w{number}": torch.ones(3) for number in range(20)}
 # Files and folders that are no weights of a ResNet-18: code of the error, and how they are made.
 BAD = {
     "resnet50.pth": ("weights-do-not-fit", of_resnet50),
+    # Holds every tensor of a ResNet-18, and more blocks.
+    "resnet34.pth": (
+        "weights-do-not-fit",
+        lambda network, path: torch.save(torchvision.models.resnet34().state_dict(), path),
+    ),
     "nan.pth": ("weights-not-finite", not_finite),
     "code.pth": ("code-in-file", lambda network, path: torch.save({"state_dict": Runs()}, path)),
     "module.pth": ("code-in-file", lambda network, path: torch.save(nn.Linear(1, 1), path)),
@@ -228,8 +233,8 @@ def test_bad_weights_are_one_sentence_and_nothing_is_written(tiny, network, tmp_
     assert (error.code, error.key) == (code, "model.weights")
     assert kind in str(error)
     assert not os.path.exists("/tmp/fastsiam-ran")
-    if kind == "resnet50.pth":
-        assert "set model.encoder=resnet50" in str(error)
+    if kind.startswith("resnet"):
+        assert f"set model.encoder={kind.removesuffix('.pth')}" in str(error)
 
 
 def test_the_weights_of_another_encoder_of_ours_say_which(tiny_config, tmp_path):

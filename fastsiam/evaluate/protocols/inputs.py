@@ -24,6 +24,7 @@ from fastsiam.data.sources.open import check_labels, open_source
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.models.encoder import build_encoder
+from fastsiam.models.weights import not_finite
 from fastsiam.run.encoder_file import load_encoder
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
@@ -163,6 +164,11 @@ def opened(arguments: argparse.Namespace, world: World | None = None) -> Iterato
     check_numbers(arguments)
     encoder = load_encoder(arguments.encoder)
     description = encoder.description
+    if bad := not_finite(encoder.state_dict()):
+        raise UserError(
+            f"ENCODER: {arguments.encoder} holds NaN or infinite values in {bad[0]}; take an earlier checkpoint",
+            "weights-not-finite",
+        )
     size = arguments.size or description.get("size")
     if size is None:
         raise UserError(f"--size: {arguments.encoder} does not say its view size; give --size", "no-size")

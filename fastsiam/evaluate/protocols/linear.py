@@ -75,7 +75,7 @@ def measure(arguments: argparse.Namespace, sweep: Sweep, world: World) -> dict:
         with world.together():
             check_divides(sweep.batch_size, world.size)
             inputs = stack.enter_context(common.opened(for_decoding(arguments, world), world))
-            task = Task(inputs, sweep, *inputs.labelled())
+            task = Task(inputs, sweep, *inputs.labelled("linear evaluation"))
             task.check_batch_size()
             inputs.fill_statistics(task.train)
             features = task.features()
