@@ -68,7 +68,7 @@ def accuracy(similarity, labels, truth, classes: int, temperature: float) -> Acc
         rank = ((votes > mine) | ((votes == mine) & before)).sum(1)
         voted = mine[:, 0] > 0
         right += torch.stack([((rank < top) & voted).sum() for top in (1, 5)])
-    return Accuracy(*(100 * right / len(truth)).tolist())
+    return Accuracy(*(100 * count / len(truth) for count in right.tolist()))
 
 
 def count_votes(similarity, labels, classes: int, temperature: float) -> torch.Tensor:
