@@ -36,7 +36,7 @@ def test_pretraining_is_the_same_to_the_bit_and_the_console_names_the_number(tin
     assert f"linear    {found[-1]['val_top1']:.2f} % of data.val" in said
 
 
-def test_it_is_sgd_on_unit_features_of_all_views(tiny, tmp_path, monkeypatch):
+def test_it_is_sgd_on_centred_unit_features_of_all_views(tiny, tmp_path, monkeypatch):
     """A loop with autograd over the features and labels of each step."""
     seen, step = [], OnlineLinear.step
 
@@ -51,10 +51,13 @@ def test_it_is_sgd_on_unit_features_of_all_views(tiny, tmp_path, monkeypatch):
     with torch.no_grad():
         layer.weight.copy_(first)
         layer.bias.zero_()
-    sgd, losses = torch.optim.SGD(layer.parameters(), RATE, 0.9), []
-    for features, labels, scale, _ in seen:
+    sgd, losses, mean = torch.optim.SGD(layer.parameters(), RATE, 0.9), [], 0
+    for number, (features, labels, scale, _) in enumerate(seen, 1):
         assert (len(features), features.requires_grad) == (24, False)
-        loss = F.cross_entropy(layer(F.normalize(features.float(), dim=1)), torch.cat([labels] * 3))
+        unit = F.normalize(features.float(), dim=1)
+        share = max(0.1, 1 / number)
+        mean = (1 - share) * mean + share * unit.mean(0)
+        loss = F.cross_entropy(layer(F.normalize(unit - mean, dim=1)), torch.cat([labels] * 3))
         sgd.zero_grad()
         loss.backward()
         sgd.param_groups[0]["lr"] = RATE * scale
