@@ -201,8 +201,8 @@ def test_the_search_takes_less_than_256_mb_beside_the_bank():
     """65,536 rows of 512 features take 67 MB in half precision, 134 in single."""
     done = run_python("-c", MEMORY)
     assert done.returncode == 0, done.stderr
-    # Measured: 40 MB, of which 7 are the result.
-    assert int(done.stdout) < 100e6
+    # Measured: 102 MB, of which 30 are candidates and 7 the result; a bank in single precision would be 134 more.
+    assert int(done.stdout) < 160e6
 
 
 def of_this_rank(k):
