@@ -12,15 +12,21 @@ from fastsiam.kernels.cosine import (
     negative_cosine_mean_target,
 )
 from fastsiam.kernels.crop import crop_resize
+from fastsiam.kernels.nt_xent import info_nce, info_nce_queue, nt_xent
+from fastsiam.kernels.sinkhorn import sinkhorn
 from fastsiam.runtime.cache_dirs import place_triton_cache
 
 __all__ = [
     "augment_views",
     "crop_resize",
+    "info_nce",
+    "info_nce_queue",
     "negative_cosine",
     "negative_cosine_all_pairs",
     "negative_cosine_asymmetric",
     "negative_cosine_mean_target",
+    "nt_xent",
+    "sinkhorn",
 ]
 
 place_triton_cache()

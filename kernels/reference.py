@@ -66,6 +66,46 @@ def mean_cosine(p, z):
     return F.cosine_similarity(p.to(dtype), z.to(dtype), dim=1).mean()
 
 
+def nt_xent_ref(z, temperature, *, num_views=2):
+    """SimCLR's NT-Xent from the matrix [V*N, V*N] of all similarities."""
+    z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1, eps=SMALLEST_NORM)
+    logits = z @ z.t() / temperature
+    row = torch.arange(len(z), device=z.device)
+    image = row % (len(z) // num_views)
+    is_self, is_positive = row == row.unsqueeze(1), image == image.unsqueeze(1)
+    lse = logits.masked_fill(is_self, -math.inf).logsumexp(1)
+    return lse.mean() - logits[is_positive & ~is_self].mean()
+
+
+def info_nce_ref(queries, keys, positives, temperature, *, selves=None):
+    """InfoNCE of queries [n, D] against keys [M, D] from the matrix [n, M]."""
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    queries, keys = (F.normalize(x.to(dtype), dim=1, eps=SMALLEST_NORM) for x in (queries, keys))
+    logits = queries @ keys.t() / temperature
+    if selves is not None:
+        logits = logits.scatter(1, selves.unsqueeze(1), -math.inf)
+    return F.cross_entropy(logits, positives)
+
+
+def info_nce_queue_ref(queries, keys, queue, temperature):
+    """MoCo's cross-entropy over the logits [n, 1 + K]."""
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    dtype = torch.promote_types(queue.dtype, dtype)
+    queries, keys = (F.normalize(x.to(dtype), dim=1, eps=SMALLEST_NORM) for x in (queries, keys))
+    logits = torch.cat(((queries * keys).sum(1, keepdim=True), queries @ queue.to(dtype).t()), 1) / temperature
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64))
+
+
+def sinkhorn_ref(scores, epsilon, *, iterations=3, of_all_ranks=None):
+    """SwAV's codes by logarithms, which no score overflows."""
+    everywhere = of_all_ranks or (lambda x: x.unsqueeze(0))
+    codes = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+    for _ in range(iterations):
+        codes = codes - everywhere(codes.logsumexp(0)).logsumexp(0)
+        codes = codes - codes.logsumexp(1, keepdim=True)
+    return codes.exp()
+
+
 def luma(x):
     """Grey value [B, 1, H, W] of RGB images [B, 3, H, W]."""
     r, g, b = x.unbind(1)

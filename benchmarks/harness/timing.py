@@ -206,12 +206,15 @@ def count_launches(function: Callable[[], object], device: torch.device) -> int 
     return sum(event.get("cat") == "kernel" for event in traced(function, device))
 
 
-def traced(function: Callable[[], object], device: torch.device) -> list[dict]:
-    """Returns the events of torch.profiler's Chrome trace of one call of `function` and of the device's work for it."""
+def traced(function: Callable[[], object], device: torch.device, memory: bool = False) -> list[dict]:
+    """Returns the events of torch.profiler's Chrome trace of one call of `function` and of the device's work for it.
+
+    With `memory` also one named [memory] for each block that is allocated or freed.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, profile_memory=memory) as profiler:
         timed(function, device)
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         profiler.export_chrome_trace(file.name)

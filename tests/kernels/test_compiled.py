@@ -24,6 +24,7 @@ def count(kernel, kind, width):
 
 def test_every_kernel_compiles_for_both(report):
     names = {"cosine_forward", "cosine_backward", "cosine_backward_to_z", "crop", "crop_scattered"}
+    names |= {"nt_xent_forward", "nt_xent_backward"}
     names |= {f"{name}_{color}" for name in ("contrast", "views") for color in ("matrix", "exact")}
     assert set(report) == {f"{name} sm_{capability}" for name in names for capability in (80, 90)}
 
@@ -72,3 +73,12 @@ def test_the_crops_are_stored_8_bytes_at_a_time_and_four_programs_fit(report):
     for name in ("crop sm_80", "crop sm_90", "crop_scattered sm_80", "crop_scattered sm_90"):
         assert count(report[name], "st", "v2.b32") == 1
         assert report[name]["reg"] <= 128
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_infonce_multiplies_on_tensor_cores_and_three_programs_fit_the_shared_memory(report, capability):
+    """65,536 registers hold two of its programs; an A100 has 163 KiB of shared memory a multiprocessor."""
+    for name in ("forward", "backward"):
+        kernel = report[f"nt_xent_{name} sm_{capability}"]
+        assert kernel["shared"] * 3 <= 163 * 1024
+        assert kernel["tensor_cores"] > 0

@@ -14,12 +14,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsiam.kernels import augment_triton, cosine_triton, crop_triton
+from fastsiam.kernels import augment_triton, cosine_triton, crop_triton, nt_xent_triton
 
 # What a launch passes for the paper's shapes: [N, 2048] bf16 rows, contiguous, and uint8 crops of 224 px. The kernel
 # that crops is that of 224 px out of 256.
 COSINE_POINTERS = {"statistics": "*fp32", "partial": "*fp32", "loss": "*fp32", "grad": "*fp32", "counter": "*i32"}
 AUGMENT_POINTERS = {"crops": "*u8", "out": "*bf16", "draws": "*fp32", "shift": "*fp32", "scratch": "*fp32"}
+NT_XENT_POINTERS = {
+    **dict.fromkeys(("queries", "keys", "rows_ptr", "columns_ptr", "temperature", "grad", "lse", "out"), "*fp32"),
+    "own": "*i64",
+}
 CROP_POINTERS = {"images": "*u8", "boxes": "*fp32", "indices": "*i64", "out": "*u8"}
 
 
@@ -45,6 +49,16 @@ def variants(dim=2048):
     apart = {**tile, "INDEXED": False, "SCATTERED": True}
     table = {**CROP_POINTERS, "images": "*i64"}
     yield "crop_scattered", crop_triton._crop_kernel, table, apart, crop_triton.NUM_WARPS
+    yield from nt_xent_variants()
+
+
+def nt_xent_variants(dim=128):
+    """SimCLR's form, which holds what the other forms do: the anchors are the rows and the columns."""
+    shape = {"D": dim, "ROWS": nt_xent_triton.ROWS, "COLUMNS": nt_xent_triton.COLUMNS, "SLICE": nt_xent_triton.SLICE}
+    shape["HAS_OWN"], warps = True, nt_xent_triton.NUM_WARPS
+    backward = {**shape, "BY_ROW": True, "BY_COLUMN": True, "DEPTH": dim}
+    yield "nt_xent_forward", nt_xent_triton._forward_kernel, NT_XENT_POINTERS, shape, warps
+    yield "nt_xent_backward", nt_xent_triton._backward_kernel, NT_XENT_POINTERS, backward, warps
 
 
 def compiled(kernel, pointers, constants, num_warps, capability):
@@ -56,12 +70,23 @@ def compiled(kernel, pointers, constants, num_warps, capability):
             signature[name], values[(place,)] = "constexpr", constants[name]
             continue
         is_float = name.startswith(("scale_", "bias_"))
-        is_number = name in ("num_rows", "size", "strips", "height", "width") or name.endswith(("_row", "_target"))
+        is_number = name in (
+            "num_rows",
+            "num_columns",
+            "part_size",
+            "size",
+            "strips",
+            "height",
+            "width",
+        ) or name.endswith(("_row", "_target"))
         signature[name] = "fp32" if is_float else "i32" if is_number else pointers.get(name, "*bf16")
         if not is_float:
             attributes[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    options = {"num_warps": num_warps}
+    if kernel.fn.__module__ == nt_xent_triton.__name__:
+        options["num_stages"] = nt_xent_triton.NUM_STAGES
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def resources(cubin):
@@ -80,7 +105,9 @@ def main():
         for capability in (80, 90):
             binary = compiled(kernel, pointers, constants, num_warps, capability)
             accesses = Counter(re.findall(r"(?:ld|st)\.global[\w.:]*", binary.asm["ptx"]))
-            report[f"{name} sm_{capability}"] = {"accesses": accesses, **resources(binary.asm["cubin"])}
+            found = {"accesses": accesses, "shared": binary.metadata.shared}
+            found["tensor_cores"] = len(re.findall(r"\bw?g?mma\.[\w.]*sync", binary.asm["ptx"]))
+            report[f"{name} sm_{capability}"] = found | resources(binary.asm["cubin"])
     print(json.dumps(report))
 
 
