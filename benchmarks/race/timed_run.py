@@ -193,7 +193,7 @@ def run_job(job: Job) -> Outcome:
         clock = Clock(_device(job))
         seed_everything(job.config.train.seed)
         curve, loss = against_the_clock(
-            contestant, job.config, job.seconds, job.evaluations, lambda: monitor.knn(contestant), clock, _say
+            contestant, job.config, job.seconds, job.evaluations, lambda: monitor.knn(contestant.encoder), clock, _say
         )
     return Outcome(curve, loss, setup, warmup, contestant.facts)
 

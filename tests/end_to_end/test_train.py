@@ -17,7 +17,7 @@ from tests.support.processes import run_python
 from tests.support.refusals import printed_error
 from tests.support.runs import lines, refused_unwritten
 
-KINDS = {"header", "train", "collapse", "knn", "resume", "warning", "end"}
+KINDS = {"header", "train", "collapse", "spectrum", "knn", "resume", "warning", "end"}
 
 
 def test_a_run_leaves_its_folder(tiny, tmp_path, capsys):

@@ -35,15 +35,16 @@ def test_the_exit_puts_back_what_the_entry_has_set(monkeypatch):
     for name in ("keep_freed", "give_back_freed"):
         monkeypatch.setattr(malloc, name, lambda name=name: calls.append(name) or True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     random = torch.get_rng_state()
     runtime = Runtime.of(TrainConfig(epochs=1, batch_size=8, device="cpu", compile="on"), World(size=2))
-    with runtime:
-        assert calls == ["keep_freed"]
-        assert (torch.backends.cudnn.benchmark, torch._dynamo.config.optimize_ddp) == (False, False)
-        torch.manual_seed(12345)
+    # monkeypatch would leave torch's option deleted: its modules of options keep none in __dict__.
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        with runtime:
+            assert calls == ["keep_freed"]
+            assert (torch.backends.cudnn.benchmark, torch._dynamo.config.optimize_ddp) == (False, False)
+            torch.manual_seed(12345)
+        assert (torch.backends.cudnn.benchmark, torch._dynamo.config.optimize_ddp) == (True, True)
     assert calls == ["keep_freed", "give_back_freed"]
-    assert (torch.backends.cudnn.benchmark, torch._dynamo.config.optimize_ddp) == (True, True)
     assert torch.equal(torch.get_rng_state(), random)
 
 
