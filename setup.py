@@ -65,7 +65,7 @@ setup(
         "mlflow": ["mlflow-skinny>=3"],
         "dev": [
             *("pytest", "pytest-xdist", "playwright", "tifffile", "imagecodecs"),
-            *("pycocotools", "faster-coco-eval"),
+            *("pycocotools", "faster-coco-eval", "scikit-learn"),
             # Exports are read back by the libraries that they are for.
             *("onnx", "onnxscript", "onnxruntime", "timm>=1.0.16", "transformers"),
             *("ruff", "build", "setuptools", "wheel"),
