@@ -1,6 +1,8 @@
 """The commands knn and spectrum: numbers of their JSON line, and the files they leave."""
 
 import json
+import math
+import tarfile
 
 import numpy as np
 import pytest
@@ -16,8 +18,10 @@ from fastsiam.report.read_run import open_run
 from fastsiam.report.summary import evaluations
 from fastsiam.run.encoder_file import load_encoder
 from tests.support.encoders import random_encoder
+from tests.support.processes import REPOSITORY
 from tests.support.run_folders import write_run
 
+PHOTOGRAPHS = REPOSITORY.parent / "shared/data/tiny-imagenet-50k.tar.xz"
 BACKEND = ("--backend", "pil", "--workers", "0", "--precision", "fp32", "--device", "cpu")
 
 
@@ -47,6 +51,42 @@ def features_of(network, folder):
     pixels, labels = pixels_of(folder, network.description["crop_ratio"])
     with torch.no_grad():
         return network(normalize(to_unit(pixels), network.mean, network.std, torch.float32)), labels
+
+
+@pytest.fixture
+def labelled(demo_folder, tmp_path):
+    """Folders of images for training and for validation: photographs of three classes where the archive lies beside."""
+    if not PHOTOGRAPHS.is_file():
+        return demo_folder / "train", demo_folder / "val"
+    with tarfile.open(PHOTOGRAPHS) as archive:
+        for member, number in zip(archive, range(750), strict=False):
+            if member.isfile() and number % 4 == 0:
+                split = "val" if number % 16 == 0 else "train"
+                path = tmp_path / split / member.name.partition("/")[2]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(archive.extractfile(member).read())
+    return tmp_path / "train", tmp_path / "val"
+
+
+@pytest.mark.needs("sklearn")
+def test_knn_of_photographs_is_that_of_scikit_learn(encoder, labelled, capsys, tmp_path):
+    from sklearn.neighbors import KNeighborsClassifier
+
+    train, val = labelled
+    line = evaluated(capsys, "knn", encoder, "--train", train, "--val", val, "--k", "20", "--temperature", "0.07")
+    tables = []
+    for folder in labelled:
+        out = tmp_path / f"{folder.name}.npz"
+        assert main(["embed", str(encoder), str(folder), "--out", str(out), *BACKEND]) == 0
+        with np.load(out) as archive:
+            features = archive["features"] / np.linalg.norm(archive["features"], axis=1, keepdims=True)
+            # The search keeps unit features in half precision.
+            tables.append((features.astype(np.float16).astype(np.float64), archive["labels"]))
+    (bank, labels), (queries, truth) = tables
+    options = {"metric": "cosine", "weights": lambda distance: math.e ** (-distance / 0.07)}
+    score = KNeighborsClassifier(20, **options).fit(bank, labels).score(queries, truth)
+    assert len(queries) >= 40
+    assert line["top1_k20_T0.07"] == pytest.approx(100 * score)
 
 
 def test_knn_is_that_of_features_computed_by_hand(encoder, demo_folder, capsys, tmp_path):
