@@ -191,8 +191,11 @@ def check_grows(config: Config, steps_per_epoch: int) -> None:
 
 def with_its_cores(config: Config, world: World) -> Config:
     """Makes `data.workers: null` a number where several ranks share the cores of a machine; all ranks must call."""
+    workers = workers_of(config.data.workers, world)
+    return config if workers == config.data.workers else config.with_values({"data.workers": workers})
+
+
+def workers_of(asked: int | None, world: World) -> int | None:
+    """`asked`, or where that is None and several ranks share cores, this rank's share of them; all ranks must call."""
     sharing = world.ranks_on_these_cores()
-    if sharing == 1 or config.data.workers is not None:
-        return config
-    workers = max(1, usable_cores() // sharing)
-    return config.with_values({"data.workers": workers})
+    return max(1, usable_cores() // sharing) if asked is None and sharing > 1 else asked

@@ -12,6 +12,7 @@ import sys
 import torch
 
 from fastsiam.config.yaml_file import expand_home
+from fastsiam.data.build import workers_of
 from fastsiam.errors import UserError
 from fastsiam.evaluate.detection import evaluation, precision
 from fastsiam.evaluate.detection.annotations import check_masks, without_outlines
@@ -104,6 +105,8 @@ def run(arguments: argparse.Namespace) -> None:
             else:
                 train, val = without_outlines(train), without_outlines(val)
             folder = world.share(_work_folder(inputs) if world.is_first else None)
+        workers = workers_of(arguments.workers, world)
+        arguments.workers = usable_cores() if workers is None else workers
         _measure(inputs, train, val, folder)
 
 
@@ -139,8 +142,6 @@ def _fill_in(arguments, preset):
     arguments.long_side = arguments.long_side or arguments.size * 1333 // 800
     if arguments.precise_bn is None:
         arguments.precise_bn = min(200, arguments.iterations)
-    if arguments.workers is None:
-        arguments.workers = usable_cores()
 
 
 def _work_folder(inputs):

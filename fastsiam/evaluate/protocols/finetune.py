@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fastsiam.config.views import ViewGroup
 from fastsiam.data.backends.choose import choose_backend
-from fastsiam.data.build import open_training_loader
+from fastsiam.data.build import open_training_loader, workers_of
 from fastsiam.data.labelled_subset import Subset, listed, share_of_labels, write_list
 from fastsiam.data.loader import EvaluationLoader, Loader
 from fastsiam.data.sources.source import ImageSource
@@ -39,7 +39,6 @@ from fastsiam.evaluate.protocols.inputs import (
 )
 from fastsiam.evaluate.protocols.result import publish, written
 from fastsiam.run.progress_line import ProgressLine
-from fastsiam.runtime.cores import usable_cores
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.rank_check import check_alike
 
@@ -104,8 +103,7 @@ class Data:
                 subset = share_of_labels(source, labels, asked.seed)
             labelled = int((source.labels >= 0).sum())
             settings, notes = resolve(asked, len(subset.indices), labelled, world.size)
-        if asked.workers is None and (sharing := world.ranks_on_these_cores()) > 1:
-            asked.workers = max(1, usable_cores() // sharing)
+        asked.workers = workers_of(asked.workers, world)
         asked.batch_size = settings.batch_size // world.size
         return cls(source, val, label_of, subset, settings, (*subset.notes, *notes))
 

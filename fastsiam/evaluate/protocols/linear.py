@@ -23,7 +23,7 @@ import torch
 
 from fastsiam.config.views import ViewGroup, ViewSpec
 from fastsiam.data import rng
-from fastsiam.data.build import open_training_loader
+from fastsiam.data.build import open_training_loader, workers_of
 from fastsiam.data.loader import check_divides
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
@@ -32,7 +32,6 @@ from fastsiam.evaluate.linear_training import Epoch, LinearTraining, Rule, Sweep
 from fastsiam.evaluate.protocols import inputs as common
 from fastsiam.evaluate.protocols.inputs import Inputs
 from fastsiam.evaluate.protocols.result import publish, results_folder
-from fastsiam.runtime.cores import usable_cores
 from fastsiam.runtime.distributed import World
 
 # Share of the training images on which a sweep chooses its head.
@@ -265,9 +264,7 @@ def training_view(spec: ViewSpec) -> ViewSpec:
 
 def for_decoding(arguments: argparse.Namespace, world: World) -> argparse.Namespace:
     """The arguments with a batch as the decoder makes it, and with this rank's share of the cores as its workers."""
-    sharing, workers = world.ranks_on_these_cores(), arguments.workers
-    if workers is None and sharing > 1:
-        workers = max(1, usable_cores() // sharing)
+    workers = workers_of(arguments.workers, world)
     return argparse.Namespace(**{**vars(arguments), "batch_size": AT_ONCE, "workers": workers})
 
 
