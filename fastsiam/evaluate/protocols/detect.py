@@ -104,7 +104,9 @@ def run(arguments: argparse.Namespace) -> None:
                 check_masks(val, "--val")
             else:
                 train, val = without_outlines(train), without_outlines(val)
-            folder = world.share(_work_folder(inputs) if world.is_first else None)
+            folder = _work_folder(inputs) if world.is_first else None
+        # Not above: ranks that meet an error there exchange it, and would wait for this meanwhile.
+        folder = world.share(folder)
         workers = workers_of(arguments.workers, world)
         arguments.workers = usable_cores() if workers is None else workers
         _measure(inputs, train, val, folder)
