@@ -83,13 +83,9 @@ def of_layer(encoder: nn.Module, name: str | None) -> Callable[[torch.Tensor], t
 
 def identity_of(inputs: Inputs, source: ImageSource, asked: argparse.Namespace) -> str:
     """Hash of all that the features depend on: weights, images, crop, layer and formats."""
-    digest = hashlib.sha256()
-    for name, value in inputs.encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     facts = (source.fingerprint(), repr(inputs.spec), inputs.crop_ratio, asked.layer, asked.dtype, asked.backend)
-    digest.update(repr((*facts, inputs.runtime.names["dtype"])).encode())
-    return digest.hexdigest()
+    facts += (inputs.runtime.names["dtype"], inputs.weights_digest())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 class Partial:

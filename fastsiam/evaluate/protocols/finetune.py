@@ -138,10 +138,10 @@ def _folder(inputs, data, labels):
         "--crop-ratio": inputs.crop_ratio,
         "--precision": inputs.runtime.names["dtype"],
         "--backend": choose_backend(asked.backend, data.source.root)[0],
-        "ENCODER": _digest(*(value.cpu().numpy() for value in inputs.encoder.state_dict().values())),
+        "ENCODER": inputs.weights_digest(),
         "--train": data.source.fingerprint(),
         "--val": data.val.fingerprint(),
-        "--labels": _digest(data.subset.indices),
+        "--labels": hashlib.sha256(data.subset.indices.tobytes()).hexdigest(),
     }
     name = f"finetune-{labels.stem if isinstance(labels, Path) else asked.labels.replace('%', 'pct')}"
     results = folder_of_results(asked, inputs.folder)
@@ -149,13 +149,6 @@ def _folder(inputs, data, labels):
         text = f"--out: {asked.encoder} is not in a run's folder; give a folder for the fine-tuned model"
         raise UserError(text, "no-out")
     return FinetuneFolder(results / (name + "-untrained" * asked.untrained), terms)
-
-
-def _digest(*arrays):
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _finetune(inputs, data, folder):

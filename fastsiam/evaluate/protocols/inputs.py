@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -48,6 +49,13 @@ class Inputs:
     crop_ratio: float
     runtime: Runtime
     arguments: argparse.Namespace
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the encoder's weights and their names: what was computed from others does not go on with these."""
+        digest = hashlib.sha256()
+        for name, value in self.encoder.state_dict().items():
+            digest.update(name.encode() + value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def source(self, location: str, key: str, levels: str | Levels = "scale") -> ImageSource:
         """The images at `location`; `key` (`--train`) begins the messages of errors.

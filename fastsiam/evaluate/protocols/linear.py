@@ -171,10 +171,9 @@ class Task:
         if folder is None:
             return None
         sources = [source.fingerprint() for source in (self.train, self.val)]
-        facts = [repr(self.sweep), repr(self.inputs.spec), self.inputs.crop_ratio, *sources, self.inputs.runtime.names]
+        views, weights = [repr(self.inputs.spec), self.inputs.crop_ratio], self.inputs.weights_digest()
+        facts = [repr(self.sweep), *views, *sources, self.inputs.runtime.names, weights]
         digest = hashlib.sha256(json.dumps(facts).encode() + self.train.labels.tobytes() + self.val.labels.tobytes())
-        for name, value in self.inputs.encoder.state_dict().items():
-            digest.update(name.encode() + value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return folder / f"linear-{digest.hexdigest()[:12]}.pt"
 
     def report(self, epoch: Epoch) -> None:
