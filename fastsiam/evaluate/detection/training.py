@@ -101,20 +101,26 @@ class Training:
         self._optimizer = build_optimizer(self.model, schedule)
         self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
 
-    def resume(self, folder: Path, settings: dict, warn: Callable[[str], None]) -> bool:
+    def resume(self, folder: Path, settings: dict) -> bool:
         """Continues from the checkpoint in `folder`; False where there is none.
 
-        Raises `UserError` for one of other settings, or where none is whole.
+        Raises `UserError` for one of other settings, or that is damaged.
         """
-        saved = checkpoint.load_newest(folder, warn)
-        if saved is None:
+        path = checkpoint.path_of(folder, 0)
+        if not path.exists():
             return False
-        different = [key for key in settings if saved.get("settings", {}).get(key) != settings[key]]
+        try:
+            saved = checkpoint.load(path)
+        except UserError as error:
+            raise UserError(f"--resume: {error}; leave --resume out to start over", error.code) from error
+        then = saved.get("settings", {})
+        different = [f"{key} {then.get(key)}, now {now}" for key, now in settings.items() if then.get(key) != now]
         if different:
-            text = (
-                f"--resume: the checkpoint in {folder} has other settings ({', '.join(different)}); leave --resume out"
+            raise UserError(
+                f"--resume: {path} was begun with other settings ({'; '.join(different)}); give those, or leave "
+                "--resume out to start over",
+                "other-settings",
             )
-            raise UserError(text, "other-settings")
         self.model.load_state_dict(saved["model"])
         self._optimizer.load_state_dict(saved["optimizer"])
         self._scaler.load_state_dict(saved["scaler"])

@@ -195,10 +195,15 @@ def _measure(inputs, train, val, folder):
         f"{facts['trained_tensors']} trained and {facts['frozen_tensors']} frozen ones; norms: {kinds}"
     )
     protocol = _protocol(asked)
-    identity = protocol | {"seed": asked.seed, "classes": list(train.classes), "images": len(train.images)}
+    identity = protocol | {
+        "seed": asked.seed,
+        "classes": list(train.classes),
+        "images": len(train.images),
+        "ENCODER": inputs.weights_digest(),
+    }
     if asked.resume:
         with world.together():
-            found = folder is not None and training.resume(folder, identity, lambda notice: say(f"warning: {notice}"))
+            found = folder is not None and training.resume(folder, identity)
         say(f"resumed   at iteration {training.iteration:,}" if found else "resumed   nothing: there is no checkpoint")
     try:
         training.run(say, 60 * asked.checkpoint_minutes, folder, identity)

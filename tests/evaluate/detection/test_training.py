@@ -56,26 +56,24 @@ def test_a_resumed_training_is_the_undisturbed_one(path, tmp_path):
     settings = {"lr": 0.02}
     whole = training(path)
     whole.run(lambda line: None, 1e9, None, settings)
-    first = training(path, iterations=2)
-    first._schedule = whole._schedule
+    first = training(path)
     # Saves after each iteration, and ends after the second.
-    saved = []
-
-    def say(line):
-        saved.append(line)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(first._batches, "of", lambda begin, end, of=first._batches.of: of(begin, 2))
-        first.run(say, 0.0, tmp_path, settings)
+    first._batches.of = lambda begin, end, of=first._batches.of: of(begin, 2)
+    first.run(lambda line: None, 0.0, tmp_path, settings)
     again = training(path)
-    assert again.resume(tmp_path, settings, pytest.fail)
+    assert again.resume(tmp_path, settings)
     assert again.iteration == 2
     again.run(lambda line: None, 1e9, None, settings)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(again.model.state_dict()[name], value), name
-    with refuses("other-settings", "--resume"):
-        training(path).resume(tmp_path, {"lr": 0.1}, pytest.fail)
-    assert not training(path).resume(tmp_path / "nowhere", settings, pytest.fail)
+    with refuses("other-settings", "--resume") as caught:
+        again.resume(tmp_path, {"lr": 0.1})
+    assert "(lr 0.02, now 0.1)" in str(caught.value)
+    assert not again.resume(tmp_path / "nowhere", settings)
+    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
+    with refuses("damaged-checkpoint", "--resume") as caught:
+        again.resume(tmp_path, settings)
+    assert str(caught.value).endswith("leave --resume out to start over")
 
 
 def test_a_loss_that_is_not_finite_is_said(path):

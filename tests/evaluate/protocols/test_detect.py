@@ -72,6 +72,11 @@ def test_masks_and_pictures(encoder, shapes, tmp_path, capsys):
     again, said = evaluated(capsys, encoder, train, val, *options, "--resume")
     assert "resumed   at iteration 2" in said
     assert [again[key] for key in ("ap", "ap_masks")] == [line[key] for key in ("ap", "ap_masks")]
+    other = tmp_path / "other.safetensors"
+    save_encoder(build_encoder("resnet18", "imagenet", None, False), DESCRIPTION, other)
+    error = refused("evaluate", "detect", other, "--train", train, "--val", val, *SMALL, *options, "--resume")
+    assert error.code == "other-settings"
+    assert "(ENCODER " in str(error)
 
 
 @pytest.mark.slow
