@@ -7,6 +7,7 @@ results (arXiv 1911.05722, 2011.10566 appendix C).
 import argparse
 import contextlib
 import copy
+import math
 import sys
 
 import torch
@@ -21,7 +22,13 @@ from fastsiam.evaluate.detection.loader import TrainingImages
 from fastsiam.evaluate.detection.locate import read_both
 from fastsiam.evaluate.detection.models import STAGES, DetectorSettings, Transform, build_detector, check_encoder
 from fastsiam.evaluate.detection.training import Batches, Schedule, Training, fill_statistics
-from fastsiam.evaluate.protocols.inputs import add_encoder_arguments, add_out_argument, opened
+from fastsiam.evaluate.protocols.inputs import (
+    FILL_BATCHES,
+    add_encoder_arguments,
+    add_out_argument,
+    check_least,
+    opened,
+)
 from fastsiam.evaluate.protocols.result import publish, results_folder, written
 from fastsiam.runtime.cores import usable_cores
 from fastsiam.runtime.distributed import World
@@ -31,7 +38,6 @@ _PRESETS = {
     "voc": {"iterations": 24_000, "steps": (18 / 24, 22 / 24), "short_sides": tuple(range(480, 801, 32))},
     "coco": {"iterations": 90_000, "steps": (6 / 9, 8 / 9), "short_sides": tuple(range(640, 801, 32))},
 }
-_FILL_ITERATIONS = 25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,19 +120,16 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _check(arguments, world):
     """Raises `UserError` for a number that is out of range."""
-    least = {
-        "iterations": 1, "warmup": 0, "precise_bn": 0, "size": 1, "long_side": 1, "smallest_anchor": 1, "regions": 1,
-        "proposals": 1, "fpn_channels": 1,
-    }  # fmt: skip
-    for key, low in least.items():
-        value = getattr(arguments, key)
-        if value is not None and value < low:
-            name = "test-short-side" if key == "size" else key.replace("_", "-")
-            raise UserError(f"--{name}: {value} is below {low}", "out-of-range")
+    check_least(arguments, iterations=1, warmup=0, precise_bn=0, long_side=1, smallest_anchor=1)
+    check_least(arguments, batch_size=1, regions=1, proposals=1, fpn_channels=1)
+    if arguments.size is not None and arguments.size < 1:
+        raise UserError(f"--test-short-side: {arguments.size} is below 1", "out-of-range")
     if min(arguments.short_sides or [1]) < 1:
         raise UserError(f"--short-sides: {min(arguments.short_sides)} is below 1", "out-of-range")
-    if not arguments.lr > 0:
+    if not 0 < arguments.lr < math.inf:
         raise UserError(f"--lr: {arguments.lr:g} is not above 0", "out-of-range")
+    if not 0 <= arguments.weight_decay < math.inf:
+        raise UserError(f"--weight-decay: {arguments.weight_decay:g} is below 0", "out-of-range")
     if any(not 0 < share <= 1 for share in arguments.steps or ()):
         text = "--steps: shares of the iterations are in (0, 1], for example --steps 0.75 0.9167"
         raise UserError(text, "out-of-range")
@@ -183,7 +186,7 @@ def _measure(inputs, train, val, folder):
     batches = Batches(images, asked.batch_size, runtime, asked.workers, asked.seed)
     encoder = copy.deepcopy(inputs.encoder)
     if asked.untrained and asked.freeze != "none":
-        fill_statistics(encoder, Transform(settings), batches, _FILL_ITERATIONS)
+        fill_statistics(encoder, Transform(settings), batches, FILL_BATCHES)
     weights = copy.deepcopy(encoder.state_dict())
     torch.manual_seed(asked.seed)
     model = build_detector(encoder, settings).to(runtime.device)

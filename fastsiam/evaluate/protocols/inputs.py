@@ -216,14 +216,19 @@ def check_writable(arguments: argparse.Namespace, run_folder: Path | None) -> No
 
 def check_numbers(arguments: argparse.Namespace) -> None:
     """Raises `UserError` for a number that is out of range."""
-    for key, least in (("size", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
-        value = getattr(arguments, key)
-        if value is not None and value < least:
-            raise UserError(f"--{key.replace('_', '-')}: {value} is below {least}", "out-of-range")
+    check_least(arguments, size=1, batch_size=1, workers=0, seed=0)
     if not 0 <= arguments.max_bad_fraction <= 1:
         raise UserError(f"--max-bad-fraction: {arguments.max_bad_fraction:g} is not in [0, 1]", "out-of-range")
     if arguments.crop_ratio is not None and not 0 < arguments.crop_ratio <= 1:
         raise UserError(f"--crop-ratio: {arguments.crop_ratio:g} is not in (0, 1]", "out-of-range")
+
+
+def check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Raises `UserError` for an option that is given and below its least value."""
+    for key, low in least.items():
+        value = getattr(arguments, key)
+        if value is not None and value < low:
+            raise UserError(f"--{key.replace('_', '-')}: {value} is below {low}", "out-of-range")
 
 
 def with_size(inputs: Inputs, size: int) -> Inputs:

@@ -269,13 +269,7 @@ def for_decoding(arguments: argparse.Namespace, world: World) -> argparse.Namesp
 
 def sweep_of(arguments: argparse.Namespace) -> Sweep:
     """The heads that are asked for. Raises `UserError` for numbers out of range."""
-    for key, value in (
-        ("epochs", arguments.epochs),
-        ("batch-size", arguments.batch_size),
-        ("passes", arguments.passes),
-    ):
-        if value is not None and value < 1:
-            raise UserError(f"--{key}: {value} is below 1", "out-of-range")
+    common.check_least(arguments, epochs=1, batch_size=1, passes=1)
     if arguments.passes is not None and not arguments.cached:
         raise UserError("--passes: has a meaning with --cached only; add --cached, or leave it out", "passes-uncached")
     rates = _numbers(arguments.lr, "--lr", "0.01,0.03,0.1", lambda value: value > 0, "above 0")

@@ -114,6 +114,12 @@ REFUSED = {
 }
 
 
+@pytest.mark.parametrize("option", ["--lr", "--weight-decay", "--test-short-side", "--batch-size", "--precise-bn"])
+def test_numbers_out_of_range_are_refused(option, encoder, shapes):
+    error = refused("evaluate", "detect", encoder, "--train", shapes[0], "--val", shapes[1], *SMALL, option, -1)
+    assert (error.code, error.key) == ("out-of-range", option)
+
+
 @pytest.mark.parametrize("code", REFUSED)
 def test_a_mistake_is_one_sentence_and_nothing_is_written(code, encoder, shapes, tmp_path, monkeypatch):
     key, change, options = REFUSED[code]
