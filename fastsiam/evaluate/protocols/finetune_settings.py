@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from fastsiam.errors import UserError
+from fastsiam.optim.build import scale_at
 
 # Rates of the settings below are for so many images, and scale with the batch (Goyal et al. 2017).
 REFERENCE = 256
@@ -128,6 +129,4 @@ def factor(schedule: str, epoch: int, step: int, steps_per_epoch: int, epochs: i
     """What a schedule makes of the first rate at a step of an epoch, both counted from 0."""
     if schedule == "step":
         return STEP_FACTOR ** sum(epoch / epochs >= share for share in STEPS)
-    if schedule == "constant":
-        return 1.0
-    return (1 + math.cos(math.pi * (epoch + step / steps_per_epoch) / epochs)) / 2
+    return scale_at((epoch + step / steps_per_epoch) / epochs, schedule, warmup=0.0)
