@@ -103,8 +103,8 @@ def with_sizes(paths: Sequence[Path], declared: Sequence[tuple[int, int] | None]
     missing = [path for path in paths if path.name not in folders[path.parent]]
     if missing:
         raise UserError(
-            f"{key}: {len(missing):,} of {len(paths):,} images are not on the disk ({_first(missing)}); "
-            f"{key}-images names their folder",
+            f"{key}: {len(missing):,} of {len(paths):,} images are not on the disk ({_first(missing)}); put them into "
+            f"{missing[0].parent}, or for a JSON file give their folder with {key}-images",
             "images-missing",
         )
     with ThreadPoolExecutor(8) as pool:
@@ -124,7 +124,8 @@ def with_sizes(paths: Sequence[Path], declared: Sequence[tuple[int, int] | None]
         found.append((height, width, as_stored))
     if wrong:
         text = (
-            f"{key}: {len(wrong):,} images have another size than their annotations say ({', '.join(wrong[:_SHOWN])})"
+            f"{key}: {len(wrong):,} images have another size than their annotations say ({', '.join(wrong[:_SHOWN])}); "
+            "give the images that were annotated"
         )
         raise UserError(text, "image-size-differs")
     turned = sum(header[1] != 1 for header in headers) - stored

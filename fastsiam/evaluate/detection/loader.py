@@ -108,10 +108,10 @@ def read_pixels(image: AnnotatedImage) -> torch.Tensor:
 
 def draw_masks(image: AnnotatedImage) -> torch.Tensor:
     """uint8 [N, H, W] of the objects' outlines: COCO's polygons, or its run lengths."""
+    from pycocotools import mask as coco_mask
+
     masks = torch.zeros(len(image.boxes), image.height, image.width, dtype=torch.uint8)
     for mask, run_lengths in zip(masks, outlines(image), strict=True):
-        from pycocotools import mask as coco_mask
-
         mask.copy_(torch.from_numpy(coco_mask.decode(run_lengths)))
     return masks
 

@@ -34,7 +34,9 @@ def _read(locations, images, part, split):
     path = locations[0] if locations[0].is_file() else _file_in(locations[0], part, key)
     folder = images or _images_of(path)
     if not folder.is_dir():
-        raise UserError(f"{key}-images: there is no folder {folder}", "no-such-folder")
+        raise UserError(
+            f"{key}-images: there is no folder {folder}; give the one with the images of {path.name}", "no-such-folder"
+        )
     return read_coco(path, folder, key)
 
 

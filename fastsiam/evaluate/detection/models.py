@@ -21,6 +21,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, RoIAlign
 from torchvision.transforms.v2 import functional as F
 
+from fastsiam.config.views import IMAGENET_MEAN, IMAGENET_STD
 from fastsiam.errors import UserError
 
 ENCODERS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -39,8 +40,8 @@ class DetectorSettings:
     masks: bool = False
     freeze: str = "none"
     """none, or the last of `STAGES` that is not trained, as are those before it."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     test_short_side: int = 800
     long_side: int = 1333
     smallest_anchor: int = 32

@@ -53,6 +53,7 @@ def test_boxes_and_masks_follow_flip_and_size(images):
     assert seen == {(48, 0), (48, 1), (96, 0), (96, 1)}
 
 
+@pytest.mark.needs("pycocotools")
 def test_crowds_are_not_trained_on_and_empty_images_are(images):
     crowd = replace(images[0], crowd=images[0].crowd | True)
     _, target = TrainingImages((crowd,), (64,), 1000, 0, masks=False)[Draw(0, 0)]
