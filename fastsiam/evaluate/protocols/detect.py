@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import copy
 import math
-import sys
 
 import torch
 
@@ -162,12 +161,7 @@ def _work_folder(inputs):
 
 
 def _measure(inputs, train, val, folder):
-    asked, runtime, world = inputs.arguments, inputs.runtime, inputs.runtime.world
-
-    def say(line):
-        if world.is_first:
-            print(line, file=sys.stderr, flush=True)
-
+    asked, runtime, world, say = inputs.arguments, inputs.runtime, inputs.runtime.world, inputs.say
     for part, annotations in (("train", train), ("val", val)):
         say(f"{part:9} {len(annotations.images):,} images, {annotations.boxes:,} boxes, {annotations.form} format")
         for note in annotations.notes:
@@ -223,7 +217,7 @@ def _measure(inputs, train, val, folder):
         training.model, val.images, runtime, max(1, asked.batch_size // world.size), asked.workers
     )
     if world.is_first:
-        _publish(inputs, train, val, found, {**protocol, **facts}, folder, say)
+        _publish(inputs, train, val, found, {**protocol, **facts}, folder)
 
 
 def _settings(inputs, classes):
@@ -257,7 +251,7 @@ def _protocol(asked):
     return {**values, "epoch": "last", "features": "finetuned"}
 
 
-def _publish(inputs, train, val, found, settings, folder, say):
+def _publish(inputs, train, val, found, settings, folder):
     asked, classes = inputs.arguments, len(train.classes)
     numbers = precision.coco_ap(val.images, found, classes, "bbox", asked.evaluator)
     if asked.model == "mask_rcnn":
@@ -280,5 +274,5 @@ def _publish(inputs, train, val, found, settings, folder, say):
         picture = folder / "boxes.png"
         with written(picture):
             evaluation.draw(val.images, found, train.classes, picture)
-        say(f"picture   {picture}")
+        inputs.say(f"picture   {picture}")
     publish("detect", settings, numbers, inputs, data)

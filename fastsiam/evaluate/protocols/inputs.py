@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -49,6 +50,11 @@ class Inputs:
     crop_ratio: float
     runtime: Runtime
     arguments: argparse.Namespace
+
+    def say(self, line: str) -> None:
+        """Prints a line on stderr, on the first rank alone."""
+        if self.runtime.world.is_first:
+            print(line, file=sys.stderr, flush=True)
 
     def weights_digest(self) -> str:
         """SHA-256 of the encoder's weights and their names: what was computed from others does not go on with these."""

@@ -11,7 +11,6 @@ import hashlib
 import itertools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -83,10 +82,10 @@ def measure(arguments: argparse.Namespace, sweep: Sweep, world: World) -> dict:
             )
         training.resume()
         if training.epoch:
-            task.say(f"resume    after epoch {training.epoch}")
+            inputs.say(f"resume    after epoch {training.epoch}")
         held_out, queries = task.held_out(), task.queries()
         if isinstance(features, Cached):
-            features.fill(lambda done: task.say(f"pass {done}/{arguments.passes or PASSES}"))
+            features.fill(lambda done: inputs.say(f"pass {done}/{arguments.passes or PASSES}"))
         masked = torch.zeros(len(task.train), dtype=torch.bool)
         masked[held_out] = True
         training.train(features, queries, masked.to(inputs.runtime.device), task.report)
@@ -186,14 +185,10 @@ class Task:
         )
         finite = [loss for loss in epoch.losses if math.isfinite(loss)]
         loss = f"{min(finite):.4f}" if finite else "not finite"
-        self.say(
+        self.inputs.say(
             f"epoch {epoch.number}/{self.sweep.epochs}  lr {epoch.scale * max(self.sweep.rates):.4g}  loss {loss}  "
             f"val {top1}  {epoch.images / max(epoch.seconds, 1e-9):,.0f} images/s"
         )
-
-    def say(self, text: str) -> None:
-        if self.inputs.runtime.world.is_first:
-            print(text, file=sys.stderr, flush=True)
 
     def line(
         self, training: LinearTraining, queries: tuple, scores: list[float] | None, decoder: str, seconds: float
