@@ -270,9 +270,10 @@ def _publish(inputs, train, val, found, settings, folder):
         "classes": classes,
         "evaluator": asked.evaluator,
     }
+    publish("detect", settings, numbers, inputs, data)
+    # After the result, which a disk that refuses must not cost.
     if folder is not None:
         picture = folder / "boxes.png"
         with written(picture):
             evaluation.draw(val.images, found, train.classes, picture)
         inputs.say(f"picture   {picture}")
-    publish("detect", settings, numbers, inputs, data)

@@ -1,6 +1,9 @@
 """`fastsiam evaluate detect` as users call it: results, refusals, and what a trained encoder is worth."""
 
+import contextlib
 import json
+from argparse import ArgumentParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +12,12 @@ from PIL import Image
 from torch import nn
 
 from fastsiam.config.views import IMAGENET_MEAN, IMAGENET_STD
+from fastsiam.errors import UserError
 from fastsiam.evaluate.__main__ import main
+from fastsiam.evaluate.protocols import detect
 from fastsiam.models.encoder import build_encoder
 from fastsiam.run.encoder_file import save_encoder
+from tests.support.gloo_ranks import world
 from tests.support.refusals import refused
 from tests.support.shapes import NAMES, shape_image, write_coco, write_voc
 
@@ -90,6 +96,30 @@ def test_voc_has_its_own_precision(encoder, tmp_path, capsys):
     assert "difficult objects are trained on and ignored in evaluation" in said
     # The fourth stage and its new norm are trained.
     assert line["norms"] == {"FrozenBatchNorm2d": 15, "BatchNorm2d": 6}
+
+
+def mistaken_rank(arguments):
+    """The code of the error, or of the exit, of a rank; the second one is told another place."""
+    here = world()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(detect.World, "of_environment", world)
+        patch.setattr(detect.World, "joined", lambda self, device: contextlib.nullcontext())
+        parser = ArgumentParser()
+        detect.add_arguments(parser)
+        asked = parser.parse_args(arguments)
+        asked.train = [Path("nowhere.json")] if here.rank else asked.train
+        try:
+            detect.run(asked)
+        except UserError as error:
+            return error.code
+        except SystemExit as stop:
+            return stop.code
+
+
+@pytest.mark.slow
+def test_a_mistake_on_one_rank_ends_all(ranks, encoder, shapes, tmp_path):
+    arguments = ("--train", shapes[0], "--val", shapes[1], *SMALL, "--out", tmp_path)
+    assert ranks(2, mistaken_rank, [str(argument) for argument in (encoder, *arguments)]) == ["no-such-path", 2]
 
 
 def lost(content):
