@@ -19,6 +19,7 @@ from tests.support.gloo_ranks import world as world_of_group
 from tests.support.refusals import refuses
 from tests.support.shapes import write_coco
 
+CPU = TrainConfig(batch_size=2, epochs=1, device="cpu", precision="fp32", compile="off")
 SMALL = {"regions": 8, "proposals": 8, "channels": 16, "smallest_anchor": 8, "test_short_side": 64, "long_side": 96}
 
 
@@ -43,7 +44,7 @@ def path(tmp_path_factory):
 
 
 def training(path, world=None, iterations=4, lr=0.02, precise_bn=0):
-    runtime = Runtime.of(TrainConfig(batch_size=2, epochs=1, device="cpu", precision="fp32", compile="off"), world)
+    runtime = Runtime.of(CPU, world)
     images = TrainingImages(read_coco(path, path.parent, "--train").images, (64,), 96, 5, masks=False)
     torch.manual_seed(0)
     encoder = build_encoder("resnet18", "imagenet", None, False)
@@ -103,10 +104,7 @@ def on_ranks(path):
     mine.run(lambda line: None, 1e9, None, {})
     mine.use_exact_statistics()
     images = read_coco(path, path.parent, "--val").images
-    runtime = Runtime.of(
-        TrainConfig(batch_size=2, epochs=1, device="cpu", precision="fp32", compile="off"), world_of_group()
-    )
-    found = detect(mine.model, images, runtime, 1, 0)
+    found = detect(mine.model, images, Runtime.of(CPU, world_of_group()), 1, 0)
     return mine.model.state_dict(), [one.boxes for one in found]
 
 
@@ -118,6 +116,5 @@ def test_ranks_have_one_model_and_share_the_evaluation(path, ranks):
     assert all((mine == theirs).all() for mine, theirs in zip(boxes, others, strict=True))
     alone = training(path)
     alone.model.load_state_dict(copy.deepcopy(state))
-    runtime = Runtime.of(TrainConfig(batch_size=2, epochs=1, device="cpu", precision="fp32", compile="off"), World())
-    expected = detect(alone.model, read_coco(path, path.parent, "--val").images, runtime, 1, 0)
+    expected = detect(alone.model, read_coco(path, path.parent, "--val").images, Runtime.of(CPU, World()), 1, 0)
     assert all((mine == one.boxes).all() for mine, one in zip(boxes, expected, strict=True))
