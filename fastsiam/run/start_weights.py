@@ -38,7 +38,7 @@ class StartWeights:
     """Weights of an encoder that wait to be loaded, and what is said of them."""
 
     def __init__(self, config: Config, source: Source, match: Match):
-        self._state, self._match = match.state, match
+        self._match = match
         self.record = {"source": config.model.weights, "sha256": source.sha256, "matched": match.matched}
         """For encoder.safetensors and environment.json; `earlier`: the same of the run that the weights come from."""
         if earlier := (source.description or {}).get("weights"):
@@ -46,8 +46,8 @@ class StartWeights:
 
     def load_into(self, encoder: nn.Module) -> None:
         """Copy the weights; what they do not hold stays as it is. They are given up then."""
-        encoder.load_state_dict(self._state, strict=False)
-        self._state = {}
+        encoder.load_state_dict(self._match.state, strict=False)
+        self._match = self._match._replace(state={})
 
     def check_same(self, record: dict | None) -> None:
         """Raise `UserError` where a run has recorded another file than this one."""

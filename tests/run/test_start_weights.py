@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,20 @@ def test_training_begins_with_the_weights_and_heads_are_those_of_the_seed(tiny_c
     torch.manual_seed(0)
     plain = build_method(tiny_config())
     torch.testing.assert_close(method.projector.state_dict(), plain.projector.state_dict(), atol=0, rtol=0)
+
+
+def test_what_was_loaded_is_not_kept_beside_the_encoder(tiny_config, weights_file):
+    held = []
+
+    class Encoder(nn.Module):
+        def load_state_dict(self, state, strict):
+            held.extend(map(weakref.ref, state.values()))
+
+    weights = start_weights(tiny_config(*RESNET, f"model.weights={weights_file}"), World())
+    weights.load_into(Encoder())
+    # With the counters of 20 batch norms.
+    assert [tensor() for tensor in held] == [None] * 120
+    assert "100 of 100 tensors" in weights.lines()[0]
 
 
 def test_a_dry_run_says_the_same_and_writes_nothing(tiny, weights_file, tmp_path, capsys):
