@@ -110,14 +110,14 @@ def _without_head(model: nn.Module) -> nn.Module:
     return model
 
 
-def import_timm():
-    """The module timm; raises `MissingLibraryError` where it cannot be imported."""
+def import_timm(key: str):
+    """The module timm; raises `MissingLibraryError` of the config's `key` where it cannot be imported."""
     try:
         import timm
     except ImportError as error:
         raise MissingLibraryError(
-            f"model.encoder: timm cannot be imported ({error}); pip install -e '.[timm]' (or pip install timm), or "
-            "choose an encoder of torchvision",
+            f"{key}: timm cannot be imported ({error}); pip install -e '.[timm]' (or pip install timm), or set another "
+            f"{key}",
             "no-timm",
             name=error.name or "timm",
         ) from error
@@ -125,7 +125,7 @@ def import_timm():
 
 
 def _of_timm(name, zero_init_residual):
-    timm = import_timm()
+    timm = import_timm("model.encoder")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), 1, 0.3)
         hint = f"; did you mean {TIMM}{near[0]}?" if near else ""

@@ -58,7 +58,7 @@ def of_timm(name: str) -> tuple[Mapping[str, torch.Tensor], str]:
     The hash is that of the file that was downloaded; of the tensors by name where timm has read it from elsewhere.
     Raises `UserError` for a name without weights, and where the download fails.
     """
-    timm = import_timm()
+    timm = import_timm("model.weights")
     known = timm.list_pretrained()
     if name not in (*known, *(tagged.partition(".")[0] for tagged in known)):
         same = [tagged for tagged in known if tagged.partition(".")[0] == name.partition(".")[0]]

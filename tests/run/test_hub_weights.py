@@ -1,6 +1,7 @@
 """Weights by the names that torchvision and timm give them, with a local stand-in for the download."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -42,6 +43,12 @@ def test_a_download_that_fails_is_one_sentence(tiny_config, tmp_path, monkeypatc
     with refuses("download-failed", "model.weights") as error:
         start_weights(tiny_config(*RESNET, "model.weights=torchvision:DEFAULT"), World())
     assert "https://download.pytorch.org/models/resnet18-f37072fd.pth could not be downloaded" in str(error.value)
+
+
+def test_without_timm_its_weights_are_what_is_refused(tiny_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with refuses("no-timm", "model.weights"):
+        start_weights(tiny_config(*RESNET, "model.weights=timm:resnet18.a1_in1k"), World())
 
 
 @pytest.mark.needs("timm")
