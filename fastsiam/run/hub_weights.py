@@ -14,7 +14,7 @@ import torchvision
 
 from fastsiam.config.encoder_names import TIMM, TORCHVISION
 from fastsiam.config.yaml_file import shortened, shown
-from fastsiam.errors import MissingLibraryError, UserError
+from fastsiam.errors import UserError
 from fastsiam.models.encoder import import_timm
 from fastsiam.run.weight_files import sha256_of
 
@@ -100,8 +100,6 @@ def _sha256_of_tensors(state):
 def _downloading(where: str) -> Iterator[None]:
     try:
         yield
-    except MissingLibraryError:
-        raise
     # torch.hub: RuntimeError for another hash; urllib and Hugging Face: subclasses of OSError; timm: RuntimeError.
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
         lines = str(error).splitlines() or [type(error).__name__]
