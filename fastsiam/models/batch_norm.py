@@ -198,12 +198,13 @@ class _PerView:
         return _Normalize.apply(views, mean, inverse_std, self.weight, self.bias, self.world_size)
 
     def _take_in(self, mean, variance, count):
-        tracked = self.num_batches_tracked.clone()
         self.num_batches_tracked.add_(self.num_views)
         for running, new in ((self.running_mean, mean), (self.running_var, variance * (count / (count - 1)))):
-            for number, of_view in enumerate(new.flatten(1).to(running.dtype), 1):
-                # Without a momentum the running statistics are the mean over all batches, counted on the device.
-                share = (tracked + number).to(running.dtype).reciprocal() if self.momentum is None else self.momentum
+            for number, of_view in enumerate(new.flatten(1).to(running.dtype), 1 - self.num_views):
+                share = self.momentum
+                if share is None:
+                    # The running statistics are the mean over all batches, counted on the device.
+                    share = (self.num_batches_tracked + number).to(running.dtype).reciprocal()
                 running.lerp_(of_view, share)
 
     def extra_repr(self):
