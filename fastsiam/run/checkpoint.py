@@ -17,7 +17,7 @@ import torch
 from fastsiam.config import CheckpointConfig
 from fastsiam.config.views import described
 from fastsiam.errors import Notice, UserError
-from fastsiam.runtime.files import DAMAGED_ZIP, sync_folder
+from fastsiam.runtime.files import DAMAGED_ZIP, check_records, sync_folder
 from fastsiam.training.progress import Progress
 from fastsiam.training.state import State
 
@@ -129,9 +129,7 @@ def load(path: Path) -> dict:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            # torch.load does not compare the CRC-32 of a record.
-            if record := archive.testzip():
-                raise zipfile.BadZipFile(f"the CRC-32 of {record!r} is another")
+            check_records(archive)
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, *DAMAGED_ZIP, pickle.UnpicklingError, LookupError, AttributeError, TypeError) as error:
         lines = (getattr(error, "strerror", None) or str(error)).splitlines() or ["it ends too early"]

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from fastsiam.config.yaml_file import shortened
 from fastsiam.errors import UserError
-from fastsiam.runtime.files import DAMAGED_ZIP
+from fastsiam.runtime.files import DAMAGED_ZIP, check_records
 
 # In folders of the Hugging Face hub, the first that is there.
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -71,16 +71,14 @@ def _of_torch(path):
             with zipfile.ZipFile(path) as archive:
                 if not any(name.endswith("/data.pkl") for name in archive.namelist()):
                     raise UserError(f"{path} is an archive without weights of torch; unpack it", "not-an-encoder")
-                # torch.load does not compare the CRC-32 of a record.
-                if record := archive.testzip():
-                    raise zipfile.BadZipFile(f"the CRC-32 of {record!r} is another")
+                check_records(archive)
         with torch.serialization.safe_globals(_SAFE):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _would_run_code(path, error) from error
     except UserError:
         raise
-    except (*DAMAGED_ZIP, LookupError, AttributeError, TypeError, ValueError) as error:
+    except (*DAMAGED_ZIP, LookupError, AttributeError, TypeError) as error:
         raise _damaged(path, error) from error
 
 

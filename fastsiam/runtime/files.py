@@ -17,6 +17,12 @@ import numpy as np
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, RuntimeError)
 
 
+def check_records(archive: zipfile.ZipFile) -> None:
+    """Raises one of `DAMAGED_ZIP` where a record is not what was written; torch.load does not compare the CRC-32."""
+    if record := archive.testzip():
+        raise zipfile.BadZipFile(f"the CRC-32 of {record!r} is another")
+
+
 class Appender:
     """Appends whole records to a file, or nothing of a record; those not written yet are `pending`, in order."""
 
