@@ -54,7 +54,9 @@ def _machine(plan: Plan, config: Config) -> list[str]:
     size = f"{views.size} px" if len(views.sizes) == 1 else f"{views.full_size} px (faster while {views.size} px grow)"
     size = size if views.count == 2 else f"{views.count} views of {size}"
     compiles = "on" if measured.compile else "off"
-    batch = f"{plan.batch_size}" + (f" in micro batches of {config.train.micro_batch}" * bool(config.train.micro_batch))
+    batch, micro_batch = str(plan.batch_size), config.train.micro_batch
+    if micro_batch:
+        batch += f" in micro batches of {micro_batch}"
     return [
         f"fastsiam  {plan.fastsiam}, torch {plan.torch}, {measured.gpu or measured.device}{ranks}",
         f"data      {measured.images:,} images under {config.data.train}, {knn}",

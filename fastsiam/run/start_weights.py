@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fastsiam.config import Config
-from fastsiam.config.encoder_names import TIMM
+from fastsiam.config.encoder_names import OWN, TIMM, TORCHVISION_RESNETS
 from fastsiam.config.yaml_file import shown
 from fastsiam.errors import UserError
 from fastsiam.models.encoder import build_on_meta, check_sizes
@@ -93,7 +93,7 @@ def _shapes(match):
 def check_encoder(config: Config) -> None:
     """Raise `UserError` where the encoder cannot be built, or does not take views of all sizes of the run."""
     model = config.model
-    if model.encoder.startswith(("resnet", "resnext", "wide_resnet", "cifar_resnet")):
+    if model.encoder in TORCHVISION_RESNETS or model.encoder.startswith(OWN):
         # Convolutions and a mean take every size.
         return
     encoder = build_on_meta(model.encoder, model.stem, model.width, model.zero_init_residual)

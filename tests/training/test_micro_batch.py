@@ -199,7 +199,7 @@ def test_what_does_not_fit_is_told_with_the_micro_batch_that_does(tiny_config, m
     assert tried == [micro_batch or 12, *([6] if micro_batch is None else []), 4, 3, 3, 3, 3]
 
 
-def test_what_cannot_be_cut_is_refused_before_anything_is_written(tiny, tmp_path, capsys, monkeypatch):
+def test_what_cannot_be_cut_is_refused_before_anything_is_written(tiny, tmp_path, capsys):
     for overrides, nearest in (
         (("train.batch_size=12", "train.micro_batch=5"), ["4", "6"]),
         (("train.batch_size=12", "train.micro_batch=24"), ["12"]),
