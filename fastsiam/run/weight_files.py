@@ -69,8 +69,15 @@ def _of_torch(path):
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+                names = {name.rpartition("/")[2] for name in archive.namelist()}
+                if "data.pkl" not in names:
                     raise UserError(f"{path} is an archive without weights of torch; unpack it", "not-an-encoder")
+                if "constants.pkl" in names:
+                    raise UserError(
+                        f"{path} is TorchScript, which is code; where you trust it, keep its tensors alone: "
+                        "torch.save(torch.jit.load(FILE).state_dict(), NEW)",
+                        "code-in-file",
+                    )
                 check_records(archive)
         with torch.serialization.safe_globals(_SAFE):
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -224,6 +224,10 @@ BAD = {
     ),
     "nan.pth": ("weights-not-finite", not_finite),
     "code.pth": ("code-in-file", lambda network, path: torch.save({"state_dict": Runs()}, path)),
+    "script.pt": (
+        "code-in-file",
+        lambda network, path: torch.jit.save(torch.jit.trace(nn.Linear(1, 1), torch.ones(1)), path),
+    ),
     "module.pth": ("code-in-file", lambda network, path: torch.save(nn.Linear(1, 1), path)),
     "empty.pth": ("not-an-encoder", lambda network, path: path.write_bytes(b"")),
     "folder": ("no-run", lambda network, path: path.mkdir()),
