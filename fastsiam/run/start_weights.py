@@ -122,11 +122,11 @@ def read_source(name: str, encoder: str) -> Source:
     if name.startswith(TIMM):
         tensors, sha256 = of_timm(name.removeprefix(TIMM))
         return Source(tensors, sha256)
-    if name.startswith(OF_TORCHVISION):
-        return _of_file(torchvision_file(name.removeprefix(OF_TORCHVISION), encoder))
     path = Path(name)
     try:
-        if path.is_dir():
+        if name.startswith(OF_TORCHVISION):
+            path = torchvision_file(name.removeprefix(OF_TORCHVISION), encoder)
+        elif path.is_dir():
             path = hub_file(path) or encoder_path(path)
         if not path.exists():
             raise UserError(

@@ -25,6 +25,9 @@ def test_published_weights_of_torchvision_by_name(tiny_config, tmp_path, monkeyp
         encoder, weights = loaded(tiny_config(*RESNET, f"model.weights=torchvision:{name}"))
         assert torch.equal(encoder.conv1.weight, network.conv1.weight)
         assert (weights.record["source"], weights.record["sha256"]) == (f"torchvision:{name}", sha256(file))
+    file.write_bytes(file.read_bytes()[:1000000])
+    with refuses("damaged-checkpoint", "model.weights"):
+        start_weights(tiny_config(*RESNET, "model.weights=torchvision:DEFAULT"), World())
     for name in ("ResNet50_Weights.IMAGENET1K_V2", "IMAGENET1K_V9"):
         with refuses("unknown-weights", "model.weights") as error:
             start_weights(tiny_config(*RESNET, f"model.weights=torchvision:{name}"), World())
