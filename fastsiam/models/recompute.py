@@ -70,12 +70,12 @@ def _recomputing(kind: type[nn.Module]) -> type[nn.Module]:
 class _Recomputing:
     """Mixin over a block."""
 
-    def forward(self, *inputs):
+    def forward(self, *inputs, **options):
         if not self.training or not torch.is_grad_enabled():
-            return super().forward(*inputs)
-        if torch.compiler.is_compiling():
-            return checkpoint(super().forward, *inputs, use_reentrant=False)
-        return checkpoint(super().forward, *inputs, use_reentrant=False, context_fn=functools.partial(_contexts, self))
+            return super().forward(*inputs, **options)
+        if not torch.compiler.is_compiling():
+            options["context_fn"] = functools.partial(_contexts, self)
+        return checkpoint(super().forward, *inputs, use_reentrant=False, **options)
 
 
 def _contexts(block):
