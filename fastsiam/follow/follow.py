@@ -30,7 +30,7 @@ def follow(folder: Path, to: str, project: str | None, offline: bool, memory: Pa
             "other-project",
         )
     log = folder / "metrics.jsonl"
-    ended = wait_for(folder, lambda: bool(new_lines(log, place)[0]), f"lines of {log}", say)
+    ended = wait_for(folder, lambda: _has_news(log, place), f"lines of {log}", say)
     if ended:
         return ended
     tracker = open_tracker(to, folder, _config(folder), place.project or project or PROJECT, place.run_id, offline)
@@ -82,6 +82,15 @@ def _copy(folder: Path, log: Path, tracker: Tracker, place: Place, memory: Path,
         if ended:
             return ended
         time.sleep(PAUSE)
+
+
+def _has_news(log: Path, place: Place) -> bool:
+    """True where a line is to be sent; after a resumption it may come behind many that were sent before."""
+    while True:
+        lines, after = new_lines(log, place)
+        if lines or after == place:
+            return bool(lines)
+        place = after
 
 
 def _points(lines: list[dict], rows: int) -> list[Point]:

@@ -175,6 +175,18 @@ def test_ctrl_c_leaves_the_rest_to_the_next_start(tmp_path, followed, capsys):
     assert ([step for step, _ in found.points], found.closed) == ([1, 2], [None, "done"])
 
 
+def test_a_long_log_that_was_sent_and_cut_back_hides_no_new_line(tmp_path, followed):
+    """More of it than is read at once was sent before the resumption."""
+    steps = range(4, 1001)
+    folder = write_run(tmp_path / "run", [*BEGUN, *train(*steps)], {"status": "preempted"}, pictures=False)
+    followed()
+    (folder / "metrics.jsonl").unlink()
+    again = [train_line(step, wall_seconds=9000.0 + step) for step in steps if step > 900]
+    append(folder, *BEGUN, *train(*range(4, 901)), *again, *train(1001), status="done")
+    found = followed()
+    assert ([step for step, _ in found.points], found.closed) == ([*steps, 1001], ["preempted", "done"])
+
+
 def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
     folder = write_run(tmp_path / "run", [*BEGUN, *train(1)], pictures=False)
     assert refused("follow", tmp_path / "no/where", "--to", "wandb").code == "no-run-folder"
