@@ -56,7 +56,7 @@ def _check_counts(step: int, images: int) -> None:
 def _check_step(recorded: Recorded, step: int) -> None:
     """Raises `UserError` for a step beyond the end of the run."""
     schedule = Schedule(recorded.config, recorded.steps_per_epoch, recorded.lines)
-    last, run = schedule.last_step, f"{recorded.path}"
+    last, run = schedule.last_step, recorded.path
     if last is not None and step > last:
         raise UserError(f"--step: {step} is beyond the end of {run}; its last step is {last}", "no-such-step")
     reached = max(schedule.reached, recorded.status_step())

@@ -75,7 +75,7 @@ def replay(recorded: Recorded, asked: Asked, say: Callable[[str], None]) -> Find
             loader.close()
         shown.losses, shown.first = findings.losses, findings.bad_images
         write()
-        for line in text.findings(findings, shown, runtime):
+        for line in text.findings(findings, shown):
             say(line)
         return findings
 
@@ -83,13 +83,11 @@ def replay(recorded: Recorded, asked: Asked, say: Callable[[str], None]) -> Find
 def _findings(recorded, schedule, loader, runtime, batch, saved, name, number, say):
     first = 1 + (saved["state"]["step"] if saved else 0)
     step = forward.initial(recorded, runtime, saved)
+    say(text.training(first, number - 1, name))
     losses = {}
     if first < number:
-        say(text.training(first, number - 1, name))
         with _progress(first, number - 1) as show:
             losses = forward.train(step, recorded, schedule, loader, first, number - 1, show)
-    else:
-        say(text.training(first, number - 1, name))
     scaler = step.state_dict()["scaler"]
     scale, groups = scaler["scale"] if scaler else 1.0, recorded.config.view_groups
     found = examine(step.method, batch.views, groups, runtime, scale, step.micro_batches)
@@ -102,6 +100,8 @@ def _checkpoint_before(recorded, step, say):
     """The newest whole checkpoint before a step with its name, or None; and `State` of all that were read for it."""
     saved, name, states, problems = None, None, [], {}
     for attempt in range(_TRIES):
+        if attempt:
+            time.sleep(_PAUSE)
         problems.clear()
         for path in checkpoint.existing(recorded.path):
             try:
@@ -116,7 +116,6 @@ def _checkpoint_before(recorded, step, say):
                 break
         if saved is not None or not problems or recorded.has_ended:
             break
-        time.sleep(_PAUSE * (attempt < _TRIES - 1))
     for path, error in problems.items():
         say(f"note      {path.name} is not used: {error}")
     return saved, name, states

@@ -97,7 +97,7 @@ def loss(value: float, before: dict[int, float], schedule: Schedule, step: int) 
     return [lines[0], lines[1], *(f"note      {line}" for line in lines[2:])]
 
 
-def findings(found, shown, runtime) -> list[str]:
+def findings(found, shown) -> list[str]:
     """Gradient norms, and what is not finite."""
     total, *parts = found.norms.items()
     lines = [
@@ -109,9 +109,9 @@ def findings(found, shown, runtime) -> list[str]:
     lines.append(f"finite    no; in the order of computation {found.first_bad} came first")
     if found.bad_images:
         lines.append(f"images    not finite there: {_names(found.bad_images, shown.names)}")
-    if found.losses is not None and math.isfinite(found.loss):
+    if found.losses is None or math.isfinite(found.loss):
         return lines
-    bad = [] if found.losses is None else np.flatnonzero(~np.isfinite(found.losses)).tolist()
+    bad = np.flatnonzero(~np.isfinite(found.losses)).tolist()
     if bad and bad != found.bad_images:
         lines.append(f"losses    not finite: {_names(bad, shown.names)}")
     return lines
