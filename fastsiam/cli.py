@@ -54,10 +54,19 @@ def refused(error: UserError) -> int:
     return print_error(error) if os.environ.get("LOCAL_RANK", "0") == "0" else int(ExitCode.USER_ERROR)
 
 
-def answered(work: Callable[[], int], *, gone: str, stopped: str) -> int:
+STEP_TOO_LARGE = (
+    "train.batch_size: out of memory, a step does not fit on the CPU of this machine; set train.micro_batch, or a "
+    "smaller train.batch_size, views.size, views.count or model.width"
+)
+BATCH_TOO_LARGE = "--batch-size: out of memory on the CPU of this machine; set a smaller one"
+_TOO_LARGE = "out of memory on this machine; end other programs, or use a machine with more memory"
+
+
+def answered(work: Callable[[], int], *, gone: str, stopped: str, too_large: str = _TOO_LARGE) -> int:
     """Returns the exit code of `work`, or 2 after printing the sentence of a `UserError`.
 
-    `gone`: the sentence where another process of the run has ended (exit code 1); `stopped`: at Ctrl-C (130).
+    `gone`: the sentence where another process of the run has ended (exit code 1); `stopped`: at Ctrl-C (130);
+    `too_large`: where the memory of the CPU does not suffice (2).
     """
     try:
         return work()
@@ -67,7 +76,7 @@ def answered(work: Callable[[], int], *, gone: str, stopped: str) -> int:
         from fastsiam.runtime.distributed import is_lost_peer
 
         if _is_short_of_host_memory(error):
-            return print_error(_OUT_OF_MEMORY, "out-of-host-memory")
+            return print_error(too_large, "out-of-host-memory")
         if not is_lost_peer(error):
             raise
         first = str(error).partition(". ")[0].partition("\n")[0]
@@ -76,12 +85,6 @@ def answered(work: Callable[[], int], *, gone: str, stopped: str) -> int:
     except KeyboardInterrupt:
         print(f"fastsiam: {stopped}", file=sys.stderr)
         return 128 + signal.SIGINT
-
-
-_OUT_OF_MEMORY = (
-    "train.batch_size: out of memory, a step does not fit on the CPU of this machine; set a smaller train.batch_size, "
-    "views.size, views.count or model.width"
-)
 
 
 def _is_short_of_host_memory(error):

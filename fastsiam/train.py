@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         lambda: _dry_run(config) if arguments.dry_run else _train(config),
         gone="another process of the run has gone; nothing was saved after it",
         stopped="stopped before the first step",
+        too_large=cli.STEP_TOO_LARGE,
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fastsiam import cli
 from fastsiam.errors import MissingLibraryError, UserError
-from tests.support.refusals import printed_error
+from tests.support.refusals import printed_error, refused
 
 TEXTS = {"gone": "another process has gone", "stopped": "stopped by Ctrl-C"}
 
@@ -34,6 +34,22 @@ def test_what_a_user_can_correct_is_one_line(capsys, error, exit_code, code):
     said = capsys.readouterr()
     assert (said.out, said.err.count("\n")) == ("", 1)
     assert printed_error(said.err).code == code
+
+
+@pytest.mark.parametrize(
+    ("work", "arguments", "key"),
+    [
+        ("fastsiam.train._train", ("train", "--config", "quickstart"), "train.batch_size"),
+        ("fastsiam.plan.__main__._print_plan", ("plan", "--config", "quickstart"), "train.batch_size"),
+        ("fastsiam.evaluate.protocols.knn.run", ("evaluate", "knn", "x", "--train", "x", "--val", "x"), "--batch-size"),
+        ("fastsiam.embed.__main__._embed", ("embed", "x", "x", "--out", "x.npz"), "--batch-size"),
+        ("fastsiam.export.__main__.export", ("export", "x", "--to", "onnx", "--out", "x.onnx"), None),
+    ],
+)
+def test_out_of_memory_names_an_option_of_the_command(monkeypatch, work, arguments, key):
+    monkeypatch.setattr(work, lambda *_: raising(MemoryError())())
+    error = refused(*arguments)
+    assert (error.code, error.key) == ("out-of-host-memory", key)
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), ImportError("no libx.so"), RuntimeError("CUDA error")])

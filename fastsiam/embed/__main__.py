@@ -28,7 +28,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return cli.refused(error)
     resumes = "; the same command goes on" if arguments.out else ""
-    return cli.answered(lambda: _embed(arguments), gone="another process has gone", stopped=f"stopped{resumes}")
+    return cli.answered(
+        lambda: _embed(arguments),
+        gone="another process has gone",
+        stopped=f"stopped{resumes}",
+        too_large=cli.BATCH_TOO_LARGE,
+    )
 
 
 def _parser():

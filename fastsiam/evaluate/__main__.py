@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     stopped = getattr(protocol, "STOPPED", "stopped; the result was not written")
-    return cli.answered(work, gone="another process has gone", stopped=stopped)
+    return cli.answered(work, gone="another process has gone", stopped=stopped, too_large=cli.BATCH_TOO_LARGE)
 
 
 def _option(key):

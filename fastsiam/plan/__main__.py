@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         lambda: _print_plan(config, budget, arguments.minutes, arguments.json),
         gone="another process has gone; nothing is predicted",
         stopped="stopped while measuring; nothing is predicted",
+        too_large=cli.STEP_TOO_LARGE,
     )
 
 
