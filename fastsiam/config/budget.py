@@ -34,6 +34,12 @@ class Budget:
         """True where the number of steps does not depend on the machine: exact resume is promised."""
         return self.kind in ("epochs", "images")
 
+    def steps(self, steps_per_epoch: int, batch_size: int) -> int | None:
+        """Steps of the whole schedule; None where time or energy ends it."""
+        if self.kind == "epochs":
+            return int(self.amount) * steps_per_epoch
+        return int(self.amount) // batch_size if self.kind == "images" else None
+
 
 def parse_budget(text: str, price_per_hour: float | None = None) -> Budget:
     """Parses `2h`, `45min`, `10M images`, `0.8kWh`, or `15USD` at `price_per_hour`.

@@ -55,10 +55,9 @@ def run_of_config(config: Config, measured: Measured) -> Run:
 
 def run_of_budget(config: Config, measured: Measured, budget: Budget) -> Run:
     """Predicts the longest run that a budget pays for, without regard to train.max_steps."""
-    if budget.kind == "epochs":
-        return run_of_steps(config, measured, budget, int(budget.amount) * steps_per_epoch(config, measured))
-    if budget.kind == "images":
-        return run_of_steps(config, measured, budget, int(budget.amount) // config.train.batch_size)
+    planned = budget.steps(steps_per_epoch(config, measured), config.train.batch_size)
+    if planned is not None:
+        return run_of_steps(config, measured, budget, planned)
     seconds, watts = budget.amount, _watts(measured)
     if budget.kind == "joules":
         if watts is None:

@@ -115,7 +115,4 @@ class Schedule:
 
     def _planned(self):
         """Steps of the whole schedule by the config of the last start; None where time or energy ends it."""
-        budget, train = self.config.to_spend, self.config.train
-        if budget.kind == "epochs":
-            return train.epochs * self.steps_per_epoch
-        return int(budget.amount) // train.batch_size if budget.kind == "images" else None
+        return self.config.to_spend.steps(self.steps_per_epoch, self.config.train.batch_size)

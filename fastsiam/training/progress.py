@@ -43,12 +43,8 @@ class Progress:
         self.cost, self._world = cost, world
         self._max_steps = config.train.max_steps
         self._save_cost = 0.0
-        self.total_steps: int | None = None
+        self.total_steps = self.budget.steps(steps_per_epoch, self.batch_size)
         """Of the whole schedule, where it is known before the end."""
-        if self.budget.kind == "epochs":
-            self.total_steps = config.train.epochs * steps_per_epoch
-        elif self.budget.kind == "images":
-            self.total_steps = int(self.budget.amount) // self.batch_size
         self._check_budget()
         self._follow_budget(amount_before)
 
