@@ -34,13 +34,12 @@ def build_loader(
     that is not installed. `say` prints a line while the backend `resident` decodes its images.
     """
     device = torch.device(device)
-    groups = config.view_groups
-    check_divides(config.train.batch_size, world_size)
+    groups, train = config.view_groups, config.train
     name, _ = choose_backend(config.data.backend, config.data.train)
     if name == "synthetic":
         from fastsiam.data.backends.synthetic import SyntheticLoader
 
-        train = config.train
+        check_divides(train.batch_size, world_size)
         loader = SyntheticLoader(
             groups, batch_size=train.batch_size, seed=train.seed, device=device, dtype=dtype, world_size=world_size
         )
@@ -54,25 +53,23 @@ def build_loader(
             data.train, scanned=data.manifest, max_bad_fraction=data.max_bad_fraction, levels=data.deep_pixels
         )
     config = with_its_store(config, source)
-    check_grows(config, len(source) // config.train.batch_size)
-    data, share = config.data, config.train.batch_size // world_size
-    if data.augment == "dali":
-        from fastsiam.data.backends import dali_augment
-
-        backend = dali_augment.open_backend(source, groups, share, data.workers, device, dtype)
-    else:
-        sizes = full_sizes(groups)
-        backend = open_backend(name, source, sizes, share, data.workers, device, data.store_size, say)
-    return Loader(
+    check_grows(config, len(source) // train.batch_size)
+    data = config.data
+    return open_training_loader(
         source,
         groups,
-        backend,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        dtype=dtype,
+        batch_size=train.batch_size,
+        seed=train.seed,
+        backend=name,
+        augment=data.augment,
+        workers=data.workers,
+        store_size=data.store_size,
         skip=skip,
+        device=device,
+        dtype=dtype,
         rank=rank,
         world_size=world_size,
+        say=say,
     )
 
 
@@ -140,6 +137,7 @@ def open_training_loader(
     batch_size: int,
     seed: int,
     backend: str = "auto",
+    augment: str = "fastsiam",
     workers: int | None = None,
     store_size: int | None = None,
     skip: SkipList | None = None,
@@ -150,16 +148,23 @@ def open_training_loader(
     among: np.ndarray | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Loader:
-    """Returns the training loader of an encoder that has no config: augmented views, with their labels.
+    """Returns the training loader of images and views that need no config: augmented views, with their labels.
 
-    `batch_size` is that of all ranks; `among`: [M] indices of the only images that are used, None for all. Raises
-    `UserError` for a batch larger than the data.
+    `backend`, `augment`, `workers` and `store_size` are the keys of that name in the section data. `batch_size` is that
+    of all ranks; `among`: [M] indices of the only images that are used, None for all. Raises `UserError` for a batch
+    larger than the data.
     """
-    check_batch_size(batch_size, len(source if among is None else among), source.root)
+    # Before the backend resident decodes all images.
     check_divides(batch_size, world_size)
+    check_batch_size(batch_size, len(source if among is None else among), source.root)
     name, _ = choose_backend(backend, source.root)
-    sizes, device = full_sizes(groups), torch.device(device)
-    opened = open_backend(name, source, sizes, batch_size // world_size, workers, device, store_size or max(sizes), say)
+    sizes, share, device = full_sizes(groups), batch_size // world_size, torch.device(device)
+    if augment == "dali":
+        from fastsiam.data.backends import dali_augment
+
+        opened = dali_augment.open_backend(source, groups, share, workers, device, dtype)
+    else:
+        opened = open_backend(name, source, sizes, share, workers, device, store_size or max(sizes), say)
     return Loader(
         source,
         groups,
