@@ -25,7 +25,7 @@ LAYERS = (
     {"train", "__main__"},
 )
 TORCH_FREE = (
-    "config.__main__", "evaluate.__main__",
+    "config.__main__", "embed.__main__", "evaluate.__main__",
     "cli", "config", "config.budget", "config.published", "config.views", "data.demo_images", "data.read_speed",
     "data.rng", "data.sources.open", "data.sources.pixel_range", "data.sources.deep_pixels", "data.backends.store_size",
     "doctor.__main__", "doctor.probe", "errors", "optim.apex", "plan.__main__", "prepare.__main__", "prepare.cifar10",

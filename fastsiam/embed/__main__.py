@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastsiam import cli
 from fastsiam.config.yaml_file import expand_home
 from fastsiam.errors import UserError
+from fastsiam.evaluate.protocols.arguments import add_encoder_arguments
 
 FORMATS = (".npz", ".parquet", ".safetensors")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = _parser()
-    arguments = parser.parse_args(argv)
+    arguments = _parser().parse_args(argv)
     try:
         cli.prepare_process()
         _check(arguments)
@@ -37,8 +37,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser():
-    from fastsiam.evaluate.protocols.inputs import add_encoder_arguments
-
     parser = argparse.ArgumentParser(
         prog="python -m fastsiam.embed",
         description="Write the features of images, with their names and labels, in the order of SRC; or show the "

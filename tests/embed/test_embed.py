@@ -17,6 +17,7 @@ from fastsiam.embed import features
 from fastsiam.embed.table import read_table
 from fastsiam.methods import build_method
 from fastsiam.run.encoder_file import describe_encoder, save_encoder
+from tests.support.processes import run_python
 from tests.support.refusals import refused
 
 
@@ -177,6 +178,12 @@ def test_mistakes_are_one_sentence(arguments, code, encoder_path, demo_folder, t
     monkeypatch.chdir(tmp_path)
     assert refused("embed", encoder_path, demo_folder / "val", *arguments).code == code
     assert [path.name for path in tmp_path.iterdir()] == ["encoder.safetensors"]
+
+
+def test_a_mistake_does_not_wait_for_torch():
+    """Threads of torch are those of its import, before which the command chooses them."""
+    script = "import sys; from fastsiam.embed.__main__ import main; main(['encoder', 'images']); "
+    assert run_python("-c", f"{script}sys.exit('torch' in sys.modules)").returncode == 0
 
 
 def test_weights_that_are_not_finite_write_nothing(tiny_config, demo_folder, tmp_path):

@@ -21,13 +21,8 @@ from fastsiam.evaluate.detection.loader import TrainingImages
 from fastsiam.evaluate.detection.locate import read_both
 from fastsiam.evaluate.detection.models import STAGES, DetectorSettings, Transform, build_detector, check_encoder
 from fastsiam.evaluate.detection.training import Batches, Schedule, Training, fill_statistics
-from fastsiam.evaluate.protocols.inputs import (
-    FILL_BATCHES,
-    add_encoder_arguments,
-    add_out_argument,
-    check_least,
-    opened,
-)
+from fastsiam.evaluate.protocols.arguments import add_encoder_arguments, add_out_argument, check_least
+from fastsiam.evaluate.protocols.inputs import FILL_BATCHES, opened
 from fastsiam.evaluate.protocols.result import publish, results_folder, written
 from fastsiam.runtime.cores import usable_cores
 from fastsiam.runtime.distributed import World

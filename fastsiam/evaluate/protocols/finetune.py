@@ -26,17 +26,12 @@ from fastsiam.data.loader import EvaluationLoader, Loader
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.evaluate.protocols import finetune_settings
+from fastsiam.evaluate.protocols.arguments import add_encoder_arguments, add_labelled_arguments
 from fastsiam.evaluate.protocols.classifier import FILE, Classifier, save_classifier
 from fastsiam.evaluate.protocols.finetune_folder import FinetuneFolder
 from fastsiam.evaluate.protocols.finetune_settings import Settings, check_settings, parse_labels, resolve
 from fastsiam.evaluate.protocols.finetune_training import FineTuning, accuracy, not_finite
-from fastsiam.evaluate.protocols.inputs import (
-    Inputs,
-    add_encoder_arguments,
-    add_labelled_arguments,
-    folder_of_results,
-    opened,
-)
+from fastsiam.evaluate.protocols.inputs import Inputs, folder_of_results, opened
 from fastsiam.evaluate.protocols.result import publish, written
 from fastsiam.run.progress_line import ProgressLine
 from fastsiam.runtime.distributed import World

@@ -9,8 +9,9 @@ from itertools import product
 
 from fastsiam.errors import UserError
 from fastsiam.evaluate.knn import accuracy, nearest
+from fastsiam.evaluate.protocols.arguments import add_encoder_arguments, add_labelled_arguments
 from fastsiam.evaluate.protocols.features import features, labelled_rows
-from fastsiam.evaluate.protocols.inputs import add_encoder_arguments, add_labelled_arguments, opened
+from fastsiam.evaluate.protocols.inputs import opened
 from fastsiam.evaluate.protocols.result import publish, results_folder
 
 

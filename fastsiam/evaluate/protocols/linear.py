@@ -28,8 +28,8 @@ from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.evaluate.linear_features import AT_ONCE, Cached, Streamed, centre_features, decoded_at_once
 from fastsiam.evaluate.linear_training import Epoch, LinearTraining, Rule, Sweep
-from fastsiam.evaluate.protocols import inputs as common
-from fastsiam.evaluate.protocols.inputs import Inputs
+from fastsiam.evaluate.protocols.arguments import add_encoder_arguments, add_labelled_arguments, check_least
+from fastsiam.evaluate.protocols.inputs import Inputs, opened
 from fastsiam.evaluate.protocols.result import publish, results_folder
 from fastsiam.runtime.distributed import World
 
@@ -39,8 +39,8 @@ PASSES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    common.add_encoder_arguments(parser)
-    common.add_labelled_arguments(parser)
+    add_encoder_arguments(parser)
+    add_labelled_arguments(parser)
     parser.set_defaults(batch_size=4096)
     parser.add_argument("--epochs", type=int, default=90, metavar="E", help="(%(default)s)")
     text = (
@@ -72,7 +72,7 @@ def measure(arguments: argparse.Namespace, sweep: Sweep, world: World) -> dict:
     with ExitStack() as stack:
         with world.together():
             check_divides(sweep.batch_size, world.size)
-            inputs = stack.enter_context(common.opened(for_decoding(arguments, world), world))
+            inputs = stack.enter_context(opened(for_decoding(arguments, world), world))
             task = Task(inputs, sweep, *inputs.labelled("linear evaluation"))
             task.check_batch_size()
             inputs.fill_statistics(task.train)
@@ -264,7 +264,7 @@ def for_decoding(arguments: argparse.Namespace, world: World) -> argparse.Namesp
 
 def sweep_of(arguments: argparse.Namespace) -> Sweep:
     """The heads that are asked for. Raises `UserError` for numbers out of range."""
-    common.check_least(arguments, epochs=1, batch_size=1, passes=1)
+    check_least(arguments, epochs=1, batch_size=1, passes=1)
     if arguments.passes is not None and not arguments.cached:
         raise UserError("--passes: has a meaning with --cached only; add --cached, or leave it out", "passes-uncached")
     rates = _numbers(arguments.lr, "--lr", "0.01,0.03,0.1", lambda value: value > 0, "above 0")

@@ -15,8 +15,9 @@ from fastsiam.data.build import open_training_loader
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.errors import UserError
 from fastsiam.evaluate import spectrum
+from fastsiam.evaluate.protocols.arguments import add_encoder_arguments, add_out_argument
 from fastsiam.evaluate.protocols.features import Features, features
-from fastsiam.evaluate.protocols.inputs import Inputs, add_encoder_arguments, add_out_argument, opened
+from fastsiam.evaluate.protocols.inputs import Inputs, opened
 from fastsiam.evaluate.protocols.result import publish
 
 # Images of which two views are compared.
