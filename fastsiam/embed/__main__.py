@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastsiam import cli
 from fastsiam.config.yaml_file import expand_home
 from fastsiam.errors import UserError
-from fastsiam.evaluate.protocols.arguments import add_encoder_arguments
+from fastsiam.evaluate.protocols.arguments import add_encoder_arguments, keys_as_options
 
 FORMATS = (".npz", ".parquet", ".safetensors")
 
@@ -81,7 +81,7 @@ def _embed(arguments):
     from fastsiam.embed.table import check_writable, read_table, write_table
     from fastsiam.evaluate.protocols.inputs import opened
 
-    with opened(arguments) as inputs:
+    with keys_as_options(), opened(arguments) as inputs:
         source = inputs.source(os.path.expanduser(arguments.source), "SRC")
         before = None
         if arguments.out:

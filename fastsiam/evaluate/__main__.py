@@ -4,12 +4,12 @@ Prints one JSON line on stdout and a table on stderr. Exit codes: 0; 2 for a mis
 """
 
 import argparse
-import re
 import sys
 from importlib import import_module
 
 from fastsiam import cli
 from fastsiam.errors import UserError
+from fastsiam.evaluate.protocols.arguments import keys_as_options
 
 PROTOCOLS = {
     "spectrum": "RankMe, effective rank, decay of the spectrum, uniformity and alignment; needs no labels",
@@ -19,9 +19,6 @@ PROTOCOLS = {
     "detect": "average precision of a detector that is trained around the encoder, on COCO's or VOC's format",
 }
 """Name of each protocol, which is that of its module in fastsiam/evaluate/protocols, and what it measures."""
-
-# Config keys in the errors of what runs share with evaluations, whose options have the same names.
-_KEY = re.compile(r"\b(?:train|data)\.(batch_size|device|precision|backend|workers)\b(=?)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,18 +49,12 @@ def main(argv: list[str] | None = None) -> int:
     arguments = below.parse_args(chosen.arguments)
 
     def work():
-        try:
+        with keys_as_options():
             protocol.run(arguments)
-        except UserError as error:
-            raise UserError(_KEY.sub(_option, str(error)), error.code) from error
         return 0
 
     stopped = getattr(protocol, "STOPPED", "stopped; the result was not written")
     return cli.answered(work, gone="another process has gone", stopped=stopped, too_large=cli.BATCH_TOO_LARGE)
-
-
-def _option(key):
-    return f"--{key[1].replace('_', '-')}" + (" " if key[2] else "")
 
 
 if __name__ == "__main__":

@@ -186,6 +186,13 @@ def test_a_mistake_does_not_wait_for_torch():
     assert run_python("-c", f"{script}sys.exit('torch' in sys.modules)").returncode == 0
 
 
+def test_errors_name_options(encoder_path, demo_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    error = refused("embed", encoder_path, demo_folder / "val", "--out", tmp_path / "f.npz", "--device", "cuda")
+    assert (error.code, error.key) == ("no-cuda-device", "--device")
+    assert "train." not in str(error)
+
+
 def test_weights_that_are_not_finite_write_nothing(tiny_config, demo_folder, tmp_path):
     config = tiny_config()
     encoder = build_method(config).encoder

@@ -1,9 +1,15 @@
 """Arguments of evaluations and of fastsiam.embed: how an encoder is computed. Imports no torch."""
 
 import argparse
+import contextlib
+import re
+from collections.abc import Iterator
 
 from fastsiam.config.yaml_file import expand_home
 from fastsiam.errors import UserError
+
+# Config keys in the errors of what runs share with evaluations, whose options have the same names.
+_KEY = re.compile(r"\b(?:train|data)\.(batch_size|device|precision|backend|workers)\b(=?)")
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser, batch_size: int | None = 256, views: bool = True) -> None:
@@ -68,3 +74,16 @@ def check_least(arguments: argparse.Namespace, **least: int) -> None:
         value = getattr(arguments, key)
         if value is not None and value < low:
             raise UserError(f"--{key.replace('_', '-')}: {value} is below {low}", "out-of-range")
+
+
+@contextlib.contextmanager
+def keys_as_options() -> Iterator[None]:
+    """A `UserError` of the block names options where it named the config keys of a run."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(_KEY.sub(_option, str(error)), error.code) from error
+
+
+def _option(key):
+    return f"--{key[1].replace('_', '-')}" + (" " if key[2] else "")
