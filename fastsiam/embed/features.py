@@ -20,6 +20,7 @@ from fastsiam.data.sources.source import ImageSource
 from fastsiam.embed.table import Table, table_of
 from fastsiam.errors import UserError
 from fastsiam.evaluate.protocols.inputs import Inputs
+from fastsiam.run.weight_files import sha256_of_tensors
 from fastsiam.runtime.files import read_json, replace_file
 
 DTYPES = {"fp16": np.float16, "fp32": np.float32}
@@ -84,8 +85,8 @@ def of_layer(encoder: nn.Module, name: str | None) -> Callable[[torch.Tensor], t
 def identity_of(inputs: Inputs, source: ImageSource, asked: argparse.Namespace) -> str:
     """Hash of all that the features depend on: weights, images, crop, layer and formats."""
     facts = (source.fingerprint(), repr(inputs.spec), inputs.crop_ratio, asked.layer, asked.dtype, asked.backend)
-    facts += (inputs.runtime.names["dtype"], inputs.weights_digest())
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    weights = sha256_of_tensors(inputs.encoder.state_dict())
+    return hashlib.sha256(repr((weights, *facts, inputs.runtime.names["dtype"])).encode()).hexdigest()
 
 
 class Partial:

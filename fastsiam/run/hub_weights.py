@@ -2,7 +2,6 @@
 
 import contextlib
 import difflib
-import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,7 @@ from fastsiam.config.encoder_names import TIMM, TORCHVISION
 from fastsiam.config.yaml_file import shortened, shown
 from fastsiam.errors import UserError
 from fastsiam.models.encoder import import_timm
-from fastsiam.run.weight_files import sha256_of
+from fastsiam.run.weight_files import sha256_of, sha256_of_tensors
 
 OF_TORCHVISION = "torchvision:"
 # In the name of a file: the first digits of its SHA-256, which torch.hub compares.
@@ -71,7 +70,7 @@ def of_timm(name: str) -> tuple[Mapping[str, torch.Tensor], str]:
     with _downloading(where), _quiet("huggingface_hub", "timm"):
         state = timm.create_model(name, pretrained=True, num_classes=0).state_dict()
     file = _file_of(settings)
-    return state, sha256_of(file) if file else _sha256_of_tensors(state)
+    return state, sha256_of(file) if file else sha256_of_tensors(state)
 
 
 def _file_of(settings):
@@ -86,14 +85,6 @@ def _file_of(settings):
                 return Path(found)
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(settings.url or "").path).name
     return path if path.is_file() else None
-
-
-def _sha256_of_tensors(state):
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 @contextlib.contextmanager

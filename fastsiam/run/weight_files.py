@@ -7,6 +7,7 @@ import pathlib
 import pickle
 import re
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,15 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, in 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_tensors(state: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of names and bytes of tensors on any device, whatever their order, in 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_file(path: Path) -> object:

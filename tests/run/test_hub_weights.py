@@ -8,8 +8,8 @@ import torch
 import torchvision
 from safetensors.torch import load_file, save_file
 
-from fastsiam.run import hub_weights
 from fastsiam.run.start_weights import start_weights
+from fastsiam.run.weight_files import sha256_of_tensors
 from fastsiam.runtime.distributed import World
 from tests.support.foreign_weights import RESNET, loaded, resnet18, sha256
 from tests.support.refusals import refuses
@@ -85,6 +85,6 @@ def test_published_weights_of_timm_by_name(tiny_config, tmp_path, monkeypatch):
 
 def test_tensors_without_a_file_have_a_hash_of_their_own():
     state = {"a": torch.ones(2), "b": torch.zeros(())}
-    digest = hub_weights._sha256_of_tensors(state)
-    assert digest == hub_weights._sha256_of_tensors(dict(reversed(state.items())))
-    assert digest != hub_weights._sha256_of_tensors(state | {"b": torch.ones(())})
+    digest = sha256_of_tensors(state)
+    assert digest == sha256_of_tensors(dict(reversed(state.items())))
+    assert digest != sha256_of_tensors(state | {"b": torch.ones(())})

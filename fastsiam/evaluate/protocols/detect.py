@@ -24,6 +24,7 @@ from fastsiam.evaluate.detection.training import Batches, Schedule, Training, fi
 from fastsiam.evaluate.protocols.arguments import add_encoder_arguments, add_out_argument, check_least
 from fastsiam.evaluate.protocols.inputs import FILL_BATCHES, opened
 from fastsiam.evaluate.protocols.result import publish, results_folder, written
+from fastsiam.run.weight_files import sha256_of_tensors
 from fastsiam.runtime.cores import usable_cores
 from fastsiam.runtime.distributed import World
 
@@ -191,7 +192,7 @@ def _measure(inputs, train, val, folder):
         "seed": asked.seed,
         "classes": list(train.classes),
         "images": len(train.images),
-        "ENCODER": inputs.weights_digest(),
+        "ENCODER": sha256_of_tensors(inputs.encoder.state_dict()),
     }
     if asked.resume:
         with world.together():

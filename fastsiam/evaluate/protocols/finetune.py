@@ -34,6 +34,7 @@ from fastsiam.evaluate.protocols.finetune_training import FineTuning, accuracy, 
 from fastsiam.evaluate.protocols.inputs import Inputs, folder_of_results, opened
 from fastsiam.evaluate.protocols.result import publish, written
 from fastsiam.run.progress_line import ProgressLine
+from fastsiam.run.weight_files import sha256_of_tensors
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.rank_check import check_alike
 
@@ -133,7 +134,7 @@ def _folder(inputs, data, labels):
         "--crop-ratio": inputs.crop_ratio,
         "--precision": inputs.runtime.names["dtype"],
         "--backend": choose_backend(asked.backend, data.source.root)[0],
-        "ENCODER": inputs.weights_digest(),
+        "ENCODER": sha256_of_tensors(inputs.encoder.state_dict()),
         "--train": data.source.fingerprint(),
         "--val": data.val.fingerprint(),
         "--labels": hashlib.sha256(data.subset.indices.tobytes()).hexdigest(),

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import hashlib
 import os
 import sys
 from collections.abc import Iterator
@@ -55,13 +54,6 @@ class Inputs:
         """Prints a line on stderr, on the first rank alone."""
         if self.runtime.world.is_first:
             print(line, file=sys.stderr, flush=True)
-
-    def weights_digest(self) -> str:
-        """SHA-256 of the encoder's weights and their names: what was computed from others does not go on with these."""
-        digest = hashlib.sha256()
-        for name, value in self.encoder.state_dict().items():
-            digest.update(name.encode() + value.cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
 
     def source(self, location: str, key: str, levels: str | Levels = "scale") -> ImageSource:
         """The images at `location`; `key` (`--train`) begins the messages of errors.

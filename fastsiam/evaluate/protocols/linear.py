@@ -31,6 +31,7 @@ from fastsiam.evaluate.linear_training import Epoch, LinearTraining, Rule, Sweep
 from fastsiam.evaluate.protocols.arguments import add_encoder_arguments, add_labelled_arguments, check_least
 from fastsiam.evaluate.protocols.inputs import Inputs, opened
 from fastsiam.evaluate.protocols.result import publish, results_folder
+from fastsiam.run.weight_files import sha256_of_tensors
 from fastsiam.runtime.distributed import World
 
 # Share of the training images on which a sweep chooses its head.
@@ -170,7 +171,8 @@ class Task:
         if folder is None:
             return None
         sources = [source.fingerprint() for source in (self.train, self.val)]
-        views, weights = [repr(self.inputs.spec), self.inputs.crop_ratio], self.inputs.weights_digest()
+        views = [repr(self.inputs.spec), self.inputs.crop_ratio]
+        weights = sha256_of_tensors(self.inputs.encoder.state_dict())
         facts = [repr(self.sweep), *views, *sources, self.inputs.runtime.names, weights]
         digest = hashlib.sha256(json.dumps(facts).encode() + self.train.labels.tobytes() + self.val.labels.tobytes())
         return folder / f"linear-{digest.hexdigest()[:12]}.pt"
