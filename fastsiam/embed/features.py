@@ -50,7 +50,7 @@ def computed(
         yield before
         return
     with _folder(asked.out) as folder:
-        rows = Partial(folder, identity, len(source), DTYPES[asked.dtype])
+        rows = Partial(folder, identity, DTYPES[asked.dtype])
         _fill(rows, inputs, source, encoder, progress)
         yield table_of(source, rows.indices(), rows.features(), {**_description(inputs, asked), "identity": identity})
     if asked.out:
@@ -92,9 +92,9 @@ def identity_of(inputs: Inputs, source: ImageSource, asked: argparse.Namespace) 
 class Partial:
     """Features and indices of the images done so far, in files that outlive the process."""
 
-    def __init__(self, folder: Path, identity: str, most: int, dtype: type):
-        """Goes on with what the folder holds of the same `identity`; `most`: number of images of the source."""
-        self._folder, self._most, self._dtype = folder, most, np.dtype(dtype)
+    def __init__(self, folder: Path, identity: str, dtype: type):
+        """Goes on with what the folder holds of the same `identity`."""
+        self._folder, self._dtype = folder, np.dtype(dtype)
         said = read_json(folder / "state.json")
         same = said.get("identity") == identity
         self.done, self._width = (said["done"], said["width"]) if same else (0, None)
@@ -116,22 +116,22 @@ class Partial:
             self.save()
 
     def save(self) -> None:
+        """Notes as done what has reached the disk: a power cut must not take rows that count."""
         for file in self._files:
             file.flush()
-        self._note()
-
-    def _note(self):
+            os.fsync(file.fileno())
         said = {"identity": self._identity, "done": self.done, "width": self._width}
         replace_file(self._folder / "state.json", json.dumps(said).encode())
         self._saved_at = time.monotonic()
 
     def close(self) -> None:
-        """Keeps what there is; of nothing no folder stays."""
-        for file in self._files:
-            file.close()
-        if self.done:
-            self._note()
-        else:
+        """Keeps what there is; of nothing no folder stays. Raises `OSError` where the disk refuses."""
+        with contextlib.ExitStack() as files:
+            for file in self._files:
+                files.enter_context(file)
+            if self.done:
+                self.save()
+        if not self.done:
             shutil.rmtree(self._folder)
 
     def indices(self) -> np.ndarray:
@@ -154,20 +154,19 @@ def _fill(rows, inputs, source, encoder, progress):
     loader = inputs.loader(source)
     batches = loader.batches(rest) if len(rest) else ()
     try:
-        for batch in batches:
-            with inputs.runtime.autocast():
-                features = encoder(batch.images).float()
-            if not torch.isfinite(features).all():
-                raise UserError(
-                    f"ENCODER: the features of {source.name(batch.indices[0])} are not finite", "not-finite"
-                )
-            rows.add(features.cpu().numpy(), batch.indices)
-            progress(rows.done, len(source))
+        # A full disk shows at a write, or at the end.
+        with contextlib.closing(rows), contextlib.closing(loader.backend):
+            for batch in batches:
+                with inputs.runtime.autocast():
+                    features = encoder(batch.images).float()
+                if not torch.isfinite(features).all():
+                    raise UserError(
+                        f"ENCODER: the features of {source.name(batch.indices[0])} are not finite", "not-finite"
+                    )
+                rows.add(features.cpu().numpy(), batch.indices)
+                progress(rows.done, len(source))
     except OSError as error:
         raise UserError(f"--out: cannot write ({error.strerror or error}); free the disk, and go on", "disk") from error
-    finally:
-        loader.backend.close()
-        rows.close()
     if not rows.done:
         raise UserError(f"SRC: none of the images under {source.root} can be decoded", "no-decodable-images")
 

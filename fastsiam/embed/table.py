@@ -62,8 +62,9 @@ def write_table(path: Path, table: Table) -> None:
     try:
         _WRITERS[path.suffix](temporary, table)
         temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"--out: cannot write {path} ({error.strerror or error})", "out-unwritable") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--out: cannot write {path} ({reason})", "out-unwritable") from error
     finally:
         temporary.unlink(missing_ok=True)
 

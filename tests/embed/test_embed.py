@@ -14,9 +14,10 @@ from torchvision.transforms import v2
 import fastsiam
 from fastsiam.__main__ import main
 from fastsiam.embed import features
-from fastsiam.embed.table import read_table
+from fastsiam.embed.table import read_table, write_table
 from fastsiam.methods import build_method
 from fastsiam.run.encoder_file import describe_encoder, save_encoder
+from tests.support.files import largest_file
 from tests.support.processes import run_python
 from tests.support.refusals import refused
 
@@ -191,6 +192,31 @@ def test_errors_name_options(encoder_path, demo_folder, tmp_path, monkeypatch):
     error = refused("embed", encoder_path, demo_folder / "val", "--out", tmp_path / "f.npz", "--device", "cuda")
     assert (error.code, error.key) == ("no-cuda-device", "--device")
     assert "train." not in str(error)
+
+
+def test_a_full_disk_is_one_sentence_while_features_come(encoder_path, demo_folder, tmp_path):
+    # Numba writes what it compiles to files as well.
+    assert embed(encoder_path, demo_folder / "val", "--out", tmp_path / "before.npz") == 0
+    with largest_file(1000):
+        error = refused("embed", encoder_path, demo_folder / "val", "--out", tmp_path / "f.npz")
+    assert (error.code, error.key) == ("disk", "--out")
+    assert embed(encoder_path, demo_folder / "val", "--out", tmp_path / "f.npz") == 0
+    assert len(read_table(tmp_path / "f.npz").features) == 40
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet", ".safetensors"])
+def test_a_full_disk_is_one_sentence_at_the_end(suffix, encoder_path, demo_folder, tmp_path, monkeypatch):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+
+    def write_on_a_full_disk(*arguments):
+        with largest_file(1000):
+            write_table(*arguments)
+
+    monkeypatch.setattr("fastsiam.embed.table.write_table", write_on_a_full_disk)
+    error = refused("embed", encoder_path, demo_folder / "val", "--out", tmp_path / f"f{suffix}")
+    assert (error.code, error.key) == ("out-unwritable", "--out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.safetensors", f"f{suffix}.partial"]
 
 
 def test_weights_that_are_not_finite_write_nothing(tiny_config, demo_folder, tmp_path):
