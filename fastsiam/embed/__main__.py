@@ -97,7 +97,8 @@ def _embed(arguments):
                 from fastsiam.embed.neighbours import write_page
 
                 write_page(arguments.html, inputs, source, table, arguments.neighbours, arguments.count)
-                print(f"{arguments.html} shows {arguments.count} neighbours of {len(arguments.neighbours)} images")
+                count = min(arguments.count, len(table.features))
+                print(f"{arguments.html} shows {count} neighbours of {len(arguments.neighbours)} images")
     return 0
 
 
