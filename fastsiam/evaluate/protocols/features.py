@@ -56,6 +56,9 @@ def features(inputs: Inputs, source: ImageSource, what: str, indices: np.ndarray
             "out-of-memory",
         )
     loader.backend.close()
+    if not found:
+        text = f"{what}: none of {len(indices):,} chosen images under {source.root} can be decoded"
+        raise UserError(f"{text}; give images that can", "no-decodable-images")
     return Features(rows, labels, np.concatenate(found), loader.backend.description)
 
 

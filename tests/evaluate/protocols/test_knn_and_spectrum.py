@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import tarfile
 
 import numpy as np
@@ -19,6 +20,7 @@ from fastsiam.report.summary import evaluations
 from fastsiam.run.encoder_file import load_encoder
 from tests.support.encoders import random_encoder
 from tests.support.processes import REPOSITORY
+from tests.support.refusals import refused
 from tests.support.run_folders import write_run
 
 PHOTOGRAPHS = REPOSITORY.parent / "shared/data/tiny-imagenet-50k.tar.xz"
@@ -127,6 +129,17 @@ def test_a_lone_file_leaves_nothing_behind(encoder, demo_folder, capsys, tmp_pat
     control = evaluated(capsys, "knn", lone, *images, "--untrained")
     assert control["encoder"]["untrained"]
     assert {key: control[key] for key in trained["results"]} != {key: trained[key] for key in trained["results"]}
+
+
+def test_labelled_images_that_cannot_be_decoded_are_one_sentence(encoder, demo_folder, tmp_path):
+    """Beside one without a label, which can."""
+    for name in ("a/1.jpg", "b/1.jpg"):
+        (tmp_path / "damaged" / name).parent.mkdir(parents=True)
+        (tmp_path / "damaged" / name).write_bytes(b"\xff\xd8\xff")
+    shutil.copy(next((demo_folder / "val/rings").iterdir()), tmp_path / "damaged/good.jpg")
+    images = ("--train", tmp_path / "damaged", "--val", tmp_path / "damaged", "--max-bad-fraction", 1)
+    error = refused("evaluate", "knn", encoder, *images, *BACKEND)
+    assert (error.code, error.key) == ("no-decodable-images", "--train")
 
 
 def test_the_spectrum_is_that_of_drawn_images_and_needs_no_labels(encoder, demo_folder, capsys):
