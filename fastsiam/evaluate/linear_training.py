@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import pickle
 import time
 from collections.abc import Callable
@@ -78,7 +79,7 @@ class LinearTraining:
         self.choosing = sweep.heads(dim, classes, runtime) if len(sweep.rules) > 1 else None
         self.epoch = 0
         """Finished epochs."""
-        self.best = [(0.0, 0)] * len(sweep.rules)
+        self.best = [(-math.inf, 0)] * len(sweep.rules)
         """Best top-1 in percent on the validation images, and the epoch of it (from 1 on), of each head."""
 
     def resume(self) -> None:

@@ -148,6 +148,8 @@ def test_validation_labels_have_no_part_in_the_choice(encoder, tmp_path):
     assert (fast["top1"], fast["top1_held_out"]) == (100, 100)
     assert slow["top1_held_out"] < 80
     assert [head["top1_held_out"] for head in spoiled["heads"]] == [slow["top1_held_out"], 100]
+    # Of equal epochs the first is the best, at 0 % too.
+    assert (spoiled["best_top1"], spoiled["best_epoch"]) != (0, 0)
     assert (line["base_lr"], spoiled["base_lr"], line["top1"], spoiled["top1"]) == (3, 3, 100, 0)
 
 
