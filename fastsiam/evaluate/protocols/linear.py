@@ -37,6 +37,7 @@ from fastsiam.runtime.distributed import World
 # Share of the training images on which a sweep chooses its head.
 HELD_OUT = 0.1
 PASSES = 4
+STOPPED = "stopped; with a folder for results and without --cached the same command goes on after the last whole epoch"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
