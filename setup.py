@@ -20,6 +20,7 @@ setup(
         "fastsiam.configs": ["*.yaml"],
         "fastsiam.report": ["page.css", "page.html.j2"],
         "fastsiam.embed": ["neighbours.html.j2"],
+        "fastsiam.sweep": ["sweep.html.j2"],
     },
     install_requires=[
         "torch>=2.11",

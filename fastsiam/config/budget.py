@@ -30,6 +30,12 @@ class Budget:
     """The budget as the user wrote it."""
 
     @property
+    def is_time(self) -> bool:
+        """True for hours and minutes; money is also spent in seconds, but on several runs at once in each of them."""
+        match = _QUANTITY.fullmatch(self.text)
+        return match is not None and match[2] in SECONDS
+
+    @property
     def counts_steps(self) -> bool:
         """True where the number of steps does not depend on the machine: exact resume is promised."""
         return self.kind in ("epochs", "images")
@@ -65,6 +71,25 @@ def parse_budget(text: str, price_per_hour: float | None = None) -> Budget:
         text = f"budget_price_per_hour: null, but budget is {written}; set what an hour costs in {unit}"
         raise UserError(text, "no-price")
     return _positive("seconds", 3600 * number / price_per_hour, written)
+
+
+def part_of(text: str, share: float) -> str:
+    """Returns a share of a budget as a budget in the same unit, rounded down: `133s` is a ninth of `20min`.
+
+    `text`: one that `parse_budget` takes.
+    """
+    written = text.strip()
+    if match := _IMAGES.fullmatch(written):
+        return f"{_whole(float(match[1]) * COUNTS[match[2]] * share)} images"
+    number, unit = _QUANTITY.fullmatch(written).groups()
+    if unit in SECONDS:
+        return f"{_whole(float(number) * SECONDS[unit] * share)}s"
+    return f"{_whole(float(number) * share * 1e6) / 1e6:.6f}".rstrip("0").rstrip(".") + unit
+
+
+def _whole(number):
+    # 0.6 / 6 is a little less than 0.1.
+    return math.floor(number + 1e-6)
 
 
 def _positive(kind, amount, text):

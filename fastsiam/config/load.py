@@ -21,7 +21,8 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 # What may differ between two starts of one run: where things lie and how they are watched, not what is computed.
 OPERATIONAL = (
     "data.train", "data.val", "data.workers", "data.max_bad_fraction", "data.manifest", "data.demo_seed",
-    "train.max_steps", "train.log_every_steps", "train.watchdog_seconds", "train.checkpoint_activations",
+    "train.max_steps", "train.max_share", "train.log_every_steps", "train.watchdog_seconds",
+    "train.checkpoint_activations",
     "evaluate.knn_every_epochs", "evaluate.controls", "collapse.action",
     "checkpoint.every_seconds", "checkpoint.keep", "run.dir", "run.name", "run.fresh",
 )  # fmt: skip

@@ -22,6 +22,9 @@ class TrainConfig(Section):
     """Epochs to train; null with a budget."""
     max_steps: PositiveInt | None = None
     """Stops the run after so many steps; the schedule still spans the epochs or the budget."""
+    max_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Stops the run at this share of its epochs or budget, and measures it; the schedule still spans all of them. A
+    larger share resumes the run where it stopped: with epochs or images it is the run that was never stopped."""
     batch_size: Annotated[int, Field(gt=1)]
     """Images in a step over all ranks; each gives views.count views."""
     micro_batch: Annotated[int, Field(gt=1)] | None = None
@@ -53,6 +56,13 @@ class TrainConfig(Section):
     def micro_batches_of_one_size(self):
         check_micro_batch(self.batch_size, self.micro_batch)
         return self
+
+    def last_step(self, total: int | None) -> int | None:
+        """Returns the step at which a run ends whose whole schedule has `total` steps; None where only time or energy
+        ends it.
+        """
+        of_share = None if total is None else max(1, int(self.max_share * total))
+        return min((steps for steps in (of_share, self.max_steps) if steps), default=None)
 
 
 # Nine tenths of such an average are weights of the last 2,300 steps: less than an epoch of ImageNet at batch 512.

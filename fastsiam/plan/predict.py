@@ -46,15 +46,16 @@ def steps_per_epoch(config: Config, measured: Measured) -> int:
 
 
 def run_of_config(config: Config, measured: Measured) -> Run:
-    """Predicts the config's own epochs or budget, up to train.max_steps."""
-    run, most = run_of_budget(config, measured, config.to_spend), config.train.max_steps
-    if run.steps is None or most is None or most >= run.steps:
+    """Predicts the config's own epochs or budget, up to train.max_share and train.max_steps."""
+    run = run_of_budget(config, measured, config.to_spend)
+    most = run.steps and config.train.last_step(run.steps)
+    if not run.steps or most >= run.steps:
         return run
     return run_of_steps(config, measured, config.to_spend, most)
 
 
 def run_of_budget(config: Config, measured: Measured, budget: Budget) -> Run:
-    """Predicts the longest run that a budget pays for, without regard to train.max_steps."""
+    """Predicts the longest run that a budget pays for, without regard to where the config stops it."""
     planned = budget.steps(steps_per_epoch(config, measured), config.train.batch_size)
     if planned is not None:
         return run_of_steps(config, measured, budget, planned)

@@ -43,8 +43,8 @@ class Schedule:
     @property
     def last_step(self) -> int | None:
         """Last step of the whole schedule; None where time or energy ends it."""
-        known = [steps for steps in (self._planned(), self.config.train.max_steps) if steps]
-        return max(min(known), self.reached) if known else None
+        last = self.config.train.last_step(self._planned())
+        return None if last is None else max(last, self.reached)
 
     def place(self, step: int) -> tuple[int, int]:
         """Epoch of a step, from 0, and the images of that epoch that came before it."""

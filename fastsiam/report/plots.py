@@ -106,8 +106,11 @@ def dashes_of(index: int) -> tuple[float, ...]:
     return DASHES[index % len(DASHES)]
 
 
-def curves(panel: Panel, runs: Sequence[Run], axis: str) -> Figure | None:
-    """Returns the plot of a panel on one of `AXES`, a line for each run that has the field; None if no run has."""
+def curves(panel: Panel, runs: Sequence[Run], axis: str, looks: Sequence[int] | None = None) -> Figure | None:
+    """Returns the plot of a panel on one of `AXES`, a line for each run that has the field; None if no run has.
+
+    `looks`: which colour and dashes each run has, see `color_of`; None: its own.
+    """
     found = [(index, run.series(panel.kind, panel.field, axis)) for index, run in enumerate(runs)]
     found = [(index, series) for index, series in found if series is not None]
     if not found:
@@ -116,7 +119,8 @@ def curves(panel: Panel, runs: Sequence[Run], axis: str) -> Figure | None:
     with matplotlib.rc_context(_STYLE):
         figure, axes = _empty((4.0, 2.55), (0.125, 0.165, 0.855, 0.79))
         for index, series in found:
-            _draw_run(axes, panel, runs[index], index, series, axis, divisor, alone=len(runs) == 1)
+            look = looks[index] if looks else index
+            _draw_run(axes, panel, runs[index], look, series, axis, divisor, alone=len(runs) == 1)
         axes.set_xlabel({"time": f"training time, {unit}", "images": "images", "epochs": "epochs"}[axis], color=_INK)
         axes.set_xlim(0, max(series.x.max() for _, series in found) / divisor * 1.02 or 1)
         if panel.from_zero:

@@ -166,6 +166,8 @@ def schedule_line(config: Config, steps_per_epoch: int) -> str:
         worth = f" = {duration(budget.amount)}" if budget.kind == "seconds" else ""
         text = f"budget {budget.text}{worth}: {what}, start, compilation, evaluation and saving included"
     stop = f", stopping at step {most:,}" if most and (total is None or most < total) else ""
+    share = config.train.max_share
+    stop += f", stopping at {100 * share:g} % of it" if share < 1 else ""
     return f"schedule  {text}, {config.optimizer.schedule}{stop}"
 
 

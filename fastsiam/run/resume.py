@@ -116,6 +116,7 @@ def finished(config: Config, folder: RunFolder, progress: Progress, journal: Jou
         knn = earlier.get("knn_top1")
         journal.say(f"{path} is finished: step {step:,}" + ("" if knn is None else f", kNN {knn:.2f} %"))
         more = "train.epochs" if progress.budget.kind == "epochs" else "budget"
+        more = "train.max_share" if config.train.max_share < 1 else more
         journal.say(f"a larger {more} resumes it; run.fresh=true starts over in a new folder")
         return Result("done", str(path), step, knn)
     if ended == "collapsed" and config.collapse.action == "stop":

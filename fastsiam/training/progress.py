@@ -41,7 +41,7 @@ class Progress:
         self.state = state or State()
         self.steps_per_epoch, self.batch_size = steps_per_epoch, config.train.batch_size
         self.cost, self._world = cost, world
-        self._max_steps = config.train.max_steps
+        self._train = config.train
         self._save_cost = 0.0
         self.total_steps = self.budget.steps(steps_per_epoch, self.batch_size)
         """Of the whole schedule, where it is known before the end."""
@@ -55,13 +55,12 @@ class Progress:
     @property
     def last_step(self) -> int | None:
         """None where the run ends by time or energy."""
-        known = [steps for steps in (self.total_steps, self._max_steps) if steps]
-        return min(known, default=None)
+        return self._train.last_step(self.total_steps)
 
     @property
     def is_over(self) -> bool:
         state = self.state
-        return state.progress >= 1 or (self.last_step is not None and state.step >= self.last_step)
+        return state.progress >= self._train.max_share or (self.last_step is not None and state.step >= self.last_step)
 
     @property
     def epoch_is_over(self) -> bool:
@@ -69,9 +68,9 @@ class Progress:
 
     @property
     def share_done(self) -> float:
-        """As `value`, unless train.max_steps ends the run before."""
+        """As `value`, unless train.max_share or train.max_steps ends the run before."""
         state = self.state
-        return max(state.progress, state.step / self.last_step if self.last_step else 0.0)
+        return max(state.progress / self._train.max_share, state.step / self.last_step if self.last_step else 0.0)
 
     def advance(self) -> None:
         """Count a finished step; `update` follows."""
