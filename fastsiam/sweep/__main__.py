@@ -76,13 +76,14 @@ def _sweep(arguments) -> int:
     say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
     for line in opening_lines(plan, grid, devices):
         say(line)
-    _rehearse(plan, known)
+    for warning in _rehearse(plan, known):
+        say(warning)
     if arguments.dry_run:
         for variant in plan.variants:
             say(f"run       {plan.folder / variant.name}")
         return 0
     with opened(plan) as ledger:
-        stopped = train_all(plan, ledger, console, devices=devices)
+        stopped = train_all(plan, ledger, console, devices=devices, trainer=TRAINER)
         conclude(plan, ledger, console, f"{Path(arguments.config).stem}: {_keys(grid)}", _next(arguments, grid, plan))
         if stopped is not None:
             say("stopped   give the same command to go on")
@@ -93,7 +94,7 @@ def opening_lines(plan: Plan, grid: Grid, devices: list[str]) -> list[str]:
     """Returns what a sweep will do: how many runs, how long each and in all, where."""
     seeds = len({variant.seed for variant in plan.variants})
     runs, settings = len(plan.variants), len(plan.labels)
-    lines = [f"sweep     {runs} runs: {_keys(grid)} ({settings} settings, {seeds} seed{'s' if seeds > 1 else ''})"]
+    lines = [f"sweep     {_many(runs, 'run')}: {_keys(grid)} ({_many(settings, 'setting')}, {_many(seeds, 'seed')})"]
     where = f"GPUs {', '.join(devices)}" if devices else "CPU"
     lines.append(f"at once   {plan.at_once} on {where}")
     for number, part in enumerate(plan.rounds if len(plan.rounds) > 1 else ()):
@@ -109,14 +110,17 @@ def opening_lines(plan: Plan, grid: Grid, devices: list[str]) -> list[str]:
         whole = parse_budget(plan.budget, plan.variants[0].config.budget_price_per_hour)
         in_all = f"about {duration(whole.amount)} in all" if whole.is_time else f"{plan.budget} in all"
         lines.append(f"length    {in_all}, {plan.each} for a run that trains to its end")
-    what = "kNN on data.val" if plan.measure == "knn_top1" else "RankMe, without labels"
+    what = "kNN on data.val, or RankMe where a run has none" if plan.measure == "knn_top1" else "RankMe, without labels"
     lines.append(f"measure   {what}")
     lines.append(f"folder    {plan.folder}")
     return lines
 
 
-def _rehearse(plan: Plan, known: Ledger) -> None:
-    """Raises the `UserError` with which the first run and the last would both refuse to start; writes nothing."""
+def _rehearse(plan: Plan, known: Ledger) -> list[str]:
+    """Returns the warnings of a run that would start; writes nothing.
+
+    Raises the `UserError` with which the first run and the last would both refuse.
+    """
     waiting = [one for one in plan.variants if not known.is_final(one.name, 0)]
     refusals = []
     for variant in {one.name: one for one in (*waiting[:1], *waiting[-1:])}.values():
@@ -126,11 +130,12 @@ def _rehearse(plan: Plan, known: Ledger) -> None:
             done = subprocess.run([*TRAINER, "--config", str(config), "--dry-run"], capture_output=True, text=True)
         lines = [line for line in done.stderr.splitlines() if line.startswith("fastsiam: ")]
         if done.returncode != 2 or not lines or "[run-locked]" in lines[-1]:
-            return
+            return [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
         refusals.append(lines[-1].removeprefix("fastsiam: "))
     if refusals:
         sentence, _, code = refusals[0].rpartition(" [")
         raise UserError(sentence or refusals[0], code.rstrip("]") if sentence else "refused")
+    return []
 
 
 def _check_lengths(arguments, grid):
@@ -165,9 +170,9 @@ def _name(arguments, grid: Grid, base: Config) -> str:
 def _next(arguments, grid: Grid, plan: Plan):
     """The command that trains the winner to its whole length or, where it is trained so far, evaluates it."""
 
-    def command(best):
+    def command(best, measure):
         variant = best.runs[0][0]
-        if plan.budget is None and variant.config.data.val is not None:
+        if plan.budget is None and measure == "knn_top1":
             run, data = shlex.quote(str(plan.folder / variant.name)), variant.config.data
             sources = f"--train {shlex.quote(data.train)} --val {shlex.quote(data.val)}"
             return f"python -m fastsiam.evaluate linear {run} {sources}"
@@ -177,6 +182,10 @@ def _next(arguments, grid: Grid, plan: Plan):
         return f"python -m fastsiam.train --config {shlex.quote(arguments.config)} {typed}".strip()
 
     return command
+
+
+def _many(count, noun):
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _keys(grid):

@@ -90,7 +90,7 @@ class Child:
         status = _STATUSES.get(code, "crashed")
         numbers = {}
         if status not in ("refused", "crashed") and (self.folder / "config.yaml").exists():
-            numbers = numbers_of(open_run(self.folder, variant.name), self._plan.measure, status == "done")
+            numbers = numbers_of(open_run(self.folder, variant.name), status == "done")
         reason = read_status(self.folder).get("reason") if status in ("collapsed", "not finite", "stuck") else None
         said = "" if status == "done" else reason or self._last_words()
         return Ended(variant.name, variant.label, variant.seed, self.number, status, code, said, **numbers)
@@ -112,16 +112,14 @@ class Child:
         return said
 
 
-def numbers_of(run: Run, measure: str, is_done: bool) -> dict:
-    """Returns the numbers of a run folder as fields of `Ended`; a score only of a run that is done."""
+def numbers_of(run: Run, is_done: bool) -> dict:
+    """Returns the numbers of a run folder as fields of `Ended`; kNN and RankMe only of a run that is done."""
     images, seconds = run.last("images_seen"), run.last("train_seconds")
     step = run.status.get("step")
-    kind = "knn" if measure == "knn_top1" else "spectrum"
-    # That of the end, and not an earlier one where features are not finite.
-    lines = [line for line in run.of_kind(kind) if line.get("step") == step and "control" not in line]
-    last = lines[-1] if lines else {}
+    # Those of the end, and not earlier ones where features are not finite.
+    at_end = [line for line in run.lines if line.get("step") == step and "control" not in line] if is_done else []
     return {
-        "score": last.get(measure) if is_done else None,
+        **{name: next((line[name] for line in at_end if name in line), None) for name in ("knn_top1", "rankme")},
         "loss": run.last("loss", "train"),
         "std_ratio": run.last("std_ratio", "collapse", "end"),
         "images_per_second": images / seconds if images and seconds else None,

@@ -150,7 +150,7 @@ class _Work:
         if ended.status != "done":
             self._given_up.add(ended.name)
         self._ledger.add(ended)
-        self._say(f"{f'{so_far}/{of}':9} {ended.name}  {_summary(ended, self._plan)}")
+        self._say(f"{f'{so_far}/{of}':9} {ended.name}  {_summary(ended)}")
 
     def _show(self, number, there, waiting):
         if not self._running or not self._line.is_due():
@@ -183,10 +183,11 @@ def exit_code(plan: Plan, ledger: Ledger, stopped: int | None) -> int:
     return code if code in (2, 3, 4, 5) else int(ExitCode.ERROR)
 
 
-def _summary(ended: Ended, plan: Plan) -> str:
+def _summary(ended: Ended) -> str:
     if ended.status != "done":
         return f"{ended.status}: {ended.said}"
-    score = scores.described(scores.measured([ended.score]), plan.measure)
+    measure = "rankme" if ended.knn_top1 is None else "knn_top1"
+    score = scores.described(scores.measured([getattr(ended, measure)]), measure)
     loss = "" if ended.loss is None else f"  loss {ended.loss:+.3f}"
     rate = "" if ended.images_per_second is None else f"  {ended.images_per_second:,.0f} img/s"
     return f"{score}{loss}{rate}" + ("" if ended.seconds is None else f"  {duration(ended.seconds)}")

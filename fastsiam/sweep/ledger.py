@@ -27,8 +27,9 @@ class Ended:
     exit_code: int
     said: str = ""
     """Sentence with which it failed."""
-    score: float | None = None
-    """kNN in percent, or RankMe."""
+    knn_top1: float | None = None
+    """Percent, at the end of the round; None without labelled images."""
+    rankme: float | None = None
     loss: float | None = None
     std_ratio: float | None = None
     images_per_second: float | None = None

@@ -22,20 +22,20 @@ def conclude(
     ledger: Ledger,
     console: Console,
     title: str,
-    go_on: Callable[[Setting], str] | None = None,
+    go_on: Callable[[Setting, str], str] | None = None,
 ) -> list[Setting]:
     """Prints the table, what is best and what failed; writes sweep.json and report.html; returns the rows.
 
-    `go_on`: the command that goes on with the winner.
+    `go_on(best, measure)`: the command that goes on with the winner.
     """
     from fastsiam.sweep.page import page
 
-    rows = scores.table(plan, ledger)
+    rows, measure = scores.table(plan, ledger), scores.measure_in(plan, ledger)
     sentence = scores.verdict(plan, ledger, rows)
-    command = go_on(rows[0]) if go_on and rows and rows[0].score else None
+    command = go_on(rows[0], measure) if go_on and rows and rows[0].score else None
     say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
     say("")
-    for line in text_of(plan, rows):
+    for line in text_of(plan, rows, measure):
         say(line)
     say("")
     for variant, ended in failures(rows):
@@ -43,8 +43,8 @@ def conclude(
     say(f"best      {sentence}")
     if command:
         say(f"go on     {command}")
-    document = page(plan, rows, title, sentence, command).encode("utf-8", errors="backslashreplace")
-    for name, data in ((TABLE, _json(plan, rows, sentence)), (PAGE, document)):
+    document = page(plan, rows, measure, title, sentence, command).encode("utf-8", errors="backslashreplace")
+    for name, data in ((TABLE, _json(plan, rows, measure, sentence)), (PAGE, document)):
         try:
             replace_file(plan.folder / name, data)
         except OSError as error:
@@ -59,7 +59,7 @@ def failures(rows: Sequence[Setting]) -> list:
     return [(variant, end) for row in rows for variant, end in row.runs if end is not None and end.status != "done"]
 
 
-def _json(plan, rows, sentence):
+def _json(plan, rows, measure, sentence):
     """One object, with a line for each setting and each run."""
     settings = [
         {
@@ -70,7 +70,7 @@ def _json(plan, rows, sentence):
         for row in rows
     ]  # fmt: skip
     runs = [asdict(end) for row in rows for _, end in row.runs if end is not None]
-    lines = [f'"measure": {json.dumps(plan.measure)}', f'"budget": {json.dumps(plan.budget)}']
+    lines = [f'"measure": {json.dumps(measure)}', f'"budget": {json.dumps(plan.budget)}']
     lines += [f'"best": {json.dumps(sentence)}']
     for name, found in (("settings", settings), ("runs", runs)):
         lines.append(f'"{name}": [\n' + ",\n".join(json.dumps(one) for one in found) + "\n]")

@@ -12,7 +12,7 @@ import fastsiam
 from fastsiam.errors import UserError
 from fastsiam.report import plots, summary
 from fastsiam.report.read_run import AXES, Run, open_run
-from fastsiam.sweep import table
+from fastsiam.sweep import scores, table
 from fastsiam.sweep.plan import Plan
 from fastsiam.sweep.scores import Setting
 
@@ -23,8 +23,11 @@ _FOLDER = Path(__file__).parent
 _STYLE = _FOLDER.parent / "report" / "page.css"
 
 
-def page(plan: Plan, rows: Sequence[Setting], title: str, sentence: str, command: str | None) -> str:
-    """Returns the whole document. `sentence`: which setting is best; `command`: what to type next, or None."""
+def page(plan: Plan, rows: Sequence[Setting], measure: str, title: str, sentence: str, command: str | None) -> str:
+    """Returns the whole document.
+
+    `measure`: what `rows` are compared by; `sentence`: which setting is best; `command`: what to type next, or None.
+    """
     drawn = list(rows[:DRAWN])
     runs, looks = [], []
     for index, row in enumerate(drawn):
@@ -39,12 +42,13 @@ def page(plan: Plan, rows: Sequence[Setting], title: str, sentence: str, command
     return environment.get_template("sweep.html.j2").render(
         title=title,
         plan=plan,
+        measure=measure,
         sentence=sentence,
         command=command,
         rows=rows,
         drawn=drawn,
-        columns=table.columns(plan, rows),
-        runs=_lines(plan, rows),
+        columns=table.columns(plan, rows, measure),
+        runs=_lines(plan, rows, measure),
         panels=panels,
         axes=[axis for axis in AXES if any(axis in of_axis for _, of_axis in panels)],
         plots=plots,
@@ -69,7 +73,7 @@ def _panels(runs: Sequence[Run], looks: Sequence[int], title: str):
     return found
 
 
-def _lines(plan, rows):
+def _lines(plan, rows, measure):
     """A line for each run, with a link to its own report where that was written."""
     found = []
     for row in rows:
@@ -81,8 +85,8 @@ def _lines(plan, rows):
                     "link": f"{quote(variant.name)}/report.html" if has_report else None,
                     "tone": summary.STATUSES.get(ended.status, ("", "bad"))[1] if ended else "neutral",
                     "status": ended.status if ended else "waiting",
-                    "score": "–" if ended is None or ended.score is None else f"{ended.score:.2f}",
-                    "loss": "–" if ended is None or ended.loss is None else f"{ended.loss:.3f}".replace("-", "−"),
+                    "score": scores.number(scores.measured([ended and getattr(ended, measure)]), 2),
+                    "loss": scores.number(scores.measured([ended and ended.loss]), 3).replace("-", "−"),
                     "step": "–" if ended is None or ended.step is None else f"{ended.step:,}",
                     "said": ended.said if ended else "",
                 }

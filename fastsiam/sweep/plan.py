@@ -55,7 +55,7 @@ class Plan:
     variants: tuple[Variant, ...]
     rounds: tuple[Round, ...]
     measure: str
-    """`knn_top1` or `rankme`: what settings are compared by, the larger the better."""
+    """`knn_top1` or `rankme`: what settings can be compared by as their configs say, the larger the better."""
     budget: str | None = None
     """Of the whole sweep."""
     each: str | None = None
@@ -183,14 +183,13 @@ def _parsed(budget, price) -> Budget:
 
 
 def _too_little(plan, whole, needed):
-    unit = {"seconds": "s", "images": " images", "joules": "J"}[whole.kind]
     ask = f"{math.ceil(needed):,} images" if whole.kind == "images" else f"{math.ceil(needed / 60)}min"
     if not whole.is_time and whole.kind != "images":
         ask = f"{needed / whole.amount:.1f} times as much"
     runs, rounds = len(plan.variants), len(plan.rounds)
     halved = f" in {rounds} rounds" if rounds > 1 else ""
     return (
-        f"--budget: {plan.budget} ({whole.amount:g}{unit}) is too little for {runs} runs{halved}, {plan.at_once} at "
+        f"--budget: {plan.budget} is too little for {runs} runs{halved}, {plan.at_once} at "
         f"once; give {ask} or more, or fewer values"
     )
 

@@ -56,17 +56,28 @@ def measured(numbers: Sequence[float | None]) -> Measured | None:
     return Measured(len(known), statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
+def measure_in(plan: Plan, ledger: Ledger) -> str:
+    """Returns what the runs are compared by: that of the plan, and RankMe where a run that is done has no kNN.
+
+    A run leaves kNN out, with a warning, where data.val does not exist or does not belong to data.train.
+    """
+    ends = [ledger.last(variant.name) for variant in plan.variants]
+    without = any(end and end.status == "done" and end.knn_top1 is None and end.rankme is not None for end in ends)
+    return "rankme" if without else plan.measure
+
+
 def at_round(plan: Plan, ledger: Ledger, label: str, number: int) -> Setting:
     """Returns a setting as it was at the end of round `number`."""
     runs = tuple((variant, ledger.of(variant.name, number)) for variant in plan.variants if variant.label == label)
     ended = [end for _, end in runs if end is not None]
     done = [end for end in ended if end.status == "done"]
+    measure = measure_in(plan, ledger)
     return Setting(
         label=label,
         values=dict(runs[0][0].values),
         round=number,
         share=plan.rounds[number].share,
-        score=measured([end.score for end in done]),
+        score=measured([getattr(end, measure) for end in done]),
         loss=measured([end.loss for end in done]),
         std_ratio=measured([end.std_ratio for end in ended]),
         images_per_second=measured([end.images_per_second for end in ended]),
@@ -104,18 +115,18 @@ def verdict(plan: Plan, ledger: Ledger, rows: Sequence[Setting]) -> str:
 
     Two settings are compared at the end of the last round that both have trained in.
     """
-    best = rows[0] if rows else None
+    best, measure = rows[0] if rows else None, measure_in(plan, ledger)
     if best is None or best.score is None:
         return "no run has a result to compare"
     over = f" over {best.score.n} seeds" if best.score.n > 1 else ""
-    text = f"{best.label}: {described(best.score, plan.measure)}{over}"
+    text = f"{best.label}: {described(best.score, measure)}{over}"
     others = [row for row in rows[1:] if row.score is not None]
     if not others:
         return f"{text}; nothing to compare it with"
     second = others[0]
     best_then = at_round(plan, ledger, best.label, second.round)
     lead = best_then.score.mean - second.score.mean
-    points = "points" if plan.measure == "knn_top1" else "directions"
+    points = "points" if measure == "knn_top1" else "directions"
     when = (
         f" at {100 * second.share:g} % of the schedule, where it was last compared" if second.round < best.round else ""
     )

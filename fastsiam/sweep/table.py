@@ -7,14 +7,14 @@ from fastsiam.sweep.plan import Plan
 from fastsiam.sweep.scores import Setting
 
 
-def columns(plan: Plan, rows: Sequence[Setting]) -> list[tuple[str, bool, list[str]]]:
-    """Returns the columns of the table as (heading, is a number, cells)."""
+def columns(plan: Plan, rows: Sequence[Setting], measure: str) -> list[tuple[str, bool, list[str]]]:
+    """Returns the columns of the table as (heading, is a number, cells); `measure`: see `measure_in`."""
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     found = [(key, False, [row.values.get(key, "–") for row in rows]) for key in keys]
     if not keys:
         found = [("setting", False, [row.label for row in rows])]
     found.append(("n", True, [str(row.score.n if row.score else 0) for row in rows]))
-    heading = "kNN, %" if plan.measure == "knn_top1" else "RankMe"
+    heading = "kNN, %" if measure == "knn_top1" else "RankMe"
     found.append((heading, True, [scores.number(row.score, 2) for row in rows]))
     if len(plan.rounds) > 1:
         found.append(("of the schedule", True, [f"{100 * row.share:g} %" for row in rows]))
@@ -25,9 +25,9 @@ def columns(plan: Plan, rows: Sequence[Setting]) -> list[tuple[str, bool, list[s
     return found
 
 
-def text_of(plan: Plan, rows: Sequence[Setting]) -> list[str]:
+def text_of(plan: Plan, rows: Sequence[Setting], measure: str) -> list[str]:
     """Returns the table as lines of text, numbers to the right."""
-    found = columns(plan, rows)
+    found = columns(plan, rows, measure)
     widths = [max(map(len, (heading, *cells))) for heading, _, cells in found]
     lines = []
     for cells in ([heading for heading, _, _ in found], *zip(*(cells for _, _, cells in found), strict=True)):

@@ -46,7 +46,8 @@ def main():
     where = {"step": step, "images_seen": 8 * step, **FIELDS}
     lines = [{"kind": "train", **where, "loss": -quality / 10, "progress": config.train.max_share}]
     lines += [{"kind": "collapse", **where, "std_ratio": 0.5 + config.train.seed / 10}]
-    lines += [{"kind": "knn", **where, "knn_top1": score}, {"kind": "spectrum", **where, "rankme": 2 * score}]
+    lines += [{"kind": "knn", **where, "knn_top1": score}] if config.data.val == "data/demo/val" else []
+    lines += [{"kind": "spectrum", **where, "rankme": 2 * score}]
     with open(os.path.join(folder, "metrics.jsonl"), "a") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     with open(os.path.join(folder, "status.json"), "w") as file:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from fastsiam.config import load_config
 from fastsiam.run.reading import ending
-from fastsiam.sweep import slots
+from fastsiam.sweep import scores, slots
 from fastsiam.sweep.engine import exit_code, opened, train_all
 from fastsiam.sweep.grid import parse, variants_of
 from fastsiam.sweep.outcome import conclude
@@ -27,8 +27,8 @@ FAKE = (sys.executable, "-m", "tests.support.fake_train")
 def sweep(tmp_path, capsys):
     """A function that trains a grid of fake runs; returns plan, ledger and the signal that stopped it."""
 
-    def train(*arguments, devices=(), **options):
-        plan = plan_of(variants_of("quickstart", parse(arguments)), tmp_path / "sweep", **options)
+    def train(*arguments, devices=(), folder="sweep", **options):
+        plan = plan_of(variants_of("quickstart", parse(arguments)), tmp_path / folder, **options)
         with opened(plan) as ledger:
             stopped = train_all(plan, ledger, Console(), devices=devices, trainer=FAKE)
         return plan, ledger, stopped
@@ -58,7 +58,7 @@ def test_a_failing_run_stops_no_other_and_is_tried_again(sweep, tmp_path, capsys
         "base_lr=4": ("done", ""),
     }
     assert (stopped, exit_code(plan, ledger, stopped)) == (None, 2)
-    rows = conclude(plan, ledger, Console(), "title", lambda best: f"train {best.label}")
+    rows = conclude(plan, ledger, Console(), "title", lambda best, measure: f"train {best.label}")
     assert [row.label for row in rows][:2] == ["base_lr=4", "base_lr=2"]
     said = capsys.readouterr().out
     assert "best      base_lr=4: kNN 40.00 %; 20.00 points above base_lr=2" in said
@@ -89,7 +89,10 @@ def test_page_and_table_have_the_numbers(sweep, tmp_path):
 
 def test_rankme_is_compared_where_there_are_no_labels(sweep):
     plan, ledger, _ = sweep("optimizer.base_lr=2,4", "data.val=null")
-    assert [ledger.last(one.name).score for one in plan.variants] == [40.0, 80.0]
+    assert [row.score.mean for row in scores.table(plan, ledger)] == [80.0, 40.0]
+    # Of a run that has left kNN out there is RankMe, which then compares all of them.
+    plan, ledger, _ = sweep("optimizer.base_lr=2,4", "data.val=elsewhere,data/demo/val", folder="other")
+    assert [row.score.mean for row in scores.table(plan, ledger)] == [80.0, 80.0, 40.0, 40.0]
 
 
 def test_halving_resumes_the_same_folders_further(sweep, tmp_path):
@@ -133,7 +136,7 @@ def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(sweep, tmp_path,
     assert (stopped, exit_code(plan, ledger, stopped)) == (number, 128 + number)
     # Both have saved, and the others were not begun.
     assert all(path.with_name("saved").exists() for path in trains)
-    assert [start["name"] for start in starts(tmp_path)] == ["base_lr=9_seed=0", "base_lr=9_seed=1"]
+    assert sorted(start["name"] for start in starts(tmp_path)) == ["base_lr=9_seed=0", "base_lr=9_seed=1"]
     plan, ledger, stopped = sweep(*arguments, at_once=2)
     assert (stopped, exit_code(plan, ledger, stopped)) == (None, 0)
 

@@ -30,7 +30,7 @@ def known(tmp_path):
                     name = next(one.name for one in variants if (one.label, one.seed) == (label, seed))
                     failed = isinstance(score, str)
                     more = {"status": score if failed else "done", "exit_code": 0}
-                    ledger.add(Ended(name, label, seed, number, score=None if failed else score, **more))
+                    ledger.add(Ended(name, label, seed, number, knn_top1=None if failed else score, **more))
         return plan, ledger
 
     return make

@@ -3,7 +3,9 @@
 import functools
 import json
 
+import numpy as np
 import pytest
+import torch
 
 from fastsiam.config import load_config
 from fastsiam.optim.build import scale_at
@@ -19,7 +21,7 @@ from fastsiam.training.progress import Progress
 from fastsiam.training.state import State
 from tests.support.gloo_ranks import world as gloo_world
 from tests.support.refusals import refuses
-from tests.support.runs import lines
+from tests.support.runs import lines, numbers, train_here, weights
 
 
 class Clock:
@@ -137,6 +139,33 @@ def test_without_labels_nothing_is_kept_back_and_max_steps_end_a_budget_before(b
         clock = Clock()
         result = spend(budgeted("budget=20s", *more), clock, monkeypatch)
         assert (result.step, clock.now) == (step, step)
+
+
+def test_a_run_goes_on_at_a_share_of_its_time_with_the_same_schedule(budgeted, monkeypatch, tmp_path):
+    """100 s, of which the first half ends at progress 0.5, and kNN comes on top of it."""
+    clock = Clock()
+    half = spend(budgeted("budget=100s", "train.max_share=0.5"), clock, monkeypatch)
+    # 97 s are left for steps; kNN at the tenth step, and 48.5 s spent after 46 steps and the first kNN.
+    assert (half.status, half.step, clock.now) == ("done", 46, 46 + 3 + 3)
+    whole = spend(budgeted("budget=100s"), clock, monkeypatch)
+    assert (whole.status, clock.now) == ("done", 100)
+    steps = train_lines(tmp_path / "runs/run")
+    assert len(steps) == whole.step == 94 - 3
+    config = load_config("quickstart", budgeted("budget=100s"))
+    expected = [config.learning_rate * scale_at(line["progress"], "cosine", config.optimizer.warmup) for line in steps]
+    assert [line["lr"] for line in steps[47:]] == pytest.approx(expected[46:-1])
+    assert not [line for line in lines(tmp_path / "runs/run") if line.get("code") == "larger-budget"]
+
+
+def test_a_run_that_goes_on_from_a_share_is_the_run_that_was_never_stopped(tiny, tmp_path):
+    """Seven of 20 steps, in mid-epoch, then the rest."""
+    once = train_here(tiny("run.name=once"))[0]
+    part = train_here(tiny("train.max_share=0.35"))[0]
+    assert (part.status, part.step, part.knn_top1 is not None) == ("done", 7, True)
+    rest = train_here(tiny("train.max_share=1.0"))[0]
+    assert (rest.step, rest.knn_top1) == (once.step, once.knn_top1)
+    torch.testing.assert_close(weights(tmp_path / "runs/run"), weights(tmp_path / "runs/once"), rtol=0, atol=0)
+    assert np.array_equal(*(numbers(tmp_path / "runs" / name, "train", "loss", "lr") for name in ("run", "once")))
 
 
 def test_work_that_a_kill_has_lost_is_spent(budgeted, monkeypatch, tmp_path):
