@@ -117,7 +117,7 @@ def opened(
             yield None, result
             return
         torch.manual_seed(config.train.seed)
-        method = build_method(config, world.size)
+        method = build_method(config, world.size, world.rank)
         if weights is not None:
             weights.load_into(method.encoder)
         method.to(runtime.device)
@@ -152,12 +152,12 @@ def train(
         for batch in run.log.timed(data.epoch(progress)):
             rate = set_learning_rate(step.optimizer, config, state.progress, state.epoch_progress)
             evaluation.remember(batch.views, batch.indices)
-            out = step(batch.views, state.step + 1, batch.indices)  # nothing is read back from the device
+            # Nothing is read back from the device.
+            out = step(batch.views, state.step + 1, batch.indices, state.progress)
             run.finished_step(step)
             evaluation.learn(out["features"], batch.labels)
             progress.advance()
             asked = run.ask_ranks()  # one exchange; brings progress up to date
-            step.method.after_step(progress.value, out)
             if run.must_read(asked) or evaluation.is_due:
                 reading = run.read(step, evaluation)  # waits for the device
                 if reading.is_nonfinite:

@@ -35,21 +35,25 @@ def info_nce(queries, keys, positives, temperature, *, selves=None):
     """The mean over queries of -log exp(q_i.k_p / T) / sum_{j != self} exp(q_i.k_j / T), p the positive of query i.
 
     `nt_xent` of one rank among several: `queries` [n, D] are its rows, `keys` [M, D] all ranks' rows, gathered with
-    gradient, `positives` [n] and `selves` [n] (int64) where in `keys` a query's positive and the query itself are. The
-    average over ranks of these losses has the value and the gradient of `nt_xent` on all rows. Without `selves` no key
-    is left out. Queries and keys both get gradients; otherwise as `nt_xent`.
+    gradient, `positives` [n] or [n, P] and `selves` [n] (int64) where in `keys` a query's positives and the query
+    itself are. The average over ranks of these losses has the value and the gradient of `nt_xent` on all rows. Without
+    `selves` no key is left out. Queries and keys both get gradients; otherwise as `nt_xent`.
     """
     if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1] or 0 in (*queries.shape, *keys.shape):
         shapes = tuple(queries.shape), tuple(keys.shape)
         raise ValueError(f"info_nce: queries must be [n, D] and keys [M, D], got {shapes}")
     for name, index in (("positives", positives), ("selves", selves)):
-        if index is not None and (index.dtype != torch.int64 or index.shape != queries.shape[:1]):
+        if index is None:
+            continue
+        columns = index.shape[1:] if name == "positives" and index.ndim == 2 else ()
+        if index.dtype != torch.int64 or index.shape != (len(queries), *columns):
             found = f"{tuple(index.shape)} of {index.dtype}"
             raise ValueError(f"info_nce: {name} must be int64 [n], n = {len(queries)}, got {found}")
     queries, keys = _unit(queries, keys.dtype), _unit(keys, queries.dtype)
     temperature = _scalar("info_nce", temperature, queries)
-    similarity = (queries * keys.index_select(0, positives)).sum(1)
-    return info_nce_lse(queries, keys, temperature, selves).mean() - similarity.mean() / temperature
+    columns = positives.view(len(queries), -1).unbind(1)
+    pairs = [(queries * keys.index_select(0, column)).sum(1) for column in columns]
+    return info_nce_lse(queries, keys, temperature, selves).mean() - torch.stack(pairs).mean() / temperature
 
 
 def info_nce_queue(queries, keys, queue, temperature):

@@ -45,7 +45,14 @@ def _load(name_or_path, overrides):
     path = find_config(name_or_path)
     values = _read(path)
     demo_folder = _folder_of_demo(values)
+    method = _name_of_method(values)
     overridden = {apply_override(Config, values, override) for override in overrides}
+    if "method" not in overridden and _name_of_method(values) != method:
+        # Another method than the file's has its own defaults.
+        values["method"] = {}
+        for override in overrides:
+            if override.startswith("method."):
+                apply_override(Config, values, override)
     _let_the_override_win(values, overridden)
     if demo_folder and demo_folder != _folder_of_demo(values) and not overridden & {"data", "data.demo_seed"}:
         # The file asks for demo images in its own folder; the user's folder must not get them.
@@ -100,6 +107,11 @@ def _let_the_override_win(values: dict, overridden: set[str]) -> None:
         train["epochs"] = None
     if "train.epochs" in overridden and "budget" not in overridden and train["epochs"] is not None:
         values["budget"] = None
+
+
+def _name_of_method(values: dict) -> object:
+    method = values.get("method")
+    return method.get("name") if isinstance(method, dict) else None
 
 
 def _folder_of_demo(values: dict) -> str | None:

@@ -1,30 +1,16 @@
-"""Sections model, method and optimizer of a config."""
+"""Sections model and optimizer of a config."""
 
 import os
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from fastsiam.config.data_sections import PositiveFloat, PositiveInt, Section
+from fastsiam.config.data_sections import PositiveFloat, Section
 from fastsiam.config.encoder_names import check_name, check_options
 from fastsiam.errors import UserError
 
 # eta of SimCLR, BYOL and the paper's own linear evaluation.
 LARS_TRUST = 0.001
-
-
-class ProjectorConfig(Section):
-    layers: Annotated[int, Field(ge=1)]
-    """Linear layers of the projector; the paper has 3, and 2 for CIFAR-10."""
-    hidden: PositiveInt
-    """Width of the layers before the last one."""
-    out: PositiveInt
-    """Dimensions of the projection, and of the prediction."""
-
-
-class PredictorConfig(Section):
-    hidden: PositiveInt
-    """Width of the predictor's bottleneck; the paper has a quarter of projector.out."""
 
 
 class ModelConfig(Section):
@@ -73,22 +59,6 @@ class ModelConfig(Section):
         return self
 
 
-class SimSiamConfig(Section):
-    """Method SimSiam (arXiv 2011.10566) and its heads."""
-
-    name: Literal["simsiam"]
-    """Training method."""
-    projector: ProjectorConfig
-    predictor: PredictorConfig
-    stop_gradient: bool = True
-    """Stops the gradient at the target branch; false is the paper's Figure 2, where the run collapses."""
-
-
-HEADS = ("projector", "predictor")
-# Each method is a section of its own, with its own heads; `name` says which.
-MethodConfig = SimSiamConfig
-
-
 class OptimizerConfig(Section):
     name: Literal["sgd", "lars"]
     """Optimizer. lars (arXiv 1708.03888) is for batches above 1024 and needs other rates, see r50_100ep_b4096.yaml."""
@@ -104,6 +74,9 @@ class OptimizerConfig(Section):
     dimension."""
     lars_trust: PositiveFloat = LARS_TRUST
     """LARS moves a tensor w by at most lr * lars_trust * |w|, before momentum; sgd does not use it."""
+    lars_vectors: Literal["exempt", "adapted"] = "exempt"
+    """Parameters of one dimension under LARS. exempt: neither rescaled nor decayed (SimCLR, BYOL); adapted: as all
+    others (SwAV)."""
     schedule: Literal["cosine_per_epoch", "cosine", "constant"]
     """Learning rate over the run. cosine_per_epoch: a cosine to 0 that changes between epochs (the paper's code);
     cosine: the same, changed at each step; constant."""
@@ -119,6 +92,12 @@ class OptimizerConfig(Section):
             raise UserError(
                 "optimizer.implementation: apex has no LARS; set optimizer.implementation=torch, or optimizer.name=sgd",
                 "apex-with-lars",
+            )
+        if self.name == "sgd" and self.lars_vectors != "exempt":
+            raise UserError(
+                f"optimizer.lars_vectors: {self.lars_vectors} has no effect with optimizer.name=sgd; set "
+                "optimizer.name=lars, or optimizer.lars_vectors=exempt",
+                "vectors-without-lars",
             )
         if self.name == "sgd" and self.lars_trust != LARS_TRUST:
             raise UserError(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastsiam.config.schema import Config
 from fastsiam.config.views import RECIPES
@@ -26,10 +26,11 @@ class Key:
 def keys() -> dict[str, Key]:
     """Returns all keys by name, in the order of the schema; sections are not among them."""
     schema = Config.model_json_schema()
-    found: dict[str, Key] = {}
-    for key in _walk(schema, schema["$defs"], ""):
-        found.setdefault(key.name, key)
-    return found
+    found: dict[str, dict[str, Key]] = {}
+    for key, owner in _walk(schema, schema["$defs"], ""):
+        found.setdefault(key.name, {})[owner] = key
+    of_all = max(map(len, found.values()))
+    return {name: _merged(owners, of_all) for name, owners in found.items()}
 
 
 def find(name: str) -> list[Key]:
@@ -40,14 +41,37 @@ def find(name: str) -> list[Key]:
     return found
 
 
-def _walk(schema: dict, definitions: dict, prefix: str) -> Iterator[Key]:
+def _merged(owners: dict[str, Key], of_all: int) -> Key:
+    """One key of what the sections of a union, by their names, say of it; a key of no union has the owner ""."""
+    keys, names = list(owners.values()), ", ".join(owners)
+    if len(keys) == 1:
+        return replace(keys[0], documentation=f"{names}: {keys[0].documentation}") if names else keys[0]
+    texts, defaults = _by_text(owners, "documentation"), _by_text(owners, "default")
+    return Key(
+        keys[0].name,
+        " ".join(text if len(of) == of_all else f"{', '.join(of)}: {text}" for text, of in texts.items()),
+        " or ".join(dict.fromkeys(key.range for key in keys)),
+        _listed([text if len(defaults) == 1 else f"{text} ({', '.join(of)})" for text, of in defaults.items()]),
+    )
+
+
+def _by_text(owners, field):
+    """Owners of each text of one field of a key, in order."""
+    texts: dict[str, list[str]] = {}
+    for owner, key in owners.items():
+        texts.setdefault(getattr(key, field), []).append(owner)
+    return texts
+
+
+def _walk(schema: dict, definitions: dict, prefix: str, owner: str = "") -> Iterator[tuple[Key, str]]:
     for name, field in schema["properties"].items():
         sections = list(_sections(field, definitions))
         for section in sections:
-            yield from _walk(section, definitions, f"{prefix}{name}.")
+            of_union = section["properties"].get("name", {}).get("const", "") if "discriminator" in field else owner
+            yield from _walk(section, definitions, f"{prefix}{name}.", of_union)
         if not sections:
             documentation = " ".join(field.get("description", "").split())
-            yield Key(prefix + name, documentation, _range(field), _default(prefix + name, field, schema))
+            yield Key(prefix + name, documentation, _range(field), _default(prefix + name, field, schema)), owner
 
 
 def _sections(field: dict, definitions: dict) -> Iterator[dict]:
@@ -64,6 +88,8 @@ def _default(name, field, schema):
     number = name.removeprefix("views.")
     if number != name and all(number in recipe.numbers() for recipe in RECIPES.values()):
         return "by views.recipe"
+    if name.startswith(("method.projector.", "method.predictor.")):
+        return "by method.name"
     is_required = name.rpartition(".")[2] in schema.get("required", ())
     return "required" if is_required else json.dumps(field.get("default")).strip('"')
 

@@ -10,8 +10,9 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from fastsiam.config.budget import EXAMPLES, Budget, parse_budget
 from fastsiam.config.data_sections import DataConfig, PositiveFloat, PositiveInt, Section, ViewsConfig
+from fastsiam.config.method_sections import HEADS, MethodConfig, check_method
 from fastsiam.config.micro_batch import check_micro_batch
-from fastsiam.config.model_sections import HEADS, MethodConfig, ModelConfig, OptimizerConfig
+from fastsiam.config.model_sections import ModelConfig, OptimizerConfig
 from fastsiam.config.views import ViewGroup, spec_of, stages_of
 from fastsiam.config.yaml_file import check, set_value
 from fastsiam.errors import UserError
@@ -197,6 +198,11 @@ class Config(Section):
             )
         # Its property raises for a budget that cannot be parsed.
         return self.to_spend and self
+
+    @model_validator(mode="after")
+    def a_method_fits_its_views(self):
+        check_method(self.method, sum(group.count for group in self.views), self.train.batch_size)
+        return self
 
     @model_validator(mode="after")
     def a_classifier_has_labels(self):

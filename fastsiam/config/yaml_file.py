@@ -141,24 +141,60 @@ _CODES = {
 
 def _explained(model, problem: dict) -> UserError:
     known = schema_keys(model)
-    # Without the place in a list of sections, which has the keys of one.
-    parts = [part for part in problem["loc"] if isinstance(part, str)]
+    parts = place = _parts(model, problem["loc"])
     while parts and ".".join(parts) not in known and problem["type"] != "extra_forbidden":
-        parts.pop()
+        parts = parts[:-1]
     key, value, kind = ".".join(parts), problem["input"], problem["type"]
     if kind == "extra_forbidden":
-        return UserError(f"{key} is not a key{did_you_mean(model, key)}", "unknown-key")
+        return _unknown(model, key, problem["loc"])
     if kind == "missing":
-        return UserError(f"{'.'.join(p for p in problem['loc'] if isinstance(p, str))} is missing", "missing-key")
+        return UserError(f"{'.'.join(place)} is missing", "missing-key")
     if kind == "value_error":
         error = problem["ctx"]["error"]
         return UserError(str(error), getattr(error, "code", None))
-    if kind == "model_type":
+    if kind in ("model_type", "model_attributes_type"):
         return UserError(
             f"{key}: {shown(value)} is a value, and {key} is a section; write {key}.KEY=VALUE", "not-a-section"
         )
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        return _unknown_section(model.model_fields[key], f"{key}.{problem['ctx']['discriminator'][1:-1]}", value)
     message = problem["msg"].replace("Input should be", "should be")
     return UserError(f"{key}: {shown(value)} {message}", _CODES.get(kind, "wrong-type"))
+
+
+def _parts(model, place: tuple) -> list[str]:
+    """Names on the way to a problem: without numbers in a list, which has the keys of one entry, and without the name
+    by which one of several sections was chosen.
+    """
+    parts = [part for part in place if isinstance(part, str)]
+    field = model.model_fields.get(parts[0]) if parts else None
+    return [parts[0], *parts[2:]] if field is not None and field.discriminator else parts
+
+
+def _unknown(model, key, place):
+    if key not in schema_keys(model):
+        return UserError(f"{key} is not a key{did_you_mean(model, key)}", "unknown-key")
+    section, chosen, *_ = place
+    field, below = model.model_fields[section], key.removeprefix(f"{section}.")
+    owners = [name for name, part in _sections(field).items() if below in schema_keys(part)]
+    text = f"{key}: {chosen} has no such key, but {', '.join(owners)}; set {section}.{field.discriminator}={owners[0]}"
+    return UserError(text + ", or leave it out", "key-of-another-choice")
+
+
+def _unknown_section(field, key, value):
+    names = list(_sections(field))
+    given = value.get(field.discriminator)
+    if given is None:
+        return UserError(f"{key} is missing; it is one of {', '.join(names)}", "missing-key")
+    near = difflib.get_close_matches(str(given), names, 1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return UserError(f"{key}: {shown(given)} is not one of {', '.join(names)}{hint}", "unknown-choice")
+
+
+def _sections(field) -> dict[str, type[BaseModel]]:
+    """The sections of a union by the names that choose them."""
+    parts = get_args(field.annotation)
+    return {get_args(part.model_fields[field.discriminator].annotation)[0]: part for part in parts}
 
 
 def nearest_key(model: type[BaseModel], key: str) -> str | None:

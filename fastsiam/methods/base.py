@@ -1,45 +1,123 @@
-"""Contract between a method of self-supervised learning and the rest: training step, optimizer, evaluation, checkpoint.
+"""What a method of self-supervised learning is to the rest: training step, optimizer, evaluation, checkpoint.
 
-A method is one file with one class, named in `METHODS`, and one section of the config, named in `MethodConfig`.
+A method is one file with one class here, one section in `config.method_sections`, and one line in `build_method`.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
+from fastsiam.models.batch_norm import gains_by_view, view_by_view, views_at_a_time
+from fastsiam.runtime.gather import of_all_ranks
 
-class Method(Protocol):
+
+class Layout(NamedTuple):
+    """How a step's images lie: `counts` of views in each group, and this rank among those that share a batch."""
+
+    counts: tuple[int, ...]
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def num_views(self) -> int:
+        return sum(self.counts)
+
+
+TWO_VIEWS = Layout((2,))
+
+
+class Method(nn.Module):
     """nn.Module that turns views into a loss, and images into embeddings.
 
     What a checkpoint must hold are parameters and persistent buffers: momentum encoders, queues and prototypes are
-    buffers or modules without gradients. `encoder` is what a run exports; other ranks are reached through the `world`
-    that `build_method` is given.
+    buffers or modules without gradients. A run exports `encoder`: images [B, 3, S, S] to pooled features [B, D], with
+    D in its `num_features`.
     """
 
-    encoder: nn.Module
-    """Images [B, 3, S, S] to pooled features [B, D]; its `num_features` is D."""
+    collapsed_loss: float | None = None
+    """Loss of a run that has learned nothing or has collapsed, where the loss shows it."""
+
+    def __init__(self, encoder: nn.Module, projector: nn.Module, layout: Layout):
+        super().__init__()
+        self.encoder, self.projector, self.layout = encoder, projector, layout
+        self.progress = 0.0
 
     def forward(self, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns `loss`, a scalar of this rank whose gradients the ranks average, and detached diagnostics, among them
-        `features` [V*N, D] of the encoder, view by view.
+        `features` [V*N, D] of the encoder and `z` [V*N, d] of the projector, view by view.
 
         `views`: [V_g*N, 3, S_g, S_g] a group, view by view, N images of this rank in every group. Diagnostics are
         scalars, or have one row for each view of each image, view by view. Runs under autocast and torch.compile as
         one graph: no value is read back to the host, nothing outside of buffers is changed. With train.micro_batch it
         is called for each micro batch of a step, and the step takes the mean of the losses.
         """
+        raise NotImplementedError
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Returns z [B, d] of images [B, 3, S, S] in evaluation mode; collapse is measured on it."""
+        return self.projector(self.encoder(images))
 
-    def after_step(self, progress: float, out: dict[str, torch.Tensor]) -> None:
+    def before_step(self, progress: float, indices: np.ndarray | None = None) -> None:
+        """Notes the share of the run's budget used before the step, in [0, 1].
+
+        `indices`: [N] of this rank's images in the data.
+        """
+        self.progress = progress
+
+    def after_backward(self) -> None:
+        """Changes gradients before the optimizer sees them; called once a step."""
+
+    def after_step(self, out: dict[str, torch.Tensor]) -> None:
         """Changes what the gradient does not, such as a momentum encoder; called once after each optimizer step.
 
-        `progress`: share of the run's budget used so far, in [0, 1]. `out`: what `forward` returned in that step; with
-        micro batches the means of their scalars, and the rows of all images in the order of the batch.
+        `out`: what `forward` returned in that step; with micro batches the means of their scalars, and the rows of all
+        images in the order of the batch.
         """
 
     def constant_lr_parameters(self) -> Iterable[nn.Parameter]:
         """Returns the parameters that keep the initial learning rate under optimizer.predictor_lr=fixed."""
+        return ()
+
+    def encoded(self, views, counts: tuple[int, ...] | None = None, encoder: nn.Module | None = None):
+        """Returns features [V*N, D] of groups of views, view by view; `counts` and `encoder`: those of the method.
+
+        Groups of one size are one batch, so that joint statistics are of all their views.
+        """
+        encoder, counts = encoder or self.encoder, counts or self.layout.counts
+        found = [self._encoded(encoder, *group) for group in _by_size(views, counts)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _encoded(self, encoder, views, count):
+        if gains_by_view(encoder, views.device.type):
+            return view_by_view(encoder, views, count)
+        return self.at(encoder, views, count)
+
+    def at(self, module: nn.Module, rows: torch.Tensor, count: int) -> torch.Tensor:
+        """Applies `module` to `rows` of so many views, whose batch statistics may be apart."""
+        if count == self.layout.num_views:
+            return module(rows)
+        with views_at_a_time(module, count):
+            return module(rows)
+
+    def of_all_ranks(self, rows: torch.Tensor, num_views: int) -> torch.Tensor:
+        """Returns [V*W*N, d], the rows of all ranks' images in the order of the batch; `rows`: [V*N, d] of this rank.
+
+        No gradient.
+        """
+        apart = of_all_ranks(rows.contiguous(), self.layout.world_size).unflatten(1, (num_views, -1))
+        return apart.transpose(0, 1).flatten(0, 2)
+
+
+def _by_size(views, counts):
+    """Pairs of views and their number, where neighbouring groups of one size are joined."""
+    pairs = []
+    for group, count in zip(views, counts, strict=True):
+        if pairs and pairs[-1][0][0].shape[1:] == group.shape[1:]:
+            pairs[-1][0].append(group)
+            pairs[-1][1] += count
+        else:
+            pairs.append([[group], count])
+    return [(groups[0] if len(groups) == 1 else torch.cat(groups), count) for groups, count in pairs]

@@ -1,73 +1,82 @@
 """SimSiam (Chen and He, Exploring Simple Siamese Representation Learning, arXiv 2011.10566), Algorithm 1."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from fastsiam.kernels import negative_cosine, negative_cosine_all_pairs
-from fastsiam.models.batch_norm import gains_by_view, view_by_view, views_at_a_time
+from fastsiam.config.method_sections import SimSiamConfig
+from fastsiam.kernels import (
+    negative_cosine,
+    negative_cosine_all_pairs,
+    negative_cosine_asymmetric,
+    negative_cosine_mean_target,
+)
+from fastsiam.methods.base import TWO_VIEWS, Layout, Method
+
+_PLAIN = SimSiamConfig(name="simsiam")
 
 
-class SimSiam(nn.Module):
+class SimSiam(Method):
     """Loss D(p1, z2) / 2 + D(p2, z1) / 2 of z = projector(encoder(x)), held constant there, and p = predictor(z).
 
-    Of V > 2 views the loss is the mean of D(p_i, z_j) over all ordered pairs i != j, which for two is the same.
+    Of V > 2 views the loss is the mean of D(p_i, z_j) over all ordered pairs i != j, which for two is the same, or with
+    `target_views` K FastSiam's (Pototzky, Sultan, Schmidt-Thieme, GCPR 2022): the mean of D(p_i, mean of K z_j).
     """
 
     def __init__(
-        self,
-        encoder: nn.Module,
-        projector: nn.Module,
-        predictor: nn.Module,
-        *,
-        stop_gradient: bool = True,
-        view_counts: tuple[int, ...] = (2,),
-    ):
-        """`view_counts`: number of views in each group."""
-        super().__init__()
-        self.encoder, self.projector, self.predictor = encoder, projector, predictor
-        self.stop_gradient, self.view_counts = stop_gradient, view_counts
+        self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module, config: SimSiamConfig = _PLAIN,
+        layout: Layout = TWO_VIEWS,
+    ):  # fmt: skip
+        super().__init__(encoder, projector, layout)
+        self.predictor = predictor
+        self.stop_gradient, self.symmetric = config.stop_gradient, config.symmetric
+        self.similarity, self.target_views = config.similarity, config.target_views
         self.register_buffer("_loss_counter", torch.zeros(1, dtype=torch.int32), persistent=False)
 
     def forward(self, views):
-        """Returns `loss`, a scalar in [-1, 1], and, detached, `features` [V*N, D] and `z` [V*N, d].
+        """Returns `loss`, a scalar, in [-1, 1] for the cosine, and, detached, `features` [V*N, D] and `z` [V*N, d].
 
         `views`: [V_g*N, 3, S_g, S_g] a group, the first views of N images, then the second ones, and so on.
         """
-        features = [self._encode(*group) for group in zip(views, self.view_counts, strict=True)]
-        features = features[0] if len(features) == 1 else torch.cat(features)
+        features = self.encoded(views)
         z = self.projector(features)
         p = self.predictor(z)
-        target = z.detach() if self.stop_gradient else z
-        num_views = sum(self.view_counts)
-        if num_views == 2:
-            p1, p2 = p.chunk(2)
-            z1, z2 = target.chunk(2)
-            loss = negative_cosine(p1, p2, z1, z2, stop_gradient=False, counter=self._loss_counter)
-        else:
-            p_of_views, z_of_views = (x.unflatten(0, (num_views, -1)) for x in (p, target))
-            loss = negative_cosine_all_pairs(p_of_views, z_of_views, stop_gradient=False)
+        loss = self.loss(p, self.targets(views, z))
         return {"loss": loss, "features": features.detach(), "z": z.detach()}
 
-    def _encode(self, views, count):
-        if gains_by_view(self.encoder, views.device.type):
-            return view_by_view(self.encoder, views, count)
-        if len(self.view_counts) == 1:
-            return self.encoder(views)
-        with views_at_a_time(self.encoder, count):
-            return self.encoder(views)
+    def targets(self, views, z):
+        """Returns [V*N, d], what the predictions of the other views are compared with."""
+        return z.detach() if self.stop_gradient else z
 
-    def embed(self, images):
-        """Returns z [B, d] of images [B, 3, S, S]."""
-        return self.projector(self.encoder(images))
+    def loss(self, p, targets):
+        """Returns the mean negative similarity of predictions [V*N, d] and the targets [V*N, d] of other views."""
+        p, z = (x.unflatten(0, (self.layout.num_views, -1)) for x in (p, targets))
+        if self.similarity == "cross_entropy":
+            return torch.stack([_cross_entropy(p[i], z[j]) for i, j in self._pairs()]).mean()
+        if not self.symmetric:
+            return negative_cosine_asymmetric(p[0::2].flatten(0, 1), z[1::2].flatten(0, 1), stop_gradient=False)
+        if self.layout.num_views == 2:
+            return negative_cosine(*p, *z, stop_gradient=False, counter=self._loss_counter)
+        if self.target_views is None:
+            return negative_cosine_all_pairs(p, z, stop_gradient=False)
+        means = [negative_cosine_mean_target(p[i], z[self._next(i)], stop_gradient=False) for i in range(len(p))]
+        return torch.stack(means).mean()
 
-    def after_step(self, progress: float, out: dict) -> None:
-        """Does nothing: all of SimSiam is in the gradient."""
+    def _next(self, view):
+        """The numbers of the views that are the targets of one, in a circle."""
+        return [(view + step) % self.layout.num_views for step in range(1, self.target_views + 1)]
+
+    def _pairs(self):
+        num_views = self.layout.num_views
+        if not self.symmetric:
+            return [(view, view + 1) for view in range(0, num_views, 2)]
+        return [(i, j) for i in range(num_views) for j in range(num_views) if i != j]
 
     def constant_lr_parameters(self):
         """Returns the predictor's parameters, which keep their learning rate in the paper's Table 1."""
         return self.predictor.parameters()
 
 
-def loss_is_fused(num_views: int, device: torch.device) -> bool:
-    """Returns True where the loss of so many views is the fused kernel on `device`; otherwise it is plain torch."""
-    return num_views == 2 and device.type == "cuda"
+def _cross_entropy(p, z):
+    """The mean of -softmax(z).log softmax(p), section 4.5."""
+    return -(F.softmax(z.float(), dim=1) * F.log_softmax(p.float(), dim=1)).sum(1).mean()

@@ -15,23 +15,12 @@ import contextlib
 import functools
 
 import torch
-import torch.distributed as dist
-import torch.distributed._functional_collectives as collectives
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastsiam.errors import UserError
-
-# torch 2.14 renamed it, and warns at eager calls of the old name.
-_all_gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
-
-
-def _of_all_ranks(values, world_size):
-    """[K, ...] of this rank to [world_size, K, ...] in the order of ranks, over the default group; no gradient."""
-    if world_size == 1:
-        return values.unsqueeze(0)
-    return _all_gather(values, 0, dist.group.WORLD).view(world_size, *values.shape)
+from fastsiam.runtime.gather import of_all_ranks
 
 
 def _statistics(views, world_size):
@@ -45,7 +34,7 @@ def _statistics(views, world_size):
     local = torch.var_mean(views, dim=(1, *range(3, views.dim())), correction=0, keepdim=True)
     if world_size == 1:
         return local[1], local[0]
-    variances, means = _of_all_ranks(torch.stack(local), world_size).unbind(1)
+    variances, means = of_all_ranks(torch.stack(local), world_size).unbind(1)
     between, mean = torch.var_mean(means, dim=0, correction=0)
     return mean, variances.mean(0) + between
 
@@ -80,7 +69,7 @@ class _Normalize(torch.autograd.Function):
         of_weight = (grad * below).sum(over, keepdim=True) * -inverse_std
         # Gathered and added, not all-reduced: Inductor (torch 2.14) reduces in place in the buffer of the stack, which
         # of_bias and of_weight are slices of, and reads them below while the reduction is under way.
-        sums = _of_all_ranks(torch.stack([of_bias, of_weight]), ctx.world_size).sum(0)
+        sums = of_all_ranks(torch.stack([of_bias, of_weight]), ctx.world_size).sum(0)
         of_mean, of_std = (sums / _count(views, ctx.world_size)).unbind()
         of_views = below.mul_(of_std * inverse_std).add_(grad).sub_(of_mean)
         if weight is None:

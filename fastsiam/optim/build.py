@@ -32,13 +32,15 @@ def parameter_groups(method, config: Config) -> list[dict]:
     """Groups with `scheduled`: whether their rate follows the schedule, or stays (`optimizer.predictor_lr: fixed`).
 
     LARS splits each by `adapt`: parameters of one dimension, batch norm's and biases, are neither rescaled nor decayed,
-    as in SimCLR (arXiv 2002.05709) and BYOL (arXiv 2006.07733).
+    as in SimCLR (arXiv 2002.05709) and BYOL (arXiv 2006.07733), unless optimizer.lars_vectors is adapted. Parameters
+    without a gradient, such as those of a momentum encoder, are in none.
     """
-    constant = list(method.constant_lr_parameters()) if config.optimizer.predictor_lr == "fixed" else []
+    constant = method.constant_lr_parameters() if config.optimizer.predictor_lr == "fixed" else ()
+    constant = [p for p in constant if p.requires_grad]
     held = {id(parameter) for parameter in constant}
-    scheduled = [p for p in method.parameters() if id(p) not in held]
+    scheduled = [p for p in method.parameters() if p.requires_grad and id(p) not in held]
     groups = [{"params": scheduled, "scheduled": True}, {"params": constant, "scheduled": False}]
-    if config.optimizer.name == "lars":
+    if config.optimizer.name == "lars" and config.optimizer.lars_vectors == "exempt":
         groups = [part for group in groups for part in _split_by_dimension(group)]
     return [group for group in groups if group["params"]]
 

@@ -69,8 +69,7 @@ def train(
     losses = {}
     for number, batch in batches(recorded, schedule, loader, first, last):
         _set_rate(step.optimizer, recorded, schedule, number)
-        out = step(batch.views, number)
-        step.method.after_step(schedule.progress_before(number + 1), out)
+        out = step(batch.views, number, batch.indices, schedule.progress_before(number))
         losses[number] = out["loss"].item()
         show(number, losses[number])
     return losses

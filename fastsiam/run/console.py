@@ -11,7 +11,7 @@ from fastsiam.data.sources.source import ImageSource
 from fastsiam.evaluate import collapse
 from fastsiam.evaluate.online_linear import NAME
 from fastsiam.kernels import numba_cache
-from fastsiam.methods.simsiam import loss_is_fused
+from fastsiam.methods import loss_is_fused
 from fastsiam.optim.build import scale_at
 from fastsiam.run.evaluation_schedule import EvaluationSchedule
 from fastsiam.run.progress_line import duration
@@ -59,7 +59,6 @@ def choice_lines(
     """
     model, method, train = config.model, config.method, config.train
     device, world_size = runtime.device, runtime.world.size
-    num_views = sum(group.count for group in config.views)
     lines = [f"fastsiam  {fastsiam.__version__}, torch {torch.__version__}; {where}"]
     if num_train:
         val = f", {num_val:,} for kNN under {config.data.val}" if num_val else ", no kNN"
@@ -73,12 +72,11 @@ def choice_lines(
         f"views     {', '.join(map(_views_text, config.views))}, " + _augmenter_text(config, device),
         f"model     {method.name}, {model.encoder} ({model.stem} stem"
         + (f", width {model.width}" if model.width else "")
-        + f"), projector {method.projector.layers} x {method.projector.out}, predictor {method.predictor.hidden}, "
-        f"batch-norm statistics {model.bn_statistics}",
+        + f"), {_heads_text(method)}, batch-norm statistics {model.bn_statistics}",
         f"step      batch {train.batch_size}, learning rate {config.learning_rate:g} = {config.optimizer.base_lr:g} x "
         f"{train.batch_size} / 256, {_optimizer_text(config)}, "
         f"{'channels-last' if train.channels_last else 'channels-first'}, "
-        f"loss {'fused (Triton)' if loss_is_fused(num_views, device) else 'in plain torch'}",
+        f"loss {'fused (Triton)' if loss_is_fused(config, device) else 'in plain torch'}",
     ]
     lines += _memory_lines(train)
     if config.evaluate.average == "ema":
@@ -90,6 +88,14 @@ def choice_lines(
     if numba_cache.NOTE and device.type == "cpu":
         lines.append(f"cache     {numba_cache.NOTE}")
     return lines
+
+
+def _heads_text(method):
+    text = f"projector {method.projector.layers} x {method.projector.out}"
+    predictor = getattr(method, "predictor", None)
+    if predictor is None:
+        return f"{text}, no predictor"
+    return f"{text}, predictor {predictor.hidden}" + (" (frozen)" if predictor.frozen else "")
 
 
 def _memory_lines(train):

@@ -59,14 +59,16 @@ class TrainLog:
         return {"view_size": self._data.sizes[0]} if len(self._data.config.view_stages) > 1 else {}
 
     def _fields(self, reading, lap: Lap) -> dict:
-        fields = {"loss": reading.loss, "images_per_second": lap.images_per_second}
+        fields = {"loss": reading.loss, **reading.scalars, "images_per_second": lap.images_per_second}
         if self._data.runtime.dtype == torch.float16:
             fields["skipped_steps"] = reading.skipped_steps
         fields |= {"data_wait_fraction": lap.wait_fraction, "progress": self._progress.value, **self._view_size()}
         return fields | self._progress.cost.fields(lap.joules_per_image)
 
     def _text(self, reading, lap, measures, linear):
-        measured, loss = "", reading.loss
+        measured, loss, method = "", reading.loss, self._data.config.method
+        is_cosine = method.name.startswith("simsiam") and getattr(method, "similarity", "cosine") == "cosine"
+        cosine = f" (cosine {-loss:.3f})" if is_cosine else ""
         if measures:
             measured = (
                 f"std_ratio {measures.std_ratio:.2f} rank {measures.effective_rank:.0f} "
@@ -76,7 +78,7 @@ class TrainLog:
             measured += f"online linear {linear.last.top1:.1f} %  "
         size = "".join(f"{side} px  " for side in self._view_size().values())
         return (
-            f"{_where(self._progress)}  {size}loss {loss:+.3f} (cosine {-loss:.3f})  {measured}"
+            f"{_where(self._progress)}  {size}loss {loss:+.3f}{cosine}  {measured}"
             f"{lap.images_per_second:,.0f} img/s  wait {100 * lap.wait_fraction:.0f} %"
             + (f"  {lap.joules_per_image:.3g} J/image" if lap.joules_per_image is not None else "")
             + (f"  {reading.skipped_steps} steps skipped (fp16)" if reading.skipped_steps else "")

@@ -35,6 +35,8 @@ class Reading:
     """[n] indices of the images of that step, where its loss was not finite on this rank; otherwise empty."""
     skipped_steps: int
     """Steps whose gradients overflowed fp16."""
+    scalars: dict[str, float]
+    """Other scalars that the method has returned in the last step, the mean over all ranks."""
 
     @property
     def is_nonfinite(self) -> bool:
@@ -69,7 +71,7 @@ class TrainingStep:
         self._first_bad = torch.full((), _NEVER, device=device)
         self._skipped = torch.zeros(1, device=device)
         self._overflowed: torch.Tensor | None = None
-        self._loss: torch.Tensor | None = None
+        self._scalars: dict[str, torch.Tensor] = {}
         self._recent: deque[tuple[int, np.ndarray]] = deque()
         if self._scaler:
             self.optimizer.register_step_pre_hook(self._count_skipped)
@@ -79,16 +81,22 @@ class TrainingStep:
         """The encoder to evaluate and to export: the average where there is one, else the method's."""
         return self.method.encoder if self.average is None else self.average.encoder
 
-    def __call__(self, views: list[torch.Tensor], number: int, indices: np.ndarray | None = None) -> dict:
+    def __call__(
+        self, views: list[torch.Tensor], number: int, indices: np.ndarray | None = None, progress: float = 0.0
+    ) -> dict:
         """Step `number` on groups of views of the images `indices`; no value is read back from the device.
+
+        `progress`: share of the run's budget used before the step.
 
         Raises `UserError` with advice where memory does not suffice.
         """
         if indices is not None:
             self._recent.append((number, indices))
+        self.method.before_step(progress, indices)
         try:
             out = self.attempt(views, number)
-            self._loss = out["loss"].detach()
+            self._scalars = {name: value.detach() for name, value in out.items() if not value.dim()}
+            self.method.after_step(out)
             return out
         except torch.OutOfMemoryError:
             pass
@@ -120,6 +128,7 @@ class TrainingStep:
         """
         self.optimizer.zero_grad()
         out = self._accumulate(views, forward or self._forward, range(self.micro_batches))
+        self.method.after_backward()
         if self._scaler:
             self._scaler.step(self.optimizer)
             self._scaler.update()
@@ -148,17 +157,20 @@ class TrainingStep:
 
     def read(self) -> Reading:
         """Wait for the device and read the state since the last reading; all ranks must call."""
-        mine = self._loss.item(), self._first_bad.item(), self._skipped.item()
-        losses, bad, skipped = zip(*self._world.collect(mine), strict=True)
+        values = {name: value.item() for name, value in self._scalars.items()}
+        mine = values, self._first_bad.item(), self._skipped.item()
+        of_ranks, bad, skipped = zip(*self._world.collect(mine), strict=True)
+        means = {name: sum(values[name] for values in of_ranks) / len(of_ranks) for name in values}
         first, images = min(bad), np.empty(0, np.int64)
         if first != _NEVER and mine[1] == first:
             images = next((indices for number, indices in self._recent if number == first), images)
         self._recent.clear()
         return Reading(
-            loss=sum(losses) / len(losses),
+            loss=means.pop("loss"),
             first_bad_step=None if first == _NEVER else first,
             bad_images=images,
             skipped_steps=int(skipped[0]),
+            scalars=means,
         )
 
     def state_dict(self) -> dict:

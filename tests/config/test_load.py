@@ -291,6 +291,6 @@ def test_heads_in_the_section_model_are_read_as_those_of_the_method(tmp_path):
     (tmp_path / "before.yaml").write_text(yaml.safe_dump(values))
     assert load_config(tmp_path / "before.yaml") == now
     changed = load_config("r50_100ep", ["model.projector.hidden=64"])
-    assert changed.method.projector.model_dump() == {"layers": 3, "hidden": 64, "out": 2048}
+    assert changed.method.projector.model_dump() == {"layers": 3, "hidden": 64, "out": 2048, "norm": "all"}
     # The name that this override gave in 0.1.0.
     assert changed.run.name == "r50_100ep-74dbed5b"

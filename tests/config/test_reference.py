@@ -1,9 +1,11 @@
 """`fastsiam config`: the reference of the keys, by the schema."""
 
+from typing import get_args
+
 import pytest
 
 from fastsiam.__main__ import main
-from fastsiam.config import load_config
+from fastsiam.config import Config, load_config
 from fastsiam.config.reference import find, keys
 from fastsiam.config.yaml_file import flat
 from tests.support.refusals import refused
@@ -11,7 +13,10 @@ from tests.support.refusals import refused
 
 def test_it_has_the_keys_of_a_config_each_with_documentation():
     found = keys()
-    assert set(found) == set(flat(load_config("quickstart").model_dump()))
+    method = {name for name in found if name.startswith("method.")}
+    assert set(found) - method == set(flat(load_config("quickstart").model_dump(exclude={"method"})))
+    sections = [part.model_json_schema()["properties"] for part in get_args(Config.model_fields["method"].annotation)]
+    assert {name.split(".")[1] for name in method} == {key for section in sections for key in section}
     assert [name for name, key in found.items() if not key.documentation.endswith((".", ")"))] == []
 
 
@@ -24,7 +29,9 @@ def test_it_has_the_keys_of_a_config_each_with_documentation():
         ("optimizer.implementation", ("torch or apex", "torch")),
         ("data.demo_seed", ("integer >= 0 or null", "null")),
         ("model.width", ("integer >= 8, a multiple of 8 or null", "null")),
-        ("method.projector.out", ("integer > 0", "required")),
+        ("method.projector.out", ("integer > 0", "by method.name")),
+        ("method.temperature", ("number > 0", "0.1 (simclr, swav) or 0.2 (moco)")),
+        ("method.prototypes", ("integer >= 2", "3000")),
         ("views.crop_scale", ("[number, number]", "by views.recipe")),
         ("train.channels_last", ("true or false", "true")),
     ],

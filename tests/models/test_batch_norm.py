@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsiam.methods import build_method, simsiam
+from fastsiam.methods import base, build_method
 from fastsiam.models.batch_norm import (
     PerViewBatchNorm1d,
     PerViewBatchNorm2d,
@@ -86,7 +86,7 @@ def test_a_method_that_sends_views_one_by_one_trains_the_same(tiny_config, monke
         calls = []
         method.encoder.register_forward_hook(lambda module, arguments, out, calls=calls: calls.append(len(out)))
         # The choice of a CUDA device, made on this one.
-        monkeypatch.setattr(simsiam, "gains_by_view", lambda module, _, device=device: gains_by_view(module, device))
+        monkeypatch.setattr(base, "gains_by_view", lambda module, _, device=device: gains_by_view(module, device))
         loss = method([views])["loss"]
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in method.named_parameters()}
