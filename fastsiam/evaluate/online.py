@@ -101,7 +101,7 @@ class OnlineEvaluation:
         with torch.no_grad():
             for batch in self._watched(islice(batches, FILL_STEPS)):
                 with self._runtime.autocast():
-                    control(batch.views)
+                    control.encoded(batch.views)
         return self.knn(control.encoder)
 
     @torch.no_grad()

@@ -36,7 +36,7 @@ class Stepper:
         runtime, self._bench, self.batch_size = runtime or bench.runtime, bench, batch_size
         config = with_batch_size(bench.config, batch_size, bench.world.size, share=runtime.world.size)
         torch.manual_seed(config.train.seed)
-        self.method = build_method(config, runtime.world.size).to(bench.device)
+        self.method = build_method(config, runtime.world.size, runtime.world.rank).to(bench.device)
         if config.train.channels_last:
             self.method.to(memory_format=torch.channels_last)
         optimizer = build_optimizer(self.method, config)

@@ -52,7 +52,7 @@ def _as_started(config, world):
     """The first lines of a run, from its start itself."""
     with started(config, world) as (runtime, data, progress, folder, _, journal, weights):
         with world.together():
-            build_optimizer(build_method(config, world.size).to(runtime.device), config)
+            build_optimizer(build_method(config, world.size, world.rank).to(runtime.device), config)
             if world.is_first:
                 folder.check_start()
                 finished(config, folder, progress, journal)

@@ -116,8 +116,8 @@ def test_precision_and_layout_reach_the_step(tiny, tmp_path, monkeypatch):
     seen = []
     real = TrainingStep.__call__
 
-    def spy(self, views, number, indices):
-        out = real(self, views, number, indices)
+    def spy(self, views, number, indices, progress):
+        out = real(self, views, number, indices, progress)
         (group,) = views
         seen.append((group.dtype, group.is_contiguous(memory_format=torch.channels_last), out["z"].dtype))
         return out
@@ -215,9 +215,9 @@ def test_steps_between_log_points_read_nothing_back(tiny, tmp_path, monkeypatch,
     per_step = []
     real_step = TrainingStep.__call__
 
-    def step(self, views, number, indices):
+    def step(self, views, number, indices, progress):
         reads.clear()
-        out = real_step(self, views, number, indices)
+        out = real_step(self, views, number, indices, progress)
         per_step.append(list(reads))
         return out
 

@@ -35,9 +35,9 @@ def record(monkeypatch):
     def run(overrides, **how):
         seen, real = {}, TrainingStep.__call__
 
-        def step(self, views, number, indices):
+        def step(self, views, number, indices, progress):
             seen[number] = digest(views), indices.tolist()
-            return real(self, views, number, indices)
+            return real(self, views, number, indices, progress)
 
         with monkeypatch.context() as patch:
             patch.setattr(TrainingStep, "__call__", step)

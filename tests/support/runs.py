@@ -135,10 +135,10 @@ def train_here(overrides, stop_after=None, spoil=None):
     with opened(config, world) as (parts, _), pytest.MonkeyPatch.context() as patch:
         real, state = TrainingStep.__call__, parts.progress.state
 
-        def step(self, views, number, indices):
+        def step(self, views, number, indices, progress):
             if spoil:
                 spoil(world, number, views)
-            out = real(self, views, number, indices)
+            out = real(self, views, number, indices, progress)
             seen.append((state.epoch, indices.tolist()))
             return out
 
