@@ -21,6 +21,7 @@ from fastsiam.config import Config, load_config
 from fastsiam.config.budget import parse_budget
 from fastsiam.errors import UserError
 from fastsiam.run.progress_line import duration
+from fastsiam.runtime import slurm
 from fastsiam.sweep import grid as grids
 from fastsiam.sweep import slots
 from fastsiam.sweep.child import TRAINER
@@ -51,7 +52,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sweep(arguments) -> int:
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1"))) > 1:
+    environment = dict(os.environ)
+    slurm.fill_in(environment)
+    if environment.get("WORLD_SIZE", "1") != "1":
         raise UserError(
             "fastsiam sweep: is one process that starts its runs itself; start it without torchrun and with one task",
             "one-process",
@@ -66,12 +69,11 @@ def _sweep(arguments) -> int:
     devices = [] if all(variant.config.train.device == "cpu" for variant in variants) else slots.gpus()
     at_once = arguments.at_once or len(devices) or 1
     options = {"budget": arguments.budget, "halving": arguments.halving}
-    plan = plan_of(variants, folder, **options, at_once=at_once)
     known = Ledger(folder)
+    # On another number of GPUs the runs keep the budgets that they have begun with.
+    each = known.plan.get("each") if known.plan.get("budget") == arguments.budget else None
+    plan = plan_of(variants, folder, **options, at_once=at_once, each=each)
     known.check(plan)
-    if known.plan and known.plan["each"] != plan.each:
-        # On another number of GPUs the runs keep the budgets that they have begun with.
-        plan = plan_of(variants, folder, **options, at_once=at_once, each=known.plan["each"])
     console = Console()
     say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
     for line in opening_lines(plan, grid, devices):

@@ -13,9 +13,9 @@ from filelock import FileLock, Timeout
 from fastsiam.errors import ExitCode
 from fastsiam.report.read_run import Run, open_run
 from fastsiam.run.folder import read_status
-from fastsiam.runtime.files import json_lines
+from fastsiam.runtime.files import json_lines, replace_file
 from fastsiam.sweep.ledger import Ended
-from fastsiam.sweep.plan import Plan, Variant
+from fastsiam.sweep.plan import Plan, Variant, config_path
 
 TRAINER = (sys.executable, "-m", "fastsiam.train")
 _STATUSES = {
@@ -46,10 +46,10 @@ class Child:
         self.variant, self.number, self._plan = variant, number, plan
         self.folder = plan.folder / variant.name
         self.log = plan.folder / "logs" / f"{variant.name}.log"
-        config = plan.folder / "configs" / f"{variant.name}.yaml"
+        config = config_path(plan, variant)
         for path in (self.log, config):
             path.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(plan.config_of(variant).to_yaml(), encoding="utf-8")
+        replace_file(config, plan.config_of(variant).to_yaml().encode())
         stop = [f"train.max_share={plan.rounds[number].share}"] if len(plan.rounds) > 1 else []
         self._begins = self.log.stat().st_size if self.log.exists() else 0
         parent = os.getpid()

@@ -1,12 +1,13 @@
 """What a sweep remembers between two starts: its plan, and a line for each run that has ended a round."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from fastsiam.config import differing_keys, load_config
 from fastsiam.errors import UserError
 from fastsiam.runtime.files import Appender, json_lines
-from fastsiam.sweep.plan import Plan
+from fastsiam.sweep.plan import Plan, config_path
 
 NAME = "sweep.jsonl"
 # Nothing is gained by training these again; all other ends may be mended, and the next start tries once more.
@@ -38,6 +39,9 @@ class Ended:
     step: int | None = None
 
 
+_FIELDS = {field.name for field in fields(Ended)}
+
+
 class Ledger:
     """Lines of `FOLDER/sweep.jsonl`, read once and appended to."""
 
@@ -49,12 +53,14 @@ class Ledger:
         self.plan: dict = plans[-1] if plans else {}
         """Of the last start; empty before the first."""
         self._ended: dict[tuple[str, int], Ended] = {}
+        self._last: dict[str, Ended] = {}
         for line in lines:
-            if line.pop("kind", None) == "run":
-                self._keep(Ended(**line))
+            if line.get("kind") == "run":
+                self._keep(Ended(**{key: value for key, value in line.items() if key in _FIELDS}))
 
     def check(self, plan: Plan) -> None:
         """Raises `UserError` where the folder holds another sweep; more runs without a budget are no other one."""
+        self._check_configs(plan)
         before = {key: self.plan.get(key) for key in plan.identity}
         if not self.plan or before == plan.identity:
             return
@@ -69,6 +75,20 @@ class Ledger:
             "the same command to go on with it, or run.name=NEW to keep both",
             "other-sweep",
         )
+
+    def _check_configs(self, plan):
+        """A config file may have been edited since some of the runs were trained with it."""
+        for variant in plan.variants:
+            path = config_path(plan, variant)
+            changed = differing_keys(load_config(path), variant.config) if path.exists() else []
+            # Its budget is the sweep's, see the plan.
+            changed = [text for text in changed if not text.startswith(("train.epochs ", "budget ")) or not plan.budget]
+            if changed:
+                raise UserError(
+                    f"run.name: {plan.folder} was begun with another config: {', '.join(changed[:3])}; set it back, or "
+                    "give run.name=NEW for another sweep",
+                    "other-config",
+                )
 
     def begin(self, plan: Plan) -> None:
         """Writes the plan where it is new."""
@@ -91,8 +111,7 @@ class Ledger:
 
     def last(self, name: str) -> Ended | None:
         """Returns how a run ended the last round that it trained in."""
-        rounds = [number for known, number in self._ended if known == name]
-        return self._ended[name, max(rounds)] if rounds else None
+        return self._last.get(name)
 
     def is_final(self, name: str, number: int) -> bool:
         """True where a run need not be started any more for round `number`."""
@@ -101,6 +120,9 @@ class Ledger:
 
     def _keep(self, ended):
         self._ended[ended.name, ended.round] = ended
+        last = self._last.get(ended.name)
+        if last is None or last.round <= ended.round:
+            self._last[ended.name] = ended
 
     def _write(self, line):
         self._file.pending.append((json.dumps(line) + "\n").encode())

@@ -114,6 +114,11 @@ def plan_of(
     return plan if budget is None or each is not None else replace(plan, each=each_of(plan))
 
 
+def config_path(plan: Plan, variant: Variant) -> Path:
+    """Returns the file with the config that a run is started with."""
+    return plan.folder / "configs" / f"{variant.name}.yaml"
+
+
 def halvings(settings: int) -> tuple[Round, ...]:
     """Returns the rounds of successive halving (Jamieson, Talwalkar 2016, algorithm 1, with ceil(log2 n) rounds).
 

@@ -107,7 +107,7 @@ def table(plan: Plan, ledger: Ledger) -> list[Setting]:
         # A round that has not begun has no row: its settings stand where they were.
         begun = [one for one in found if number == 0 or any(end and end.round == number for _, end in one.runs)]
         rows += ranked(begun)
-    return rows
+    return sorted(rows, key=lambda row: row.score is None)
 
 
 def verdict(plan: Plan, ledger: Ledger, rows: Sequence[Setting]) -> str:
@@ -126,6 +126,9 @@ def verdict(plan: Plan, ledger: Ledger, rows: Sequence[Setting]) -> str:
     second = others[0]
     best_then = at_round(plan, ledger, best.label, second.round)
     lead = best_then.score.mean - second.score.mean
+    if lead < 0:
+        seeds = f"{second.score.n} of {len(second.runs)} seeds"
+        return f"{text}; {second.label} has {described(second.score, measure)} with {seeds}"
     points = "points" if measure == "knn_top1" else "directions"
     when = (
         f" at {100 * second.share:g} % of the schedule, where it was last compared" if second.round < best.round else ""

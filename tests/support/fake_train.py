@@ -21,7 +21,9 @@ def main():
     environment = {name: os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")}
     start = {"name": config.run.name, "share": config.train.max_share, "budget": config.budget, **environment}
     with open(os.path.join(config.run.dir, "starts.txt"), "a") as file:
-        file.write(json.dumps(start | {"workers": config.data.workers, "pid": os.getpid()}) + "\n")
+        file.write(
+            json.dumps(start | {"workers": config.data.workers, "leads_session": os.getsid(0) == os.getpid()}) + "\n"
+        )
     if quality == 3:
         print("fastsiam: data.train: nowhere is not a folder [no-such-folder]")
         return 2

@@ -15,6 +15,7 @@ from tests.support.refusals import refused
 from tests.support.runs import lines, train_here, wait_for_step, weights
 
 QUIET = (sys.executable, "-m", "tests.support.train_without_report")
+FAKE = (sys.executable, "-m", "tests.support.fake_train")
 LR = "optimizer.base_lr=0.1,0.2"
 
 
@@ -68,11 +69,28 @@ def test_a_dry_run_lists_runs_and_time(typed, unrehearsed, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_on_another_number_of_gpus_runs_keep_their_budgets(typed, unrehearsed, monkeypatch, tmp_path):
+    arguments = [text for text in typed("optimizer.base_lr=2,4", "--budget", "2min") if text != "train.epochs=2"]
+    monkeypatch.setattr(command, "TRAINER", FAKE)
+    ledger = tmp_path / "runs/sweep/sweep.jsonl"
+    for number in ("1", "2"):
+        assert main(["sweep", *arguments, "--at-once", number]) == 0
+        # As if it had been stopped at once: the plan alone.
+        ledger.write_text(ledger.read_text().splitlines()[0] + "\n")
+    found = [json.loads(line) for line in (tmp_path / "runs/sweep/starts.txt").read_text().splitlines()]
+    assert [start["budget"] for start in found] == ["55s"] * 4
+
+
 @pytest.mark.slow
 def test_what_no_run_would_start_with_is_refused_before_anything_is_written(typed, tmp_path):
     error = refused("sweep", *typed(LR, f"data.train={tmp_path}/nowhere"))
     assert error.key == "data.train"
     assert not (tmp_path / "runs").exists()
+
+
+def test_it_is_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refused("sweep", "--config", "quickstart", LR).code == "one-process"
 
 
 def test_the_name_follows_from_what_is_asked(monkeypatch):

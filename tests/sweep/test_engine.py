@@ -115,6 +115,8 @@ def test_each_run_has_its_gpu_and_its_share_of_the_cores(sweep, tmp_path, monkey
     sweep("optimizer.base_lr=1,2,4", at_once=3, devices=["3", "GPU-5", "6"])
     found = {(s["CUDA_VISIBLE_DEVICES"], s["OMP_NUM_THREADS"], s["workers"]) for s in starts(tmp_path)}
     assert found == {("3", "2", 2), ("GPU-5", "2", 2), ("6", "2", 2)}
+    # A Ctrl-C of the terminal must not reach them beside that of the sweep: the second one would end them at once.
+    assert all(start["leads_session"] for start in starts(tmp_path))
     assert slots.overrides_of(load_config("quickstart", ["data.workers=5"]), 3) == []
     assert "OMP_NUM_THREADS" not in slots.environment_of(0, 1, [], {})
 
@@ -134,7 +136,8 @@ def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(sweep, tmp_path,
     plan, ledger, stopped = sweep(*arguments, at_once=2)
     thread.join()
     assert (stopped, exit_code(plan, ledger, stopped)) == (number, 128 + number)
-    # Both have saved, and the others were not begun.
+    # Both have saved, and the others were not begun; none of them has ended.
+    assert [ledger.last(one.name) for one in plan.variants] == [None] * 4
     assert all(path.with_name("saved").exists() for path in trains)
     assert sorted(start["name"] for start in starts(tmp_path)) == ["base_lr=9_seed=0", "base_lr=9_seed=1"]
     plan, ledger, stopped = sweep(*arguments, at_once=2)
@@ -174,6 +177,10 @@ def test_another_sweep_is_not_trained_into_the_folder(sweep, tmp_path):
     # More values are no other sweep where the runs share nothing.
     sweep("optimizer.base_lr=2,4,6")
     assert len(starts(tmp_path)) == 3
+    # A config that has been edited meanwhile would train the rest with other values.
+    with refuses("other-config", "run.name") as caught:
+        sweep("optimizer.base_lr=2,4,6,8", "optimizer.momentum=0.5")
+    assert "optimizer.momentum (0.9, now 0.5)" in str(caught.value)
     for arguments, options in (
         (["optimizer.base_lr=2,6"], {}),
         (["optimizer.base_lr=2,4,6"], {"budget": "60k images"}),

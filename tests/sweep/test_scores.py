@@ -79,9 +79,14 @@ def test_a_lead_is_compared_with_the_spread_of_seeds(known, tmp_path):
     assert "one seed does not tell" in sentence({"a": [45.0], "b": [50.0]})
     assert sentence({"a": [45.0], "b": ["collapsed"]}) == "a: kNN 45.00 %; nothing to compare it with"
     assert sentence({"a": ["refused"], "b": ["collapsed"]}) == "no run has a result to compare"
+    # A setting without all of its seeds may have the higher mean.
+    partly = sentence({"a": [45.0, 47.0], "b": [90.0, "stuck"]})
+    assert partly == "a: kNN 46.00 ± 1.41 % over 2 seeds; b has kNN 90.00 % with 1 of 2 seeds"
     # Of two settings one alone trains to the end: the lead is that of the round in which both took part.
     halved = sentence({"a": [45.0], "b": [50.0]}, {"b": [80.0]}, halving=True)
     assert halved.startswith("b: kNN 80.00 %; 5.00 points above a at 50 % of the schedule")
+    # Where it collapses on its way, the other is what is left.
+    assert sentence({"a": [45.0], "b": [50.0]}, {"b": ["collapsed"]}, halving=True).startswith("a: kNN 45.00 %")
 
 
 def test_a_ledger_is_read_back(known, tmp_path):

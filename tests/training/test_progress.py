@@ -160,7 +160,7 @@ def test_a_run_goes_on_at_a_share_of_its_time_with_the_same_schedule(budgeted, m
 def test_a_run_that_goes_on_from_a_share_is_the_run_that_was_never_stopped(tiny, tmp_path):
     """Seven of 20 steps, in mid-epoch, then the rest."""
     once = train_here(tiny("run.name=once"))[0]
-    part = train_here(tiny("train.max_share=0.35"))[0]
+    part = train_here(tiny("train.max_share=0.37"))[0]
     assert (part.status, part.step, part.knn_top1 is not None) == ("done", 7, True)
     rest = train_here(tiny("train.max_share=1.0"))[0]
     assert (rest.step, rest.knn_top1) == (once.step, once.knn_top1)
