@@ -113,6 +113,12 @@ class Ledger:
         """Returns how a run ended the last round that it trained in."""
         return self._last.get(name)
 
+    @property
+    def leaves_knn_out(self) -> bool:
+        """True where a run that is done has RankMe alone."""
+        ends = self._last.values()
+        return any(end.status == "done" and end.knn_top1 is None and end.rankme is not None for end in ends)
+
     def is_final(self, name: str, number: int) -> bool:
         """True where a run need not be started any more for round `number`."""
         ended = self.of(name, number)

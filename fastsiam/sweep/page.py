@@ -84,7 +84,7 @@ def _lines(plan, rows, measure):
                     "name": variant.name,
                     "link": f"{quote(variant.name)}/report.html" if has_report else None,
                     "tone": summary.STATUSES.get(ended.status, ("", "bad"))[1] if ended else "neutral",
-                    "status": ended.status if ended else "waiting",
+                    "status": ended.status if ended else "unfinished",
                     "score": scores.number(scores.measured([ended and getattr(ended, measure)]), 2),
                     "loss": scores.number(scores.measured([ended and ended.loss]), 3).replace("-", "−"),
                     "step": "–" if ended is None or ended.step is None else f"{ended.step:,}",

@@ -1,5 +1,6 @@
 """Plan of a sweep: its variants, the rounds of successive halving, and the share of the budget that each run gets."""
 
+import functools
 import hashlib
 import math
 import re
@@ -31,7 +32,7 @@ class Variant:
     values: Mapping[str, str] = field(default_factory=dict)
     """Columns of the table; without them it has the label alone."""
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Name of the run folder."""
         return f"{folder_name(self.label)}_seed={self.seed}"

@@ -43,7 +43,7 @@ class Setting:
     @property
     def status(self) -> str:
         """`done`, or how many of its seeds ended how."""
-        found = [ended.status if ended else "waiting" for _, ended in self.runs]
+        found = [ended.status if ended else "unfinished" for _, ended in self.runs]
         counts = {status: found.count(status) for status in found}
         return found[0] if len(counts) == 1 else ", ".join(f"{n} {status}" for status, n in counts.items())
 
@@ -61,9 +61,7 @@ def measure_in(plan: Plan, ledger: Ledger) -> str:
 
     A run leaves kNN out, with a warning, where data.val does not exist or does not belong to data.train.
     """
-    ends = [ledger.last(variant.name) for variant in plan.variants]
-    without = any(end and end.status == "done" and end.knn_top1 is None and end.rankme is not None for end in ends)
-    return "rankme" if without else plan.measure
+    return "rankme" if ledger.leaves_knn_out else plan.measure
 
 
 def at_round(plan: Plan, ledger: Ledger, label: str, number: int) -> Setting:

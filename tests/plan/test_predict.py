@@ -86,7 +86,9 @@ def test_each_kind_of_budget_buys_its_epochs():
 
 
 def test_a_configs_own_run_ends_at_its_max_steps():
-    for overrides, steps in ((["train.max_steps=70"], 70), ([], 250_200), (["budget=2h", "train.max_steps=70"], 70)):
+    timed = ["budget=2h", "train.max_steps=70"]
+    half = ["train.max_share=0.5"]
+    for overrides, steps in ((["train.max_steps=70"], 70), ([], 250_200), (timed, 70), (half, 125_100)):
         own = load_config("r50_100ep", overrides)
         assert steps_per_epoch(own, measured()) == 2502
         assert run_of_config(own, measured()).steps == steps

@@ -19,6 +19,7 @@ def test_where_steps_are_counted_everything_follows_from_the_number():
     found = Schedule(config("train.epochs=5"), 10, [])
     assert [found.place(step) for step in (1, 10, 11, 50)] == [(0, 0), (0, 36), (1, 0), (4, 36)]
     assert (found.last_step, found.reached) == (50, 0)
+    assert Schedule(config("train.epochs=5", "train.max_share=0.5"), 10, []).last_step == 25
     assert [found.progress_before(step) for step in (1, 26)] == [0.0, 0.5]
     stages = config().view_stages
     for epoch in range(5):

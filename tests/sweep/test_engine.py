@@ -121,6 +121,18 @@ def test_each_run_has_its_gpu_and_its_share_of_the_cores(sweep, tmp_path, monkey
     assert "OMP_NUM_THREADS" not in slots.environment_of(0, 1, [], {})
 
 
+def test_gpus_are_those_that_torch_sees(monkeypatch):
+    def found(count, **environment):
+        monkeypatch.setattr(slots, "_COUNT", f"print({count})")
+        return slots.gpus(environment)
+
+    monkeypatch.setattr(slots, "_driver_has_gpus", lambda: True)
+    assert found(2) == ["0", "1"]
+    assert found(2, CUDA_VISIBLE_DEVICES="GPU-a, 5") == ["GPU-a", "5"]
+    # A torch without CUDA, beside a driver.
+    assert found(0) == found(0, CUDA_VISIBLE_DEVICES="") == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_runs_and_the_same_command_goes_on(sweep, tmp_path, number):
     folder = tmp_path / "sweep"
