@@ -90,13 +90,25 @@ def differing_keys(one: Config, other: Config) -> list[str]:
 
 def differences(one: Config, other: Config) -> dict[str, tuple]:
     """Returns the dotted keys in which two configs compute something else, sorted, with both values."""
-    a, b = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
+    in_lists = max(len(one.views), len(other.views)) > 1
+    a, b = (flat(_dumped(config, in_lists)) for config in (one, other))
     without_effect = set() if any(group.blur for group in (*one.views, *other.views)) else {"views.blur_kind"}
     return {
         key: (a.get(key), b.get(key))
         for key in sorted(a.keys() | b.keys())
         if key not in OPERATIONAL and key not in without_effect and a.get(key) != b.get(key)
     }
+
+
+def _dumped(config: Config, in_lists: bool) -> dict:
+    """A config as it is written; `in_lists`: with the groups of views by their numbers, as overrides name them."""
+    dumped = config.model_dump(mode="json")
+    if in_lists:
+        views = dumped["views"]
+        dumped["views"] = {
+            str(number): group for number, group in enumerate(views if isinstance(views, list) else [views])
+        }
+    return dumped
 
 
 def _let_the_override_win(values: dict, overridden: set[str]) -> None:

@@ -51,11 +51,42 @@ class ViewGroup(NamedTuple):
 # Fields that views had not always, with what views did before: files and checkpoints of those runs do not name them.
 ADDED = {"blur_kind": "gaussian"}
 
+_SIMSIAM = ViewSpec(size=224, color="exact", blur_kind="pil")
+_SIMSIAM_CIFAR10 = ViewSpec(size=32, color="exact", blur=0.0, blur_kind="pil", mean=CIFAR10_MEAN, std=CIFAR10_STD)
+# BYOL's code (deepmind-research, byol/utils/augmentations.py): crops of 8 to 100 %, a Gaussian of 23 px. It clips after
+# each colour operation and again after solarizing; in between nothing leaves [0, 1], so one clamp before solarizing is
+# the same.
+_BYOL = ViewSpec(size=224, color="exact", crop_scale=(0.08, 1.0), saturation=0.2)
+_BYOL_CIFAR10 = replace(_BYOL, size=32, blur=0.0, mean=CIFAR10_MEAN, std=CIFAR10_STD)
+# SimCLR's code (data_util.py), which subtracts no mean: values in [0, 1] go into the network.
+_SIMCLR = ViewSpec(
+    size=224, color="exact", crop_scale=(0.08, 1.0), brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2,
+    mean=(0.0,) * 3, std=(1.0,) * 3,
+)  # fmt: skip
+# SwAV's code (src/multicropdataset.py): SimCLR's colours, Pillow's blur. Its std of red is 0.228, in evaluation too.
+_SWAV = replace(_SIMCLR, crop_scale=(0.14, 1.0), blur_kind="pil", mean=IMAGENET_MEAN, std=(0.228, 0.224, 0.225))
+
 RECIPES = {
     # SimSiam, section 4 "Baseline settings" and appendix A: MoCo v2's augmentation, whose code blurs with Pillow.
-    "simsiam": ViewSpec(size=224, color="exact", blur_kind="pil"),
+    "simsiam": _SIMSIAM,
     # SimSiam, appendix D: as for ImageNet, without blur.
-    "simsiam_cifar10": ViewSpec(size=32, color="exact", blur=0.0, blur_kind="pil", mean=CIFAR10_MEAN, std=CIFAR10_STD),
+    "simsiam_cifar10": _SIMSIAM_CIFAR10,
+    # The first and the second of two views.
+    "byol_1": replace(_BYOL, blur=1.0),
+    "byol_2": replace(_BYOL, blur=0.1, solarize=0.2),
+    # solo-learn's for CIFAR-10 (scripts/pretrain/cifar/augmentations/asymmetric.yaml); BYOL's authors have none.
+    "byol_cifar10_1": replace(_BYOL_CIFAR10, solarize=0.0),
+    "byol_cifar10_2": replace(_BYOL_CIFAR10, solarize=0.2),
+    "simclr": _SIMCLR,
+    # SimCLR's command for CIFAR-10 (README): half the strength, no blur.
+    "simclr_cifar10": replace(_SIMCLR, size=32, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, blur=0.0),
+    # MoCo v2, whose augmentation is SimSiam's.
+    "moco": _SIMSIAM,
+    # MoCo's demo for CIFAR-10 (moco_cifar10_demo.ipynb): torchvision's crops of 8 to 100 %, no blur, another std.
+    "moco_cifar10": replace(_SIMSIAM_CIFAR10, crop_scale=(0.08, 1.0), std=(0.2023, 0.1994, 0.2010)),
+    # The two large crops and the six small ones of multi-crop.
+    "swav": _SWAV,
+    "swav_small": replace(_SWAV, size=96, crop_scale=(0.05, 0.14)),
     # The demo images have zero-mean colour around mid-grey.
     "demo": ViewSpec(size=32, color="matrix", blur=0.0, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)),
 }

@@ -6,7 +6,7 @@ import functools
 import pytest
 import yaml
 
-from fastsiam.config import CONFIGS, OPERATIONAL, Config, differing_keys, load_config
+from fastsiam.config import CONFIGS, OPERATIONAL, Config, differences, differing_keys, load_config
 from fastsiam.config.schema import EvaluateConfig
 from fastsiam.config.yaml_file import apply_override, check, flat, nearest_key, one_sentence, read, schema_keys
 from fastsiam.errors import UserError
@@ -294,3 +294,12 @@ def test_heads_in_the_section_model_are_read_as_those_of_the_method(tmp_path):
     assert changed.method.projector.model_dump() == {"layers": 3, "hidden": 64, "out": 2048, "norm": "all"}
     # The name that this override gave in 0.1.0.
     assert changed.run.name == "r50_100ep-74dbed5b"
+
+
+def test_groups_of_views_differ_by_their_numbers():
+    swav = load_config("r50_100ep_swav_b4096")
+    other = load_config("r50_100ep_swav_b4096", ["views.1.count=4", "views.0.blur=0.1"])
+    assert differing_keys(swav, other) == ["views.0.blur (0.5, now 0.1)", "views.1.count (6, now 4)"]
+    one = load_config("r50_100ep")
+    two = one.with_values({"views": [one.views[0].model_dump(), swav.views[1].model_dump()]})
+    assert {key.split(".")[1] for key in differences(one, two)} == {"1"}
