@@ -138,7 +138,9 @@ class _Work:
     def _pass_signals_on(self):
         for number in self._received[self._passed_on :]:
             if not self._passed_on:
-                self._say(f"stopping  {len(self._running)} runs save and end; Ctrl-C now ends them at once")
+                self._say(
+                    f"stopping  the runs that train ({len(self._running)}) save and end; Ctrl-C now ends them at once"
+                )
             for child in self._running.values():
                 child.stop(number)
             self._passed_on += 1
