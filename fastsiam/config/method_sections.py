@@ -3,6 +3,7 @@
 The defaults are those of each method's paper or authors' code for ImageNet and ResNet-50; configs/ names the sources.
 """
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -195,6 +196,23 @@ MethodConfig = Annotated[
     | SwAVConfig,
     Field(discriminator="name"),
 ]
+
+
+def chance_loss(method, num_views: int, batch_size: int) -> tuple[str, float] | None:
+    """Returns the loss of a method that tells nothing apart, with its formula; None where the loss does not show it.
+
+    `num_views`: of each image; `batch_size`: images of all ranks.
+    """
+    match method.name:
+        case "simclr":
+            negatives = num_views * batch_size - 1
+            return f"ln {negatives:,}", math.log(negatives)
+        case "moco":
+            times = 2 if method.symmetric else 1
+            return f"{'2 ' * (times - 1)}ln {method.queue + 1:,}", times * math.log(method.queue + 1)
+        case "swav":
+            return f"ln {method.prototypes:,}", math.log(method.prototypes)
+    return None
 
 
 def check_method(method, num_views: int, batch_size: int) -> None:

@@ -1,13 +1,16 @@
 """Measures of collapse on z, and a guard that warns or stops.
 
-The loss does not show it: collapsed runs reach -0.84 to -0.94, healthy ones -0.85 to -0.91. Nor does z of the training
-batch, whose mean the affine-free batch norm keeps at zero. With running statistics a collapsed z is one constant.
+The loss does not show it: SimSiam's collapsed runs reach -0.84 to -0.94, healthy ones -0.85 to -0.91. Nor does z of the
+training batch, whose mean the affine-free batch norm keeps at zero. With running statistics a collapsed z is one
+constant, for every method: MEASURED
 """
 
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
+
+from fastsiam.config import Config
 
 PROBE_IMAGES = 256
 JUDGE_AFTER_EPOCHS = 2
@@ -88,7 +91,22 @@ def is_collapsed(measures: Measures) -> bool:
     return measures.mean_abs_cos > MOST_MEAN_ABS_COS and (constant or line)
 
 
-ADVICE = (
-    "keep method.stop_gradient=true, lower optimizer.base_lr, use a larger train.batch_size, or check that the "
-    "images differ (python -m fastsiam.train --dry-run shows what is read); collapse.action=warn continues regardless"
-)
+_REMEDIES = {
+    "simsiam": "keep method.stop_gradient=true and a predictor",
+    "simsiam_alternating": "keep a predictor, lower method.steps",
+    "simsiam_average": "lower method.momentum",
+    "byol": "keep a predictor, raise method.momentum",
+    "simclr": "raise method.temperature",
+    "moco": "raise method.temperature, or lower method.momentum in a short run",
+    # The last two are the authors' (their README, on a loss that stays at ln K).
+    "swav": "keep method.sinkhorn_iterations=3, lower method.epsilon (0.03, 0.02), raise method.freeze_prototypes",
+}
+
+
+def advice(config: Config) -> str:
+    """Returns what to try after a collapse, by the method."""
+    return (
+        f"{_REMEDIES[config.method.name]}, lower optimizer.base_lr, use a larger train.batch_size, or check that the "
+        "images differ (python -m fastsiam.train --dry-run shows what is read); collapse.action=warn continues "
+        "regardless"
+    )

@@ -37,9 +37,6 @@ class Method(nn.Module):
     D in its `num_features`.
     """
 
-    collapsed_loss: float | None = None
-    """Loss of a run that has learned nothing or has collapsed, where the loss shows it."""
-
     def __init__(self, encoder: nn.Module, projector: nn.Module, layout: Layout):
         super().__init__()
         self.encoder, self.projector, self.layout = encoder, projector, layout

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fastsiam.config.method_sections import BYOLConfig
@@ -27,6 +28,11 @@ class BYOL(SimSiam):
     def targets(self, views, z):
         with torch.no_grad():
             return self.target.projector(self.encoded(views, encoder=self.target.encoder))
+
+    def diagnostics(self, targets):
+        """Returns the spread of the targets of view 1: 1 for isotropic ones, 0 for a constant."""
+        unit = F.normalize(targets.unflatten(0, (self.layout.num_views, -1))[0].float(), dim=1)
+        return {"target_std_ratio": unit.std(0).mean() * unit.shape[1] ** 0.5}
 
     def loss(self, p, targets):
         return 4 + 4 * super().loss(p, targets)

@@ -41,12 +41,17 @@ class SimSiam(Method):
         features = self.encoded(views)
         z = self.projector(features)
         p = self.predictor(z)
-        loss = self.loss(p, self.targets(views, z))
-        return {"loss": loss, "features": features.detach(), "z": z.detach()}
+        targets = self.targets(views, z)
+        loss = self.loss(p, targets)
+        return {"loss": loss, "features": features.detach(), "z": z.detach(), **self.diagnostics(targets)}
 
     def targets(self, views, z):
         """Returns [V*N, d], what the predictions of the other views are compared with."""
         return z.detach() if self.stop_gradient else z
+
+    def diagnostics(self, targets):
+        """Returns scalars for the log."""
+        return {}
 
     def loss(self, p, targets):
         """Returns the mean negative similarity of predictions [V*N, d] and the targets [V*N, d] of other views."""

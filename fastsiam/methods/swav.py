@@ -1,7 +1,6 @@
 """SwAV (Caron et al., NeurIPS 2020, arXiv 2006.09882): SimSiam with online clustering."""
 
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,6 @@ class SwAV(Method):
         self.predictor, self.config = predictor, config
         self.prototypes = nn.Linear(dim, config.prototypes, bias=False)
         self._scale_prototypes()
-        self.collapsed_loss = math.log(config.prototypes)
         for name, value in (("temperature", config.temperature), ("epsilon", config.epsilon)):
             self.register_buffer(name, torch.tensor(value), persistent=False)
         # Newest first; the same on all ranks, so that a run may go on with another number of them.

@@ -6,6 +6,7 @@ import torch
 
 import fastsiam
 from fastsiam.config import Config
+from fastsiam.config.method_sections import chance_loss
 from fastsiam.config.published import batch_size_text
 from fastsiam.data.sources.source import ImageSource
 from fastsiam.evaluate import collapse
@@ -76,7 +77,7 @@ def choice_lines(
         f"step      batch {train.batch_size}, learning rate {config.learning_rate:g} = {config.optimizer.base_lr:g} x "
         f"{train.batch_size} / 256, {_optimizer_text(config)}, "
         f"{'channels-last' if train.channels_last else 'channels-first'}, "
-        f"loss {'fused (Triton)' if loss_is_fused(config, device) else 'in plain torch'}",
+        f"loss {'fused (Triton)' if loss_is_fused(config, device) else 'in plain torch'}{_chance_text(config)}",
     ]
     lines += _memory_lines(train)
     if config.evaluate.average == "ema":
@@ -88,6 +89,12 @@ def choice_lines(
     if numba_cache.NOTE and device.type == "cpu":
         lines.append(f"cache     {numba_cache.NOTE}")
     return lines
+
+
+def _chance_text(config):
+    """For losses that show it: their value where nothing is learned."""
+    chance = chance_loss(config.method, sum(group.count for group in config.views), config.train.batch_size)
+    return "" if chance is None else f" ({chance[0]} = {chance[1]:.3f} tells nothing apart)"
 
 
 def _heads_text(method):
@@ -210,7 +217,7 @@ def closing_lines(
     """The last lines of a run in `path`, each with its style; `reason`: why it collapsed or failed."""
     state = progress.state
     if status == "collapsed":
-        lines = [(f"COLLAPSED {reason}", "red"), (f"try       {collapse.ADVICE}", None)]
+        lines = [(f"COLLAPSED {reason}", "red"), (f"try       {collapse.advice(config)}", None)]
     elif status == "failed":
         lines = [(f"FAILED    {reason}", "red")]
     elif status == "preempted":

@@ -146,7 +146,7 @@ class EvaluationSchedule:
             return False
         self.collapsed = f"at step {step:,}: z has collapsed ({self.measures})"
         if action == "warn" and self.guard.first_alarm:
-            self._journal.warn(Notice(f"{self.collapsed}; {collapse.ADVICE}", "collapsed"))
+            self._journal.warn(Notice(f"{self.collapsed}; {collapse.advice(self._config)}", "collapsed"))
         return action == "stop"
 
     def measure_features(self, last: bool = False) -> float | None:

@@ -83,6 +83,24 @@ def test_without_the_stop_gradient_the_run_is_told_as_collapsing_and_stops(train
     assert last(folder, "train")["loss"] < last(healthy[1], "train")["loss"]
 
 
+HEADS = "method.projector={layers: 2, hidden: 256, out: 64, norm: hidden}"
+COLLAPSES = {
+    "byol": (HEADS, "method.predictor=null", "method.momentum=0.97"),
+    "swav": (HEADS, "method.prototypes=64", "method.epsilon=0.02", "method.sinkhorn_iterations=0"),
+}
+
+
+@pytest.mark.parametrize("name", COLLAPSES)
+def test_a_method_without_what_prevents_its_collapse_is_told(train, name, capsys):
+    overrides = (f"method.name={name}", *COLLAPSES[name], "optimizer.base_lr=0.2", "evaluate.controls=false")
+    code, folder = train(f"collapsing-{name}", *overrides)
+    assert code == 3
+    status = json.loads((folder / "status.json").read_text())
+    assert status["std_ratio"] < 0.1
+    assert status["step"] <= 3 * 62
+    assert {"byol": "keep a predictor", "swav": "method.sinkhorn_iterations=3"}[name] in capsys.readouterr().out
+
+
 def cifar(folder, images):
     """1,000 CIFAR-10 images where they lie beside the checkout, else as many demo images."""
     archive = SHARED / "cifar10-jpeg.tar.xz"
