@@ -37,6 +37,9 @@ class Method(nn.Module):
     D in its `num_features`.
     """
 
+    is_mean_over_pairs = False
+    """Whether the loss is the mean of D(p_i, z_j) over ordered pairs of views, so that each image has its own."""
+
     def __init__(self, encoder: nn.Module, projector: nn.Module, layout: Layout):
         super().__init__()
         self.encoder, self.projector, self.layout = encoder, projector, layout

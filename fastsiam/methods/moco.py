@@ -32,7 +32,7 @@ class MoCo(Method):
 
         Of the symmetric loss they have 2N rows, view by view. `views` as in `Method.forward`, two of each image.
         """
-        views = list(torch.cat(views).chunk(2)) if len(views) > 1 else list(views[0].chunk(2))
+        views = views if len(views) == 2 else list(views[0].chunk(2))
         asked, answered = (views, views[::-1]) if self.symmetric else (views[:1], views[1:])
         counts = (1,) * len(asked)
         features = self.encoded(asked, counts)

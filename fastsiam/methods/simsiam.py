@@ -45,6 +45,11 @@ class SimSiam(Method):
         loss = self.loss(p, targets)
         return {"loss": loss, "features": features.detach(), "z": z.detach(), **self.diagnostics(targets)}
 
+    @property
+    def is_mean_over_pairs(self):
+        is_variant = self.similarity != "cosine" or not self.symmetric or self.target_views is not None
+        return type(self) is SimSiam and not is_variant
+
     def targets(self, views, z):
         """Returns [V*N, d], what the predictions of the other views are compared with."""
         return z.detach() if self.stop_gradient else z

@@ -27,7 +27,8 @@ class Findings:
     loss: float
     """Mean over the batch, before the step moves the weights."""
     losses: np.ndarray | None
-    """[N] float64: of each image, the mean over the ordered pairs of its views; None for a method without a predictor.
+    """[N] float64: of each image, the mean over the ordered pairs of its views; None for a loss that is not
+    their mean.
 
     Batch norm couples the images of a batch: where one is not finite, mostly none is."""
     norms: dict[str, float]
@@ -79,7 +80,7 @@ def examine(
     norms = {name: torch.linalg.vector_norm(g, dtype=torch.float64).item() / scale for name, g in gradients.items()}
     return Findings(
         loss=found.pop("loss").item(),
-        losses=_losses(found, sum(group.count for group in groups)),
+        losses=_losses(found, sum(group.count for group in groups)) if method.is_mean_over_pairs else None,
         norms={"total": _joint(norms.values())} | _by_part(method, norms),
         largest=sorted(norms.items(), key=lambda named: -named[1] if math.isfinite(named[1]) else -math.inf)[:LARGEST],
         first_bad=watch.first,
@@ -152,8 +153,6 @@ class _Watch:
 
 def _losses(outputs, num_views):
     """[N] of z and p [V*N, d]: minus the mean cosine of p_i and z_j over i != j."""
-    if len(outputs) < 2:
-        return None
     unit = {name: F.normalize(output.double(), dim=1) for name, output in outputs.items()}
     z, p = (unit[name].unflatten(0, (num_views, -1)) for name in ("projector", "predictor"))
     cosines = torch.einsum("ind,jnd->nij", p, z)
