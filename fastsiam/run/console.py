@@ -292,7 +292,7 @@ def _held_rate_lines(config, progress):
 
 
 def _verdict(measures, guard, step) -> str:
-    if collapse.is_collapsed(measures):
+    if collapse.is_collapsed(measures, guard.limits):
         judged = step >= guard.judge_from_step
         return "COLLAPSED" if judged else f"too early to judge (from step {guard.judge_from_step:,} on)"
     return "healthy"

@@ -39,7 +39,7 @@ class EvaluationSchedule:
         runtime = data.runtime
         self._config, self._method, self._encoder, self._loader = config, method, encoder, data.loader
         self._journal, self._world, self._progress = journal, runtime.world, progress
-        self.guard = collapse.CollapseGuard(data.steps_per_epoch)
+        self.guard = collapse.CollapseGuard(data.steps_per_epoch, collapse.limits_of(config))
         self.measures: collapse.Measures | None = None
         self.collapsed: str | None = None
         """Sentence on the collapse of the run, if it counts as collapsed."""
