@@ -30,7 +30,7 @@ from benchmarks.harness.results import Results
 from benchmarks.harness.timing import interleave
 from benchmarks.peers import AbsentError, authors, lightly, solo_learn
 from fastsiam.config import load_config
-from fastsiam.config.views import ViewSpec
+from fastsiam.config.views import ViewGroup, ViewSpec
 from fastsiam.data.backends.choose import choose_backend, open_backend
 from fastsiam.data.loader import Loader
 from fastsiam.data.sources.open import open_source
@@ -190,8 +190,8 @@ def source_of(paths: tuple[str, ...]) -> ImageSource:
 
 def peer(case: Case, build_loader: Callable, *more):
     """Epochs of a peer's loader."""
-    spec = ViewSpec(size=case.size, color="exact")
-    numbers = {"spec": spec, "batch_size": case.batch_size, "workers": case.workers, "device": case.device}
+    groups = (ViewGroup(2, ViewSpec(size=case.size, color="exact")),)
+    numbers = {"groups": groups, "batch_size": case.batch_size, "workers": case.workers, "device": case.device}
     batches = build_loader(list(case.paths), *more, **numbers)
     return lambda index: drain((batch[:2] for batch in batches), case.device), None
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.harness.cli import command
 from benchmarks.harness.results import Results
-from benchmarks.harness.timing import count_launches, interleave, peak_memory, traced
+from benchmarks.harness.timing import allocated_at_peak, count_launches, interleave, peak_memory
 from fastsiam.kernels import nt_xent
 from fastsiam.kernels.reference import nt_xent_ref
 
@@ -30,13 +30,18 @@ class Case:
 
     batch: int
     dim: int = 128
+    goals: tuple[tuple[str, float], ...] = ()
+    """What is asked of ours as a share of lightly's: the number of the line, and its limit."""
 
     @property
     def params(self) -> dict:
         return {"batch": self.batch, "dim": self.dim}
 
 
-CASES = (Case(4096), Case(256))
+CASES = (
+    Case(4096, goals=(("memory_of_lightly", 1 / 8), ("time_of_lightly", 0.7))),
+    Case(256, goals=(("time_of_lightly", 1.0),)),
+)
 
 
 def variants(device: torch.device) -> dict[str, Callable | None]:
@@ -80,15 +85,13 @@ def check(name: str, loss: Callable, case: Case, device: torch.device) -> None:
             raise RuntimeError(f"nt_xent: {name} at {case.params}: the {what} is off by {error:.2g} from float64")
 
 
-def allocated_at_peak(function: Callable[[], object]) -> int:
-    """Bytes of CPU tensors that one call of `function` has alive at a time, above what was alive before."""
-    alive = peak = 0
-    events = traced(function, torch.device("cpu"), memory=True)
-    blocks = (event for event in events if event.get("name") == "[memory]")
-    for event in sorted(blocks, key=lambda event: event["ts"]):
-        alive += event["args"]["Bytes"]
-        peak = max(peak, alive)
-    return peak
+def goals_in_words(case: Case, against: dict[str, float]) -> str:
+    """Returns what is asked of ours beside lightly's, and whether it is met."""
+    told = (
+        f"{key.partition('_')[0]} at most {limit:g}x: {'met' if against[key] <= limit else 'missed'}"
+        for key, limit in case.goals
+    )
+    return ", ".join(told)
 
 
 def measure(results: Results, case: Case, device: torch.device, seconds: float) -> None:
@@ -104,7 +107,8 @@ def measure(results: Results, case: Case, device: torch.device, seconds: float) 
     kind = device.type
     taken = interleave(calls, device=device, warmup=WARMUP[kind], repeats=REPEATS[kind], seconds=seconds)
     peaks = {
-        name: peak_memory(once, device) if kind == "cuda" else allocated_at_peak(once) for name, once in bound.items()
+        name: peak_memory(once, device) if kind == "cuda" else allocated_at_peak(once, device)
+        for name, once in bound.items()
     }
     for name in losses:
         if name not in bound:
@@ -114,6 +118,8 @@ def measure(results: Results, case: Case, device: torch.device, seconds: float) 
         if "lightly" in bound:
             against["time_of_lightly"] = taken[name].median / taken["lightly"].median
             against["memory_of_lightly"] = peaks[name] / peaks["lightly"]
+            if name == "fastsiam" and case.goals:
+                against["goals"] = goals_in_words(case, against)
         launches = count_launches(bound[name], device)
         results.add(
             "nt_xent", name, case.params, taken[name], peak_memory_bytes=peaks[name], launches=launches, **against

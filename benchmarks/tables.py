@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.harness.checkout import CHECKOUT
 from benchmarks.harness.results import read_results
-from benchmarks.race import standings
+from benchmarks.race import methods, standings
 from benchmarks.readme import summary
 from benchmarks.readme.captions import ABSENT, NOTHING, VERSIONS, caption, number, param
 from fastsiam.errors import UserError
@@ -114,6 +114,28 @@ RACE = (
     Column("memory", "memory_format"),
     Column("loader", "loader"),
 )
+METHODS = (
+    *(Column(name.replace("_", " "), name) for name in methods.COMPONENTS),
+    Column("kNN, %", "knn"),
+    Column("images/s", "images_per_second"),
+    MEMORY,
+    Column("best base_lr", "base_lr"),
+    Column("protocol", "protocol"),
+    Column("precision", "precision"),
+)
+MULTI_CROP = (
+    IMAGES,
+    Column("of two views", "share_of_two_views", unit="x"),
+    Column("CPU ms an image", "cpu_seconds_per_image", scale=1000),
+    Column("at least", "goal"),
+)
+NT_XENT = (
+    MS,
+    Column("of lightly's time", "time_of_lightly", unit="x"),
+    MEMORY,
+    Column("of lightly's memory", "memory_of_lightly", unit="x"),
+    Column("goals", "goals"),
+)
 BUDGET = (
     Column("processes lived, s", "lived_seconds"),
     Column("of the budget", "lived_share", scale=100, unit=" %"),
@@ -132,6 +154,9 @@ TABLES = {
     "distributed": Table("distributed", DISTRIBUTED),
     "budget": Table("budget", BUDGET),
     "race": Table("time_to_accuracy", RACE, rows_of=standings.rows),
+    "methods": Table("methods", METHODS, baseline="lightly", rows_of=methods.rows, speed="images_per_second"),
+    "multi_crop": Table("multi_crop", MULTI_CROP),
+    "nt_xent": Table("nt_xent", NT_XENT, baseline="lightly"),
     "linear": Table("linear", LINEAR, baseline="lightly"),
     "loss": Table("loss", (MS, *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"),
     "augment": Table(

@@ -30,6 +30,7 @@ from benchmarks.harness.worker_process import apart
 from benchmarks.peers import AbsentError
 from benchmarks.race import plot
 from benchmarks.race.contestants import CONTESTANTS, FASTSIAM, OURS, PLAIN, Loading, overrides_of
+from benchmarks.race.methods import Entry, protocol
 from benchmarks.race.standings import BENCHMARK, Lines, best_rate, plus_minus, read, seconds_to, standings
 from benchmarks.race.subset import write_list
 from benchmarks.race.timed_run import Job, controls, run_job, try_loadings
@@ -61,11 +62,18 @@ def in_words(name: str, own: float) -> float:
 class Race:
     """Race with fixed data and settings: its runs."""
 
-    def __init__(self, lines: Lines, name: str, images: "Images", seconds: float, target: float, checkout, call):
-        """`call(function, *arguments)` runs a job of the config `name`, `apart` or in this process."""
-        self._lines, self._name, self._overrides, self._label = lines, name, images.overrides, images.label
+    def __init__(
+        self, lines: Lines, name: str, images: "Images", seconds: float, target: float, checkout, call,
+        entry: Entry | None = None,
+    ):  # fmt: skip
+        """`call(function, *arguments)` runs a job of the config `name`, `apart` or in this process.
+
+        `entry`: the method in place of the config's, in a race of methods.
+        """
+        self._lines, self._name, self._entry = lines, name, entry
+        self._overrides, self._label = [*images.overrides, *(entry.overrides if entry else ())], images.label
         self._seconds, self._target, self._checkout, self._call = seconds, target, checkout, call
-        self.config = load_config(name, images.overrides)
+        self.config = load_config(name, self._overrides)
         check_config(self.config)
         self.evaluations = max(2, min(EVALUATIONS, int(seconds / _BETWEEN_EVALUATIONS)))
         self.params = self._params()
@@ -103,8 +111,9 @@ class Race:
             print(f"  already there: kNN {line['knn']:.2f} % after {line['seconds']:.0f} s", flush=True)
             return line
         overrides = [*self._overrides, f"train.seed={seed}", f"optimizer.base_lr={base_lr!r}"]
-        overrides += overrides_of(variant, self.config)
-        job = Job(variant, load_config(self._name, overrides), self._seconds, self.evaluations, None, self._checkout)
+        overrides += [*overrides_of(variant, self.config), *(self._entry.of(variant).overrides if self._entry else ())]
+        config = load_config(self._name, overrides)
+        job = Job(variant, config, self._seconds, self.evaluations, None, self._checkout)
         try:
             if variant not in OURS:
                 job = replace(job, loading=self._loading(job))
@@ -117,6 +126,8 @@ class Race:
         numbers = outcome.numbers()
         reached = seconds_to(numbers["curve"], self._target)
         numbers |= {"target": self._target, "seconds_to_target": reached}
+        if self._entry:
+            numbers["protocol"] = protocol(variant, config)
         line = self._lines.add("run", variant, params, **numbers)
         told = "not reached" if reached is None else f"in {reached:.0f} s"
         print(
@@ -159,9 +170,13 @@ class Race:
             del sections["evaluate"][key]
         sections["train"] = [getattr(config.train, key) for key in ("precision", "compile", "channels_last")]
         sections["data"] = [data.backend, data.augment, data.store_size, *(source.fingerprint() for source in sources)]
+        if self._entry:
+            sections["peers"] = {name: list(recipe.overrides) for name, recipe in self._entry.peers.items()}
         digest = hashlib.sha256(json.dumps(sections, sort_keys=True).encode()).hexdigest()[:8]
         width = {} if config.model.width is None else {"width": config.model.width}
+        method = {"method": self._entry.name} if self._entry else {}
         return {
+            **method,
             "data": self._label,
             "images": len(sources[0]),
             "val": len(sources[1]),
@@ -181,7 +196,7 @@ def check_config(config: Config) -> None:
     wanted = (
         ("optimizer.name", optimizer.name, "sgd"),
         ("optimizer.schedule", optimizer.schedule, "cosine"),
-        ("method.stop_gradient", config.method.stop_gradient, True),
+        ("method.stop_gradient", getattr(config.method, "stop_gradient", True) or config.method.name == "simclr", True),
         ("model.bn_statistics", config.model.bn_statistics, "per_view"),
         ("views.solarize", views.solarize, 0.0),
         ("views.crop_scale", views.crop_scale[1], 1.0),

@@ -27,6 +27,7 @@ OPTIONS = {
     "ranks": (int, "processes, on a GPU each where the device is cuda; without it 2"),
     "solo_learn": (Path, "a checkout of github.com/vturrisi/solo-learn"),
     "config": (str, "a YAML file, or the name of one in configs/ (%(default)s)"),
+    "method": (words, "methods (%(default)s)"),
     "data": (Path, "folder with train/CLASS/ and val/CLASS/; without it the config's own"),
     "train": (int, "so many training images, equally many of each class; without it all"),
     "val": (int, "so many images that kNN classifies, likewise"),

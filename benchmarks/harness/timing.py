@@ -196,6 +196,17 @@ def peak_memory(function: Callable[[], object], device: torch.device) -> int | N
     return torch.cuda.max_memory_allocated(device) - before
 
 
+def allocated_at_peak(function: Callable[[], object], device: torch.device) -> int:
+    """Bytes of CPU tensors that one call of `function` has alive at a time, above what was alive before."""
+    alive = peak = 0
+    events = traced(function, device, memory=True)
+    blocks = (event for event in events if event.get("name") == "[memory]")
+    for event in sorted(blocks, key=lambda event: event["ts"]):
+        alive += event["args"]["Bytes"]
+        peak = max(peak, alive)
+    return peak
+
+
 def count_launches(function: Callable[[], object], device: torch.device) -> int | None:
     """Kernels that one call of `function` runs, copies and memsets apart, by torch.profiler; None on a CPU."""
     if device.type != "cuda":

@@ -1,10 +1,12 @@
-"""SimSiam as others run it: one file each, with `build_step` and `build_loader`.
+"""SimSiam and its relatives as others run them: one file each, with `build_step` and `build_loader`.
 
-`build_step(config, weights, device, ...)` gives a function from views [2N, 3, S, S] to the loss of one training step,
+`build_step(config, weights, device, ...)` gives a function from views [V*N, 3, S, S] to the loss of one training step,
 on the model of `config` with the weights of `fastsiam.build_method`'s state dict; its attributes `model`, `encoder` and
 `optimizer` are what it trains, groups of the optimizer with `scheduled` as `fastsiam.optim` has them.
-`build_loader(paths, spec=...)` gives an iterable over batches that begin with two views [N, 3, S, S] of N images, with
-the numbers of a `ViewSpec`. Both raise `AbsentError` where the peer cannot run here.
+Where something else than the rate follows a schedule, the step's `before(progress)` is called with the share of the
+run that is over. `build_loader(paths, groups=...)` gives an iterable over batches that begin with the views
+[N, 3, S, S] of N images, counts and numbers as in a config's `view_groups`. Both raise `AbsentError` where the peer
+cannot run here, or has no such method.
 """
 
 import torch
@@ -61,6 +63,20 @@ def plain_encoder(model) -> nn.Module:
         encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
         encoder.maxpool = nn.Identity()
     return encoder
+
+
+def copy_linear_layers(head: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Gives the linear layers of a peer's head the weights of ours, in their order.
+
+    A bias, or a batch norm, that ours lacks keeps its own start. Raises `ValueError` where they are not equally many.
+    """
+    ours = [name.removesuffix("weight") for name, value in weights.items() if value.ndim == 2]
+    theirs = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    with torch.no_grad():
+        for name, layer in zip(ours, theirs, strict=True):
+            layer.weight.copy_(weights[f"{name}weight"])
+            if layer.bias is not None and f"{name}bias" in weights:
+                layer.bias.copy_(weights[f"{name}bias"])
 
 
 def part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -12,8 +12,14 @@ from PIL import ImageFilter
 from torch import nn
 from torchvision import transforms as T
 
-from benchmarks.peers import data_loader, plain_encoder
+from benchmarks.peers import AbsentError, data_loader, plain_encoder
 from fastsiam.config.views import ViewSpec
+
+
+def check_is_theirs(method: str, num_views: int) -> None:
+    """Raises `AbsentError` for another method than SimSiam with two views."""
+    if (method, num_views) != ("simsiam", 2):
+        raise AbsentError("SimSiam's authors publish SimSiam with two views alone")
 
 
 class SimSiam(nn.Module):
@@ -47,6 +53,7 @@ def build_step(config, weights, device, *, precision=contextlib.nullcontext, mem
 
     The predictor keeps its rate where the config says so, as their --fix-pred-lr does.
     """
+    check_is_theirs(config.method.name, config.view_groups[0].count)
     model = SimSiam(config.model, config.method).to(device, memory_format=memory_format)
     model.load_state_dict(weights)
     criterion = nn.CosineSimilarity(dim=1)
@@ -117,6 +124,11 @@ def build_transform(spec: ViewSpec) -> TwoCrops:
     )
 
 
-def build_loader(paths, *, spec, batch_size, workers, device):
-    """Their loader: each file decoded once by PIL in a worker process, two crops of it transformed there."""
+def build_loader(paths, *, groups, batch_size, workers, device):
+    """Their loader: each file decoded once by PIL in a worker process, two crops of it transformed there.
+
+    `groups`: of the config; theirs is one of two views.
+    """
+    ((count, spec),) = groups
+    check_is_theirs("simsiam", count)
     return data_loader(paths, build_transform(spec), batch_size, workers, device)

@@ -1,25 +1,33 @@
-"""solo-learn (vturrisi/solo-learn) from a checkout: its SimSiam's training step, its PIL and its DALI transforms.
+"""solo-learn (vturrisi/solo-learn) from a checkout: its methods' training steps, its PIL and its DALI transforms.
 
 Its package on the registry pins an old torch, so the checkout's path is given. Only the Lightning trainer is left
 out: what is timed is `training_step`, backward and the optimizer of `configure_optimizers`.
 """
 
 import contextlib
+import copy
+import functools
 import logging
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from benchmarks.peers import AbsentError, data_loader, part, plain_encoder
+from benchmarks.peers import AbsentError, copy_linear_layers, data_loader, part, plain_encoder
 
 NO_PATH = "give a checkout of github.com/vturrisi/solo-learn with --solo-learn PATH"
 REQUIRES = "lightning omegaconf scipy timm torchmetrics tqdm"
 
 # Batches that its DALI pipeline prepares ahead, DALI's default.
 AHEAD = 2
+
+# Epochs of its CIFAR configs, of which the shares of a run that are given in epochs are counted, and parts of a run.
+EPOCHS, STEPS = 1000, 10**6
+# The momentum at the end of a run, in its CIFAR configs.
+FINAL_TAU = {"byol": 1.0, "moco": 0.999}
 
 # No data set of its own table of channel statistics, so that it takes those of the augmentation's section.
 OTHER_IMAGES = "custom"
@@ -46,50 +54,90 @@ def build_step(
 ):
     """Their method and optimizer; in channels-last as their trainer runs it.
 
-    The predictor keeps its rate, as their `static_lr` has it.
+    SimSiam's predictor keeps its rate, as their `static_lr` has it.
     """
     check_installed(checkout)
     from omegaconf import OmegaConf
-    from solo.methods.simsiam import SimSiam
 
+    kind = _class_of(config)
     # It says that intervals of a scheduler, which is not there, matter for resuming.
     logging.disable(logging.WARNING)
-    method = SimSiam(OmegaConf.create(_settings(config, memory_format)))
+    # weight_norm, which its SwAV calls, is deprecated.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        method = kind(OmegaConf.create(_settings(config, memory_format)))
     logging.disable(logging.NOTSET)
     _make_same_architecture(method, config, weights)
     # Without a trainer there is nothing to log to.
-    method.log_dict = lambda *_, **__: None
+    method.log_dict = method.log = lambda *_, **__: None
     method.to(device, memory_format=memory_format)
     optimizer = method.configure_optimizers()
     for group in optimizer.param_groups:
-        group["scheduled"] = group["name"] != "predictor"
+        group["scheduled"] = group["name"] != "predictor" or config.method.name != "simsiam"
+    # What its methods read of a trainer: their schedules count epochs, or steps of the whole run.
+    trainer = SimpleNamespace(world_size=1, current_epoch=0, global_step=0, estimated_stepping_batches=STEPS)
+    method.trainer = trainer
+    method.on_train_start()
 
     def step(views):
         x = views.chunk(2)
         labels = torch.zeros(len(x[0]), dtype=torch.int64, device=device)
+        batch = [torch.arange(len(x[0]), device=device), list(x), labels]
         with precision():
-            loss = method.training_step([None, list(x), labels], 0)
+            loss = method.training_step(batch, 0)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        method.on_after_backward()
         optimizer.step()
+        # The step counts as one, however small a share of the run it is.
+        trainer.global_step = max(trainer.global_step, getattr(method, "last_step", 0) + 1)
+        method.on_train_batch_end(None, batch, 0)
         return loss.detach()
 
+    def before(progress):
+        trainer.current_epoch, trainer.global_step = int(progress * EPOCHS), round(progress * STEPS)
+
+    step.before = before
     step.model, step.encoder, step.optimizer = method, method.backbone, optimizer
     return step
+
+
+def _class_of(config):
+    """Raises `AbsentError` for a method, or a number of views, that it does not have."""
+    from solo.methods import byol, mocov2plus, simclr, simsiam, swav
+
+    kinds = {
+        "simsiam": simsiam.SimSiam,
+        "byol": byol.BYOL,
+        "simclr": simclr.SimCLR,
+        "moco": mocov2plus.MoCoV2Plus,
+        "swav": swav.SwAV,
+    }
+    name, num_views = config.method.name, config.view_groups[0].count
+    if name not in kinds or num_views != 2:
+        raise AbsentError(f"solo-learn has no {name} with {num_views} views")
+    return kinds[name]
 
 
 def _settings(config, memory_format) -> dict:
     model, heads, optimizer = config.model, config.method, config.optimizer
     # It knows no CIFAR ResNet: `_make_same_architecture` puts one in this one's place.
     backbone = model.encoder if model.width is None else "resnet18"
+    numbers = {"proj_hidden_dim": heads.projector.hidden, "proj_output_dim": heads.projector.out}
+    if getattr(heads, "predictor", None):
+        numbers["pred_hidden_dim"] = heads.predictor.hidden
+    # Their names of our keys.
+    names = {"temperature": "temperature", "queue": "queue_size", "prototypes": "num_prototypes",
+             "epsilon": "sk_epsilon", "sinkhorn_iterations": "sk_iters"}  # fmt: skip
+    numbers |= {theirs: getattr(heads, ours) for ours, theirs in names.items() if hasattr(heads, ours)}
+    if heads.name == "swav":
+        shares = {"freeze_prototypes_epochs": heads.freeze_prototypes, "epoch_queue_starts": heads.queue_from}
+        numbers |= {key: round(share * EPOCHS) for key, share in shares.items()}
     return {
-        "method": "simsiam",
+        "method": {"moco": "mocov2plus"}.get(heads.name, heads.name),
         "backbone": {"name": backbone, "kwargs": {"zero_init_residual": model.zero_init_residual}},
-        "method_kwargs": {
-            "proj_hidden_dim": heads.projector.hidden,
-            "proj_output_dim": heads.projector.out,
-            "pred_hidden_dim": heads.predictor.hidden,
-        },
+        "method_kwargs": numbers,
+        "momentum": {"base_tau": getattr(heads, "momentum", 0.99), "final_tau": FINAL_TAU.get(heads.name, 1.0)},
         "data": {
             "dataset": "cifar10" if model.stem == "cifar" else "imagenet",
             "num_classes": 10 if model.stem == "cifar" else 1000,
@@ -114,16 +162,30 @@ def _make_same_architecture(method, config, weights):
     model, heads = config.model, config.method
     if model.width is not None:
         method.backbone = plain_encoder(model)
-        features = method.backbone.num_features
-        method.projector[0] = nn.Linear(features, heads.projector.hidden, bias=False)
+        features, hidden = method.backbone.num_features, heads.projector.hidden
+        method.projector[0] = nn.Linear(features, hidden, bias=method.projector[0].bias is not None)
         method.classifier = nn.Linear(features, method.num_classes)
     elif model.stem == "cifar":
         # Theirs pads by 2, which makes 34 px of 32.
         method.backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, padding=1, bias=False)
+    method.backbone.load_state_dict(part(weights, "encoder"))
+    if heads.name == "simsiam":
+        _load_simsiam(method, heads, weights)
+        return
+    copy_linear_layers(method.projector, part(weights, "projector"))
+    if hasattr(method, "predictor"):
+        copy_linear_layers(method.predictor, part(weights, "predictor"))
+    if hasattr(method, "prototypes"):
+        method.prototypes.weight_v.data.copy_(weights["prototypes.weight"])
+    if hasattr(method, "momentum_backbone"):
+        method.momentum_backbone = copy.deepcopy(method.backbone).requires_grad_(False)
+        method.momentum_projector = copy.deepcopy(method.projector).requires_grad_(False)
+
+
+def _load_simsiam(method, heads, weights):
     if heads.projector.layers == 2:
         # Theirs always has three layers, the appendix's for CIFAR-10 two.
         method.projector = nn.Sequential(*method.projector[:3], *method.projector[6:])
-    method.backbone.load_state_dict(part(weights, "encoder"))
     method.predictor.load_state_dict(part(weights, "predictor"))
     missing, unexpected = method.projector.load_state_dict(part(weights, "projector"), strict=False)
     # They freeze the bias before the last batch norm; ours is not there.
@@ -153,36 +215,38 @@ def _augmentation(spec) -> dict:
     }
 
 
-def build_loader(paths, checkout, *, spec, batch_size, workers, device):
-    """Their PIL transforms with the numbers of `spec` (the crop is bicubic, as always there) in a DataLoader."""
-    check_installed(checkout)
+def _crops(build_transform, groups):
+    """Their transform of one image to the views of all groups."""
     from omegaconf import OmegaConf
-    from solo.data.pretrain_dataloader import build_transform_pipeline, prepare_n_crop_transform
+    from solo.data.pretrain_dataloader import prepare_n_crop_transform
 
-    augmentation = OmegaConf.create(_augmentation(spec))
-    transform = prepare_n_crop_transform([build_transform_pipeline(OTHER_IMAGES, augmentation)], [2])
-    return data_loader(paths, transform, batch_size, workers, device)
+    transforms = [build_transform(OTHER_IMAGES, OmegaConf.create(_augmentation(group.spec))) for group in groups]
+    return prepare_n_crop_transform(transforms, [group.count for group in groups])
 
 
-def build_dali_loader(paths, checkout, *, spec, batch_size, workers, device):
+def build_loader(paths, checkout, *, groups, batch_size, workers, device):
+    """Their PIL transforms with the numbers of `groups` (the crop is bicubic, as always there) in a DataLoader."""
+    check_installed(checkout)
+    from solo.data.pretrain_dataloader import build_transform_pipeline
+
+    return data_loader(paths, _crops(build_transform_pipeline, groups), batch_size, workers, device)
+
+
+def build_dali_loader(paths, checkout, *, groups, batch_size, workers, device):
     """Their DALI pipeline, which decodes once and augments inside the graph."""
     check_installed(checkout)
     try:
         from nvidia.dali import ops
     except ImportError as error:
         raise AbsentError("DALI is not installed; pip install nvidia-dali-cuda120") from error
-    from omegaconf import OmegaConf
     from solo.data.dali_dataloader import PretrainPipelineBuilder, build_transform_pipeline_dali
-    from solo.data.pretrain_dataloader import prepare_n_crop_transform
 
-    augmentation = OmegaConf.create(_augmentation(spec))
     kind = "gpu" if device.type == "cuda" else "cpu"
-    transform = build_transform_pipeline_dali(OTHER_IMAGES, augmentation, dali_device=kind)
     builder = PretrainPipelineBuilder(
         Path(paths[0]).parents[1],
         batch_size=batch_size,
         device=kind,
-        transforms=prepare_n_crop_transform([transform], [2]),
+        transforms=_crops(functools.partial(build_transform_pipeline_dali, dali_device=kind), groups),
         num_threads=workers,
     )
     # Its own reader takes whole folders; this one reads the files that all others read.

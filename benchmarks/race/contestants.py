@@ -1,4 +1,4 @@
-"""Contestants of a race to a kNN accuracy: the product, and SimSiam as three other projects run it.
+"""Contestants of a race to a kNN accuracy: the product, and its method as three other projects run it.
 
 All of them train one model (architecture and initial weights of the config and its seed) on the same files with the
 same batch, rate schedule and augmentation numbers. Each brings its own loader, step, precision and memory layout:
@@ -6,7 +6,7 @@ same batch, rate schedule and augmentation numbers. Each brings its own loader, 
 - fastsiam: the product's own loop with the config, its schedule, log and checks included. Beside it, whatever the
   config has: with two views of one size (plain), with four of one size, and with two that grow from half of it.
 - authors: PIL transforms in a DataLoader, fp32, eager; their predictor keeps its rate where the config's does.
-- lightly: its transform, heads and loss, fp32, eager, one rate for all parameters, as its example has it.
+- lightly: its transform, heads and losses, fp32, eager, one rate for all parameters, as its examples have it.
 - lightly + bf16 + channels-last: the same with the two switches that its example leaves off.
 - solo-learn: its method and transforms, channels-last; mixed precision, since its CIFAR configs say `16-mixed`, for
   which Lightning takes bf16 on a CPU. Where the hardware does not multiply bf16 it is run in fp32. Its CIFAR configs
@@ -57,7 +57,7 @@ class Contestant:
     """Model with the one step that trains it and the one loader that feeds it."""
 
     step: Callable[[torch.Tensor], torch.Tensor]
-    """Maps views [2N, 3, S, S] on the device to the loss of one training step, detached."""
+    """Maps views [V*N, 3, S, S] on the device to the loss of one training step, detached."""
     epoch: Callable[[int], Iterable[torch.Tensor]]
     """Returns the views of an epoch's batches."""
     model: nn.Module
@@ -72,6 +72,8 @@ class Contestant:
     size: tuple[int, ...] | None = None
     """The size of the views of `epoch`; None: as that function has them."""
     close: Callable[[], None] = lambda: None
+    before: Callable[[float], None] = lambda progress: None
+    """Called before a step with the share of its time that is over, for what follows a schedule beside the rate."""
     _stream: Iterator[torch.Tensor] | None = None
     _loss: torch.Tensor | None = None
 
@@ -85,6 +87,7 @@ class Contestant:
         if self._stream is None:
             self._stream = self.batches()
         set_learning_rate(self.optimizer, config, progress)
+        self.before(progress)
         self._loss = self.step(next(self._stream))
 
     def loss(self) -> float:
@@ -186,11 +189,12 @@ class Peer:
         step = self.build_step(config, initial_weights(config, device), device, *more, **numbers)
         paths = [str(source.path(index)) for index in range(len(source))]
         numbers = {"batch_size": config.train.batch_size, "workers": loading.workers, "device": device}
-        loader = self.loaders[loading.kind](paths, *more, spec=config.view_groups[0].spec, **numbers)
+        loader = self.loaders[loading.kind](paths, *more, groups=config.view_groups, **numbers)
+        (group,) = config.view_groups
 
         def epoch(_number):
             for batch in loader:
-                yield torch.cat([view.to(device, non_blocking=True) for view in batch[:2]])
+                yield torch.cat([view.to(device, non_blocking=True) for view in batch[: group.count]])
 
         facts = {
             "precision": "bf16" if dtype == torch.bfloat16 else "fp32",
@@ -198,7 +202,9 @@ class Peer:
             "compiled": False,
             "loader": str(loading),
         }
-        return Contestant(step, epoch, step.model, step.encoder, step.optimizer, facts)
+        contestant = Contestant(step, epoch, step.model, step.encoder, step.optimizer, facts)
+        contestant.before = getattr(step, "before", contestant.before)
+        return contestant
 
 
 PEERS = {

@@ -21,9 +21,9 @@ OF_A_RUN = ("seed", "base_lr")
 class Lines:
     """The result lines of one race, those of earlier starts included."""
 
-    def __init__(self, results: Results):
-        self._results = results
-        self._lines = read(results.folder / f"{BENCHMARK}.jsonl") if results.folder else []
+    def __init__(self, results: Results, benchmark: str = BENCHMARK):
+        self._results, self._benchmark = results, benchmark
+        self._lines = read(results.folder / f"{benchmark}.jsonl") if results.folder else []
 
     def find(self, kind: str, variant: str, params: dict) -> dict | None:
         """Returns the line that an earlier start has written."""
@@ -33,7 +33,7 @@ class Lines:
         return None
 
     def add(self, kind: str, variant: str, params: dict, **numbers) -> dict:
-        line = self._results.write(BENCHMARK, variant, params, None, kind=kind, **numbers)
+        line = self._results.write(self._benchmark, variant, params, None, kind=kind, **numbers)
         self._lines.append(line)
         return line
 
@@ -157,7 +157,7 @@ def rows(lines: list[dict]) -> list[dict]:
         first = standing.runs[0]
         found.append(
             {
-                "benchmark": BENCHMARK,
+                "benchmark": first["benchmark"],
                 "variant": standing.variant,
                 # The target is said once, in the caption.
                 "params": {**standing.params, "target": f"{standing.target:g} %"},
@@ -170,6 +170,8 @@ def rows(lines: list[dict]) -> list[dict]:
                 "images_per_second": standing.images_per_second,
                 "base_lr": f"{standing.base_lr:g} of {', '.join(f'{rate:g}' for rate in standing.tried)}",
                 **{key: first[key] for key in ("precision", "memory_format", "loader")},
+                # Lines of before do not have them.
+                **{key: first.get(key) for key in ("peak_memory_bytes", "protocol")},
             }
         )
     absent = [line for line in lines if line.get("kind") == "absent"]

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks import peers
+from benchmarks.harness.timing import allocated_at_peak, peak_memory
 from benchmarks.race.contestants import FASTSIAM, OURS, PEERS, Contestant, Loading, Product, seed_everything
 from fastsiam.config import Config
 from fastsiam.data.skip_list import SkipList
@@ -73,6 +74,8 @@ class Outcome:
     """To build model and loader, decoding into memory included."""
     warmup_seconds: float
     """Seconds of the thrown-away steps: compilation, first calls, the start of workers."""
+    peak_memory_bytes: int
+    """Tensors alive at the peak of a step: those of the run, and what the step allocates."""
     facts: dict
 
     def numbers(self) -> dict:
@@ -86,6 +89,7 @@ class Outcome:
             "final_loss": self.final_loss,
             "setup_seconds": self.setup_seconds,
             "warmup_seconds": self.warmup_seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
             "curve": [list(asdict(point).values()) for point in self.curve],
             **self.facts,
         }
@@ -122,6 +126,8 @@ def thrown_away(contestant: Contestant) -> Iterator[None]:
     Compiled code and started workers stay.
     """
     model, optimizer = contestant.model, contestant.optimizer
+    # The state dict leaves out some buffers, such as lightly's queue of negatives.
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
@@ -129,6 +135,8 @@ def thrown_away(contestant: Contestant) -> Iterator[None]:
         yield
     finally:
         model.load_state_dict(saved[0])
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
         optimizer.load_state_dict(saved[1])
         optimizer.zero_grad(set_to_none=True)
         random.setstate(generators[0])
@@ -151,6 +159,20 @@ def warm_up(contestant: Contestant, config: Config, steps: int = WARMUP_STEPS) -
                     contestant.step(next(batches)).item()
         contestant.size = None
     return time.perf_counter() - start
+
+
+def peak_of_a_step(contestant: Contestant, device: torch.device) -> int:
+    """Bytes of the model, its buffers and its optimizer's state, and what a step on top of them has alive at its peak.
+
+    Views and the loader's memory are left out. The step is thrown away.
+    """
+    with thrown_away(contestant), contextlib.closing(contestant.batches()) as batches:
+        views = next(batches)
+        contestant.step(views)
+        state = [value for of_one in contestant.optimizer.state.values() for value in of_one.values()]
+        held = [*contestant.model.parameters(), *contestant.model.buffers(), *filter(torch.is_tensor, state)]
+        measure = peak_memory if device.type == "cuda" else allocated_at_peak
+        return sum(tensor.nbytes for tensor in held) + measure(lambda: contestant.step(views), device)
 
 
 def against_the_clock(
@@ -190,12 +212,13 @@ def run_job(job: Job) -> Outcome:
     with prepared(job) as (contestant, monitor):
         setup = time.perf_counter() - began
         warmup = warm_up(contestant, job.config)
+        memory = peak_of_a_step(contestant, _device(job))
         clock = Clock(_device(job))
         seed_everything(job.config.train.seed)
         curve, loss = against_the_clock(
             contestant, job.config, job.seconds, job.evaluations, lambda: monitor.knn(contestant.encoder), clock, _say
         )
-    return Outcome(curve, loss, setup, warmup, contestant.facts)
+    return Outcome(curve, loss, setup, warmup, memory, contestant.facts)
 
 
 @contextlib.contextmanager
@@ -252,22 +275,22 @@ def try_loadings(job: Job) -> dict[Loading, float]:
     # In turns: a machine that is slow for a moment is not so for one of them alone.
     for _ in range(_TRIAL_TURNS):
         for loading, (contestant, batches) in streams.items():
-            rate = _rate(contestant, batches, min(_TRIAL_SHARE * job.seconds, _TRIAL_SECONDS))
+            seconds = min(_TRIAL_SHARE * job.seconds, _TRIAL_SECONDS)
+            rate = _rate(contestant, batches, job.config.train.batch_size, seconds)
             rates[loading] = max(rate, rates.get(loading, 0.0))
     for loading, rate in rates.items():
         _say(f"  {loading}: {rate:.1f} images/s")
     return rates
 
 
-def _rate(contestant, batches, seconds):
+def _rate(contestant, batches, batch_size, seconds):
     """Workers come up and use up what they have prepared before the clock starts."""
     for _ in range(2 * WARMUP_STEPS):
         contestant.step(next(batches)).item()
     images, start = 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds or not images:
-        views = next(batches)
-        contestant.step(views).item()
-        images += len(views) // 2
+        contestant.step(next(batches)).item()
+        images += batch_size
     return images / passed
 
 

@@ -17,7 +17,7 @@ def test_the_peak_is_what_is_alive_at_a_time():
         for _ in range(3):
             _ = torch.ones(1000), torch.ones(250)
 
-    assert nt_xent.allocated_at_peak(call) == pytest.approx(5000, abs=256)
+    assert timing.allocated_at_peak(call, CPU) == pytest.approx(5000, abs=256)
 
 
 def test_lines(tmp_path, monkeypatch):
@@ -38,3 +38,10 @@ def test_a_wrong_loss_is_not_timed():
     loss = nt_xent.variants(CPU)["eager"]
     with pytest.raises(RuntimeError, match="nt_xent: twice at .*: the value is off by 1 from float64"):
         nt_xent.check("twice", lambda a, b: 2 * loss(a, b), nt_xent.Case(4, 8), CPU)
+
+
+def test_goals_say_whether_they_are_met():
+    large, small = nt_xent.CASES
+    against = {"memory_of_lightly": 0.125, "time_of_lightly": 0.71}
+    assert nt_xent.goals_in_words(large, against) == "memory at most 0.125x: met, time at most 0.7x: missed"
+    assert nt_xent.goals_in_words(small, against) == "time at most 1x: met"

@@ -11,11 +11,11 @@ from PIL import Image
 import fastsiam
 from benchmarks.peers import AbsentError, authors, lightly, solo_learn
 from fastsiam.config import load_config
-from fastsiam.config.views import IMAGENET_MEAN, IMAGENET_STD, ViewSpec
+from fastsiam.config.views import IMAGENET_MEAN, IMAGENET_STD, ViewGroup, ViewSpec
 from fastsiam.optim.build import build_optimizer
 from tests.support.bench_configs import CPU, batches, small_config
 
-SPEC = ViewSpec(size=16, color="exact")
+GROUPS = (ViewGroup(2, ViewSpec(size=16, color="exact")),)
 
 
 def our_step(config, dtype=torch.float32):
@@ -88,7 +88,7 @@ def test_lightly_absent_names_the_extra(monkeypatch):
     with pytest.raises(AbsentError, match="pip install lightly"):
         lightly.build_step(config, {}, CPU)
     with pytest.raises(AbsentError, match="pip install lightly"):
-        lightly.build_loader([], spec=SPEC, batch_size=2, workers=0, device=CPU)
+        lightly.build_loader([], groups=GROUPS, batch_size=2, workers=0, device=CPU)
 
 
 def test_solo_learn_absent_says_what_to_do(monkeypatch, tmp_path):
@@ -107,7 +107,7 @@ def test_solo_learn_absent_says_what_to_do(monkeypatch, tmp_path):
         monkeypatch.delitem(sys.modules, name)
     for build in (solo_learn.build_loader, solo_learn.build_dali_loader):
         with pytest.raises(AbsentError, match="package_that_is_not_there"):
-            build([], tmp_path, spec=SPEC, batch_size=2, workers=0, device=CPU)
+            build([], tmp_path, groups=GROUPS, batch_size=2, workers=0, device=CPU)
     for name in [name for name in sys.modules if name.partition(".")[0] == "solo"]:
         del sys.modules[name]
 
@@ -134,7 +134,7 @@ def test_the_authors_loader_gives_two_views_of_each_file_once(photos):
     """Files of one colour each: which file a view comes from can be read from it."""
     torch.manual_seed(0)
     paths = sorted(str(path) for path in photos.rglob("*.jpg"))
-    batches = list(authors.build_loader(paths, spec=SPEC, batch_size=4, workers=0, device=CPU))
+    batches = list(authors.build_loader(paths, groups=GROUPS, batch_size=4, workers=0, device=CPU))
     assert len(paths) == 15
     assert [len(x) for batch in batches for x in batch] == [4] * 6
     assert {tuple(x.shape[1:]) for batch in batches for x in batch} == {(3, 16, 16)}

@@ -54,7 +54,7 @@ class Played:
         knn = self.knn(*self.asked[-1])
         curve = tuple(Point(3.0 * n, 100 * n, knn - job.evaluations + n) for n in range(1, job.evaluations + 1))
         facts = {"precision": "fp32", "memory_format": "contiguous", "compiled": False, "loader": "a loader"}
-        return Outcome(curve, -0.5, 1.0, 2.0, facts)
+        return Outcome(curve, -0.5, 1.0, 2.0, 3 << 20, facts)
 
 
 @pytest.fixture
