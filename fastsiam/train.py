@@ -120,6 +120,7 @@ def opened(
         method = build_method(config, world.size, world.rank)
         if weights is not None:
             weights.load_into(method.encoder)
+            method.after_loading()
         method.to(runtime.device)
         if config.train.channels_last:
             method.to(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ def sinkhorn(scores, epsilon, *, iterations=3, of_all_ranks=None, weights=None):
     it has converged. `of_all_ranks(x)` gives [W, *x.shape], the x of each of W ranks; it is called iterations + 1 times
     with [K]. Without it there is one rank. `weights`: [B], 1 for rows that count and 0 for those that do not, whose
     codes mean nothing; None: all count. No score overflows, whatever scores / epsilon is. Gradients reach scores that
-    require one, on one rank; SwAV stops them. Raises `ValueError` where scores are not [B, K], epsilon is no tensor of
+    require one, of other ranks as far as `of_all_ranks` has them; SwAV stops them. Raises `ValueError` where scores are not [B, K], epsilon is no tensor of
     one value, or iterations is below 1.
 
     Plain torch on every device: eager, it reads or writes the matrix about 20 times, twice an iteration for its sums.
@@ -34,7 +34,8 @@ def sinkhorn(scores, epsilon, *, iterations=3, of_all_ranks=None, weights=None):
         counted = logits if weights is None else logits.masked_fill(weights.unsqueeze(1) == 0, -torch.inf)
         logits = logits - everywhere(counted.detach().amax(0)).amax(0)
         peaks = logits.amax(1).detach()
-        matrix, of_row = (logits - peaks.unsqueeze(1)).exp(), peaks.exp()
+        # Rows that count have peaks up to 0, others any, and infinity times their weight of 0 would be NaN.
+        matrix, of_row = (logits - peaks.unsqueeze(1)).exp(), peaks.clamp(max=0).exp()
         for _ in range(iterations):
             of_row = of_row if weights is None else of_row * weights
             of_column = everywhere(of_row @ matrix).sum(0).reciprocal()

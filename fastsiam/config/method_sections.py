@@ -215,10 +215,10 @@ def chance_loss(method, num_views: int, batch_size: int) -> tuple[str, float] | 
     return None
 
 
-def check_method(method, num_views: int, batch_size: int) -> None:
+def check_method(method, num_views: int, batch_size: int, micro_batch: int | None = None) -> None:
     """Raises `UserError` where a method does not fit its views or its batch.
 
-    `num_views`: of each image; `batch_size`: images of all ranks.
+    `num_views`: of each image; `batch_size` and `micro_batch`: images of all ranks.
     """
     targets = getattr(method, "target_views", None)
     if targets is not None and targets >= num_views:
@@ -232,13 +232,41 @@ def check_method(method, num_views: int, batch_size: int) -> None:
             f"method.symmetric: false pairs views, and there are {num_views}; set views.count={num_views + 1}",
             "odd-views",
         )
+    if method.name in ("moco", "simsiam_average") and num_views != 2:
+        raise UserError(
+            f"method.name: {method.name} takes 2 views, and there are {num_views}; set views.count=2", "two-views"
+        )
     if method.name == "moco":
-        _check_moco(method, num_views, batch_size)
+        _check_moco(method, batch_size)
+    if method.name == "simsiam_average":
+        _check_average(method, batch_size, micro_batch)
 
 
-def _check_moco(method, num_views, batch_size):
-    if num_views != 2:
-        raise UserError(f"method.name: moco takes 2 views, and there are {num_views}; set views.count=2", "two-views")
+def check_images(method, num_images: int, where: object) -> None:
+    """Raises `UserError` where a method has an average of each image, and the data `where` have another number."""
+    if method.name == "simsiam_average" and method.images != num_images:
+        raise UserError(
+            f"method.images: {method.images}, and there are {num_images} under {where}; set method.images={num_images}",
+            "other-number-of-images",
+        )
+
+
+def _check_average(method, batch_size, micro_batch):
+    if micro_batch not in (None, batch_size):
+        raise UserError(
+            f"train.micro_batch: {micro_batch}, but method.name=simsiam_average reads the averages of a whole batch; "
+            "set train.micro_batch=null",
+            "average-with-micro-batch",
+        )
+    if method.images < batch_size:
+        raise UserError(
+            f"method.images: {method.images} are less than train.batch_size={batch_size}; set the number of images "
+            "under data.train",
+            "other-number-of-images",
+        )
+
+
+def _check_moco(method, batch_size):
     keys = batch_size * (2 if method.symmetric else 1)
     if method.queue < keys:
         raise UserError(

@@ -201,7 +201,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def a_method_fits_its_views(self):
-        check_method(self.method, sum(group.count for group in self.views), self.train.batch_size)
+        num_views = sum(group.count for group in self.views)
+        check_method(self.method, num_views, self.train.batch_size, self.train.micro_batch)
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from torch import nn
 
 from fastsiam.config.method_sections import SimSiamAlternatingConfig, SimSiamAverageConfig
 from fastsiam.kernels import negative_cosine
-from fastsiam.methods.base import Layout, Method
+from fastsiam.methods.base import Layout, Method, at_least_fp32
 from fastsiam.methods.momentum import Follower
 from fastsiam.methods.simsiam import SimSiam
 from fastsiam.runtime.gather import of_all_ranks
@@ -30,17 +30,25 @@ class Alternating(SimSiam):
         self.held, self.steps = Follower(encoder, projector), config.steps
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._step = None
+        self.register_load_state_dict_post_hook(_read_step_again)
 
     def targets(self, views, z):
         with torch.no_grad():
             return self.held.projector(self.encoded(views, encoder=self.held.encoder))
 
+    def after_loading(self):
+        self.held.restart(self.encoder, self.projector)
+
     def after_step(self, out):
-        # Read once; a resumed run has its own.
+        # Read back once, and after a checkpoint was loaded.
         self._step = (self.step.item() if self._step is None else self._step) + 1
         self.step.fill_(self._step)
         if self._step % self.steps == 0:
             self.held.follow(self.encoder, self.projector, momentum=0.0)
+
+
+def _read_step_again(method, _):
+    method._step = None
 
 
 class Average(Method):
@@ -49,6 +57,8 @@ class Average(Method):
     eta <- m eta + (1 - m) z2, section 5.2, "Predictor": the average takes over what the predictor is taken to do, the
     expectation over augmentations. Both views take turns; the average keeps the mean of both.
     """
+
+    needs_whole_batch = True
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, config: SimSiamAverageConfig, layout: Layout):
         super().__init__(encoder, projector, layout)
@@ -66,12 +76,12 @@ class Average(Method):
     def forward(self, views):
         features = self.encoded(views)
         z = self.projector(features)
-        z1, z2 = z.float().chunk(2)
+        z1, z2 = at_least_fp32(z).chunk(2)
         eta1, eta2 = (torch.lerp(other.detach(), self._before, self.momentum) for other in (z2, z1))
         loss = negative_cosine(z1, z2, eta2, eta1, stop_gradient=False)
         return {"loss": loss, "features": features.detach(), "z": z.detach()}
 
     def after_step(self, out):
-        eta = torch.lerp(out["z"].float().unflatten(0, (2, -1)).mean(0), self._before, self.momentum)
+        eta = torch.lerp(at_least_fp32(out["z"]).unflatten(0, (2, -1)).mean(0), self._before, self.momentum)
         world = self.layout.world_size
         self.eta[of_all_ranks(self._indices, world).flatten()] = of_all_ranks(eta, world).flatten(0, 1)

@@ -40,6 +40,9 @@ class Method(nn.Module):
     is_mean_over_pairs = False
     """Whether the loss is the mean of D(p_i, z_j) over ordered pairs of views, so that each image has its own."""
 
+    needs_whole_batch = False
+    """Whether a step's images must go through `forward` at once: not with train.micro_batch."""
+
     def __init__(self, encoder: nn.Module, projector: nn.Module, layout: Layout):
         super().__init__()
         self.encoder, self.projector, self.layout = encoder, projector, layout
@@ -59,6 +62,9 @@ class Method(nn.Module):
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Returns z [B, d] of images [B, 3, S, S] in evaluation mode; collapse is measured on it."""
         return self.projector(self.encoder(images))
+
+    def after_loading(self) -> None:
+        """Follows the encoder where it has got other weights than it was built with (model.weights)."""
 
     def before_step(self, progress: float, indices: np.ndarray | None = None) -> None:
         """Notes the share of the run's budget used before the step, in [0, 1].
@@ -109,6 +115,11 @@ class Method(nn.Module):
         """
         apart = of_all_ranks(rows.contiguous(), self.layout.world_size).unflatten(1, (num_views, -1))
         return apart.transpose(0, 1).flatten(0, 2)
+
+
+def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
+    """Returns `x`, half precision as fp32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _by_size(views, counts):

@@ -37,6 +37,9 @@ class BYOL(SimSiam):
     def loss(self, p, targets):
         return 4 + 4 * super().loss(p, targets)
 
+    def after_loading(self):
+        self.target.restart(self.encoder, self.projector)
+
     def after_step(self, out):
         """Moves the target, with the online weights after the step (authors' code)."""
         self.target.follow(self.encoder, self.projector, momentum_at(self.progress, self.momentum))

@@ -6,7 +6,7 @@ from torch import nn
 
 from fastsiam.config.method_sections import MoCoConfig
 from fastsiam.kernels import info_nce_queue
-from fastsiam.methods.base import Layout, Method
+from fastsiam.methods.base import Layout, Method, at_least_fp32
 from fastsiam.methods.momentum import Follower
 
 
@@ -44,9 +44,12 @@ class MoCo(Method):
         loss = torch.stack([info_nce_queue(q, k, self.queue, self.temperature) for q, k in pairs]).sum()
         return {"loss": loss, "features": features.detach(), "z": queries.detach(), "keys": keys.detach()}
 
+    def after_loading(self):
+        self.key.restart(self.encoder, self.projector)
+
     def after_step(self, out):
         """Takes in the keys, and moves their encoder: the authors move it at the start of the next step."""
-        keys = F.normalize(self.of_all_ranks(out["keys"].float(), 2 if self.symmetric else 1), dim=1)
+        keys = F.normalize(self.of_all_ranks(at_least_fp32(out["keys"]), 2 if self.symmetric else 1), dim=1)
         place = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue.index_copy_(0, place, keys)
         self.pointer.add_(len(keys)).remainder_(len(self.queue))

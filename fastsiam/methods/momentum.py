@@ -18,6 +18,11 @@ class Follower(nn.Module):
         self.encoder, self.projector = copy.deepcopy(encoder), copy.deepcopy(projector)
         self.requires_grad_(False)
 
+    def restart(self, encoder: nn.Module, projector: nn.Module) -> None:
+        """Becomes a copy of the others, running statistics included."""
+        self.encoder.load_state_dict(encoder.state_dict())
+        self.projector.load_state_dict(projector.state_dict())
+
     @torch.no_grad()
     def follow(self, encoder: nn.Module, projector: nn.Module, momentum: float) -> None:
         """Takes the share 1 - `momentum` of the weights of the others."""

@@ -11,7 +11,7 @@ from fastsiam.kernels import (
     negative_cosine_asymmetric,
     negative_cosine_mean_target,
 )
-from fastsiam.methods.base import TWO_VIEWS, Layout, Method
+from fastsiam.methods.base import TWO_VIEWS, Layout, Method, at_least_fp32
 
 _PLAIN = SimSiamConfig(name="simsiam")
 
@@ -89,4 +89,4 @@ class SimSiam(Method):
 
 def _cross_entropy(p, z):
     """The mean of -softmax(z).log softmax(p), section 4.5."""
-    return -(F.softmax(z.float(), dim=1) * F.log_softmax(p.float(), dim=1)).sum(1).mean()
+    return -(F.softmax(at_least_fp32(z), dim=1) * F.log_softmax(at_least_fp32(p), dim=1)).sum(1).mean()

@@ -8,8 +8,8 @@ from torch import nn
 
 from fastsiam.config.method_sections import SwAVConfig
 from fastsiam.kernels import sinkhorn
-from fastsiam.methods.base import Layout, Method
-from fastsiam.runtime.gather import of_all_ranks
+from fastsiam.methods.base import Layout, Method, at_least_fp32
+from fastsiam.runtime.gather import gathered, of_all_ranks
 
 
 class SwAV(Method):
@@ -42,11 +42,11 @@ class SwAV(Method):
         `Method.forward`.
         """
         features = self.encoded(views)
-        z = F.normalize(self.projector(features).float(), dim=1)
+        z = F.normalize(at_least_fp32(self.projector(features)), dim=1)
         scores = self._scores(z)
         predicted = scores
         if self.config.predictor is not None:
-            predicted = self._scores(F.normalize(self.predictor(z).float(), dim=1))
+            predicted = self._scores(F.normalize(at_least_fp32(self.predictor(z)), dim=1))
         logs = F.log_softmax(predicted / self.temperature, dim=1).unflatten(0, (self.layout.num_views, -1))
         with_codes = range(self.layout.counts[0])
         codes = [self._codes(scores.unflatten(0, logs.shape[:2])[view], view) for view in with_codes]
@@ -63,7 +63,7 @@ class SwAV(Method):
     def _scores(self, z):
         # fp32: in bf16 2 % of the codes have another first choice.
         with torch.autocast(z.device.type, enabled=False):
-            return z @ self.prototypes.weight.float().t()
+            return z @ at_least_fp32(self.prototypes.weight).t()
 
     def _codes(self, scores, view):
         """[N, K] of one view's scores [N, K]."""
@@ -79,6 +79,8 @@ class SwAV(Method):
             weights = torch.cat([scores.new_ones(count), self.queue_weight.to(scores.dtype).expand(len(rows))])
             scores = torch.cat([scores, self._scores(rows.to(scores.dtype)).detach()])
         everywhere = functools.partial(of_all_ranks, world_size=layout.world_size)
+        if not config.stop_gradient:
+            everywhere = functools.partial(gathered, world_size=layout.world_size, rank=layout.rank)
         codes = sinkhorn(
             scores, self.epsilon, iterations=config.sinkhorn_iterations, of_all_ranks=everywhere, weights=weights
         )
@@ -96,7 +98,9 @@ class SwAV(Method):
             self.prototypes.weight.grad = None
 
     def after_step(self, out):
-        self._scale_prototypes()
+        # Scaled again a unit row may change in its last bit.
+        if self.progress >= self.config.freeze_prototypes:
+            self._scale_prototypes()
         if self.config.queue:
             num_views = self.layout.counts[0]
             z = self.of_all_ranks(out["z"], self.layout.num_views).unflatten(0, (self.layout.num_views, -1))[:num_views]

@@ -44,7 +44,9 @@ class Stepper:
             group["lr"] = 0.0
         self.step = TrainingStep(self.method, optimizer, config, runtime)
         synthetic = bench.config.with_values(SYNTHETIC | {"train.batch_size": batch_size, "train.micro_batch": None})
-        self.views = next(build_loader(synthetic, **bench.loader_options).epoch(0)).views
+        batch = next(build_loader(synthetic, **bench.loader_options).epoch(0))
+        self.views = batch.views
+        self.method.before_step(0.0, batch.indices)
 
     def __call__(self, views: list[torch.Tensor] | None = None) -> None:
         """Takes a step on `views`, or on normal numbers; raises `torch.OutOfMemoryError`."""
@@ -157,4 +159,8 @@ def with_batch_size(config: Config, batch_size: int, ranks: int, share: int | No
     if micro_batch is not None:
         sizes = micro_batch_sizes(batch_size, share)
         micro_batch = max((size for size in sizes if size <= micro_batch * share // ranks), default=sizes[0])
-    return config.with_values({"train.batch_size": batch_size, "train.micro_batch": micro_batch})
+    values = {"train.batch_size": batch_size, "train.micro_batch": micro_batch}
+    if config.method.name == "moco":
+        keys = batch_size * (2 if config.method.symmetric else 1)
+        values["method.queue"] = max(config.method.queue // keys, 1) * keys
+    return config.with_values(values)

@@ -161,8 +161,12 @@ def _losses(outputs, num_views):
 
 
 def _by_part(method, norms):
-    parts = [name for name, _ in method.named_children()]
-    return {part: _joint(norm for name, norm in norms.items() if name.startswith(f"{part}.")) for part in parts}
+    found = {}
+    for part, _ in method.named_children():
+        # A network that follows another has no gradients.
+        if inside := [norm for name, norm in norms.items() if name.startswith(f"{part}.")]:
+            found[part] = _joint(inside)
+    return found
 
 
 def _joint(norms):

@@ -46,6 +46,7 @@ def initial(recorded: Recorded, runtime: Runtime, saved: dict | None) -> Trainin
     if saved is None and (weights := start_weights(config, World())) is not None:
         weights.check_same(recorded.environment.get("weights"))
         weights.load_into(method.encoder)
+        method.after_loading()
     method.to(runtime.device)
     if config.train.channels_last:
         method.to(memory_format=torch.channels_last)

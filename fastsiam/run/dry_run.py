@@ -6,6 +6,7 @@ import sys
 import torch
 
 from fastsiam.config import Config
+from fastsiam.config.method_sections import check_images
 from fastsiam.config.micro_batch import check_micro_batch
 from fastsiam.data import demo_images
 from fastsiam.data.backends.choose import choose_backend, open_cache
@@ -77,6 +78,7 @@ def _before_its_first_start(
     check_divides(batch_size, world.size)
     check_micro_batch(batch_size, config.train.micro_batch, world.size)
     check_batch_size(batch_size, num_train, data.train)
+    check_images(config.method, num_train, data.train)
     check_grows(config, num_train // batch_size)
     loader, reason = choose_backend(data.backend, data.train)
     runtime = Runtime.of(config.train, world, folder.environment())

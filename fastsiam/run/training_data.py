@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastsiam.config import Config
+from fastsiam.config.method_sections import check_images
 from fastsiam.config.views import sizes_at, specs_of_run
 from fastsiam.data.backends.choose import choose_backend
 from fastsiam.data.backends.store_size import with_its_store
@@ -62,6 +63,8 @@ class TrainingData:
             bad_files.skip_list(val, "skip_val", config.data.val),
         )
         with world.together():
+            if source is not None:
+                check_images(config.method, len(source), config.data.train)
             if val is not None:
                 choose_backend(config.data.backend, val.root)
             loader = build_loader(

@@ -114,6 +114,7 @@ class TrainingStep:
     def rehearse(self) -> None:
         """See `rehearse_growth`; on any device."""
         before = {name: buffer.clone() for name, buffer in self.method.named_buffers()}
+        self.method.before_step(0.0, np.arange(self._train.batch_size // self._world.size))
         blank = torch.zeros(0, dtype=self._runtime.dtype, device=self._runtime.device)
         if not self._reaches_backward(blank):
             raise self._does_not_fit(blank)
@@ -206,7 +207,8 @@ class TrainingStep:
         return True
 
     def _does_not_fit(self, like):
-        sizes = micro_batch_sizes(self._train.batch_size, self._world.size)
+        whole = self.method.needs_whole_batch
+        sizes = [] if whole else micro_batch_sizes(self._train.batch_size, self._world.size)
         fits = (lambda size: self._fits(like, size)) if self._world.size == 1 else None
         return UserError(out_of_memory_advice(self._train, sizes, fits), "out-of-memory")
 
