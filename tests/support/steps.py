@@ -17,7 +17,7 @@ def build_step(config, dtype=torch.float64, world=None, compiles=False, method=N
     torch.manual_seed(0)
     world = world or World()
     half = dtype in (torch.bfloat16, torch.float16)
-    method = method or build_method(config, world.size)
+    method = method or build_method(config, world.size, world.rank)
     method = method.to(torch.float32 if half else dtype)
     autocasts = dtype if half else torch.float32
     return TrainingStep(method, build_optimizer(method, config), config, Runtime(world, CPU, autocasts, compiles))
