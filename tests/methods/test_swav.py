@@ -89,7 +89,6 @@ def test_a_queue_smaller_than_a_batch_has_its_first_images():
 
 def test_the_loss_of_a_collapse_is_that_of_equal_scores():
     method = small_step(small_config("swav")).method
-    assert method.collapsed_loss == pytest.approx(math.log(12))
     with torch.no_grad():
         method.prototypes.weight[:] = method.prototypes.weight[:1]
     assert method(views_of(small_config("swav"), 0))["loss"].item() == pytest.approx(math.log(12), rel=1e-6)
