@@ -9,6 +9,7 @@ import fastsiam
 COMMANDS = {
     "train": "pretrain an encoder, or resume a run",
     "sweep": "train many runs and compare them in one table",
+    "experiments": "repeat an experiment of the SimSiam paper, beside its numbers",
     "config": "print what the keys of a config mean, with range and default",
     "embed": "write the features of images, or show nearest neighbours",
     "plan": "measure for a minute, then predict time, memory and cost of a run",

@@ -22,6 +22,7 @@ LAYERS = (
     {"prepare", "doctor", "report", "plan", "replay", "follow", "config.__main__"}
     | {"evaluate.protocols", "evaluate.detection", "embed", "export"},
     {"evaluate.__main__", "sweep"},
+    {"experiments"},
     {"train", "__main__"},
 )
 TORCH_FREE = (
@@ -31,7 +32,7 @@ TORCH_FREE = (
     "doctor.__main__", "doctor.probe", "errors", "optim.apex", "plan.__main__", "prepare.__main__", "prepare.cifar10",
     "prepare.pack", "follow.__main__", "replay.__main__", "report.__main__", "report.page", "report.watch",
     "run.folder", "run.progress_line", "run.reading", "export.__main__",
-    "sweep.__main__", "sweep.engine", "sweep.page",
+    "sweep.__main__", "sweep.engine", "sweep.page", "experiments.__main__",
     "run.stop_signals", "run.tensorboard", "run.write_report", "runtime.energy", "runtime.files", "train",
     "training.cost",
 )  # fmt: skip

@@ -109,7 +109,8 @@ def dashes_of(index: int) -> tuple[float, ...]:
 def curves(panel: Panel, runs: Sequence[Run], axis: str, looks: Sequence[int] | None = None) -> Figure | None:
     """Returns the plot of a panel on one of `AXES`, a line for each run that has the field; None if no run has.
 
-    `looks`: which colour and dashes each run has, see `color_of`; None: its own.
+    `looks`: which colour and dashes each run has, see `color_of`; None: its own. Runs of one look are seeds of one
+    setting: each is thin, and their mean is drawn where all have come.
     """
     found = [(index, run.series(panel.kind, panel.field, axis)) for index, run in enumerate(runs)]
     found = [(index, series) for index, series in found if series is not None]
@@ -120,7 +121,11 @@ def curves(panel: Panel, runs: Sequence[Run], axis: str, looks: Sequence[int] | 
         figure, axes = _empty((4.0, 2.55), (0.125, 0.165, 0.855, 0.79))
         for index, series in found:
             look = looks[index] if looks else index
-            _draw_run(axes, panel, runs[index], look, series, axis, divisor, alone=len(runs) == 1)
+            seeds = [series for other, series in found if looks and looks[other] == look]
+            is_seed = len(seeds) > 1
+            _draw_run(axes, panel, runs[index], look, series, axis, divisor, alone=len(runs) == 1, thin=is_seed)
+            if is_seed and series is seeds[-1]:
+                _draw_mean(axes, panel, look, seeds, divisor)
         axes.set_xlabel({"time": f"training time, {unit}", "images": "images", "epochs": "epochs"}[axis], color=_INK)
         axes.set_xlim(0, max(series.x.max() for _, series in found) / divisor * 1.02 or 1)
         if panel.from_zero:
@@ -131,16 +136,16 @@ def curves(panel: Panel, runs: Sequence[Run], axis: str, looks: Sequence[int] | 
     return figure
 
 
-def _draw_run(axes, panel, run, index, series, axis, divisor, alone):
+def _draw_run(axes, panel, run, index, series, axis, divisor, alone, thin):
     few = len(series.x) <= (2 if panel.kind == "train" else 60)
     axes.plot(
         series.x / divisor,
         series.y * panel.scale,
         color=_SERIES[index % NUM_COLORS],
-        linewidth=1.3,
+        linewidth=0.5 if thin else 1.3,
         dashes=dashes_of(index) or (None, None),
-        marker="o" if few else "",
-        markersize=2.6,
+        marker="o" if few and (not thin or len(series.x) == 1) else "",
+        markersize=1.5 if thin else 2.6,
         label=f"run {index}",
     )
     for place in run.resumes(axis):
@@ -151,6 +156,19 @@ def _draw_run(axes, panel, run, index, series, axis, divisor, alone):
             value = run.control(field)
             if value is not None:
                 axes.axhline(value, color=_MUTED, linewidth=1, dashes=dashes, label=field)
+
+
+def _draw_mean(axes, panel, look, seeds, divisor):
+    """The mean of seeds, between whose points each is a straight line."""
+    begin, end = max(series.x[0] for series in seeds), min(series.x[-1] for series in seeds)
+    places = np.unique(np.concatenate([series.x for series in seeds]))
+    places = places[(places >= begin) & (places <= end)]
+    values = [np.interp(places, series.x, series.y) for series in seeds]
+    axes.plot(
+        places / divisor, np.mean(values, 0) * panel.scale,
+        color=_SERIES[look % NUM_COLORS], linewidth=1.8, dashes=dashes_of(look) or (None, None),
+        marker="o" if len(places) == 1 else "", markersize=2.6, label=f"mean {look}",
+    )  # fmt: skip
 
 
 def projection(points: np.ndarray, labels: Sequence[str], explained: np.ndarray, classes: Sequence[str]) -> Figure:

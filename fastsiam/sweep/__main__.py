@@ -7,11 +7,8 @@ trained; 3 or 4 where every run has collapsed or failed; 130, 138, 143 stopped b
 import argparse
 import hashlib
 import json
-import os
 import shlex
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +18,6 @@ from fastsiam.config import Config, load_config
 from fastsiam.config.budget import parse_budget
 from fastsiam.errors import UserError
 from fastsiam.run.progress_line import duration
-from fastsiam.runtime import slurm
 from fastsiam.sweep import grid as grids
 from fastsiam.sweep import slots
 from fastsiam.sweep.child import TRAINER
@@ -30,6 +26,7 @@ from fastsiam.sweep.grid import Grid
 from fastsiam.sweep.ledger import Ledger
 from fastsiam.sweep.outcome import conclude
 from fastsiam.sweep.plan import SEED, Plan, folder_name, plan_of
+from fastsiam.sweep.start import check_one_process, rehearse
 
 _HELP = """\
 KEY=a,b,c     several values of a key; commas inside of [], {} and quotes do not separate
@@ -52,13 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sweep(arguments) -> int:
-    environment = dict(os.environ)
-    slurm.fill_in(environment)
-    if environment.get("WORLD_SIZE", "1") != "1":
-        raise UserError(
-            "fastsiam sweep: is one process that starts its runs itself; start it without torchrun and with one task",
-            "one-process",
-        )
+    check_one_process("fastsiam sweep")
     grid = grids.parse(arguments.overrides)
     _check_lengths(arguments, grid)
     base = load_config(arguments.config, grid.overrides)
@@ -78,7 +69,7 @@ def _sweep(arguments) -> int:
     say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
     for line in opening_lines(plan, grid, devices):
         say(line)
-    for warning in _rehearse(plan, known):
+    for warning in rehearse(plan, known):
         say(warning)
     if arguments.dry_run:
         for variant in plan.variants:
@@ -116,28 +107,6 @@ def opening_lines(plan: Plan, grid: Grid, devices: list[str]) -> list[str]:
     lines.append(f"measure   {what}")
     lines.append(f"folder    {plan.folder}")
     return lines
-
-
-def _rehearse(plan: Plan, known: Ledger) -> list[str]:
-    """Returns the warnings of a run that would start; writes nothing.
-
-    Raises the `UserError` with which the first run and the last would both refuse.
-    """
-    waiting = [one for one in plan.variants if not known.is_final(one.name, 0)]
-    refusals = []
-    for variant in {one.name: one for one in (*waiting[:1], *waiting[-1:])}.values():
-        with tempfile.TemporaryDirectory() as folder:
-            config = Path(folder) / "config.yaml"
-            config.write_text(plan.config_of(variant).to_yaml(), encoding="utf-8")
-            done = subprocess.run([*TRAINER, "--config", str(config), "--dry-run"], capture_output=True, text=True)
-        lines = [line for line in done.stderr.splitlines() if line.startswith("fastsiam: ")]
-        if done.returncode != 2 or not lines or "[run-locked]" in lines[-1]:
-            return [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
-        refusals.append(lines[-1].removeprefix("fastsiam: "))
-    if refusals:
-        sentence, _, code = refusals[0].rpartition(" [")
-        raise UserError(sentence or refusals[0], code.rstrip("]") if sentence else "refused")
-    return []
 
 
 def _check_lengths(arguments, grid):

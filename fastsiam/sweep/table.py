@@ -26,16 +26,20 @@ def columns(plan: Plan, rows: Sequence[Setting], measure: str) -> list[tuple[str
 
 
 def text_of(plan: Plan, rows: Sequence[Setting], measure: str) -> list[str]:
-    """Returns the table as lines of text, numbers to the right."""
-    found = columns(plan, rows, measure)
+    """Returns the table as lines of text."""
+    return aligned(columns(plan, rows, measure))
+
+
+def aligned(found: Sequence[tuple[str, bool, list[str]]]) -> list[str]:
+    """Returns columns (heading, is a number, cells) as lines of text, numbers to the right."""
     widths = [max(map(len, (heading, *cells))) for heading, _, cells in found]
     lines = []
     for cells in ([heading for heading, _, _ in found], *zip(*(cells for _, _, cells in found), strict=True)):
-        aligned = [
+        line = [
             cell.rjust(width) if is_number else cell.ljust(width)
             for cell, width, (_, is_number, _) in zip(cells, widths, found, strict=True)
         ]
-        lines.append("  ".join(aligned).rstrip())
+        lines.append("  ".join(line).rstrip())
     return lines
 
 

@@ -46,6 +46,18 @@ def test_curves_have_the_numbers_of_metrics(run, axis, each):
     assert (wait[:, 1] == 25).all()
 
 
+def test_seeds_of_one_look_have_their_mean(tmp_path):
+    """Of the stretch that all have come through; between its points a seed is a straight line."""
+    seeds = [[train_line(step, loss=seed * step) for step in steps] for seed, steps in ((1, (2, 4, 6)), (3, (1, 5)))]
+    other = [train_line(step, loss=0.5) for step in (1, 8)]
+    folders = [write_run(tmp_path / str(n), found, pictures=False) for n, found in enumerate([*seeds, other])]
+    figure = plots.curves(panel("loss"), open_runs(folders), "images", [0, 0, 1])
+    assert drawn(figure, "mean 0")[0].tolist() == [[8, 4], [16, 8], [20, 10]]
+    assert drawn(figure, "mean 1") == []
+    widths = {line.get_label(): line.get_linewidth() for line in figure.axes[0].lines}
+    assert widths["run 0"] < widths["run 1"] < widths["mean 0"]
+
+
 def test_controls_and_resumes_are_marked(tmp_path):
     lines = metrics()
     lines.insert(15, at("resume", 12, world_size=1))

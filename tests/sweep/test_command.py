@@ -28,7 +28,7 @@ def typed(tiny):
 @pytest.fixture
 def unrehearsed(monkeypatch):
     """Without the rehearsal, which imports torch in a process of its own."""
-    monkeypatch.setattr(command, "_rehearse", lambda plan, known: [])
+    monkeypatch.setattr(command, "rehearse", lambda plan, known: [])
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_survivor_of_halving_is_the_run_that_was_never_stopped(typed, tiny, un
 START = """
 import sys
 from fastsiam.sweep import __main__ as command
-command._rehearse = lambda plan, known: []
+command.rehearse = lambda plan, known: []
 command.TRAINER = (sys.executable, "-m", "tests.support.train_without_report")
 sys.exit(command.main(sys.argv[1:]))
 """
