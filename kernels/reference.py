@@ -78,13 +78,14 @@ def nt_xent_ref(z, temperature, *, num_views=2):
 
 
 def info_nce_ref(queries, keys, positives, temperature, *, selves=None):
-    """InfoNCE of queries [n, D] against keys [M, D] from the matrix [n, M]."""
+    """InfoNCE of queries [n, D] against keys [M, D] from the matrix [n, M]; the mean over positives [n] or [n, P]."""
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
     queries, keys = (F.normalize(x.to(dtype), dim=1, eps=SMALLEST_NORM) for x in (queries, keys))
     logits = queries @ keys.t() / temperature
     if selves is not None:
         logits = logits.scatter(1, selves.unsqueeze(1), -math.inf)
-    return F.cross_entropy(logits, positives)
+    columns = positives.view(len(queries), -1).unbind(1)
+    return torch.stack([F.cross_entropy(logits, column) for column in columns]).mean()
 
 
 def info_nce_queue_ref(queries, keys, queue, temperature):
@@ -96,12 +97,13 @@ def info_nce_queue_ref(queries, keys, queue, temperature):
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64))
 
 
-def sinkhorn_ref(scores, epsilon, *, iterations=3, of_all_ranks=None):
+def sinkhorn_ref(scores, epsilon, *, iterations=3, of_all_ranks=None, weights=None):
     """SwAV's codes by logarithms, which no score overflows."""
     everywhere = of_all_ranks or (lambda x: x.unsqueeze(0))
-    codes = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
+    codes = scores.to(torch.promote_types(scores.dtype, torch.float32)) / epsilon
     for _ in range(iterations):
-        codes = codes - everywhere(codes.logsumexp(0)).logsumexp(0)
+        counted = codes if weights is None else codes.masked_fill(weights.unsqueeze(1) == 0, -math.inf)
+        codes = codes - everywhere(counted.logsumexp(0)).logsumexp(0)
         codes = codes - codes.logsumexp(1, keepdim=True)
     return codes.exp()
 

@@ -97,6 +97,39 @@ def test_queries_against_other_keys(on, with_selves):
     assert_equal(loss, [queries, keys], expected, exact)
 
 
+def test_several_positives_of_a_query(on):
+    """The mean over them, as of SimCLR's V > 2 views on several ranks."""
+    queries, keys = draw(9, 10, seed=1), draw(23, 10, seed=2)
+    columns = [[(5 * i + shift) % 23 for i in range(9)] for shift in (2, 3, 9)]
+    selves = [(3 * i + 1) % 23 for i in range(9)]
+    positives = torch.stack([indices(column) for column in columns], 1)
+    exact = [x.detach().double().requires_grad_() for x in (queries, keys)]
+    expected = sum(by_loops(*exact, column, 0.1, selves) for column in columns) / 3
+    loss = info_nce(queries, keys, positives, T, selves=indices(selves))
+    assert_equal(loss, [queries, keys], expected, exact)
+    ref = reference.info_nce_ref(*exact, positives, T.double(), selves=indices(selves))
+    assert ref.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_queries_keys_and_queue_give_what_fp32_gives(on, dtype):
+    """Under autocast too, at temperature 0.07 and with similarities of 1."""
+    temperature = torch.tensor(0.07)
+    queries, keys = draw(8, 16, dtype, seed=1), draw(8, 16, dtype, seed=2)
+    with torch.no_grad():
+        keys[:2] = queries[:2]
+    queue = torch.nn.functional.normalize(draw(12, 16, seed=3).detach(), dim=1).to(dtype)
+    wide = [x.detach().float().requires_grad_() for x in (queries, keys)]
+    places = torch.arange(8, device=DEVICE)
+    expected = [info_nce(*wide, places, temperature), info_nce_queue(*wide, queue.float(), temperature)]
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = [info_nce(queries, keys, places, temperature), info_nce_queue(queries, keys, queue, temperature)]
+        for ours, exact in zip(found, expected, strict=True):
+            assert torch.equal(ours, exact)
+            slopes = zip(gradients(ours, [queries, keys]), gradients(exact, wide), strict=True)
+            assert all(torch.equal(mine, theirs.to(dtype)) and mine.isfinite().all() for mine, theirs in slopes)
+
+
 def test_several_ranks_have_the_gradient_of_one(on):
     """Each of three ranks has both views of four images; DDP averages the ranks' gradients."""
     z = draw(24, 8)

@@ -64,6 +64,70 @@ def test_rows_and_columns_far_below_all_others_give_no_nan(far):
     torch.testing.assert_close(codes.sum(1), torch.ones(12))
 
 
+WEIGHTS = torch.tensor([1.0, 1, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_that_do_not_count_change_no_codes(dtype):
+    """Whatever they hold: not even scores far above or below all others make a NaN."""
+    counts, scores = WEIGHTS > 0, draw(dtype=dtype)
+    alone = sinkhorn(scores[counts], EPSILON)
+    for far in (0, -50, 50):
+        spoilt = scores.clone()
+        spoilt[~counts] += far
+        codes = sinkhorn(spoilt, EPSILON, weights=WEIGHTS.to(alone.dtype))
+        torch.testing.assert_close(codes[counts], alone, atol=1e-6, rtol=1e-5)
+    exact = scores.double()
+    expected = by_loops(exact[counts], EPSILON.double().item())
+    torch.testing.assert_close(alone.double(), expected, atol=1e-6, rtol=1e-4)
+    ours, ref = (f(exact, EPSILON, weights=WEIGHTS.double())[counts] for f in (sinkhorn, sinkhorn_ref))
+    torch.testing.assert_close(ours, ref, atol=1e-14, rtol=1e-11)
+    all_count = sinkhorn(scores, EPSILON, weights=torch.ones(12))
+    torch.testing.assert_close(all_count, sinkhorn(scores, EPSILON), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS.double()], ids=["all count", "some count"])
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_gradients_are_those_of_the_logarithms(iterations, weights):
+    """Through every division; of divisions of numbers, too."""
+    scores = draw(dtype=torch.float64).requires_grad_()
+    slopes = torch.rand(12, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    if weights is not None:
+        slopes[weights == 0] = 0
+    options = {"iterations": iterations, "weights": weights}
+    ours, ref = (
+        torch.autograd.grad((f(scores, EPSILON.double(), **options) * slopes).sum(), scores)[0]
+        for f in (sinkhorn, sinkhorn_ref)
+    )
+    assert ours.abs().max() > 1e-2
+    torch.testing.assert_close(ours, ref, atol=1e-12, rtol=1e-9)
+    matrix = (scores / EPSILON.double()).exp()
+    if weights is not None:
+        matrix = matrix[weights > 0]
+        slopes = slopes[weights > 0]
+    for _ in range(iterations):
+        matrix = matrix / matrix.sum(0, keepdim=True)
+        matrix = matrix / matrix.sum(1, keepdim=True)
+    plain = torch.autograd.grad((matrix * slopes).sum(), scores)[0]
+    torch.testing.assert_close(ours, plain, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.02])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_cosines_of_one_and_minus_one_give_no_nan(epsilon, dtype):
+    """exp(1 / 0.05) is infinite in fp16. A queue of zeros, which does not count, beside them as well."""
+    scores = torch.tensor([[1.0, -1, 0.5], [1, -1, 1], [-1, -1, -1], [-1, -0.9, -1]], dtype=dtype)
+    zeros, epsilon = torch.zeros(2, 3, dtype=dtype), torch.tensor(epsilon)
+    codes = sinkhorn(scores, epsilon)
+    assert torch.equal(codes, sinkhorn(scores.float(), epsilon))
+    torch.testing.assert_close(codes.sum(1), torch.ones(4))
+    expected = sinkhorn_ref(scores.double(), epsilon.double())
+    torch.testing.assert_close(codes.double(), expected, atol=1e-5, rtol=1e-3)
+    weights = torch.tensor([1.0, 1, 1, 1, 0, 0])
+    for rest in (zeros, zeros + 1):
+        torch.testing.assert_close(sinkhorn(torch.cat([scores, rest]), epsilon, weights=weights)[:4], codes)
+
+
 def of_all_ranks(x):
     gather = getattr(collectives, "all_gather_single", None) or collectives.all_gather_tensor
     return gather(x, 0, dist.group.WORLD).view(dist.get_world_size(), *x.shape)
