@@ -56,6 +56,10 @@ class Train(_Position, _Cost):
     """Share of the time since the line before in which the device stood still for want of a batch."""
     progress: float
     """Share of the budget that is used, 0 to 1."""
+    target_std_ratio: NotRequired[float | None]
+    """Of BYOL: spread of the target's projections of view 1, 1 for isotropic ones, 0 for a constant."""
+    used_prototypes: NotRequired[float | None]
+    """Of SwAV: share of the prototypes that are the first choice of some image of a rank, the mean over ranks."""
     view_size: NotRequired[int]
     """Side in pixels, with progressive resizing."""
     skipped_steps: NotRequired[int]
