@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from fastsiam.config import Config
+from fastsiam.config.method_sections import check_images
 from fastsiam.config.micro_batch import check_micro_batch
 from fastsiam.data.backends.base import Batch
 from fastsiam.data.backends.synthetic import IMAGENET_TRAIN_IMAGES
@@ -60,6 +61,7 @@ class Bench:
             check_micro_batch(config.train.batch_size, config.train.micro_batch, self.world.size)
             if self.source is not None:
                 check_batch_size(config.train.batch_size, len(self.source), config.data.train)
+                check_images(config.method, len(self.source), config.data.train)
         # The load of the last minute; this process has not been busy for long.
         load = min(os.getloadavg()[0], len(os.sched_getaffinity(0)))
         if load >= 0.5:

@@ -1,10 +1,18 @@
 """Choices that measurements of a plan depend on."""
 
+from types import SimpleNamespace
+
+import pytest
+import torch
+
 from fastsiam.data import rng
 from fastsiam.data.sources.image_header import UNKNOWN
 from fastsiam.data.sources.open import open_source
 from fastsiam.plan.loaders import sample_of
-from fastsiam.plan.steps import Affordable, other_batch_sizes
+from fastsiam.plan.steps import Affordable, Stepper, other_batch_sizes, with_batch_size
+from fastsiam.runtime.distributed import World
+from fastsiam.runtime.runtime import Runtime
+from tests.support.small_methods import CLASSES, one_convolution, small_config
 
 
 def test_batches_too_slow_or_too_large_for_a_cpu_are_measured_smaller():
@@ -29,3 +37,20 @@ def test_a_sample_is_of_the_images_that_it_names(photos):
     # What the sample learns of its images stays its own.
     sample.look(rng.probe_indices(0, 16, 4))
     assert (source.kinds == UNKNOWN).all()
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_step_of_each_method_is_measured_at_other_batch_sizes(name):
+    """A queue is then of whole steps; averages are of the first images."""
+    device = torch.device("cpu")
+    runtime = Runtime(World(), device, torch.float32, False)
+    config, options = small_config(name), {"device": device, "dtype": torch.float32, "world_size": 1}
+    bench = SimpleNamespace(config=config, runtime=runtime, world=runtime.world, device=device, loader_options=options)
+    for batch_size in (6, 16):
+        with one_convolution():
+            stepper = Stepper(bench, batch_size)
+        stepper()
+        assert stepper.method.encoder[0].weight.grad.abs().max() > 0
+    if name == "moco":
+        sizes = [with_batch_size(config, size, 1).method.queue for size in (4, 16, 48)]
+        assert sizes == [24, 16, 48]

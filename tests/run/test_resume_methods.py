@@ -7,24 +7,12 @@ from fastsiam.methods.byol import BYOL
 from fastsiam.run.encoder_file import load_encoder
 from tests.run.test_resume_average import die_at
 from tests.support.runs import EVERY_STEP, assert_same_run, lines, refused_unwritten, train_here
-from tests.support.small_methods import CLASSES, METHODS
+from tests.support.small_methods import CLASSES, run_overrides
 
 
 @pytest.fixture
 def small(tiny):
-    """Overrides of a run of ten steps; the demo folder has 80 images."""
-
-    def overrides(name, *more):
-        common = [
-            override for override in tiny("train.epochs=1", "data.val=null") if not override.startswith("method.")
-        ]
-        heads = () if any("projector" in override for override in METHODS[name]) else (
-            "method.projector={layers: 2, hidden: 16, out: 8}",
-        )  # fmt: skip
-        images = ("method.images=80",) if name == "average" else ()
-        return [*common, *heads, *METHODS[name], *images, *more]
-
-    return overrides
+    return lambda name, *more: run_overrides(tiny, name, "train.epochs=1", "data.val=null", *more)
 
 
 @pytest.mark.slow

@@ -43,13 +43,22 @@ METHODS = {
 CLASSES = ("simsiam", "alternating", "average", "byol", "simclr", "moco", "swav")
 
 
+def _heads(name):
+    has_own = any("projector" in override for override in METHODS[name])
+    return () if has_own else ("method.projector={layers: 2, hidden: 16, out: 8}",)
+
+
+def run_overrides(tiny, name, *more):
+    """Overrides of a run of one of METHODS on the 80 demo images of the fixture `tiny`."""
+    common = [override for override in tiny() if not override.startswith("method.")]
+    images = ("method.images=80",) if name == "average" else ()
+    return [*common, *_heads(name), *METHODS[name], *images, *more]
+
+
 def small_config(name, *more):
     """Config of one of METHODS: batches of 8 images of 8 px."""
-    heads = () if any("projector" in override for override in METHODS[name]) else (
-        "method.projector={layers: 2, hidden: 16, out: 8}",
-    )  # fmt: skip
     common = ("views.size=8", "train.batch_size=8", "train.device=cpu", "train.precision=fp32", "optimizer.base_lr=3")
-    return load_config("quickstart", [*common, *heads, *METHODS[name], *more])
+    return load_config("quickstart", [*common, *_heads(name), *METHODS[name], *more])
 
 
 class OneConvolution(nn.Sequential):

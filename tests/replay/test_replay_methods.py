@@ -1,0 +1,24 @@
+"""Steps of methods whose loss reads averages of images, a queue or a target are replayed with these as they were."""
+
+import pytest
+
+from fastsiam.__main__ import main
+from tests.support.runs import train_here
+from tests.support.small_methods import run_overrides
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["average", "byol", "swav"])
+def test_a_replayed_step_has_the_loss_of_the_run(tiny, tmp_path, capsys, name):
+    """From the start, and from a checkpoint whose buffers have moved."""
+    overrides = run_overrides(tiny, name, "train.epochs=1", "data.val=null")
+    train_here(overrides, stop_after=6)
+    train_here(overrides)
+    for arguments, origin in ((["4", "--from-start"], "initial weights"), (["8"], "(step 6)")):
+        capsys.readouterr()
+        assert main(["replay", str(tmp_path / "runs/run"), "--step", *arguments]) == 0
+        said = capsys.readouterr().out
+        assert origin in said
+        assert "logged    equal" in said
+        # A network that follows has no gradient to tell of.
+        assert "target" not in said.partition("gradient")[2].partition("\n")[0]
