@@ -43,7 +43,8 @@ class Stepper:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         self.step = TrainingStep(self.method, optimizer, config, runtime)
-        synthetic = bench.config.with_values(SYNTHETIC | {"train.batch_size": batch_size, "train.micro_batch": None})
+        synthetic = with_batch_size(bench.config, batch_size, bench.world.size)
+        synthetic = synthetic.with_values(SYNTHETIC | {"train.micro_batch": None})
         batch = next(build_loader(synthetic, **bench.loader_options).epoch(0))
         self.views = batch.views
         self.method.before_step(0.0, batch.indices)
