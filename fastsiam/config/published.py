@@ -33,9 +33,9 @@ class Table:
 
 
 _LINEAR, _KNN = "ImageNet linear top-1", "CIFAR-10 kNN top-1"
-TABLE_4 = Table("the paper's Table 4", _LINEAR, 256, {100: 68.1, 200: 70.0, 400: 70.8, 800: 71.3})
+TABLE_4 = Table("SimSiam's Table 4", _LINEAR, 256, {100: 68.1, 200: 70.0, 400: 70.8, 800: 71.3})
 # SimSiam, appendix D.
-APPENDIX_D = Table("the paper's appendix D", "CIFAR-10 linear top-1", 512, {800: 91.8})
+APPENDIX_D = Table("SimSiam's appendix D", "CIFAR-10 linear top-1", 512, {800: 91.8})
 # lightly's documentation, benchmarks: CIFAR-10, ResNet-18, kNN with k 200 and T 0.1. One optimizer for all methods.
 LIGHTLY_512 = Table("lightly's benchmark", _KNN, 512, {200: 76.4, 800: 90.4})
 LIGHTLY_128 = Table("lightly's benchmark", _KNN, 128, {200: 81.9})
@@ -169,7 +169,7 @@ def published_for(config: Config, num_images: int, epochs: float) -> tuple[tuple
 def batch_size_text(batch_size: int) -> str:
     """Returns one clause with the rows of SimSiam's Table 2 around a batch size."""
     rows = {at: TABLE_2[at] for at in _around(TABLE_2, batch_size) if at}
-    return f"the paper's Table 2: {_rows_text(rows, 'images a batch')} (ImageNet linear top-1, 100 epochs)"
+    return f"SimSiam's Table 2: {_rows_text(rows, 'images a batch')} (ImageNet linear top-1, 100 epochs)"
 
 
 def _around(rows: Mapping[int, float], at: float) -> tuple[int | None, int | None]:

@@ -11,6 +11,8 @@ from fastsiam.optim.apex import APEX_SOURCE, find_apex
 from fastsiam.optim.lars import LARS
 
 APEX = "optimizer.implementation: apex"
+# Methods whose authors train batches of 4096 with LARS.
+WITH_LARS = ("byol", "simclr", "swav")
 
 
 def build_optimizer(method, config: Config) -> torch.optim.Optimizer:
@@ -107,18 +109,20 @@ def _apex_sgd(groups, numbers):
 
 
 def large_batch_warning(config: Config) -> Notice | None:
-    """A warning where the paper's Table 2 speaks against this batch with this optimizer and warm-up, else None."""
+    """A warning where SimSiam's Table 2 speaks against this batch with this optimizer and warm-up, else None."""
     batch_size, warnings = config.train.batch_size, []
     if batch_size > 1024 and config.optimizer.name == "sgd":
+        method = config.method.name
+        recipe = f"r50_100ep_{method}_b4096.yaml" if method in WITH_LARS else "r50_100ep_b4096.yaml"
         warnings.append(
-            f"with SGD the paper's Table 2 has {TABLE_2[2048]} % at 2048 and {TABLE_2[4096]} % at 4096 against "
+            f"with SGD SimSiam's Table 2 has {TABLE_2[2048]} % at 2048 and {TABLE_2[4096]} % at 4096 against "
             f"{TABLE_2[512]} % at 256 and 512 (ImageNet linear top-1, 100 epochs), and expects LARS to help: "
-            "optimizer.name=lars, with the rates of r50_100ep_b4096.yaml"
+            f"optimizer.name=lars, with the rates of {recipe}"
         )
     if batch_size >= 1024 and config.optimizer.warmup == 0:
         share = round(10 / max(config.train.epochs or 100, 100), 4)
         warnings.append(
-            f"from 1024 images on the paper warms up over 10 epochs, and here is no warm-up: optimizer.warmup={share:g}"
+            f"from 1024 images on papers warm up over 10 epochs, and here is no warm-up: optimizer.warmup={share:g}"
         )
     return Notice(f"train.batch_size: {batch_size}; {'; '.join(warnings)}", "large-batch") if warnings else None
 

@@ -108,7 +108,7 @@ class _Measurements:
         batches, data_wait = epochs(loader), data_wait_on(bench.device)
         first = next(batches)
         self.found["start_seconds"] += decoding + time.perf_counter() - began
-        stepper(first.views)
+        stepper(first)
         steps, before = itertools.count(), {}
 
         def begin():
@@ -119,7 +119,7 @@ class _Measurements:
             asked = time.perf_counter()
             batch = next(batches)
             data_wait.arrived(time.perf_counter() - asked)
-            stepper(batch.views)
+            stepper(batch)
             data_wait.launched()
             next(steps)
 

@@ -7,6 +7,7 @@ import torch
 
 from fastsiam.config import Config
 from fastsiam.config.micro_batch import micro_batch_sizes
+from fastsiam.data.backends.base import Batch
 from fastsiam.data.backends.resident import free_bytes
 from fastsiam.data.build import build_loader
 from fastsiam.evaluate import collapse
@@ -24,6 +25,8 @@ PROBE_IMAGES = 8
 MEMORY_FACTOR, FREE_SHARE = 2.0, 0.9
 # Views that lie on the device; with epochs enough for views that grow.
 SYNTHETIC = {"data.backend": "synthetic", "data.augment": "fastsiam", "budget": None, "train.epochs": 2}
+# Share of the run that measured steps are at: prototypes are no longer frozen, and queues are in use.
+PROGRESS = 0.5
 # Share of a measurement's time that one step may take.
 STEP_SHARE = 0.5
 
@@ -43,15 +46,18 @@ class Stepper:
         for group in optimizer.param_groups:
             group["lr"] = 0.0
         self.step = TrainingStep(self.method, optimizer, config, runtime)
-        synthetic = with_batch_size(bench.config, batch_size, bench.world.size)
-        synthetic = synthetic.with_values(SYNTHETIC | {"train.micro_batch": None})
-        batch = next(build_loader(synthetic, **bench.loader_options).epoch(0))
-        self.views = batch.views
-        self.method.before_step(0.0, batch.indices)
+        whole = with_batch_size(bench.config, batch_size, bench.world.size)
+        synthetic = whole.with_values(SYNTHETIC | {"train.micro_batch": None})
+        self.batch = next(build_loader(synthetic, **bench.loader_options).epoch(0))
 
-    def __call__(self, views: list[torch.Tensor] | None = None) -> None:
-        """Takes a step on `views`, or on normal numbers; raises `torch.OutOfMemoryError`."""
-        self.step.attempt(self.views if views is None else views, 1)
+    def __call__(self, batch: Batch | None = None) -> None:
+        """Takes a step on `batch`, or on normal numbers, with what a method does around the optimizer.
+
+        Raises `torch.OutOfMemoryError`.
+        """
+        batch = self.batch if batch is None else batch
+        self.method.before_step(PROGRESS, batch.indices)
+        self.method.after_step(self.step.attempt(batch.views, 1))
 
     def rate(self, seconds: float) -> Rate:
         """Measures the step on views that lie on the device; compilation is not counted."""
@@ -61,13 +67,14 @@ class Stepper:
 
     def collapse_seconds(self) -> float:
         """Measures one collapse measure, on as many images as in a run."""
-        repeats = math.ceil(collapse.PROBE_IMAGES / len(self.views[0]))
+        views = self.batch.views[0]
+        repeats = math.ceil(collapse.PROBE_IMAGES / len(views))
 
         def measure():
             parts = []
             for _ in range(repeats):
                 with self._bench.runtime.autocast():
-                    parts.append(self.method.embed(self.views[0][: collapse.PROBE_IMAGES]).float())
+                    parts.append(self.method.embed(views[: collapse.PROBE_IMAGES]).float())
             collapse.measure(torch.cat(parts)[: collapse.PROBE_IMAGES])
 
         with evaluation_mode(self.method), torch.no_grad():
@@ -151,7 +158,8 @@ def batch_rate(bench: Bench, batch_size: int, affordable: Affordable, seconds: f
 
 
 def with_batch_size(config: Config, batch_size: int, ranks: int, share: int | None = None) -> Config:
-    """Returns the config at another batch size of so many ranks, in the largest micro batches up to its own.
+    """Returns the config at another batch size of so many ranks, in the largest micro batches up to its own, with a
+    queue of MoCo that this batch divides.
 
     `share`: for a run of so many of these ranks alone, with their part of the batch and of its micro batches.
     """

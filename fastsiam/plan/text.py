@@ -48,11 +48,9 @@ def _bought(run: Run, energy: str) -> str:
 
 
 def _machine(plan: Plan, config: Config) -> list[str]:
-    measured, views = plan.measured, config.views[0]
+    measured = plan.measured
     ranks = f", {measured.ranks} ranks" if measured.ranks > 1 else ""
     knn = f"{measured.val_images:,} for kNN" if measured.val_images else "no kNN"
-    size = f"{views.size} px" if len(views.sizes) == 1 else f"{views.full_size} px (faster while {views.size} px grow)"
-    size = size if views.count == 2 else f"{views.count} views of {size}"
     compiles = "on" if measured.compile else "off"
     batch, micro_batch = str(plan.batch_size), config.train.micro_batch
     if micro_batch:
@@ -60,10 +58,17 @@ def _machine(plan: Plan, config: Config) -> list[str]:
     return [
         f"fastsiam  {plan.fastsiam}, torch {plan.torch}, {measured.gpu or measured.device}{ranks}",
         f"data      {measured.images:,} images under {config.data.train}, {knn}",
-        f"step      {config.model.encoder}, {size}, batch {batch}, {measured.dtype}, compile {compiles}",
+        f"step      {config.method.name}, {config.model.encoder}, {_views(config)}, batch {batch}, {measured.dtype}, "
+        f"compile {compiles}",
         f"loader    {measured.loader}",
         f"measured  in {spoken(measured.measuring_seconds)}, at batch {measured.measured_batch_size}",
     ]
+
+
+def _views(config: Config) -> str:
+    text = " + ".join(f"{views.count} x {views.full_size} px" for views in config.views)
+    growing = " and ".join(f"{views.size} px" for views in config.views if len(views.sizes) > 1)
+    return f"{text} (faster while {growing} grow)" if growing else text
 
 
 def _rates(measured: Measured) -> list[str]:

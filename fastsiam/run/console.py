@@ -70,10 +70,10 @@ def choice_lines(
         lines.append(f"ranks     {world_size}, {share} images a step each; batch-norm statistics over all of them")
     lines += [
         f"backend   {loader_text}, {reason}",
-        f"views     {', '.join(map(_views_text, config.views))}, " + _augmenter_text(config, device),
+        f"views     {' + '.join(map(_views_text, config.views))}, " + _augmenter_text(config, device),
         f"model     {method.name}, {model.encoder} ({model.stem} stem"
         + (f", width {model.width}" if model.width else "")
-        + f"), {_heads_text(method)}, batch-norm statistics {model.bn_statistics}",
+        + f"), {', '.join((_heads_text(method), *_method_texts(method)))}, batch-norm statistics {model.bn_statistics}",
         f"step      batch {train.batch_size}, learning rate {config.learning_rate:g} = {config.optimizer.base_lr:g} x "
         f"{train.batch_size} / 256, {_optimizer_text(config)}, "
         f"{'channels-last' if train.channels_last else 'channels-first'}, "
@@ -103,6 +103,27 @@ def _heads_text(method):
     if predictor is None:
         return f"{text}, no predictor"
     return f"{text}, predictor {predictor.hidden}" + (" (frozen)" if predictor.frozen else "")
+
+
+def _method_texts(method):
+    """What a method has beside its heads, in words."""
+    match method.name:
+        case "simsiam":
+            return [] if method.target_views is None else [f"each view predicts the mean of {method.target_views}"]
+        case "simsiam_alternating":
+            return [f"targets held for {method.steps} steps"]
+        case "simsiam_average":
+            return [f"averages of {method.images:,} images, momentum {method.momentum:g}"]
+        case "byol":
+            return [f"momentum target from {method.momentum:g}"]
+        case "simclr":
+            return [f"T {method.temperature:g}"]
+        case "moco":
+            loss = "symmetric" if method.symmetric else "asymmetric"
+            return [f"queue {method.queue:,}, momentum {method.momentum:g}, T {method.temperature:g}, {loss} loss"]
+        case "swav":
+            queue = f"queue {method.queue:,}" if method.queue else "no queue"
+            return [f"{method.prototypes:,} prototypes, {queue}, T {method.temperature:g}"]
 
 
 def _memory_lines(train):

@@ -76,7 +76,7 @@ def out_of_memory_advice(train: TrainConfig, sizes: list[int], step_fits: Callab
     """A sentence for a step of the config's batch, or of its micro batches, that ran out of memory.
 
     `sizes`: what train.micro_batch can be. `step_fits(size)` tries a step of such micro batches; the largest that fits
-    is named with what the paper's Table 2 says of it. None: a rank among several, which cannot try alone.
+    is named with what SimSiam's Table 2 says of it. None: a rank among several, which cannot try alone.
     """
     at = f"train.batch_size: CUDA out of memory at {train.batch_size}"
     if train.micro_batch:
@@ -104,7 +104,7 @@ def out_of_memory_advice(train: TrainConfig, sizes: list[int], step_fits: Callab
 def _table_2_cost(batch_size: int) -> str:
     nearest = min(TABLE_2, key=lambda size: abs(size.bit_length() - batch_size.bit_length()))
     return (
-        f"the paper's Table 2 has {TABLE_2[nearest]} % at batch {nearest} against {max(TABLE_2.values())} % at 256 "
+        f"SimSiam's Table 2 has {TABLE_2[nearest]} % at batch {nearest} against {max(TABLE_2.values())} % at 256 "
         "and 512 (ImageNet, 100 epochs)"
     )
 

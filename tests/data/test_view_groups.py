@@ -2,12 +2,15 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
 from fastsiam.config import load_config
 from fastsiam.config.views import RECIPES, ViewGroup
+from fastsiam.data.backends import pil
 from fastsiam.data.build import build_loader
+from fastsiam.data.decode import decode_image
 from fastsiam.errors import UserError
 from fastsiam.run.checkpoint import identity
 from fastsiam.train import main
@@ -17,6 +20,12 @@ from tests.support.runs import lines
 BACKENDS = ("dali", "pil", "ffcv", "resident", RECIPE)
 LARGE = ViewGroup(2, dataclasses.replace(LEVELS, size=32))
 SMALL = ViewGroup(3, dataclasses.replace(LEVELS, size=16, crop_scale=(0.05, 0.2), solarize=0.5, color="matrix"))
+# BYOL's and SwAV's groups, small.
+BYOL = tuple(ViewGroup(1, dataclasses.replace(RECIPES[name], size=24)) for name in ("byol_1", "byol_2"))
+SWAV = (
+    ViewGroup(2, dataclasses.replace(RECIPES["swav"], size=32)),
+    ViewGroup(6, dataclasses.replace(RECIPES["swav_small"], size=16)),
+)
 YAML = (
     "views=[{recipe: demo, size: 16..24, color: matrix, count: 2}, "
     "{recipe: simsiam_cifar10, size: 16, color: exact, count: 3}]"
@@ -24,24 +33,49 @@ YAML = (
 pytestmark = pytest.mark.usefixtures("resident_cache")
 
 
+@pytest.mark.parametrize("groups", [(LARGE, SMALL), BYOL, SWAV], ids=["two sizes", "one size", "multi-crop"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_group_is_what_a_run_of_that_group_alone_gives(photos, backend):
+def test_each_group_is_what_a_run_of_that_group_alone_gives(photos, backend, groups):
     """Bit for bit at two pairs of sizes; views of the second group have the numbers that follow the first one's."""
-    both = make(photos, backend, groups=(LARGE, SMALL), batch_size=8)
-    for asked, sizes in ((None, (32, 16)), ((24, 12), (24, 12)), (None, (32, 16))):
-        large, small = (dataclasses.replace(g.spec, size=size) for g, size in zip((LARGE, SMALL), sizes, strict=True))
-        # Five views of the small group's spec: the last three have the numbers that they have behind another group.
-        alone = [make(photos, backend, spec=spec, count=n, batch_size=8) for spec, n in ((large, 2), (small, 5))]
+    full, first = tuple(group.spec.size for group in groups), groups[0].count
+    smaller = tuple(size * 3 // 4 for size in full)
+    both = make(photos, backend, groups=groups, batch_size=8)
+    for asked, sizes in ((None, full), (smaller, smaller), (None, full)):
+        specs = [dataclasses.replace(group.spec, size=size) for group, size in zip(groups, sizes, strict=True)]
+        # As many views of the second spec as of both groups: the last have the numbers that they have behind the first.
+        counts = (first, sum(group.count for group in groups))
+        alone = [make(photos, backend, spec=spec, count=n, batch_size=8) for spec, n in zip(specs, counts, strict=True)]
         for batch, one, other in zip(both.epoch(1, sizes=asked), *(made.epoch(1) for made in alone), strict=True):
             assert batch.indices.tolist() == one.indices.tolist()
-            assert [tuple(group.shape) for group in batch.views] == [(16, 3, *2 * sizes[:1]), (24, 3, *2 * sizes[1:])]
+            shapes = [(8 * group.count, 3, size, size) for group, size in zip(groups, sizes, strict=True)]
+            assert [tuple(group.shape) for group in batch.views] == shapes
             assert all(group.is_contiguous(memory_format=torch.channels_last) for group in batch.views)
             assert torch.equal(batch.views[0], one.views[0])
-            assert torch.equal(batch.views[1], other.views[0][16:])
+            assert torch.equal(batch.views[1], other.views[0][8 * first :])
         assert both.sizes == sizes
         for made in alone:
             made.close()
     both.close()
+
+
+@pytest.mark.parametrize("groups", [BYOL, SWAV], ids=["one size", "multi-crop"])
+def test_pil_decodes_an_image_once_for_all_groups(photos, monkeypatch, groups):
+    decoded = []
+    monkeypatch.setattr(pil, "decode_image", lambda *given: decoded.append(given[1]) or decode_image(*given))
+    made = make(photos, "pil", groups=groups, batch_size=8)
+    images = [index for batch in made.epoch(0) for index in batch.indices.tolist()]
+    assert sorted(map(int, decoded)) == sorted(images)
+
+
+def test_one_of_byols_views_is_blurred_and_one_solarized(photos):
+    """Draws of the groups, by their recipes: every first view has a blur, and only second ones are solarized."""
+    made = make(photos, "pil", groups=BYOL, batch_size=8)
+    first, second = made.drawn(0, np.arange(4000))
+    assert (first.sigma > 0).all()
+    assert not first.solarize.any()
+    # Three standard errors of 4,000 draws.
+    assert (second.sigma > 0).mean() == pytest.approx(0.1, abs=0.015)
+    assert second.solarize.mean() == pytest.approx(0.2, abs=0.02)
 
 
 @pytest.mark.parametrize("backend", ["dali", RECIPE])
@@ -108,3 +142,8 @@ def test_a_run_of_two_groups_grows_and_measures_at_the_first_ones_size(tiny, tmp
 def test_a_config_of_groups_builds_its_loader(tiny_config):
     made = build_loader(tiny_config("data.backend=synthetic", YAML))
     assert [tuple(group.shape) for group in next(made.epoch(0)).views] == [(16, 3, 24, 24), (24, 3, 16, 16)]
+    pair = (
+        "views=[{recipe: byol_1, size: 24, color: exact, count: 1}, {recipe: byol_2, size: 24, color: exact, count: 1}]"
+    )
+    made = build_loader(tiny_config("data.backend=synthetic", pair))
+    assert [tuple(group.shape) for group in next(made.epoch(0)).views] == [(8, 3, 24, 24)] * 2

@@ -8,11 +8,17 @@ import torch
 from fastsiam.data import rng
 from fastsiam.data.sources.image_header import UNKNOWN
 from fastsiam.data.sources.open import open_source
+from fastsiam.plan.bench import Bench
 from fastsiam.plan.loaders import sample_of
 from fastsiam.plan.steps import Affordable, Stepper, other_batch_sizes, with_batch_size
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
 from tests.support.small_methods import CLASSES, one_convolution, small_config
+
+SYNTHETIC = ("data.backend=synthetic", "train.batch_size=8")
+MULTI_CROP = (
+    "views=[{recipe: swav, size: 32, color: exact, count: 2}, {recipe: swav_small, size: 16, color: exact, count: 6}]"
+)
 
 
 def test_batches_too_slow_or_too_large_for_a_cpu_are_measured_smaller():
@@ -54,3 +60,26 @@ def test_a_step_of_each_method_is_measured_at_other_batch_sizes(name):
     if name == "moco":
         sizes = [with_batch_size(config, size, 1).method.queue for size in (4, 16, 48)]
         assert sizes == [24, 16, 48]
+
+
+@pytest.mark.parametrize(
+    ("method", "state", "expected"),
+    [
+        ("name: moco, queue: 64", "pointer", 16),
+        ("name: swav, queue: 64", "filled", 16),
+        ("name: simsiam_alternating, steps: 100", "step", 2),
+        # The statistics of 8 views in each of two steps.
+        ("name: byol", "target.projector.1.num_batches_tracked", 16),
+        ("name: simsiam_average, images: 8", "eta", None),
+    ],
+)
+def test_a_measured_step_does_what_a_method_does_around_the_optimizer(tiny_config, method, state, expected):
+    """Two steps of 8 images: keys in a queue, steps counted, a second network with batch norms of its own."""
+    two_views = "moco" in method or "average" in method
+    config = tiny_config(*SYNTHETIC, f"method={{{method}}}", *([] if two_views else [MULTI_CROP]))
+    with Runtime.of(config.train, World()) as runtime:
+        stepper = Stepper(Bench(config, runtime, 1.0), 8)
+        for _ in range(2):
+            stepper()
+    found = stepper.method.state_dict()[state]
+    assert found.any() if expected is None else found.item() == expected

@@ -35,3 +35,16 @@ def test_energy_that_is_not_measured_buys_an_unknown_number_of_steps():
     run = json.loads(plan.to_json())["run"]
     assert (run["asked"], run["kind"], run["amount"], run["steps"]) == ("1kWh", "joules", 3.6e6, None)
     assert text_of(plan, config).startswith("1kWh cannot be predicted")
+
+
+def test_a_step_is_named_with_its_method_and_all_of_its_views():
+    def step_of(name, *overrides):
+        config = load_config(name, overrides)
+        text = text_of(plan_of(config, None, measured(), LOADING), config)
+        return next(line for line in text.splitlines() if line.startswith("step   ")), text
+
+    line, text = step_of("r50_100ep_swav_b4096")
+    assert line == "step      swav, resnet50, 2 x 224 px + 6 x 96 px, batch 4096, bf16, compile on"
+    assert "worth     SwAV's README: 72.1 % at 100 epochs; ImageNet linear top-1, batch 4096, multi-crop" in text
+    assert "simsiam, resnet50, 4 x 224 px, batch" in step_of("r50_100ep_fastsiam")[0]
+    assert "2 x 224 px (faster while 128..224 px grow), batch" in step_of("r50_100ep", "views.size=128..224")[0]
