@@ -1,4 +1,4 @@
-"""SimSiam pretraining at hardware speed. The public names load on first use (PEP 562)."""
+"""Pretraining by SimSiam and its relatives at hardware speed. The public names load on first use (PEP 562)."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -117,7 +117,8 @@ class ViewsConfig(Section):
     recipe: Literal[tuple(RECIPES)]
     """Augmentation whose numbers fill in the keys that are not written; config/views.py names the sources."""
     count: PositiveInt = 2
-    """Views of each image, all from one decode. 2 is the paper's loss; above, its mean over all ordered pairs."""
+    """Views of each image, all from one decode. 2 is the paper's loss; above, SimSiam's is the mean over all ordered
+    pairs, or that of method.target_views."""
     size: int | str
     """Side of a view in pixels, or LOW..HIGH (as 128..224): it grows over the first 80 % of the run, from epoch to
     epoch and in at most five sizes; kNN and collapse are measured at HIGH."""

@@ -26,8 +26,8 @@ class ModelConfig(Section):
     zero_init_residual: bool
     """Starts the last batch norm of each residual block at 0, so that the block begins as the identity."""
     bn_statistics: Literal["per_view", "joint"] = "per_view"
-    """Images over which batch norm averages. per_view: each view apart, the paper's model; joint: all views together,
-    another model."""
+    """Images over which batch norm averages. per_view: each view apart, as in SimSiam and BYOL; joint: all views of one
+    size together, as in SimCLR and SwAV."""
 
     weights: str | None = None
     """Weights that a new run begins with: null (random), a file or run folder, torchvision:NAME (torchvision:DEFAULT)
@@ -83,8 +83,8 @@ class OptimizerConfig(Section):
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the run in which the learning rate rises linearly from 0."""
     predictor_lr: Literal["fixed", "scheduled"]
-    """Learning rate of the predictor. fixed: constant after the warm-up (paper, Table 1); scheduled: as that of the
-    rest."""
+    """Learning rate of SimSiam's predictor. fixed: constant after the warm-up (paper, Table 1); scheduled: as that of
+    the rest, which is that of other methods' predictors in any case."""
 
     @model_validator(mode="after")
     def options_of_the_optimizer(self):

@@ -83,6 +83,34 @@ def test_the_first_lines_are_the_decision(tiny_config, device, count, optimizer,
         assert "backend   a loader, as chosen" in lines
 
 
+@pytest.mark.parametrize(
+    ("name", "views", "model"),
+    [
+        (
+            "r50_100ep_byol_b4096",
+            "recipe byol_1 + 1 x 224 px of each image, recipe byol_2, ",
+            "momentum target from 0.99",
+        ),
+        (
+            "r50_100ep_swav_b4096",
+            "2 x 224 px, recipe swav + 6 x 96 px of",
+            "3,000 prototypes, no queue, T 0.1, batch-norm",
+        ),
+        (
+            "r50_100ep_fastsiam",
+            "4 x 224 px of each image, recipe simsiam, ",
+            "each view predicts the mean of 3, batch-norm",
+        ),
+        ("r50_100ep_simclr", "2 x 224 px, recipe simsiam, ", "no predictor, T 0.1, batch-norm statistics per_view"),
+        ("r18_cifar10_800ep_moco_demo", "recipe moco_cifar10, ", "queue 4,096, momentum 0.99, T 0.1, symmetric loss, "),
+    ],
+)
+def test_the_first_lines_name_a_methods_numbers_and_all_groups_of_views(name, views, model):
+    runtime = Runtime(World(), torch.device("cpu"), torch.float32, False)
+    lines = choice_lines(load_config(name), runtime, 80, 0, "a loader", "as chosen", "here", [])
+    assert [[text in line for line in lines].count(True) for text in (views, model)] == [1, 1]
+
+
 def test_brackets_are_text(capsys):
     """A name of an extra, or a folder [like this], is no markup."""
     journal = Journal(World())
