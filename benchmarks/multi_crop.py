@@ -38,6 +38,7 @@ from benchmarks.peers import AbsentError, solo_learn
 from fastsiam.config.views import ViewGroup, ViewSpec
 from fastsiam.data.backends.choose import open_backend
 from fastsiam.data.loader import Loader
+from fastsiam.errors import UserError
 from fastsiam.runtime import malloc
 
 SIZE, SMALL_SIZE = 224, 96
@@ -118,9 +119,18 @@ def run(
     device: torch.device,
     minutes: float,
     images: Path | None = None,
+    rows: tuple[str, ...] = (),
     solo_learn: Path | None = None,
 ) -> None:
-    """One comparison with a thread a core; `images` is a folder of JPEGs, drawn ones stand in for none."""
+    """One comparison with a thread a core; `images` is a folder of JPEGs, drawn ones stand in for none.
+
+    `rows`: the loaders, all where none is named. solo-learn's PIL transforms take minutes a round.
+    """
+    every = builders(solo_learn)
+    for name in rows:
+        if name not in every:
+            message = f"--rows: '{name}' is unknown; write some of {'; '.join(every)}"
+            raise UserError(message, code="unknown-row")
     if device.type == "cpu":
         malloc.keep_freed()
     # Workers begin as forks of a process that has imported what all of them need.
@@ -131,7 +141,8 @@ def run(
         files = files_of(folder)
         paths = tuple(files[index % len(files)] for index in range(IMAGES_PER_WORKER * cores))
         case = Case(paths, label, SIZE, cores, BATCH[device.type], device)
-        measure(results, case, builders(solo_learn), SMALL_SIZE, 60 * minutes)
+        chosen = {name: every[name] for name in rows or every}
+        measure(results, case, chosen, SMALL_SIZE, 60 * minutes)
 
 
 if __name__ == "__main__":

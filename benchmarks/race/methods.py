@@ -55,7 +55,7 @@ ENTRIES = {
         ),
         Entry(
             "byol", ("momentum_encoder", "predictor", "stop_gradient"),
-            (_ONE_SIZE, "optimizer.base_lr=0.1", "method={name: byol, momentum: 0.99, predictor: {hidden: 256}, "
+            (_ONE_SIZE, "optimizer.base_lr=0.2", "method={name: byol, momentum: 0.99, predictor: {hidden: 256}, "
              "projector: {layers: 2, hidden: 256, out: 256, norm: hidden}}"),
             {"lightly": Recipe(rate=4.0)},
         ),
