@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.experiments import lines as experiments
 from benchmarks.harness.checkout import CHECKOUT
 from benchmarks.harness.results import read_results
 from benchmarks.race import methods, standings
@@ -280,7 +281,7 @@ def last_verified(found: dict[str, list[list[dict]]]) -> str:
     )
 
 
-SPECIAL = {GPU_TESTS: last_verified, "summary": summary.text}
+SPECIAL = {GPU_TESTS: last_verified, "summary": summary.text, experiments.BENCHMARK: experiments.text}
 """Blocks that do not show the lines of one benchmark."""
 
 

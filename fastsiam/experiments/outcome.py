@@ -176,6 +176,7 @@ def _line(experiment, plan, case, outcome):
     return {
         "experiment": experiment.name,
         "source": experiment.source,
+        "row": case.row,
         "variant": case.label,
         "title": case.title,
         "seed": outcome.variant.seed,
