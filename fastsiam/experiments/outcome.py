@@ -126,10 +126,7 @@ def _of_failure(row):
     said, n = row.case.paper.ended, len(row.outcomes)
     if not row.has_ended:
         return Verdict("open", f"{row.case.title}: {said} in the paper; ours {row.status}")
-    if said == "unstable":
-        failed = row.count("diverged") + row.count("collapsed")
-    else:
-        failed = row.count(said)
+    failed = row.count("collapsed") + row.count("diverged")
     word = "holds" if failed == n else "differs" if failed == 0 else "open"
     return Verdict(word, f"{row.case.title}: {said} in the paper; ours {row.status}, {n} seed{'s' * (n > 1)}")
 
