@@ -20,10 +20,11 @@ def cross_entropy_over_anchors(queries, keys, num_views, temperature):
     )
 
 
+@pytest.mark.parametrize("num_views", [2, 3])
 @pytest.mark.parametrize("name", ["simclr", "simclr with a predictor", "simclr, keys held"])
-def test_value_and_gradient_of_queries_and_keys(name):
-    config = small_config(name)
-    method, num_views = small_step(config).method, config.view_groups[0].count
+def test_value_and_gradient_of_queries_and_keys(name, num_views):
+    config = small_config(name, f"views.count={num_views}")
+    method = small_step(config).method
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(8 * num_views, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     p = method.predictor(z)
