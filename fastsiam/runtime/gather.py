@@ -11,8 +11,9 @@ _all_gather = getattr(collectives, "all_gather_single", None) or collectives.all
 def of_all_ranks(values: torch.Tensor, world_size: int) -> torch.Tensor:
     """Returns [W, K, ...] of this rank's [K, ...], in the order of ranks, over the default group; no gradient."""
     if world_size == 1:
-        return values.unsqueeze(0)
-    return _all_gather(values, 0, dist.group.WORLD).view(world_size, *values.shape)
+        return values.detach().unsqueeze(0)
+    # Detached: the collective passes gradients on by itself in eager mode (torch 2.14).
+    return _all_gather(values.detach(), 0, dist.group.WORLD).view(world_size, *values.shape)
 
 
 def gathered(values: torch.Tensor, world_size: int, rank: int) -> torch.Tensor:
