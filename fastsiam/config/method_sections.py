@@ -223,7 +223,7 @@ def check_method(method, num_views: int, batch_size: int, micro_batch: int | Non
     targets = getattr(method, "target_views", None)
     if targets is not None and targets >= num_views:
         raise UserError(
-            f"method.target_views: {targets} are more than the {num_views - 1} other views of an image; set "
+            f"method.target_views: {targets}, and an image has {num_views - 1} other views to predict; set "
             f"method.target_views={num_views - 1}, or views.count={targets + 1}",
             "too-many-targets",
         )
