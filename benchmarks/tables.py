@@ -96,6 +96,17 @@ STEP = (
     Column("first step, s", "first_step_seconds"),
 )
 LOADER = (IMAGES, Column("CPU ms an image", "cpu_seconds_per_image", scale=1000))
+TRAFFIC = (
+    LAUNCHES,
+    Column("GB", "bytes", scale=1e-9),
+    Column("MB an image", "bytes_per_image", scale=1e-6),
+    Column("TFLOP", "operations", scale=1e-12),
+    Column("ms at least", "predicted_seconds", scale=1000),
+    Column("images/s at most", "images_per_second"),
+    Column("peak GB", "peak_activation_bytes", scale=1e-9),
+    Column("bytes", "bytes_ratio", unit="x"),
+    Column("launches", "launches_ratio", unit="x"),
+)
 END_TO_END = (IMAGES, Column("limit", "limit"), Column("of the limit", "share_of_limit", scale=100, unit=" %"))
 DISTRIBUTED = (
     MS,
@@ -167,6 +178,7 @@ TABLES = {
     "spectrum": Table(
         "spectrum", (Column("Spearman with kNN", "spearman"), Column("p", "p_value"), Column("last kNN, %", "knn_last"))
     ),
+    "traffic": Table("traffic", TRAFFIC),
     "crop": Table("crop", (MS, Column("ms a crop", "ms_per_crop"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"),
 }
 

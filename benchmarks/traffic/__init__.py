@@ -1,0 +1,1 @@
+"""Bytes, operations and launches of a compiled training step, counted without a GPU: the ledger."""
