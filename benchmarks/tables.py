@@ -104,8 +104,8 @@ TRAFFIC = (
     Column("ms at least", "predicted_seconds", scale=1000),
     Column("images/s at most", "images_per_second"),
     Column("peak GB", "peak_activation_bytes", scale=1e-9),
-    Column("bytes", "bytes_ratio", unit="x"),
-    Column("launches", "launches_ratio", unit="x"),
+    Column("bytes, ratio", "bytes_ratio", unit="x"),
+    Column("launches, ratio", "launches_ratio", unit="x"),
 )
 END_TO_END = (IMAGES, Column("limit", "limit"), Column("of the limit", "share_of_limit", scale=100, unit=" %"))
 DISTRIBUTED = (

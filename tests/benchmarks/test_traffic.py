@@ -58,7 +58,8 @@ def test_a_convolution_with_batch_norm_and_relu_moves_what_a_pencil_says():
         assert written <= biggest.written <= written + y // 20
     casts = [one.moved for one in by_class[classes.OTHER]]
     assert casts == [3 * weight, 3 * weight]
-    assert y + mask <= found.saved_bytes <= y + mask + 1024
+    # Besides: the weights in bf16, and numbers of a channel.
+    assert y + mask + weight <= found.saved_bytes <= y + mask + weight + 1024
     assert found.peak_bytes >= found.saved_bytes + y
 
 
