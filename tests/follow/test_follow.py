@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 
 import pytest
 from filelock import FileLock
@@ -68,13 +69,23 @@ def test_mlflow_has_every_number_once_at_its_step(tmp_path, capsys):
     assert refused(*command[:-1], "other").code == "other-project"
 
 
+def written_by_wandb(folder, parts):
+    """All records, once so many parts have their last one: wandb's own process writes them, and may be behind."""
+    began = time.monotonic()
+    while True:
+        paths = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
+        found = [record for path in paths for record in records(path)]
+        if sum(record.HasField("exit") for record in found) >= parts or time.monotonic() - began > 60:
+            return found
+        time.sleep(0.1)
+
+
 @pytest.mark.needs("wandb")
 def test_wandb_has_every_number_once_at_its_step(tmp_path, capsys):
     folder = tmp_path / "run"
     command = ["follow", str(folder), "--to", "wandb", "--offline"]
     stopped_and_resumed(folder, lambda: main(command) == 0 or pytest.fail(capsys.readouterr().err))
-    parts = sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns)
-    found = [record for path in parts for record in records(path)]
+    found = written_by_wandb(folder, parts=2)
     # The second command found nothing new and began none.
     begun = [record.run for record in found if record.WhichOneof("record_type") == "run"]
     assert [run.run_id for run in begun] == 2 * [

@@ -131,11 +131,11 @@ import sys, time
 from fastsiam.train import main
 from fastsiam.training.step import TrainingStep
 step = TrainingStep.__call__
-def stuck(self, views, number, indices):
+def stuck(self, views, number, indices, progress):
     if number == 4:
         print("stuck", flush=True)
         time.sleep(300)
-    return step(self, views, number, indices)
+    return step(self, views, number, indices, progress)
 TrainingStep.__call__ = stuck
 main(sys.argv[1:])
 """
