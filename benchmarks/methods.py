@@ -17,17 +17,15 @@ import torch
 from benchmarks.harness.cli import command
 from benchmarks.harness.results import Results
 from benchmarks.harness.worker_process import apart
-from benchmarks.race.contestants import CONTESTANTS, FASTSIAM, OURS
+from benchmarks.race.contestants import FASTSIAM, OURS
 from benchmarks.race.methods import BENCHMARK, ENTRIES
 from benchmarks.race.standings import Lines, plus_minus, read, standings
-from benchmarks.time_to_accuracy import Race, images_of, in_words
+from benchmarks.time_to_accuracy import Race, check_entrants, images_of, in_words, seconds_each
 from fastsiam.cli import let_threads_sleep
 from fastsiam.errors import UserError
 
 CONFIG = Path(__file__).parent / "race" / "cifar10_cpu.yaml"
 DEFAULT = (FASTSIAM, "lightly", "solo-learn DALI")
-# Of --minutes, what is left for training beside evaluation, warm-up and the start of processes.
-_TRAINING_SHARE = 0.6
 
 
 def run(
@@ -53,15 +51,14 @@ def run(
 
     `minutes` are for all of it where `minutes_each` does not say how long a run trains.
     """
-    for option, names, known in (("--method", method, ENTRIES), ("--contestants", contestants, CONTESTANTS)):
-        for name in names:
-            if name not in known:
-                message = f"{option}: '{name}' is unknown; write some of {', '.join(known)}"
-                raise UserError(message, code="unknown-contestant")
-    if seeds < 1 or not contestants or not method or not rates or not own_rates:
-        raise UserError("--seeds: a race needs a seed, a contestant and a rate; give one of each", code="empty-race")
+    check_entrants(contestants, seeds, rates, own_rates)
+    for name in method:
+        if name not in ENTRIES:
+            raise UserError(f"--method: '{name}' is unknown; write some of {', '.join(ENTRIES)}", code="unknown-method")
+    if not method:
+        raise UserError(f"--method: is empty; write some of {', '.join(ENTRIES)}", code="empty-race")
     runs = len(method) * sum(len(own_rates if name in OURS else rates) + seeds - 1 for name in contestants)
-    seconds = 60 * minutes_each if minutes_each else max(60 * minutes * _TRAINING_SHARE / runs, 1.0)
+    seconds = seconds_each(minutes_each, minutes, runs)
     with tempfile.TemporaryDirectory() as scratch:
         lists = (results.folder or Path(scratch)).resolve() / "images"
         images = images_of(config, device.type, data, train, val, lists)
@@ -69,7 +66,7 @@ def run(
         for name in method:
             print(f"method {name}", flush=True)
             entry, checkout = ENTRIES[name], solo_learn and solo_learn.resolve()
-            race = Race(lines, config, images, round(seconds, 1), target, checkout, call, entry)
+            race = Race(lines, config, images, seconds, target, checkout, call, entry)
             own = race.config.optimizer.base_lr
             grids = {
                 variant: [in_words(rate, own) * entry.of(variant).rate for rate in _grid(variant, rates, own_rates)]

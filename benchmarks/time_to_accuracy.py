@@ -235,6 +235,23 @@ def images_of(config: str, device: str, data: Path | None, train: int | None, va
     return Images([*paths, f"train.device={device}"], folders[0].resolve().parent.name)
 
 
+def check_entrants(
+    contestants: tuple[str, ...], seeds: int, rates: tuple[str, ...], own_rates: tuple[str, ...]
+) -> None:
+    """Raises `UserError` for a contestant that is unknown, and for a race without contestant, seed or rate."""
+    for name in contestants:
+        if name not in CONTESTANTS:
+            message = f"--contestants: '{name}' is unknown; write some of {', '.join(CONTESTANTS)}"
+            raise UserError(message, code="unknown-contestant")
+    if seeds < 1 or not contestants or not rates or not own_rates:
+        raise UserError("--seeds: a race needs a seed, a contestant and a rate; give one of each", code="empty-race")
+
+
+def seconds_each(minutes_each: float | None, minutes: float, runs: int) -> float:
+    """Returns how long each of `runs` trains: as asked for, or its part of `minutes` for all."""
+    return round(60 * minutes_each if minutes_each else max(60 * minutes * _TRAINING_SHARE / runs, 1.0), 1)
+
+
 def run(
     results: Results,
     *,
@@ -257,21 +274,16 @@ def run(
 
     `minutes` are for all of it where `minutes_each` does not say how long a run trains.
     """
-    for name in contestants:
-        if name not in CONTESTANTS:
-            message = f"--contestants: '{name}' is unknown; write some of {', '.join(CONTESTANTS)}"
-            raise UserError(message, code="unknown-contestant")
-    if seeds < 1 or not contestants or not rates or not own_rates:
-        raise UserError("--seeds: a race needs a seed, a contestant and a rate; give one of each", code="empty-race")
+    check_entrants(contestants, seeds, rates, own_rates)
     with tempfile.TemporaryDirectory() as scratch:
         lists = (results.folder or Path(scratch)).resolve() / "images"
         images = images_of(config, device.type, data, train, val, lists)
         own = load_config(config, images.overrides).optimizer.base_lr
         grids = {name: [in_words(rate, own) for rate in (own_rates if name in OURS else rates)] for name in contestants}
         count = sum(map(len, grids.values())) + (seeds - 1) * len(grids)
-        seconds = 60 * minutes_each if minutes_each else max(60 * minutes * _TRAINING_SHARE / count, 1.0)
+        seconds = seconds_each(minutes_each, minutes, count)
         checkout = solo_learn and solo_learn.resolve()
-        race = Race(Lines(results), config, images, round(seconds, 1), target, checkout, call)
+        race = Race(Lines(results), config, images, seconds, target, checkout, call)
         race.run(grids, seeds)
     if results.folder:
         conclude(results.folder, race.params)

@@ -4,12 +4,8 @@ Exit codes: those of fastsiam.sweep.
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from pathlib import Path
-
-from rich.console import Console
 
 from fastsiam.cli import answered
 from fastsiam.config import load_config
@@ -20,11 +16,10 @@ from fastsiam.experiments.conclude import conclude
 from fastsiam.experiments.experiments import EXPERIMENTS, Case, Experiment, experiment_named
 from fastsiam.run.progress_line import duration
 from fastsiam.sweep import slots
-from fastsiam.sweep.child import TRAINER
-from fastsiam.sweep.engine import exit_code, opened, train_all
+from fastsiam.sweep.conduct import check_budget, conduct, digest_of
 from fastsiam.sweep.ledger import Ledger
 from fastsiam.sweep.plan import Plan, Variant, folder_name, plan_of
-from fastsiam.sweep.start import check_one_process, rehearse
+from fastsiam.sweep.start import check_one_process
 
 _BASE, _SEEDS = "quickstart", 3
 _HELP = """\
@@ -61,33 +56,17 @@ def _experiment(arguments) -> int:
     base = base_of(_base_config(arguments))
     cases = experiment.cases(base)
     plan, devices = _plan(arguments, experiment, base, cases)
-    known = Ledger(plan.folder)
-    known.check(plan)
-    console = Console()
-    say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
-    for line in opening_lines(experiment, base, cases, plan, devices):
-        say(line)
-    for warning in rehearse(plan, known):
-        say(warning)
-    if arguments.dry_run:
-        for variant in plan.variants:
-            say(f"run       {plan.folder / variant.name}")
-        return 0
-    with opened(plan) as ledger:
-        stopped = train_all(plan, ledger, console, devices=devices, trainer=TRAINER)
-        conclude(experiment, cases, plan, ledger, console)
-        if stopped is not None:
-            say("stopped   give the same command to go on")
-        return exit_code(plan, ledger, stopped)
+    return conduct(
+        plan,
+        opening_lines(experiment, base, cases, plan, devices),
+        devices=devices,
+        dry_run=arguments.dry_run,
+        conclude=lambda ledger, console: conclude(experiment, cases, plan, ledger, console),
+    )
 
 
 def _base_config(arguments):
-    given = {override.partition("=")[0] for override in arguments.overrides}
-    for key in ("budget", "train.epochs"):
-        if arguments.budget is not None and key in given:
-            raise UserError(
-                f"--budget: is divided over the runs, and {key} is given as well; leave one out", "two-budgets"
-            )
+    check_budget(arguments.budget, {override.partition("=")[0] for override in arguments.overrides})
     config = load_config(arguments.config, arguments.overrides)
     if config.run.fresh:
         raise UserError(
@@ -117,10 +96,7 @@ def _name(arguments, experiment: Experiment, base: Base) -> str:
     """
     if any(override.startswith("run.name=") for override in arguments.overrides):
         return base.config.run.name
-    places = ("run.dir=", "data.workers=", "train.device=")
-    fixed = sorted(override for override in arguments.overrides if not override.startswith(places))
-    asked = [fixed, arguments.budget, arguments.seeds if arguments.budget else None]
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+    digest = digest_of(arguments.overrides, arguments.budget, arguments.seeds if arguments.budget else None)
     return f"{experiment.name}-{folder_name(Path(arguments.config).stem)}-{digest}"
 
 

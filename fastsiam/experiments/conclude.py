@@ -5,14 +5,12 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from fastsiam.errors import Notice
 from fastsiam.experiments.experiments import Case, Experiment
 from fastsiam.experiments.outcome import Row, Verdict, result_lines, rows_of, verdicts
 from fastsiam.experiments.published import METRIC
-from fastsiam.runtime.files import replace_file
 from fastsiam.sweep import scores
 from fastsiam.sweep.ledger import Ledger
-from fastsiam.sweep.outcome import PAGE
+from fastsiam.sweep.outcome import PAGE, saying, write_files
 from fastsiam.sweep.page import Content, line_of, render
 from fastsiam.sweep.plan import Plan
 from fastsiam.sweep.table import aligned
@@ -25,7 +23,7 @@ def conclude(experiment: Experiment, cases: Sequence[Case], plan: Plan, ledger: 
     """Prints the paper's numbers beside ours and what holds; writes results.jsonl and report.html; returns the rows."""
     rows = rows_of(plan, ledger, cases)
     found = verdicts(experiment, rows)
-    say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
+    say = saying(console)
     say("")
     for line in aligned(columns(rows)):
         say(line)
@@ -38,11 +36,7 @@ def conclude(experiment: Experiment, cases: Sequence[Case], plan: Plan, ledger: 
         say(f"{verdict.word:9} {verdict.sentence}")
     lines = "".join(json.dumps(line) + "\n" for line in result_lines(experiment, plan, rows))
     document = page(experiment, plan, rows, found).encode("utf-8", errors="backslashreplace")
-    for name, data in ((RESULTS, lines.encode()), (PAGE, document)):
-        try:
-            replace_file(plan.folder / name, data)
-        except OSError as error:
-            say(f"warning: {Notice(f'{plan.folder / name} was not written ({error.strerror or error})', 'unwritten')}")
+    write_files(plan.folder, {RESULTS: lines.encode(), PAGE: document}, say)
     say(f"results   {plan.folder / RESULTS}")
     say(f"report    {plan.folder / PAGE}")
     return rows

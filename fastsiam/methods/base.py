@@ -3,6 +3,7 @@
 A method is one file with one class here, one section in `config.method_sections`, and one line in `build_method`.
 """
 
+import abc
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -29,7 +30,7 @@ class Layout(NamedTuple):
 TWO_VIEWS = Layout((2,))
 
 
-class Method(nn.Module):
+class Method(nn.Module, abc.ABC):
     """nn.Module that turns views into a loss, and images into embeddings.
 
     What a checkpoint must hold are parameters and persistent buffers: momentum encoders, queues and prototypes are
@@ -48,6 +49,7 @@ class Method(nn.Module):
         self.encoder, self.projector, self.layout = encoder, projector, layout
         self.progress = 0.0
 
+    @abc.abstractmethod
     def forward(self, views: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Returns `loss`, a scalar of this rank whose gradients the ranks average, and detached diagnostics, among them
         `features` [V*N, D] of the encoder and `z` [V*N, d] of the projector, view by view.
@@ -57,7 +59,6 @@ class Method(nn.Module):
         one graph: no value is read back to the host, nothing outside of buffers is changed. With train.micro_batch it
         is called for each micro batch of a step, and the step takes the mean of the losses.
         """
-        raise NotImplementedError
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Returns z [B, d] of images [B, 3, S, S] in evaluation mode; collapse is measured on it."""

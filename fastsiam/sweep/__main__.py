@@ -5,13 +5,9 @@ trained; 3 or 4 where every run has collapsed or failed; 130, 138, 143 stopped b
 """
 
 import argparse
-import hashlib
-import json
 import shlex
 import sys
 from pathlib import Path
-
-from rich.console import Console
 
 from fastsiam.cli import answered
 from fastsiam.config import Config, load_config
@@ -20,13 +16,12 @@ from fastsiam.errors import UserError
 from fastsiam.run.progress_line import duration
 from fastsiam.sweep import grid as grids
 from fastsiam.sweep import slots
-from fastsiam.sweep.child import TRAINER
-from fastsiam.sweep.engine import exit_code, opened, train_all
+from fastsiam.sweep.conduct import check_budget, conduct, digest_of
 from fastsiam.sweep.grid import Grid
 from fastsiam.sweep.ledger import Ledger
 from fastsiam.sweep.outcome import conclude
 from fastsiam.sweep.plan import SEED, Plan, folder_name, plan_of
-from fastsiam.sweep.start import check_one_process, rehearse
+from fastsiam.sweep.start import check_one_process
 
 _HELP = """\
 KEY=a,b,c     several values of a key; commas inside of [], {} and quotes do not separate
@@ -60,27 +55,18 @@ def _sweep(arguments) -> int:
     devices = [] if all(variant.config.train.device == "cpu" for variant in variants) else slots.gpus()
     at_once = arguments.at_once or len(devices) or 1
     options = {"budget": arguments.budget, "halving": arguments.halving}
-    known = Ledger(folder)
     # On another number of GPUs the runs keep the budgets that they have begun with.
-    each = known.plan.get("each") if known.plan.get("budget") == arguments.budget else None
+    known = Ledger(folder).plan
+    each = known.get("each") if known.get("budget") == arguments.budget else None
     plan = plan_of(variants, folder, **options, at_once=at_once, each=each)
-    known.check(plan)
-    console = Console()
-    say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
-    for line in opening_lines(plan, grid, devices):
-        say(line)
-    for warning in rehearse(plan, known):
-        say(warning)
-    if arguments.dry_run:
-        for variant in plan.variants:
-            say(f"run       {plan.folder / variant.name}")
-        return 0
-    with opened(plan) as ledger:
-        stopped = train_all(plan, ledger, console, devices=devices, trainer=TRAINER)
-        conclude(plan, ledger, console, f"{Path(arguments.config).stem}: {_keys(grid)}", _next(arguments, grid, plan))
-        if stopped is not None:
-            say("stopped   give the same command to go on")
-        return exit_code(plan, ledger, stopped)
+    title, go_on = f"{Path(arguments.config).stem}: {_keys(grid)}", _next(arguments, grid, plan)
+    return conduct(
+        plan,
+        opening_lines(plan, grid, devices),
+        devices=devices,
+        dry_run=arguments.dry_run,
+        conclude=lambda ledger, console: conclude(plan, ledger, console, title, go_on),
+    )
 
 
 def opening_lines(plan: Plan, grid: Grid, devices: list[str]) -> list[str]:
@@ -111,11 +97,7 @@ def opening_lines(plan: Plan, grid: Grid, devices: list[str]) -> list[str]:
 
 def _check_lengths(arguments, grid):
     given = [override.partition("=")[0] for override in grid.overrides] + list(grid.values)
-    for key in ("budget", "train.epochs"):
-        if arguments.budget is not None and key in given:
-            raise UserError(
-                f"--budget: is divided over the runs, and {key} is given as well; leave one out", "two-budgets"
-            )
+    check_budget(arguments.budget, given)
     if arguments.at_once is not None and arguments.at_once < 1:
         raise UserError(f"--at-once: {arguments.at_once} is less than one run; give 1 or more", "bad-at-once")
     if not grid.values:
@@ -131,10 +113,7 @@ def _name(arguments, grid: Grid, base: Config) -> str:
     stem = Path(arguments.config).stem
     if any(override.startswith("run.name=") for override in grid.overrides):
         return base.run.name
-    places = ("run.dir=", "data.workers=", "train.device=")
-    fixed = sorted(override for override in grid.overrides if not override.startswith(places))
-    asked = [fixed, sorted(grid.values.items()), arguments.budget, arguments.halving]
-    digest = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+    digest = digest_of(grid.overrides, sorted(grid.values.items()), arguments.budget, arguments.halving)
     return f"{folder_name(stem)}-{'-'.join(grid.short.values())[:60]}-{digest}"
 
 

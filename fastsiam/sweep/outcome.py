@@ -1,8 +1,9 @@
 """End of a sweep: the table and sentences on the screen, sweep.json, and the page."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 
@@ -33,7 +34,7 @@ def conclude(
     rows, measure = scores.table(plan, ledger), scores.measure_in(plan, ledger)
     sentence = scores.verdict(plan, ledger, rows)
     command = go_on(rows[0], measure) if go_on and rows and rows[0].score else None
-    say = lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)  # noqa: E731
+    say = saying(console)
     say("")
     for line in text_of(plan, rows, measure):
         say(line)
@@ -44,14 +45,24 @@ def conclude(
     if command:
         say(f"go on     {command}")
     document = page(plan, rows, measure, title, sentence, command).encode("utf-8", errors="backslashreplace")
-    for name, data in ((TABLE, _json(plan, rows, measure, sentence)), (PAGE, document)):
-        try:
-            replace_file(plan.folder / name, data)
-        except OSError as error:
-            say(f"warning: {Notice(f'{plan.folder / name} was not written ({error.strerror or error})', 'unwritten')}")
+    write_files(plan.folder, {TABLE: _json(plan, rows, measure, sentence), PAGE: document}, say)
     say(f"table     {plan.folder / TABLE}")
     say(f"report    {plan.folder / PAGE}")
     return rows
+
+
+def saying(console: Console) -> Callable[[str], None]:
+    """Returns a function that prints a line as it is: whole, without colours or markup."""
+    return lambda text: console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+
+def write_files(folder: Path, files: Mapping[str, bytes], say: Callable[[str], None]) -> None:
+    """Writes files by their names; a disk that refuses is a warning, for the table is on the screen."""
+    for name, data in files.items():
+        try:
+            replace_file(folder / name, data)
+        except OSError as error:
+            say(f"warning: {Notice(f'{folder / name} was not written ({error.strerror or error})', 'unwritten')}")
 
 
 def failures(rows: Sequence[Setting]) -> list:

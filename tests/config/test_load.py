@@ -11,7 +11,7 @@ from fastsiam.config.schema import EvaluateConfig
 from fastsiam.config.yaml_file import apply_override, check, flat, nearest_key, one_sentence, read, schema_keys
 from fastsiam.errors import UserError
 from tests.support.processes import MASKED, run_python
-from tests.support.refusals import printed_error, refuses
+from tests.support.refusals import printed_error, refuses, refuses_overrides
 
 # Overrides of r50_100ep, and the key and code of the error.
 MISTAKES = {
@@ -58,10 +58,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_is_one_sentence(name):
-    overrides, key, code = MISTAKES[name]
-    with refuses(code, key) as error:
-        load_config("r50_100ep.yaml", overrides)
-    assert "\n" not in str(error.value)
+    refuses_overrides("r50_100ep.yaml", *MISTAKES[name])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from fastsiam.__main__ import main
 from fastsiam.experiments import __main__ as command
 from fastsiam.experiments.experiments import EXPERIMENTS
+from fastsiam.sweep import conduct
 from tests.support.processes import run_python
 from tests.support.refusals import refused
 from tests.support.runs import lines, wait_for_step
@@ -19,7 +20,7 @@ FAKE = (sys.executable, "-m", "tests.support.fake_train")
 @pytest.fixture
 def unrehearsed(monkeypatch):
     """Without the rehearsal, which imports torch in a process of its own."""
-    monkeypatch.setattr(command, "rehearse", lambda plan, known: [])
+    monkeypatch.setattr(conduct, "rehearse", lambda plan, known: [])
 
 
 def test_the_list_has_tables_and_numbers_of_runs(tmp_path, monkeypatch, capsys):
@@ -78,7 +79,7 @@ def test_the_name_follows_from_what_is_asked():
 
 
 def test_more_seeds_train_only_what_is_new(tmp_path, monkeypatch, unrehearsed, capsys):
-    monkeypatch.setattr(command, "TRAINER", FAKE)
+    monkeypatch.setattr(conduct, "TRAINER", FAKE)
     arguments = ["experiments", "similarity", f"run.dir={tmp_path}", "run.name=made", "optimizer.base_lr=4"]
     assert main([*arguments, "--seeds", "1"]) == 0
     assert main([*arguments, "--seeds", "3"]) == 0
@@ -100,9 +101,9 @@ def test_a_killed_experiment_goes_on_and_trains_nothing_twice(tiny, tmp_path):
     overrides = tiny("train.epochs=6", "evaluate.knn_every_epochs=3", "run.name=made", "checkpoint.every_seconds=0.1")
     arguments = ["stop_gradient", "--seeds", "1", *overrides]
     script = (
-        "import sys\nfrom fastsiam.experiments import __main__ as command\n"
-        "command.rehearse = lambda plan, known: []\n"
-        "command.TRAINER = (sys.executable, '-m', 'tests.support.train_without_report')\n"
+        "import sys\nfrom fastsiam.experiments import __main__ as command\nfrom fastsiam.sweep import conduct\n"
+        "conduct.rehearse = lambda plan, known: []\n"
+        "conduct.TRAINER = (sys.executable, '-m', 'tests.support.train_without_report')\n"
         "sys.exit(command.main(sys.argv[1:]))\n"
     )
     first, second = (tmp_path / f"runs/made/{label}_seed=0" for label in ("with", "without"))

@@ -43,9 +43,6 @@ class Paper:
         """z of each view, which goes through the networks alone."""
         return [(projector or self.projector)((encoder or self.encoder)(view)) for view in views]
 
-    def loss(self, views, indices, number):
-        raise NotImplementedError
-
     def after_backward(self, progress):
         """Changes gradients."""
 

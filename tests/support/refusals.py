@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from fastsiam.__main__ import main
+from fastsiam.config import load_config
 from fastsiam.errors import UserError
 
 _LINE = re.compile(r"fastsiam: (?P<sentence>.*?)(?: \[(?P<code>[a-z0-9-]+)\])?$")
@@ -29,6 +30,13 @@ def printed_error(stderr: str) -> UserError:
     found = _LINE.match(stderr.splitlines()[-1])
     assert found, stderr
     return UserError(found["sentence"], found["code"])
+
+
+def refuses_overrides(name: str, overrides: list[str], key: str | None, code: str) -> None:
+    """The config `name` must be refused with these overrides, in one sentence of this code and key."""
+    with refuses(code, key) as error:
+        load_config(name, overrides)
+    assert "\n" not in str(error.value)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import torch
 from fastsiam.__main__ import main
 from fastsiam.run.reading import ending
 from fastsiam.sweep import __main__ as command
+from fastsiam.sweep import conduct
 from tests.support.processes import run_python
 from tests.support.refusals import refused
 from tests.support.runs import lines, train_here, wait_for_step, weights
@@ -28,7 +29,7 @@ def typed(tiny):
 @pytest.fixture
 def unrehearsed(monkeypatch):
     """Without the rehearsal, which imports torch in a process of its own."""
-    monkeypatch.setattr(command, "rehearse", lambda plan, known: [])
+    monkeypatch.setattr(conduct, "rehearse", lambda plan, known: [])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_dry_run_lists_runs_and_time(typed, unrehearsed, tmp_path, capsys):
 
 def test_on_another_number_of_gpus_runs_keep_their_budgets(typed, unrehearsed, monkeypatch, tmp_path):
     arguments = [text for text in typed("optimizer.base_lr=2,4", "--budget", "2min") if text != "train.epochs=2"]
-    monkeypatch.setattr(command, "TRAINER", FAKE)
+    monkeypatch.setattr(conduct, "TRAINER", FAKE)
     ledger = tmp_path / "runs/sweep/sweep.jsonl"
     for number in ("1", "2"):
         assert main(["sweep", *arguments, "--at-once", number]) == 0
@@ -107,7 +108,7 @@ def test_the_name_follows_from_what_is_asked(monkeypatch):
 
 @pytest.mark.slow
 def test_a_survivor_of_halving_is_the_run_that_was_never_stopped(typed, tiny, unrehearsed, monkeypatch, tmp_path):
-    monkeypatch.setattr(command, "TRAINER", QUIET)
+    monkeypatch.setattr(conduct, "TRAINER", QUIET)
     assert main(["sweep", *typed("optimizer.base_lr=0.1,1.6", "--halving")]) == 0
     folder = tmp_path / "runs/sweep"
     best, left_out = json.loads((folder / "sweep.json").read_text())["settings"]
@@ -124,8 +125,9 @@ def test_a_survivor_of_halving_is_the_run_that_was_never_stopped(typed, tiny, un
 START = """
 import sys
 from fastsiam.sweep import __main__ as command
-command.rehearse = lambda plan, known: []
-command.TRAINER = (sys.executable, "-m", "tests.support.train_without_report")
+from fastsiam.sweep import conduct
+conduct.rehearse = lambda plan, known: []
+conduct.TRAINER = (sys.executable, "-m", "tests.support.train_without_report")
 sys.exit(command.main(sys.argv[1:]))
 """
 
