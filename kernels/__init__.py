@@ -13,6 +13,7 @@ from fastsiam.kernels.cosine import (
 )
 from fastsiam.kernels.crop import crop_resize
 from fastsiam.kernels.nt_xent import info_nce, info_nce_queue, nt_xent
+from fastsiam.kernels.pool import max_pool
 from fastsiam.kernels.sinkhorn import sinkhorn
 from fastsiam.runtime.cache_dirs import place_triton_cache
 
@@ -21,6 +22,7 @@ __all__ = [
     "crop_resize",
     "info_nce",
     "info_nce_queue",
+    "max_pool",
     "negative_cosine",
     "negative_cosine_all_pairs",
     "negative_cosine_asymmetric",

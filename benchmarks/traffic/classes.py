@@ -17,7 +17,11 @@ CLASSES = (
     FORWARD, OF_INPUTS, OF_WEIGHTS, STATISTICS, APPLY, REDUCTIONS, BACKWARD_APPLY, OTHER, MAX_POOL, REST, OPTIMIZER,
 )  # fmt: skip
 
-_CONVOLUTIONS = {"convolution": FORWARD, DGRAD: OF_INPUTS, WGRAD: OF_WEIGHTS}
+_BY_KERNEL = {
+    "convolution": FORWARD, DGRAD: OF_INPUTS, WGRAD: OF_WEIGHTS,
+    "batch_norm_statistics": STATISTICS, "batch_norm_apply": APPLY, "batch_norm_reduce": REDUCTIONS,
+    "batch_norm_apply_backward": BACKWARD_APPLY, "max_pool": MAX_POOL, "max_pool_backward": MAX_POOL,
+}  # fmt: skip
 
 
 def class_of(launch: Launch) -> str:
@@ -27,7 +31,7 @@ def class_of(launch: Launch) -> str:
     formula; second stages of reductions go with the first ones.
     """
     if launch.kernel != GENERATED:
-        return _CONVOLUTIONS.get(launch.kernel, REST)
+        return _BY_KERNEL.get(launch.kernel, REST)
     if any("max_pool" in name for name in launch.operators):
         return MAX_POOL
     if "copy_" in launch.operators and not launch.reduces:

@@ -85,7 +85,7 @@ def _calls(view_by_view):
         yield
 
 
-def _always(module, device_type):
+def _always(module, images):
     # Not a Mock: Dynamo traces it.
     return True
 

@@ -15,6 +15,7 @@ from fastsiam.models.batch_norm import split_statistics
 from fastsiam.models.encoder import build_encoder
 from fastsiam.models.heads import build_predictor, build_projector
 from fastsiam.models.recompute import recompute_activations
+from fastsiam.models.residual import fuse_residual_blocks
 
 
 def build_method(config: Config, world_size: int = 1, rank: int = 0) -> Method:
@@ -26,12 +27,15 @@ def build_method(config: Config, world_size: int = 1, rank: int = 0) -> Method:
     model, heads = config.model, config.method
     layout = Layout(tuple(group.count for group in config.view_groups), rank, world_size)
     encoder = build_encoder(model.encoder, model.stem, model.width, model.zero_init_residual)
-    if config.train.checkpoint_activations:
-        recompute_activations(encoder, model.encoder)
     method = _assembled(heads, encoder, layout)
     if model.bn_statistics == "per_view":
-        return split_statistics(method, layout.num_views, world_size)
-    return split_statistics(method, 1, world_size) if world_size > 1 else method
+        split_statistics(method, layout.num_views, world_size)
+    elif world_size > 1:
+        split_statistics(method, 1, world_size)
+    fuse_residual_blocks(method)
+    if config.train.checkpoint_activations:
+        recompute_activations(method.encoder, model.encoder)
+    return method
 
 
 def loss_is_fused(config: Config, device: torch.device) -> bool:

@@ -98,7 +98,7 @@ class Method(nn.Module, abc.ABC):
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _encoded(self, encoder, views, count):
-        if gains_by_view(encoder, views.device.type):
+        if gains_by_view(encoder, views):
             return view_by_view(encoder, views, count)
         return self.at(encoder, views, count)
 

@@ -5,10 +5,11 @@ where each view keeps its own statistics. The same batch on several ranks is the
 are those of all ranks' images. `nn.SyncBatchNorm` breaks the compiler's graph (pytorch#161302), has joint statistics
 and does not run on CPUs; the functional collectives below are ops that `torch.compile(fullgraph=True)` sees.
 
-Three ways compute it. Several ranks, and one rank that compiles, take the formula written out over [V, N, C, ...]: the
-compiler would write the gradients of chunks in fp32 and join them by kernels of their own (25 of 437 GB in a step of
-ResNet-50 at batch 512, in Inductor's code for sm_90). In eager mode F.batch_norm is called for each chunk, or, where
-that is faster, the whole encoder for each view (`view_by_view`).
+On CUDA kernels of ours compute it for channels-last images (`fused_norm`). Elsewhere there are three ways. Several
+ranks, and one rank that compiles, take the formula written out over [V, N, C, ...]: the compiler would write the
+gradients of chunks in fp32 and join them by kernels of their own (25 of 437 GB in a step of ResNet-50 at batch 512, in
+Inductor's code for sm_90). In eager mode F.batch_norm is called for each chunk, or, where that is faster, the whole
+encoder for each view (`view_by_view`).
 """
 
 import contextlib
@@ -20,6 +21,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastsiam.errors import UserError
+from fastsiam.kernels.batch_norm import counter_of
+from fastsiam.models.fused_norm import fused_norm, takes_kernels
 from fastsiam.runtime.gather import of_all_ranks
 
 
@@ -122,15 +125,16 @@ def view_by_view(module: nn.Module, images: torch.Tensor, num_views: int) -> tor
         return torch.cat([module(view) for view in images.chunk(num_views)])
 
 
-def gains_by_view(module: nn.Module, device_type: str) -> bool:
-    """Whether `view_by_view` is the faster way to train: on CUDA, in eager mode, with statistics of one view and rank.
+def gains_by_view(module: nn.Module, images: torch.Tensor) -> bool:
+    """Whether `view_by_view` is the faster way to train on `images`: in eager mode on CUDA without the kernels.
 
-    A CPU is as fast either way.
+    It needs statistics of one view and rank. A CPU is as fast either way.
     """
-    if device_type != "cuda" or torch.compiler.is_compiling() or not module.training:
+    if not images.is_cuda or torch.compiler.is_compiling() or not module.training:
         return False
     norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-    return bool(norms) and all(isinstance(layer, _PerView) and layer.world_size == 1 for layer in norms)
+    alone = all(isinstance(layer, _PerView) and layer.world_size == 1 for layer in norms)
+    return bool(norms) and alone and not takes_kernels(images, *norms)
 
 
 class _PerView:
@@ -142,6 +146,17 @@ class _PerView:
 
     num_views: int
     world_size: int = 1
+    then_relu: bool = False
+    """Whether ReLU is part of the layer; the one that followed it is gone."""
+
+    counter: torch.Tensor | None = None
+    """For the kernels to count in; no state, they leave it at zero. Layers without weights have none."""
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.counter is not None:
+            self.counter = fn(self.counter)
+        return self
 
     def forward(self, x):
         """[V*N, C, ...] view by view; equals V calls of the plain layer, running statistics included.
@@ -149,15 +164,20 @@ class _PerView:
         Raises `ValueError` where the batch does not divide into the views.
         """
         self._check_input_dim(x)
+        tail = _tail(self)
         if not self.training:
-            return super().forward(x)
+            out = super().forward(x)
+            return torch.relu(out) if self.then_relu else out
         if x.shape[0] % self.num_views:
             raise ValueError(f"batch norm: a batch of {x.shape[0]} does not divide into {self.num_views} views")
-        tail = _tail(self)
         if tail is None:
             # A forward of its own, of which nothing is known.
             return torch.cat([super(_PerView, self).forward(view) for view in x.chunk(self.num_views)])
-        out = self._normalised(x)
+        if takes_kernels(x, self):
+            out = fused_norm([self], [x], relu=self.then_relu)
+        else:
+            out = self._normalised(x)
+            out = torch.relu(out) if self.then_relu else out
         for layer in tail:
             out = layer(out)
         return out
@@ -238,6 +258,8 @@ def split_statistics(module: nn.Module, num_views: int, world_size: int = 1) -> 
             kind = type(layer)
             layer.__class__ = _per_view_class(kind)
             layer.num_views, layer.world_size = num_views, world_size
+            if layer.affine:
+                layer.counter = counter_of(layer.num_features, num_views, layer.weight.device)
             if world_size > 1 and _tail(layer) is None:
                 raise UserError(
                     f"model.encoder: {kind.__module__}.{kind.__name__} has no statistics over several ranks; train it "

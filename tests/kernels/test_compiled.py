@@ -25,6 +25,10 @@ def count(kernel, kind, width):
 def test_every_kernel_compiles_for_both(report):
     names = {"cosine_forward", "cosine_backward", "cosine_backward_to_z", "crop", "crop_scattered"}
     names |= {"nt_xent_forward", "nt_xent_backward"}
+    names |= {"batch_norm_statistics", "max_pool", "max_pool_backward"}
+    names |= {
+        f"batch_norm_{way}{form}" for way in ("apply", "reduce", "apply_backward") for form in ("", "_join", "_two")
+    }
     names |= {f"{name}_{color}" for name in ("contrast", "views") for color in ("matrix", "exact")}
     assert set(report) == {f"{name} sm_{capability}" for name in names for capability in (80, 90)}
 
@@ -82,3 +86,41 @@ def test_infonce_multiplies_on_tensor_cores_and_three_programs_fit_the_shared_me
         kernel = report[f"nt_xent_{name} sm_{capability}"]
         assert kernel["shared"] * 3 <= 163 * 1024
         assert kernel["tensor_cores"] > 0
+
+
+# Images that are read and written, and vectors of numbers a channel that are read: mean, variance, weight, bias, sums.
+BATCH_NORM = {
+    "apply": (1, 1, 4), "apply_join": (2, 1, 4), "apply_two": (2, 1, 8),
+    "reduce": (2, 0, 4), "reduce_join": (4, 1, 1), "reduce_two": (5, 1, 2),
+    "apply_backward": (2, 1, 6), "apply_backward_join": (2, 1, 5), "apply_backward_two": (3, 2, 9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", BATCH_NORM)
+def test_batch_norm_reads_and_writes_each_of_its_images_once_16_bytes_at_a_time(report, capability, name):
+    """A thread has 16 bf16 elements of each, two accesses, and 8 fp32 numbers of its channels, two as well."""
+    kernel, (images, written, vectors) = report[f"batch_norm_{name} sm_{capability}"], BATCH_NORM[name]
+    of_images = kernel["accesses"]["ld.global.v4.b32"], kernel["accesses"]["st.global.v4.b32"]
+    assert of_images == (2 * images + 2 * vectors, 2 * written)
+    # Two programs of a reduction fit a multiprocessor's 65,536 registers, and three of what is elementwise.
+    assert kernel["reg"] * 256 * (2 if name.startswith("reduce") else 3) <= 65536
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_batch_norms_statistics_are_read_64_bytes_a_thread(report, capability):
+    kernel = report[f"batch_norm_statistics sm_{capability}"]
+    assert kernel["accesses"]["ld.global.v4.b32"] == 4
+    assert kernel["reg"] * 256 * 2 <= 65536
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_max_pool_reads_and_writes_16_bytes_at_a_time(report, capability):
+    """Nine places forward; backward up to four windows, whose gradients are 16 bytes and winners 8."""
+    forward, backward = report[f"max_pool sm_{capability}"], report[f"max_pool_backward sm_{capability}"]
+    assert (count(forward, "ld", "v4.b32"), count(forward, "st", "v4.b32")) == (9, 1)
+    assert (count(backward, "ld", "v4.b32"), count(backward, "ld", "v2.b32"), count(backward, "st", "v4.b32")) == (
+        4,
+        4,
+        1,
+    )

@@ -14,6 +14,7 @@ from fastsiam.models.batch_norm import (
     split_statistics,
     view_by_view,
 )
+from tests.support.kernels_on_cpu import as_on_cuda
 from tests.support.networks import NETWORKS, build
 
 PER_VIEW = (PerViewBatchNorm1d, PerViewBatchNorm2d)
@@ -68,25 +69,27 @@ def test_compiled_by_inductor_a_step_in_fp32_is_the_plain_one():
 
 
 def test_views_go_one_by_one_on_cuda_in_eager_mode_where_statistics_are_of_one_rank_and_view():
-    plain, _ = build("2d", 2)
+    plain, images = build("2d", 2)
     split = split_statistics(deepcopy(plain), 2)
-    assert gains_by_view(split, "cuda")
-    assert not gains_by_view(split, "cpu")
-    assert not gains_by_view(plain, "cuda")
-    assert not gains_by_view(split_statistics(deepcopy(plain), 2, world_size=2), "cuda")
-    assert not gains_by_view(split.eval(), "cuda")
+    assert gains_by_view(split, as_on_cuda(images))
+    assert not gains_by_view(split, images)
+    assert not gains_by_view(plain, as_on_cuda(images))
+    assert not gains_by_view(split_statistics(deepcopy(plain), 2, world_size=2), as_on_cuda(images))
+    # The kernels need no views of their own.
+    assert not gains_by_view(split, as_on_cuda(images.contiguous(memory_format=torch.channels_last)))
+    assert not gains_by_view(split.eval(), as_on_cuda(images))
 
 
 def test_a_method_that_sends_views_one_by_one_trains_the_same(tiny_config, monkeypatch):
     views = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
     found = []
-    for device in ("cpu", "cuda"):
+    for by_view in (False, True):
         torch.manual_seed(0)
         method = build_method(tiny_config()).double()
         calls = []
         method.encoder.register_forward_hook(lambda module, arguments, out, calls=calls: calls.append(len(out)))
         # The choice of a CUDA device, made on this one.
-        monkeypatch.setattr(base, "gains_by_view", lambda module, _, device=device: gains_by_view(module, device))
+        monkeypatch.setattr(base, "gains_by_view", lambda module, images, by_view=by_view: by_view)
         loss = method([views])["loss"]
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in method.named_parameters()}

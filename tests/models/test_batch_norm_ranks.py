@@ -10,6 +10,9 @@ from torchvision.models.resnet import BasicBlock
 
 from fastsiam.methods import build_method
 from fastsiam.models.batch_norm import split_statistics
+from fastsiam.models.encoder import build_encoder
+from fastsiam.models.residual import fuse_residual_blocks
+from tests.support.kernels_on_cpu import take_kernels
 from tests.support.networks import NETWORKS, build, one_layer
 
 BATCH = 8
@@ -270,3 +273,31 @@ def test_statistics_left_to_each_rank_are_another_training(ranks, joint):
     expected = train(None, torch.float64, None, 1, joint)
     for one in ranks(2, train_strictly, None, torch.float64, None, 1, joint):
         assert difference(one, expected) > 1e-2
+
+
+def fused_of_one_rank():
+    """A step of fused blocks, by the kernels, on this rank's half of each view."""
+    torch.manual_seed(0)
+    network = build_encoder("cifar_resnet8", "cifar", 4, False).double().to(memory_format=torch.channels_last)
+    fuse_residual_blocks(split_statistics(network, 2, dist.get_world_size()))
+    with pytest.MonkeyPatch.context() as patch:
+        take_kernels(patch)
+        return two_steps(network, shard(residual_images(), 2), 1.0)
+
+
+def residual_images():
+    x = torch.randn(2 * BATCH, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def test_fused_residual_blocks_over_two_ranks_are_those_of_one(ranks):
+    torch.manual_seed(0)
+    plain = build_encoder("cifar_resnet8", "cifar", 4, False).double().to(memory_format=torch.channels_last)
+    expected = two_steps(split_statistics(plain, 2), residual_images(), 1.0)
+    found = ranks(2, fused_of_one_rank)
+    torch.testing.assert_close(joined([one["out"] for one in found], 2), expected["out"], atol=1e-11, rtol=1e-11)
+    torch.testing.assert_close(joined([one["grad"] for one in found], 2), expected["grad"], atol=1e-10, rtol=1e-9)
+    for key, reference in expected["gradients"].items():
+        torch.testing.assert_close(sum(one["gradients"][key] for one in found), reference, atol=1e-10, rtol=1e-9)
+    for one in found:
+        torch.testing.assert_close(one["buffers"], expected["buffers"], atol=1e-12, rtol=1e-11)

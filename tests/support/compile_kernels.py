@@ -14,7 +14,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastsiam.kernels import augment_triton, cosine_triton, crop_triton, nt_xent_triton
+from fastsiam.kernels import (
+    augment_triton,
+    batch_norm,
+    batch_norm_triton,
+    cosine_triton,
+    crop_triton,
+    nt_xent_triton,
+    pool,
+)
 
 # What a launch passes for the paper's shapes: [N, 2048] bf16 rows, contiguous, and uint8 crops of 224 px. The kernel
 # that crops is that of 224 px out of 256.
@@ -24,6 +32,14 @@ NT_XENT_POINTERS = {
     **dict.fromkeys(("queries", "keys", "rows_ptr", "columns_ptr", "temperature", "grad", "lse", "out"), "*fp32"),
     "own": "*i64",
 }
+# A batch norm's images, and what is of its channels.
+BATCH_NORM_POINTERS = dict.fromkeys(
+    (
+        "partial", "out", "sums", "own_sums", "of_parameters", "statistics_a", "statistics_b", "weight_a", "weight_b",
+        "weight", "bias_a", "bias_b", "bias", "mean_a", "variance_a", "mean_b", "variance_b",
+    ),
+    "*fp32",
+) | {"counter": "*i32", "tracked_a": "*i64", "tracked_b": "*i64"}  # fmt: skip
 CROP_POINTERS = {"images": "*u8", "boxes": "*fp32", "indices": "*i64", "out": "*u8"}
 
 
@@ -50,6 +66,41 @@ def variants(dim=2048):
     table = {**CROP_POINTERS, "images": "*i64"}
     yield "crop_scattered", crop_triton._crop_kernel, table, apart, crop_triton.NUM_WARPS
     yield from nt_xent_variants()
+    yield from batch_norm_variants()
+    pooled = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "HEIGHT": 56, "WIDTH": 56, "C": 64, "COLUMNS": 64}
+    pooled["ROWS"], winners = pool.TILE // 64, {"winners": "*u8"}
+    yield "max_pool", pool._forward_kernel, winners, pooled, pool.NUM_WARPS
+    yield "max_pool_backward", pool._backward_kernel, winners, pooled | {"HEIGHT": 112, "WIDTH": 112}, pool.NUM_WARPS
+
+
+def batch_norm_variants(channels=256, views=2):
+    """The forms of a ResNet-50's blocks: within, at a join, and at one with a downsampling shortcut."""
+    shape = {"C": channels, "COLUMNS": 64, "ROWS": batch_norm.TILE // 64}
+    of_rows = {**shape, "ROWS": batch_norm.LANES // 64, "PARTS_BLOCK": batch_norm.PARTS_BLOCK}
+    eps = {"EPS_A": 1e-5, "EPS_B": 1e-5}
+    forms = {
+        "": {"TWO": False, "RESIDUAL": False, "JOIN": False, "TWO_GRADS": False},
+        "_join": {"TWO": False, "RESIDUAL": True, "JOIN": True, "TWO_GRADS": True},
+        "_two": {"TWO": True, "RESIDUAL": False, "JOIN": True, "TWO_GRADS": True},
+    }
+    launches = [("statistics", batch_norm_triton.statistics_kernel, {**of_rows, "DEEP": batch_norm.DEEP_STATISTICS})]
+    for name, form in forms.items():
+        forward = {"TWO": form["TWO"], "RESIDUAL": form["RESIDUAL"], "RELU": True, "RUNNING": True, "VIEWS": views}
+        forward |= {**shape, **eps, "MOMENTUM_A": 0.1, "MOMENTUM_B": 0.1}
+        reduce = {key: form[key] for key in ("TWO", "JOIN", "TWO_GRADS")} | {
+            "RELU": True,
+            "EPS": 1e-5,
+            "DEEP": batch_norm.DEEP,
+            **of_rows,
+        }
+        backward = {"TWO": form["TWO"], "RELU": not form["JOIN"], "VIEWS": views, **shape, **eps}
+        launches += [
+            (f"apply{name}", batch_norm_triton.apply_kernel, forward),
+            (f"reduce{name}", batch_norm_triton.reduce_kernel, reduce),
+            (f"apply_backward{name}", batch_norm_triton.apply_backward_kernel, backward),
+        ]
+    for name, kernel, constants in launches:
+        yield f"batch_norm_{name}", kernel, BATCH_NORM_POINTERS, constants, batch_norm.NUM_WARPS
 
 
 def nt_xent_variants(dim=128):
@@ -69,10 +120,12 @@ def compiled(kernel, pointers, constants, num_warps, capability):
         if name in constants:
             signature[name], values[(place,)] = "constexpr", constants[name]
             continue
-        is_float = name.startswith(("scale_", "bias_"))
+        is_float = name.startswith(("scale_", "bias_")) and name not in pointers
         is_number = name in (
             "num_rows",
             "num_columns",
+            "rows_each",
+            "count",
             "part_size",
             "size",
             "strips",

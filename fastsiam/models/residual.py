@@ -1,0 +1,124 @@
+"""Residual blocks whose batch norms, joins and ReLUs are the fused ones of `fused_norm`, where it takes the images.
+
+Classes of modules change, and nothing else: parameters, buffers and their names stay, and on other devices, in
+evaluation and for other layouts the forward is the library's own.
+"""
+
+import functools
+from itertools import pairwise
+
+from torch import nn
+
+from fastsiam.kernels import max_pool
+from fastsiam.models.batch_norm import PerViewBatchNorm2d
+from fastsiam.models.encoder import CifarResNet
+from fastsiam.models.fused_norm import fused_norm, takes_kernels
+
+# Layers in their order, of torchvision's and timm's classes of these names.
+_LAYERS = {
+    "BasicBlock": (("conv1", "bn1"), ("conv2", "bn2")),
+    "Bottleneck": (("conv1", "bn1"), ("conv2", "bn2"), ("conv3", "bn3")),
+}
+_LIBRARIES = ("torchvision.models.resnet", "timm.models.resnet")
+
+
+def fuse_residual_blocks(module: nn.Module) -> nn.Module:
+    """Turns ResNets' blocks and stems in `module` into their fused forms, in place; returns `module`.
+
+    Only those with per-view batch norms (`split_statistics`). Blocks with something else between their layers (squeeze
+    and excitation, stochastic depth, another activation) stay. A fused block that another one follows gives its result
+    twice, as a pair: to the next one's convolution and to its shortcut.
+    """
+    for part in module.modules():
+        if _is_block(part):
+            part.__class__ = _fused(type(part))
+        elif _is_resnet(part):
+            _fuse_stem(part)
+    for part in module.modules():
+        if _is_resnet(part) or isinstance(part, CifarResNet):
+            # Stage after stage: what lies between two blocks hands on what it is given.
+            blocks = [block for stage in part.children() if isinstance(stage, nn.Sequential) for block in stage]
+            for block, after in pairwise(blocks):
+                block.forks = isinstance(block, _Fused) and isinstance(after, _Fused)
+    return module
+
+
+def _is_resnet(module):
+    return type(module).__name__ == "ResNet" and type(module).__module__ in _LIBRARIES
+
+
+def _is_block(module):
+    kind = type(module)
+    if kind.__module__ not in _LIBRARIES or kind.__name__ not in _LAYERS:
+        return False
+    activations = [getattr(module, name) for name in ("relu", "act1", "act2", "act3") if hasattr(module, name)]
+    # Each a module of timm's that this kind of ResNet does without, or an identity.
+    between = [getattr(module, name, None) for name in ("drop_block", "aa", "se", "drop_path")]
+    norms = [getattr(module, norm) for _, norm in _LAYERS[kind.__name__]]
+    return (
+        all(type(layer) is nn.ReLU for layer in activations)
+        and all(layer is None or isinstance(layer, nn.Identity) for layer in between)
+        and all(isinstance(layer, PerViewBatchNorm2d) for layer in norms)
+        and (_is_identity(module.downsample) or _ends_with_norm(module.downsample))
+    )
+
+
+def _is_identity(shortcut):
+    return shortcut is None or isinstance(shortcut, nn.Identity)
+
+
+def _ends_with_norm(shortcut):
+    return isinstance(shortcut, nn.Sequential) and isinstance(shortcut[-1], PerViewBatchNorm2d)
+
+
+def _fuse_stem(resnet):
+    """Its first norm takes the ReLU in, and its max pool the kernel."""
+    activation = "relu" if hasattr(resnet, "relu") else "act1"
+    if type(getattr(resnet, activation)) is nn.ReLU and isinstance(resnet.bn1, PerViewBatchNorm2d):
+        setattr(resnet, activation, nn.Identity())
+        resnet.bn1.then_relu = True
+    pool = resnet.maxpool
+    if type(pool) is nn.MaxPool2d and (pool.dilation, pool.ceil_mode, pool.return_indices) == (1, False, False):
+        pool.__class__ = _MaxPool2d
+
+
+class _MaxPool2d(nn.MaxPool2d):
+    """By `kernels.max_pool`; its numbers are single ones, for height and width alike."""
+
+    def forward(self, images):
+        if not self.training:
+            return super().forward(images)
+        return max_pool(images, self.kernel_size, self.stride, self.padding)
+
+
+@functools.cache
+def _fused(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Fused, kind), {"__module__": kind.__module__})
+
+
+class _Fused:
+    """Mixin over a residual block."""
+
+    forks = False
+    """Whether the result is a pair of the same images twice, as the next block takes them."""
+
+    def forward(self, x):
+        x, carried = x if isinstance(x, tuple) else (x, x)
+        layers = [(getattr(self, conv), getattr(self, norm)) for conv, norm in _layers(self)]
+        shortcut = [] if _is_identity(self.downsample) else list(self.downsample)
+        norms = [norm for _, norm in layers] + shortcut[-1:]
+        if not takes_kernels(x, *norms):
+            return super().forward(x)
+        for convolution, norm in layers[:-1]:
+            x = fused_norm([norm], [convolution(x)], relu=True)
+        convolution, norm = layers[-1]
+        x = convolution(x)
+        if not shortcut:
+            return fused_norm([norm], [x], carried, relu=True, forks=self.forks)
+        for layer in shortcut[:-1]:
+            carried = layer(carried)
+        return fused_norm([norm, shortcut[-1]], [x, carried], relu=True, forks=self.forks)
+
+
+def _layers(block):
+    return _LAYERS["Bottleneck" if hasattr(block, "conv3") else "BasicBlock"]

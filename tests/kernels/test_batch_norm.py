@@ -1,0 +1,242 @@
+"""The fused batch norm, under Triton's interpreter or on a GPU, against fp64 and plain torch."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastsiam.kernels import batch_norm
+from fastsiam.models.batch_norm import split_statistics
+from fastsiam.models.fused_norm import fused_norm
+from tests.support.numerics import assert_as_exact_as_plain, gradients
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")]
+if DEVICE == "cuda":
+    pytestmark.append(pytest.mark.gpu)
+
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+# How many batch norms, whether there is a residual, whether ReLU follows, whether the result has two users.
+FORMS = {
+    "norm": (1, False, False, False),
+    "norm, relu": (1, False, True, False),
+    "norm, relu, two users": (1, False, True, True),
+    "join": (1, True, True, False),
+    "join, two users": (1, True, True, True),
+    "two norms, two users": (2, False, True, True),
+}
+
+
+def draw(form, dtype, views=2, shape=(3, 70, 5, 4), seed=0, mean=1.0):
+    """Layers with random affine parts, their images, the residual or None, and weights of each user of the result.
+
+    70 channels are one block of 64 and a part of another; 60 rows a view do not fill a tile of 64.
+    """
+    count, has_residual, _, two_users = FORMS[form]
+    generator = torch.Generator().manual_seed(seed)
+    shape = (views * shape[0], *shape[1:])
+
+    def images(spread=1.0, offset=0.0):
+        x = offset + spread * torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x.to(DEVICE, dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    layers = [split_statistics(nn.BatchNorm2d(shape[1], momentum=0.3), views) for _ in range(count)]
+    for layer in layers:
+        nn.init.normal_(layer.weight, 1, 0.3, generator=generator)
+        nn.init.normal_(layer.bias, generator=generator)
+    layers = [layer.to(DEVICE) for layer in layers]
+    xs = [images(2.0, mean) for _ in range(count)]
+    weights = [images().detach() for _ in range(1 + two_users)]
+    return layers, xs, images() if has_residual else None, weights
+
+
+def plain(layers, xs, residual, relu):
+    """View by view in the images' dtype, as the libraries' blocks do it."""
+    out = 0
+    for layer, x in zip(layers, xs, strict=True):
+        statistics = layer.running_mean, layer.running_var
+        out = out + torch.cat(
+            [
+                F.batch_norm(view, *statistics, layer.weight, layer.bias, True, layer.momentum, layer.eps)
+                for view in x.chunk(layer.num_views)
+            ]
+        )
+        layer.num_batches_tracked.add_(layer.num_views)
+    out = out if residual is None else out + residual
+    return torch.relu(out) if relu else out
+
+
+def results(form, drawn, function):
+    """The output, gradients, and running statistics after the step."""
+    layers, xs, residual, weights = drawn
+    layers = copy.deepcopy(layers)
+    outs = function(layers, xs, residual)
+    outs = outs if isinstance(outs, tuple) else (outs,) * len(weights)
+    loss = sum((out * weight).sum() for out, weight in zip(outs, weights, strict=True))
+    inputs = [*xs, *([] if residual is None else [residual])]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    found = gradients(loss, [*inputs, *parameters])
+    buffers = [buffer for layer in layers for buffer in layer.buffers()]
+    return outs[0].detach(), found[: len(inputs)], found[len(inputs) :], buffers
+
+
+def ours(form):
+    _, _, relu, two_users = FORMS[form]
+    return lambda layers, xs, residual: fused_norm(layers, xs, residual, relu=relu, forks=two_users)
+
+
+def theirs(form):
+    return lambda layers, xs, residual: plain(layers, xs, residual, FORMS[form][2])
+
+
+def in_fp64(drawn):
+    layers, xs, residual, weights = drawn
+    xs = [x.detach().double().requires_grad_() for x in xs]
+    residual = None if residual is None else residual.detach().double().requires_grad_()
+    return [copy.deepcopy(layer).double() for layer in layers], xs, residual, [weight.double() for weight in weights]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_it_errs_by_at_most_twice_what_plain_torch_errs(form, dtype):
+    drawn = draw(form, dtype)
+    mine, plainly = results(form, drawn, ours(form)), results(form, drawn, theirs(form))
+    exact = results(form, in_fp64(drawn), theirs(form))
+    assert_as_exact_as_plain([mine[0], *mine[1]], [exact[0], *exact[1]], [plainly[0], *plainly[1]], dtype)
+    assert_as_exact_as_plain(mine[2], exact[2], plainly[2], torch.float32)
+    for buffer, truth, other in zip(mine[3], exact[3], plainly[3], strict=True):
+        assert buffer.dtype == other.dtype
+        assert (buffer - truth).abs().max() <= 2 * (other - truth).abs().max() + 2**-23 * truth.abs().max()
+
+
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("form", FORMS)
+def test_in_fp64_it_is_plain_torch(form, views):
+    drawn = in_fp64(draw(form, torch.float64, views, shape=(2, 6, 3, 3)))
+    mine, plainly = results(form, drawn, ours(form)), results(form, drawn, theirs(form))
+    torch.testing.assert_close(mine, plainly, atol=1e-13, rtol=1e-12)
+    assert mine[3][2] == views
+
+
+def test_a_large_mean_does_not_cancel():
+    """Mean 1000 and spread 0.1 in fp32: the mean of squares minus the square of the mean would miss the variance."""
+    x = 1000 + 0.1 * torch.randn(4, 8, 40, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = x.to(DEVICE, torch.float32).contiguous(memory_format=torch.channels_last)
+    variance, mean = torch.var_mean(x.double().unflatten(0, (2, -1)), (1, 3, 4), correction=0)
+    found = batch_norm.statistics_op(x, 2).double()
+    torch.testing.assert_close(found[0], mean, atol=1.3e-4, rtol=0)
+    # A value's rounding is 3e-5 of a spread of 0.1; 1,600 of them.
+    torch.testing.assert_close(found[1], variance, atol=0, rtol=5e-5)
+    squares = (x**2).mean((0, 2, 3)) - x.mean((0, 2, 3)) ** 2
+    assert ((squares - variance.mean(0)) / variance.mean(0)).abs().max() > 0.1
+
+
+def test_one_far_value_does_not_spoil_the_variance():
+    """The first value of a channel stands 500 spreads off, as a corner with its padding can."""
+    x = 1 + 0.01 * torch.randn(2, 4, 30, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x[0, :, 0, 0] = -4
+    x = x.to(DEVICE, torch.float32).contiguous(memory_format=torch.channels_last)
+    variance = x.double().var((0, 2, 3), correction=0)
+    torch.testing.assert_close(batch_norm.statistics_op(x, 1)[1, 0].double(), variance, atol=0, rtol=2e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_are_handed_on(value):
+    """Those of one channel and view stay there; ReLU lets NaN pass."""
+    drawn = draw("join, two users", torch.float32)
+    with torch.no_grad():
+        drawn[1][0][0, 3, 1, 1] = value
+    out, (of_x, of_residual), _, _ = results("join, two users", drawn, ours("join, two users"))
+    assert out[:3, 3].isnan().all()
+    assert of_x[:3, 3].isnan().all()
+    for tensor in (out, of_x, of_residual):
+        assert not tensor[3:].isnan().any()
+        assert not tensor[:, :3].isnan().any()
+
+
+def test_a_layer_is_one_launch_of_each_kernel(monkeypatch):
+    launches = []
+
+    def counting(name):
+        kernel = getattr(batch_norm, name)
+
+        class Counting:
+            def __getitem__(self, grid):
+                launches.append(name)
+                return kernel[grid]
+
+        return Counting()
+
+    names = ["statistics_kernel", "apply_kernel", "reduce_kernel", "apply_backward_kernel"]
+    for name in names:
+        monkeypatch.setattr(batch_norm, name, counting(name))
+    results("join, two users", draw("join, two users", torch.float32), ours("join, two users"))
+    assert launches == names
+
+
+def test_programs_add_up_in_the_same_order_and_leave_the_counter_at_zero(monkeypatch):
+    """60 rows of 70 channels in parts of a few rows each; the counter is the layer's."""
+    form = "two norms, two users"
+    drawn = in_fp64(draw(form, torch.float32))
+    whole = results(form, drawn, ours(form))
+    monkeypatch.setattr(batch_norm, "LANES", 128)
+    monkeypatch.setattr(batch_norm, "PARTS_BLOCK", 4)
+    assert batch_norm._reduction(drawn[1][0], 2, batch_norm.DEEP)[0] == (2, 15, 2)
+    first = results(form, drawn, ours(form))
+    torch.testing.assert_close(first, whole, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(first, results(form, drawn, ours(form)), atol=0, rtol=0)
+    layers = [copy.deepcopy(layer) for layer in drawn[0]]
+    for _ in range(2):
+        for out in fused_norm(layers, drawn[1], relu=True, forks=True):
+            out.sum().backward(retain_graph=True)
+        assert not any(layer.counter.any() for layer in layers)
+
+
+def test_without_a_counter_of_its_own_the_sums_are_the_same():
+    x = draw("norm", torch.float32)[1][0].detach()
+    counter = batch_norm.counter_of(70, 2, DEVICE)
+    assert torch.equal(batch_norm.statistics_op(x, 2), batch_norm.statistics_op(x, 2, counter))
+    # One for fewer views does not reach.
+    assert torch.equal(batch_norm.statistics_op(x, 6), batch_norm.statistics_op(x, 6, counter))
+
+
+def test_what_a_batch_cannot_give_raises_and_leaves_the_statistics():
+    layer = split_statistics(nn.BatchNorm2d(3), 2).to(DEVICE)
+    before = copy.deepcopy(layer.state_dict())
+    with pytest.raises(ValueError, match="a batch of 3 does not divide into 2 views"):
+        fused_norm([layer], [torch.randn(3, 3, 2, 2, device=DEVICE)])
+    with pytest.raises(ValueError, match=r"one value a channel and view in \[2, 3, 1, 1\]"):
+        fused_norm([layer], [torch.randn(2, 3, 1, 1, device=DEVICE)])
+    torch.testing.assert_close(layer.state_dict(), before, atol=0, rtol=0)
+
+
+def test_gradients_may_come_without_memory_of_their_own():
+    """That of a sum over places is one number, expanded."""
+    layers, xs, _, _ = draw("norm, relu", torch.float32)
+    mine = gradients(fused_norm(layers, xs, relu=True).sum(), xs)
+    expected = gradients(plain(layers, xs, None, True).sum(), xs)
+    torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_opcheck():
+    layers, (x_a, x_b), _, _ = draw("two norms, two users", torch.float32)
+    xs = [x_a.detach(), x_b.detach()]
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+
+    def check(op, *arguments):
+        assert set(torch.library.opcheck(op, arguments, test_utils=checks).values()) == {"SUCCESS"}
+
+    check(batch_norm.statistics_op, xs[0], 2, layers[0].counter)
+    statistics = [batch_norm.statistics_op(x, 2) for x in xs]
+    of_layers = xs, statistics, [layer.weight.detach() for layer in layers], [layer.bias.detach() for layer in layers]
+    running = [buffer for layer in layers for buffer in layer.buffers()]
+    check(batch_norm.apply_op, *of_layers, [1e-5, 1e-3], xs[1], True, running, [0.1, 0.2], 60)
+    check(batch_norm.apply_op, *of_layers, [1e-5, 1e-3], None, True, [], [], 60)
+    y = batch_norm.apply_op(*of_layers, [1e-5, 1e-3], None, True, [], [], 60)
+    check(batch_norm.reduce_op, [y, xs[0]], *of_layers, [1e-5, 1e-3], y, True, layers[0].counter)
+    check(batch_norm.reduce_op, [y], *([tensors[0]] for tensors in of_layers), [1e-5], None, True)
+    sums, g = batch_norm.reduce_op([y], *of_layers, [1e-5, 1e-3], y, True)
+    check(batch_norm.apply_backward_op, g, *of_layers, [1e-5, 1e-3], sums, sums, 60, False)
