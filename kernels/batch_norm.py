@@ -122,7 +122,7 @@ def apply_backward_op(
     g: torch.Tensor, xs: list[torch.Tensor], statistics: list[torch.Tensor], weights: list[torch.Tensor],
     biases: list[torch.Tensor], eps: list[float], sums: torch.Tensor, own_sums: torch.Tensor, count: int, relu: bool,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """The gradient of each x, then [1 + len(xs), C]: that of the biases, and those of the weights.
+    """The gradient of each x, then [2, len(xs), C]: those of the biases, and those of the weights.
 
     `g`: of `reduce_op`, or the gradient above the ReLU with `relu`. `sums`: of all ranks' images, `count` values a
     channel and view; `own_sums`: of this rank's, from which the gradients of weights and biases come.
@@ -130,7 +130,7 @@ def apply_backward_op(
     num_views = statistics[0].shape[1]
     grid, shape = _elementwise(xs[0], num_views)
     dxs = [torch.empty_like(x) for x in xs]
-    of_parameters = sums.new_empty((1 + len(xs), shape["C"]))
+    of_parameters = sums.new_empty((2, len(xs), shape["C"]))
     apply_backward_kernel[grid](
         g, xs[0], xs[-1], statistics[0], statistics[-1], weights[0], weights[-1], biases[0], sums, own_sums,
         dxs[0], dxs[-1], of_parameters, count, EPS_A=eps[0], EPS_B=eps[-1], VIEWS=num_views, TWO=len(xs) == 2,
@@ -141,7 +141,7 @@ def apply_backward_op(
 
 @apply_backward_op.register_fake
 def _(g, xs, statistics, weights, biases, eps, sums, own_sums, count, relu):
-    return [*(torch.empty_like(x) for x in xs), sums.new_empty((1 + len(xs), xs[0].shape[1]))]
+    return [*(torch.empty_like(x) for x in xs), sums.new_empty((2, len(xs), xs[0].shape[1]))]
 
 
 def takes(x: torch.Tensor) -> bool:

@@ -284,7 +284,10 @@ def _of_parameters(
         if TWO:
             _, inverse_std = _mean_and_inverse_std(statistics_b, view, cols, EPS_B, VIEWS, C, ACC)
             of_b += _of_channels(sums, 2 * VIEWS + view, cols, C, ACC) * inverse_std
+    # Each layer has a bias gradient of its own, though they are equal: gradients are added up in place.
+    LAYERS: tl.constexpr = 2 if TWO else 1
     tl.store(out + cols, of_bias, mask=cols < C)
-    tl.store(out + C + cols, of_a, mask=cols < C)
+    tl.store(out + LAYERS * C + cols, of_a, mask=cols < C)
     if TWO:
-        tl.store(out + 2 * C + cols, of_b, mask=cols < C)
+        tl.store(out + C + cols, of_bias, mask=cols < C)
+        tl.store(out + 3 * C + cols, of_b, mask=cols < C)

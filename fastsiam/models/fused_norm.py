@@ -117,6 +117,7 @@ class _FusedNorm(torch.autograd.Function):
         relu = options.relu and not options.is_join
         *dxs, of_parameters = kernels.apply_backward_op(g, *of_layers, sums, own_sums, ctx.count, relu)
         of_layer = []
-        for number, (dx, weight, bias) in enumerate(zip(dxs, weights, biases, strict=True), 1):
-            of_layer += [dx, of_parameters[number].to(weight.dtype), of_parameters[0].to(bias.dtype), *[None] * 5]
+        for number, (dx, weight, bias) in enumerate(zip(dxs, weights, biases, strict=True)):
+            of_bias, of_weight = of_parameters[:, number].unbind()
+            of_layer += [dx, of_weight.to(weight.dtype), of_bias.to(bias.dtype), *[None] * 5]
         return None, g if ctx.has_residual else None, *of_layer

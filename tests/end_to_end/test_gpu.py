@@ -20,7 +20,8 @@ from fastsiam.data.backends.choose import dali_installed
 from fastsiam.data.rng import augment_draws
 from fastsiam.doctor import facts
 from fastsiam.doctor import software as checks
-from fastsiam.kernels import crop_resize, negative_cosine
+from fastsiam.kernels import batch_norm, crop_resize, negative_cosine, pool
+from fastsiam.methods import build_method
 from fastsiam.models.batch_norm import split_statistics
 from fastsiam.runtime.device import choose_precision
 from fastsiam.runtime.energy import EnergyMeter
@@ -122,6 +123,28 @@ def test_statistics_across_ranks_are_one_graph_over_nccl():
         torch.testing.assert_close(across.running_var, plain.running_var)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_fused_batch_norms_train_as_the_librarys(monkeypatch, compiles):
+    """Gradients of a ResNet-18 in fp64, with its stem's max pool; the library's forward takes what no kernel takes."""
+    config = load_config("quickstart", ["model.encoder=resnet18", "model.stem=imagenet", "data.backend=synthetic"])
+    torch.manual_seed(0)
+    method = build_method(config).cuda().double().to(memory_format=torch.channels_last)
+    views = torch.randn(8, 3, 64, 64, device="cuda", dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    found = []
+    for takes in (batch_norm.takes, lambda x: False):
+        for module in (batch_norm, pool):
+            monkeypatch.setattr(module, "takes", takes)
+        mine = copy.deepcopy(method)
+        call = torch.compile(mine, fullgraph=True) if compiles and not found else mine
+        call([views])["loss"].backward()
+        gradients = {name: parameter.grad for name, parameter in mine.named_parameters()}
+        found.append((gradients, dict(mine.named_buffers())))
+    (fused, buffers), (plain, expected) = found
+    torch.testing.assert_close(buffers, expected, atol=1e-9, rtol=1e-9)
+    for name, reference in plain.items():
+        assert (fused[name] - reference).abs().max() <= 1e-7 * reference.abs().max() + 1e-12, name
 
 
 @pytest.mark.parametrize("color", ["matrix", "exact"])

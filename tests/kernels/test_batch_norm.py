@@ -221,6 +221,21 @@ def test_gradients_may_come_without_memory_of_their_own():
     torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_of_two_passes_add_up(form):
+    """In place: no two parameters have their gradients in one memory."""
+    layers, xs, residual, weights = in_fp64(draw(form, torch.float64, shape=(2, 6, 3, 3)))
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    found = []
+    for _ in range(2):
+        outs = ours(form)(layers, xs, residual)
+        (outs[0] if isinstance(outs, tuple) else outs).backward(weights[0])
+        found.append([parameter.grad.clone() for parameter in parameters])
+    for once, twice in zip(*found, strict=True):
+        assert once.abs().max() > 1e-3
+        torch.testing.assert_close(twice, 2 * once)
+
+
 def test_opcheck():
     layers, (x_a, x_b), _, _ = draw("two norms, two users", torch.float32)
     xs = [x_a.detach(), x_b.detach()]

@@ -75,8 +75,8 @@ def step(network, x, call=None):
 
 def assert_same(found, expected):
     """Sums of some thousand terms in float64; a batch norm over two values, as the last ones are, enlarges errors."""
-    torch.testing.assert_close(found[0], expected[0], atol=1e-12, rtol=1e-11)
-    torch.testing.assert_close(found[3], expected[3], atol=1e-12, rtol=1e-11)
+    torch.testing.assert_close(found[0], expected[0], atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(found[3], expected[3], atol=1e-11, rtol=1e-10)
     for mine, reference in zip((found[1], *found[2].values()), (expected[1], *expected[2].values()), strict=True):
         assert (mine - reference).abs().max() <= 1e-9 * max(reference.abs().max(), 1e-3)
 
