@@ -93,19 +93,20 @@ def reduce_op(
 ) -> list[torch.Tensor]:  # fmt: skip
     """Sums [1 + len(xs), V, C] of g and of g (x - mean) for each x, where g is the gradient below the ReLU.
 
-    `grads`: of the output's one or two users. With `y`, what `apply_op` has returned, g is returned too, in y's dtype.
-    Without it there is one x and one gradient, and the mask is recomputed.
+    `grads`: of the output's one or two users. With `y`, what `apply_op` has returned, g is returned too, in y's dtype;
+    then there may be no x. Without it there is one x and one gradient, and the mask is recomputed.
     """
-    num_views = statistics[0].shape[1]
-    grid, shape = _reduction(xs[0], num_views, DEEP)
+    num_views, place = statistics[0].shape[1], xs[0] if y is None else y
+    grid, shape = _reduction(place, num_views, DEEP)
     sums = statistics[0].new_empty((1 + len(xs), num_views, shape["C"]))
     partial = sums.new_empty((num_views, grid[1], 1 + len(xs), shape["C"]))
     g = [] if y is None else [torch.empty_like(y)]
-    counter = _counter(counter, xs[0], grid)
-    place = xs[0] if y is None else y
+    counter = _counter(counter, place, grid)
+    # What is absent is another tensor, which the kernel then leaves alone.
+    x_a, x_b = (xs[0], xs[-1]) if xs else (place, place)
     reduce_kernel[grid](
-        grads[0], grads[-1], xs[0], xs[-1], statistics[0], statistics[-1], weights[0], biases[0], place,
-        g[0] if g else place, partial, sums, counter, EPS=eps[0], TWO_GRADS=len(grads) == 2, TWO=len(xs) == 2,
+        grads[0], grads[-1], x_a, x_b, statistics[0], statistics[-1], weights[0], biases[0], place,
+        g[0] if g else place, partial, sums, counter, EPS=eps[0], TWO_GRADS=len(grads) == 2, XS=len(xs),
         JOIN=y is not None, RELU=relu, **shape, num_warps=NUM_WARPS,
     )  # fmt: skip
     return [sums, *g]

@@ -186,11 +186,11 @@ def _normalised(
 def reduce_kernel(
     grad_a, grad_b, x_a, x_b, statistics_a, statistics_b, weight, bias, y, g, partial, sums, counter,
     num_rows, rows_each, EPS: tl.constexpr,
-    TWO_GRADS: tl.constexpr, TWO: tl.constexpr, JOIN: tl.constexpr, RELU: tl.constexpr,
+    TWO_GRADS: tl.constexpr, XS: tl.constexpr, JOIN: tl.constexpr, RELU: tl.constexpr,
     C: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, DEEP: tl.constexpr, PARTS_BLOCK: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = sums.dtype.element_ty
-    KINDS: tl.constexpr = 3 if TWO else 2
+    KINDS: tl.constexpr = 1 + XS
     cols, view, part = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.program_id(2), tl.program_id(1)
     views, parts = tl.num_programs(2), tl.num_programs(1)
     length = tl.minimum(rows_each, num_rows - part * rows_each)
@@ -205,7 +205,8 @@ def reduce_kernel(
         grad = _load_deep(grad_a + begin, rows, cols, length, C, ACC)
         if TWO_GRADS:
             grad += _load_deep(grad_b + begin, rows, cols, length, C, ACC)
-        away = _load_deep(x_a + begin, rows, cols, length, C, ACC) - mean_a[None, None, :]
+        if XS > 0:
+            away = _load_deep(x_a + begin, rows, cols, length, C, ACC) - mean_a[None, None, :]
         if RELU:
             if JOIN:
                 above = _load_deep(y + begin, rows, cols, length, C, ACC)
@@ -219,15 +220,17 @@ def reduce_kernel(
             tl.store(g + begin + rows[:, :, None] * C + cols[None, None, :], rounded, mask=mask)
             grad = rounded.to(ACC)
         of_g += tl.sum(grad, 0)
-        of_a += tl.sum(grad * away, 0)
-        if TWO:
+        if XS > 0:
+            of_a += tl.sum(grad * away, 0)
+        if XS > 1:
             away = _load_deep(x_b + begin, rows, cols, length, C, ACC) - mean_b[None, None, :]
             of_b += tl.sum(grad * away, 0)
     partial += view.to(tl.int64) * parts * KINDS * C
     mine = partial + part * KINDS * C + cols
     tl.store(mine, tl.sum(of_g, 0), mask=cols < C)
-    tl.store(mine + C, tl.sum(of_a, 0), mask=cols < C)
-    if TWO:
+    if XS > 0:
+        tl.store(mine + C, tl.sum(of_a, 0), mask=cols < C)
+    if XS > 1:
         tl.store(mine + 2 * C, tl.sum(of_b, 0), mask=cols < C)
     if _is_last(counter, parts):
         for kind in tl.static_range(KINDS):

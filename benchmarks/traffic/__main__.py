@@ -118,6 +118,7 @@ def count_at(commit: str, arguments: list[str]) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.partition("\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example model.fused_pointwise=true")
     parser.add_argument("--config", default="r50_100ep", help="YAML file, or the name of one in configs/ (%(default)s)")
     parser.add_argument("--batch", type=int, help="images of a step; without it the config's")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h200", help="(%(default)s)")
@@ -125,7 +126,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(VIEW_BY_VIEW, action="store_true", help="the encoder once for each view, not once for all")
     parser.add_argument("--out", type=Path, help="folder for traffic.jsonl; without it lines are only printed")
     arguments = parser.parse_args(argv)
-    overrides = [] if arguments.batch is None else [f"train.batch_size={arguments.batch}"]
+    overrides = list(arguments.overrides)
+    if arguments.batch is not None:
+        overrides.append(f"train.batch_size={arguments.batch}")
     try:
         load_config(arguments.config, overrides)
         name = os.path.abspath(arguments.config) if os.path.isfile(arguments.config) else arguments.config
@@ -137,6 +140,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     lines = lines_of(counted, other)
     params = counted["params"] | ({"against": arguments.against} if other else {})
+    if arguments.overrides:
+        params["overrides"] = " ".join(arguments.overrides)
     for kind, numbers in lines.items():
         results.write("traffic", kind, params, None, **numbers)
     print(table(lines))

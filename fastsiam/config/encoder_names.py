@@ -60,6 +60,16 @@ def _check_timm(name):
         )
 
 
+def check_bottlenecks(name: str) -> None:
+    """Raises `UserError` for an encoder that has no bottlenecks; which of timm's have them, timm says."""
+    if name not in TORCHVISION_RESNETS[2:] and not name.startswith(TIMM):
+        raise UserError(
+            f"model.fused_pointwise: {name} has no bottlenecks, whose 1x1 convolutions it is for; set "
+            "model.fused_pointwise=false, or model.encoder=resnet50",
+            "no-bottlenecks",
+        )
+
+
 def check_options(name: str, stem: str, width: int | None, zero_init_residual: bool) -> None:
     """Raises `UserError` where an encoder has no such stem, width or residual blocks."""
     if name.startswith(OWN):

@@ -225,6 +225,18 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def kernels_have_their_images(self):
+        for key, unfit, fit in (("precision", "fp32", "bf16"), ("channels_last", False, "true")):
+            given = getattr(self.train, key)
+            if self.model.fused_pointwise and given == unfit:
+                raise UserError(
+                    f"model.fused_pointwise: its kernels take no images of train.{key}={str(given).lower()}; set "
+                    f"model.fused_pointwise=false, or train.{key}={fit}",
+                    "pointwise-without-kernels",
+                )
+        return self
+
     @functools.cached_property
     def to_spend(self) -> Budget:
         """Epochs or budget of the run, whichever is given."""

@@ -15,14 +15,15 @@ from fastsiam.models.batch_norm import split_statistics
 from fastsiam.models.encoder import build_encoder
 from fastsiam.models.heads import build_predictor, build_projector
 from fastsiam.models.recompute import recompute_activations
-from fastsiam.models.residual import fuse_residual_blocks
+from fastsiam.models.residual import fuse_pointwise, fuse_residual_blocks
 
 
 def build_method(config: Config, world_size: int = 1, rank: int = 0) -> Method:
     """Returns the method of a config in training mode, in fp32 on the CPU.
 
     `world_size`: the number of ranks that share a batch; above 1 its training-mode statistics are those of all ranks.
-    Raises `UserError` where train.checkpoint_activations finds nothing to recompute.
+    Raises `UserError` where train.checkpoint_activations finds nothing to recompute, and model.fused_pointwise nothing
+    to fuse.
     """
     model, heads = config.model, config.method
     layout = Layout(tuple(group.count for group in config.view_groups), rank, world_size)
@@ -33,6 +34,8 @@ def build_method(config: Config, world_size: int = 1, rank: int = 0) -> Method:
     elif world_size > 1:
         split_statistics(method, 1, world_size)
     fuse_residual_blocks(method)
+    if model.fused_pointwise:
+        fuse_pointwise(method, model.encoder)
     if config.train.checkpoint_activations:
         recompute_activations(method.encoder, model.encoder)
     return method

@@ -14,8 +14,9 @@ class _Options(NamedTuple):
 
     eps: list[float]
     momenta: list[float]
-    num_views: int
     world_size: int
+    count: int
+    """How many values of all ranks one mean is taken over."""
     relu: bool
     is_join: bool
     forks: bool
@@ -48,35 +49,36 @@ def fused_norm(
     `ValueError` where the batch does not divide into the views, or a channel has a single value.
     """
     num_views, world_size = layers[0].num_views, layers[0].world_size
-    if xs[0].shape[0] % num_views:
-        raise ValueError(f"batch norm: a batch of {xs[0].shape[0]} does not divide into {num_views} views")
-    count = _count(xs[0], num_views, world_size)
-    if count < 2:
-        raise ValueError(f"batch norm: one value a channel and view in {list(xs[0].shape)}; it needs at least 2")
+    count = checked_count(xs[0], num_views, world_size)
     options = _Options(
         eps=[layer.eps for layer in layers],
         momenta=[layer.momentum for layer in layers],
-        num_views=num_views,
         world_size=world_size,
+        count=count,
         relu=relu,
         is_join=residual is not None or len(xs) == 2,
         forks=forks,
     )
     tensors = []
     for layer, x in zip(layers, xs, strict=True):
-        statistics = _of_ranks(kernels.statistics_op(x.detach(), num_views, layer.counter), world_size)
+        statistics = of_ranks(kernels.statistics_op(x.detach(), num_views, layer.counter), world_size)
         running = layer.running_mean, layer.running_var, layer.num_batches_tracked
         tensors += [x, layer.weight, layer.bias, statistics, layer.counter, *running]
     return _FusedNorm.apply(options, residual, *tensors)
 
 
-def _count(x, num_views, world_size):
-    """How many values of all ranks one mean is taken over."""
-    return world_size * x.numel() // (num_views * x.shape[1])
+def checked_count(x: torch.Tensor, num_views: int, world_size: int) -> int:
+    """Returns how many values of all ranks one mean of `x` is taken over; raises `ValueError` as `fused_norm` does."""
+    if x.shape[0] % num_views:
+        raise ValueError(f"batch norm: a batch of {x.shape[0]} does not divide into {num_views} views")
+    count = world_size * x.numel() // (num_views * x.shape[1])
+    if count < 2:
+        raise ValueError(f"batch norm: one value a channel and view in {list(x.shape)}; it needs at least 2")
+    return count
 
 
-def _of_ranks(statistics, world_size):
-    """[2, V, C] of all ranks' images, who have equally many: Chan, Golub and LeVeque's formula (1983)."""
+def of_ranks(statistics: torch.Tensor, world_size: int) -> torch.Tensor:
+    """Returns [2, V, C] of all ranks' images, who have equally many: Chan, Golub and LeVeque's formula (1983)."""
     if world_size == 1:
         return statistics
     means, variances = of_all_ranks(statistics, world_size).unbind(1)
@@ -90,14 +92,14 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, options, residual, *tensors):
         xs, weights, biases, statistics, counters, *running = (list(tensors[i::8]) for i in range(8))
-        count = _count(xs[0], options.num_views, options.world_size)
         running = [tensor for of_layer in zip(*running, strict=True) for tensor in of_layer]
         y = kernels.apply_op(
-            xs, statistics, weights, biases, options.eps, residual, options.relu, running, options.momenta, count
-        )
+            xs, statistics, weights, biases, options.eps, residual, options.relu, running, options.momenta,
+            options.count,
+        )  # fmt: skip
         kept = [y] if options.is_join else []
         ctx.save_for_backward(*xs, *weights, *biases, *statistics, counters[0], *kept)
-        ctx.options, ctx.count, ctx.has_residual = options, count, residual is not None
+        ctx.options, ctx.has_residual = options, residual is not None
         return (y, y.view_as(y)) if options.forks else y
 
     @staticmethod
@@ -115,7 +117,7 @@ class _FusedNorm(torch.autograd.Function):
         sums = own_sums if options.world_size == 1 else of_all_ranks(own_sums, options.world_size).sum(0)
         g = joined[0] if options.is_join else grads[0]
         relu = options.relu and not options.is_join
-        *dxs, of_parameters = kernels.apply_backward_op(g, *of_layers, sums, own_sums, ctx.count, relu)
+        *dxs, of_parameters = kernels.apply_backward_op(g, *of_layers, sums, own_sums, options.count, relu)
         of_layer = []
         for number, (dx, weight, bias) in enumerate(zip(dxs, weights, biases, strict=True)):
             of_bias, of_weight = of_parameters[:, number].unbind()

@@ -9,10 +9,12 @@ from itertools import pairwise
 
 from torch import nn
 
+from fastsiam.errors import UserError
 from fastsiam.kernels import max_pool
 from fastsiam.models.batch_norm import PerViewBatchNorm2d
 from fastsiam.models.encoder import CifarResNet
 from fastsiam.models.fused_norm import fused_norm, takes_kernels
+from fastsiam.models.fused_pointwise import Shortcut, fused_pointwise, is_pointwise, takes_pointwise
 
 # Layers in their order, of torchvision's and timm's classes of these names.
 _LAYERS = {
@@ -41,6 +43,27 @@ def fuse_residual_blocks(module: nn.Module) -> nn.Module:
             for block, after in pairwise(blocks):
                 block.forks = isinstance(block, _Fused) and isinstance(after, _Fused)
     return module
+
+
+def fuse_pointwise(encoder: nn.Module, name: str) -> nn.Module:
+    """Lets the fused bottlenecks in `encoder` take their last convolution in, in place; returns `encoder`.
+
+    `name`: of the encoder, for the `UserError` where it has no fused bottlenecks.
+    """
+    blocks = [
+        block
+        for block in encoder.modules()
+        if isinstance(block, _Fused) and len(_layers(block)) == 3 and is_pointwise(block.conv3)
+    ]
+    if not blocks:
+        raise UserError(
+            f"model.fused_pointwise: {name} has no bottlenecks of 1x1 convolutions with batch norm per view; set "
+            "false, or model.encoder=resnet50 with model.bn_statistics=per_view",
+            "no-bottlenecks",
+        )
+    for block in blocks:
+        block.is_pointwise = True
+    return encoder
 
 
 def _is_resnet(module):
@@ -102,6 +125,9 @@ class _Fused:
     forks = False
     """Whether the result is a pair of the same images twice, as the next block takes them."""
 
+    is_pointwise = False
+    """Whether the last convolution is part of the join."""
+
     def forward(self, x):
         x, carried = x if isinstance(x, tuple) else (x, x)
         layers = [(getattr(self, conv), getattr(self, norm)) for conv, norm in _layers(self)]
@@ -110,7 +136,10 @@ class _Fused:
         if not takes_kernels(x, *norms):
             return super().forward(x)
         for convolution, norm in layers[:-1]:
-            x = fused_norm([norm], [convolution(x)], relu=True)
+            inner = convolution(x)
+            if self.is_pointwise and norm is layers[1][1] and takes_pointwise(inner, *norms):
+                return self._with_convolution(inner, carried, shortcut)
+            x = fused_norm([norm], [inner], relu=True)
         convolution, norm = layers[-1]
         x = convolution(x)
         if not shortcut:
@@ -118,6 +147,13 @@ class _Fused:
         for layer in shortcut[:-1]:
             carried = layer(carried)
         return fused_norm([norm, shortcut[-1]], [x, carried], relu=True, forks=self.forks)
+
+    def _with_convolution(self, x, carried, shortcut):
+        if shortcut:
+            for layer in shortcut[:-1]:
+                carried = layer(carried)
+            carried = Shortcut(shortcut[-1], carried)
+        return fused_pointwise(self.bn2, self.conv3, self.bn3, x, carried, forks=self.forks)
 
 
 def _layers(block):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
 from benchmarks.readme.captions import number
 from benchmarks.tables import TABLES, render
@@ -16,6 +17,8 @@ from benchmarks.traffic.gpus import GPUS
 from benchmarks.traffic.optimizer import launches_of_optimizer
 from benchmarks.traffic.schedule import schedule
 from benchmarks.traffic.step import count
+from fastsiam.models.batch_norm import split_statistics
+from fastsiam.models.residual import fuse_pointwise, fuse_residual_blocks
 
 H200 = GPUS["h200"]
 # Of a step of 64 images of 32 px at torch 2.14, read and written.
@@ -61,6 +64,30 @@ def test_a_convolution_with_batch_norm_and_relu_moves_what_a_pencil_says():
     # Besides: the weights in bf16, and numbers of a channel.
     assert y + mask + weight <= found.saved_bytes <= y + mask + weight + 1024
     assert found.peak_bytes >= found.saved_bytes + y
+
+
+@pytest.mark.slow
+def test_a_bottleneck_without_the_sides_of_its_last_convolution_moves_what_a_pencil_says():
+    """64 images of 28 px, two views, 16 channels inside and 64 outside: 1.6 MB, and four times that."""
+    block = split_statistics(Bottleneck(64, 16), 2).to(memory_format=torch.channels_last)
+    fuse_pointwise(fuse_residual_blocks(block), "a block")
+    images = torch.empty(64, 64, 28, 28, dtype=torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
+    x, wide, weight, products = 64 * 16 * 28 * 28 * 2, 64 * 64 * 28 * 28 * 2, 64 * 16 * 2, 2 * 64 * 28 * 28 * 16
+    moved = {launch.kernel: launch for launch in schedule(block, (images,), H200).launches}
+    for name, read, written, operations in (
+        ("pointwise_gram", x, 0, 16 * products),
+        ("pointwise_join", x + wide + weight, wide, 64 * products),
+        ("pointwise_rows_product", x + wide, 0, 64 * products),
+        ("pointwise_dgrad", x + wide, x, (64 + 16) * products),
+    ):
+        launch = moved[name]
+        # Besides: numbers of a channel, matrices of a view, and of 264 programs a matrix each.
+        assert read <= launch.read <= read + 12_000
+        assert written <= launch.written <= written + 264 * 64 * 16 * 4
+        assert launch.operations == operations
+    assert {class_of(launch) for name, launch in moved.items() if name.startswith("pointwise_")} == {
+        classes.STATISTICS, classes.FORWARD, classes.OF_WEIGHTS, classes.OF_INPUTS,
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -156,7 +183,8 @@ def test_another_commit_is_imported_in_its_own_process():
 
 def test_the_command_writes_lines_that_the_table_shows(tmp_path, monkeypatch):
     monkeypatch.setattr(traffic, "count", lambda *arguments: COUNTED)
-    assert traffic.main(["--config", "r50_100ep", "--out", str(tmp_path)]) == 0
+    assert traffic.main(["train.seed=1", "--config", "r50_100ep", "--out", str(tmp_path)]) == 0
     lines = [json.loads(line) for line in (tmp_path / "traffic.jsonl").read_text().splitlines()]
+    assert {line["params"]["overrides"] for line in lines} == {"train.seed=1"}
     text = render(TABLES["traffic"], lines)
     assert f"| {traffic.WHOLE} | 3 | {number(200e-9)} |" in text

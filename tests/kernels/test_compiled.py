@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from fastsiam.kernels import augment_triton
+from fastsiam.kernels import augment_triton, pointwise
 from tests.support.processes import run_python
 
 pytestmark = pytest.mark.slow
+POINTWISE = ("gram", "rows_product", "join", "join_normed", "dgrad")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,8 @@ def count(kernel, kind, width):
 def test_every_kernel_compiles_for_both(report):
     names = {"cosine_forward", "cosine_backward", "cosine_backward_to_z", "crop", "crop_scattered"}
     names |= {"nt_xent_forward", "nt_xent_backward"}
-    names |= {"batch_norm_statistics", "max_pool", "max_pool_backward"}
+    names |= {"batch_norm_statistics", "batch_norm_reduce_bare", "max_pool", "max_pool_backward"}
+    names |= {f"pointwise_{name}_{channels}" for name in POINTWISE for channels in (64, 256)}
     names |= {
         f"batch_norm_{way}{form}" for way in ("apply", "reduce", "apply_backward") for form in ("", "_join", "_two")
     }
@@ -88,10 +90,28 @@ def test_infonce_multiplies_on_tensor_cores_and_three_programs_fit_the_shared_me
         assert kernel["tensor_cores"] > 0
 
 
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", POINTWISE)
+def test_1x1_convolutions_multiply_on_tensor_cores_and_256_threads_or_more_fit(report, capability, name):
+    """A multiprocessor has 65,536 registers and 163 (A100) or 227 KiB (H200) of shared memory."""
+    num_warps = getattr(
+        pointwise, "TILE_OF_" + {"gram": "ROWS_PRODUCT"}.get(name, name.removesuffix("_normed").upper())
+    )[3]
+    for channels in (64, 256):
+        kernel = report[f"pointwise_{name}_{channels} sm_{capability}"]
+        programs = min(
+            65536 // (kernel["reg"] * 32 * num_warps), (227 if capability == 90 else 163) * 1024 // kernel["shared"]
+        )
+        assert programs * num_warps >= 8
+        assert kernel["tensor_cores"] >= 4
+        # Images and matrices move 16 bytes at a time, but for what a register holds of a product.
+        assert kernel["accesses"].get("ld.global.b16", 0) == kernel["accesses"].get("st.global.b16", 0) == 0
+
+
 # Images that are read and written, and vectors of numbers a channel that are read: mean, variance, weight, bias, sums.
 BATCH_NORM = {
     "apply": (1, 1, 4), "apply_join": (2, 1, 4), "apply_two": (2, 1, 8),
-    "reduce": (2, 0, 4), "reduce_join": (4, 1, 1), "reduce_two": (5, 1, 2),
+    "reduce": (2, 0, 4), "reduce_join": (4, 1, 1), "reduce_two": (5, 1, 2), "reduce_bare": (3, 1, 0),
     "apply_backward": (2, 1, 6), "apply_backward_join": (2, 1, 5), "apply_backward_two": (3, 2, 9),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -21,6 +22,8 @@ from fastsiam.kernels import (
     cosine_triton,
     crop_triton,
     nt_xent_triton,
+    pointwise,
+    pointwise_triton,
     pool,
 )
 
@@ -40,6 +43,10 @@ BATCH_NORM_POINTERS = dict.fromkeys(
     ),
     "*fp32",
 ) | {"counter": "*i32", "tracked_a": "*i64", "tracked_b": "*i64"}  # fmt: skip
+POINTWISE_POINTERS = dict.fromkeys(("affine", "coefficients", "statistics", "offset", "partial"), "*fp32")
+# C and C' of the last convolution in the bottlenecks of ResNet-50's first and third stage; the second and the fourth
+# differ from the third in numbers alone.
+POINTWISE_SHAPES = ((64, 256), (256, 1024))
 CROP_POINTERS = {"images": "*u8", "boxes": "*fp32", "indices": "*i64", "out": "*u8"}
 
 
@@ -67,6 +74,7 @@ def variants(dim=2048):
     yield "crop_scattered", crop_triton._crop_kernel, table, apart, crop_triton.NUM_WARPS
     yield from nt_xent_variants()
     yield from batch_norm_variants()
+    yield from pointwise_variants()
     pooled = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1, "HEIGHT": 56, "WIDTH": 56, "C": 64, "COLUMNS": 64}
     pooled["ROWS"], winners = pool.TILE // 64, {"winners": "*u8"}
     yield "max_pool", pool._forward_kernel, winners, pooled, pool.NUM_WARPS
@@ -87,7 +95,8 @@ def batch_norm_variants(channels=256, views=2):
     for name, form in forms.items():
         forward = {"TWO": form["TWO"], "RESIDUAL": form["RESIDUAL"], "RELU": True, "RUNNING": True, "VIEWS": views}
         forward |= {**shape, **eps, "MOMENTUM_A": 0.1, "MOMENTUM_B": 0.1}
-        reduce = {key: form[key] for key in ("TWO", "JOIN", "TWO_GRADS")} | {
+        reduce = {key: form[key] for key in ("JOIN", "TWO_GRADS")} | {
+            "XS": 1 + form["TWO"],
             "RELU": True,
             "EPS": 1e-5,
             "DEEP": batch_norm.DEEP,
@@ -99,8 +108,30 @@ def batch_norm_variants(channels=256, views=2):
             (f"reduce{name}", batch_norm_triton.reduce_kernel, reduce),
             (f"apply_backward{name}", batch_norm_triton.apply_backward_kernel, backward),
         ]
+    bare = {"XS": 0, "JOIN": True, "TWO_GRADS": True, "RELU": True, "EPS": 1e-5, "DEEP": batch_norm.DEEP, **of_rows}
+    launches.append(("reduce_bare", batch_norm_triton.reduce_kernel, bare))
     for name, kernel, constants in launches:
         yield f"batch_norm_{name}", kernel, BATCH_NORM_POINTERS, constants, batch_norm.NUM_WARPS
+
+
+def pointwise_variants(shapes=POINTWISE_SHAPES):
+    affine = torch.empty(3, 2, 1, device="meta")
+    for channels, wide in shapes:
+        x = torch.empty(2048, channels, 7, 7, device="meta")
+        over_rows, tiles = pointwise._over_rows, pointwise._tiles
+        launches = [
+            ("gram", pointwise_triton.rows_product_kernel, over_rows(x, affine, channels)[1] | {"GRAM": True}),
+            ("rows_product", pointwise_triton.rows_product_kernel, over_rows(x, affine, wide)[1] | {"GRAM": False}),
+        ]
+        of_join = {"C_IN": channels, "C": wide} | tiles(x, affine, wide, pointwise.TILE_OF_JOIN)[1]
+        for form, normed in (("", False), ("_normed", True)):
+            launches.append((f"join{form}", pointwise_triton.join_kernel, of_join | {"NORMED": normed}))
+        of_dgrad = {"C_OUT": wide, "C": channels} | tiles(x, affine, channels, pointwise.TILE_OF_DGRAD)[1]
+        launches.append(("dgrad", pointwise_triton.dgrad_kernel, of_dgrad))
+        for name, kernel, constants in launches:
+            num_warps = constants.pop("num_warps", pointwise.TILE_OF_ROWS_PRODUCT[3])
+            constants = {key: value for key, value in constants.items() if key.isupper() and key != "VIEWS"}
+            yield f"pointwise_{name}_{channels}", kernel, POINTWISE_POINTERS, constants, num_warps
 
 
 def nt_xent_variants(dim=128):
@@ -123,6 +154,7 @@ def compiled(kernel, pointers, constants, num_warps, capability):
         is_float = name.startswith(("scale_", "bias_")) and name not in pointers
         is_number = name in (
             "num_rows",
+            "VIEWS",
             "num_columns",
             "rows_each",
             "count",

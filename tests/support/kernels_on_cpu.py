@@ -1,8 +1,11 @@
-"""Batch norm's and max pool's kernels under Triton's interpreter, in models that a CPU trains."""
+"""Kernels of batch norm, max pool and 1x1 convolutions under Triton's interpreter, in models that a CPU trains."""
 
+import numpy as np
 import torch
+import triton.language as tl
+from triton.runtime import interpreter
 
-from fastsiam.kernels import batch_norm, pool
+from fastsiam.kernels import batch_norm, pointwise, pool
 
 
 def is_channels_last(x):
@@ -11,8 +14,28 @@ def is_channels_last(x):
 
 def take_kernels(monkeypatch):
     """Sends channels-last images of any device to the kernels."""
-    for module in (batch_norm, pool):
+    for module in (batch_norm, pointwise, pool):
         monkeypatch.setattr(module, "takes", is_channels_last)
+
+
+def mend_bfloat16(monkeypatch):
+    """The interpreter (Triton 3.8) cuts fp32 off to bf16, and takes matrices of bf16 for those of integers."""
+    builder = interpreter.InterpreterBuilder
+    cast, dot = builder.cast_impl, builder.create_dot
+
+    def nearest(self, source, kind):
+        if source.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+            return cast(self, source, kind)
+        bits = source.data.astype(np.float32).view(np.uint32)
+        bits = np.where(np.isnan(source.data), bits, bits + 0x7FFF + (bits >> 16 & 1))
+        return interpreter.TensorHandle((bits >> 16).astype(np.uint16), tl.bfloat16)
+
+    def of_floats(self, a, b, *others):
+        a, b = (cast(self, one, tl.float32) if one.dtype.scalar == tl.bfloat16 else one for one in (a, b))
+        return dot(self, a, b, *others)
+
+    monkeypatch.setattr(builder, "cast_impl", nearest)
+    monkeypatch.setattr(builder, "create_dot", of_floats)
 
 
 class _OnCuda(torch.Tensor):
