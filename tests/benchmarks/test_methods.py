@@ -12,6 +12,7 @@ from benchmarks.peers import AbsentError, authors, copy_linear_layers, lightly
 from benchmarks.race.contestants import Contestant, Loading
 from benchmarks.race.methods import COMPONENTS, ENTRIES, Recipe, protocol
 from benchmarks.race.timed_run import Outcome, Point, peak_of_a_step, run_job, thrown_away, try_loadings
+from benchmarks.readme import by_component
 from benchmarks.tables import TABLES, render
 from benchmarks.time_to_accuracy import check_config, controls
 from fastsiam.config import load_config
@@ -259,3 +260,9 @@ def test_the_table_has_components_memory_and_protocol():
     assert "target" not in text
     assert "authors is absent: no swav" in text
     assert set(COMPONENTS) == {name for entry in ENTRIES.values() for name in entry.components}
+    page = by_component.text({"methods": [lines]})
+    assert page.splitlines()[-1] == (
+        "| BYOL |  | yes | yes | by the target |  | 50.0 / 45.0 / - | 500 / 400 / - | 40.0 / 80.0 / - |"
+    )
+    assert "protocol" not in page
+    assert by_component.text({}) == "No race of methods has been recorded yet."
