@@ -179,6 +179,7 @@ TABLES = {
         "spectrum", (Column("Spearman with kNN", "spearman"), Column("p", "p_value"), Column("last kNN, %", "knn_last"))
     ),
     "traffic": Table("traffic", TRAFFIC),
+    "host": Table("host", (MS,)),
     "crop": Table("crop", (MS, Column("ms a crop", "ms_per_crop"), *BANDWIDTH, MEMORY, LAUNCHES), baseline="eager"),
 }
 

@@ -38,6 +38,7 @@ OPTIONS = {
     "own_rates": (words, "likewise ours (%(default)s)"),
     "batch": (int, "images of a step; without it those of the benchmark for this config, or the config's own"),
     "rows": (row_names, "variants between semicolons, measured whatever the time; without it all that fit"),
+    "against": (str, "a commit to compare with"),
     "contestants": (words, "who takes part (%(default)s)"),
 }
 

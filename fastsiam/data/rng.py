@@ -4,15 +4,16 @@ Counter-based: a draw is a hash of its address, so it does not depend on the ord
 or of processes, and resuming needs no random state. Vectorised numpy; imports no torch.
 """
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastsiam.config.views import ViewSpec
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN, _MASK = 0x9E3779B97F4A7C15, 2**64 - 1
 _CROP_ATTEMPTS = 10
 
 # Brightness, contrast, saturation and hue that change nothing.
@@ -25,6 +26,20 @@ subset
 """
 _SLOTS = {name: slot for slot, name in enumerate(_NAMES.split())}
 _CROP_SLOT = 1000
+# Those of `augment_draws`.
+_AUGMENT = [
+    "flip",
+    "jitter",
+    "brightness",
+    "contrast",
+    "saturation",
+    "hue",
+    "color_order",
+    "grayscale",
+    "blur",
+    "blur_sigma",
+    "solarize",
+]
 # The orders of four colour operations, [24, 4].
 _PERMUTATIONS = np.array(list(itertools.permutations(range(4))))
 
@@ -54,12 +69,17 @@ class AugmentDraws:
 
 def uniform(seed: int, epoch: int, indices: np.ndarray, view: int, slot: int) -> np.ndarray:
     """Float64 in [0, 1) for each image index, from splitmix64's finaliser chained over the address."""
-    return (_bits(seed, epoch, indices, view, slot) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return uniforms(seed, epoch, indices, view, (slot,))[0]
+
+
+def uniforms(seed: int, epoch: int, indices: np.ndarray, view: int, slots: Iterable[int]) -> np.ndarray:
+    """`uniform` of several slots at once: float64 [S, N]."""
+    return (_bits(seed, epoch, indices, view, slots) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """The order of an epoch: a permutation of range(num_images), int64."""
-    keys = _bits(seed, epoch, np.arange(num_images), 0, _SLOTS["order"])
+    (keys,) = _bits(seed, epoch, np.arange(num_images), 0, (_SLOTS["order"],))
     return np.argsort(keys, kind="stable")
 
 
@@ -80,7 +100,7 @@ def replace_skipped(seed: int, epoch: int, indices: np.ndarray, skipped: np.ndar
 
 def probe_indices(seed: int, num_images: int, count: int) -> np.ndarray:
     """`count` images (or all, if fewer) of a fixed random subset, sorted, int64."""
-    keys = _bits(seed, 0, np.arange(num_images), 0, _SLOTS["probe"])
+    (keys,) = _bits(seed, 0, np.arange(num_images), 0, (_SLOTS["probe"],))
     return np.sort(np.argsort(keys, kind="stable")[:count])
 
 
@@ -98,24 +118,15 @@ def crop_boxes(spec: ViewSpec, seed: int, epoch: int, indices, view: int, sizes:
     """
     indices = np.asarray(indices)
     height, width = sizes[:, 0].astype(np.float64), sizes[:, 1].astype(np.float64)
-
-    def draw(number):
-        return uniform(seed, epoch, indices, view, _CROP_SLOT + number)
-
-    boxes = _fallback_boxes(height, width)
-    open_rows = np.ones(len(indices), bool)
-    low, high = spec.crop_scale
-    for attempt in range(_CROP_ATTEMPTS):
-        area = height * width * (low + (high - low) * draw(4 * attempt))
-        ratio = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * draw(4 * attempt + 1))
-        w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-        fits = open_rows & (w > 0) & (w <= width) & (h > 0) & (h <= height)
-        top = np.floor(draw(4 * attempt + 2) * (height - h + 1))
-        left = np.floor(draw(4 * attempt + 3) * (width - w + 1))
-        boxes[fits] = np.stack((top, left, h, w), 1)[fits]
-        open_rows &= ~fits
-        if not open_rows.any():
-            break
+    boxes, rows = _fallback_boxes(height, width), np.arange(len(indices))
+    # Most images take the first attempt; for the others alone the rest are drawn, all at once.
+    for attempts in (range(1), range(1, _CROP_ATTEMPTS)):
+        slots = range(_CROP_SLOT + 4 * attempts.start, _CROP_SLOT + 4 * attempts.stop)
+        drawn = uniforms(seed, epoch, indices[rows], view, slots).reshape(len(attempts), 4, -1)
+        tried, fits = _tried_boxes(spec.crop_scale, height[rows], width[rows], *drawn.swapaxes(0, 1))
+        first, found = tried[fits.argmax(0), np.arange(len(rows))], fits.any(0)
+        boxes[rows[found]] = first[found]
+        rows = rows[~found]
     return boxes.astype(np.int32)
 
 
@@ -128,15 +139,12 @@ def center_boxes(sizes: np.ndarray, ratio: float) -> np.ndarray:
 
 def augment_draws(spec: ViewSpec, seed: int, epoch: int, indices, view: int) -> AugmentDraws:
     """All draws of one view but its box, for the images `indices` [N]."""
-    indices = np.asarray(indices)
-
-    def draw(name):
-        return uniform(seed, epoch, indices, view, _SLOTS[name])
+    drawn = dict(zip(_AUGMENT, uniforms(seed, epoch, indices, view, map(_SLOTS.get, _AUGMENT)), strict=True))
 
     def between(name, low, high):
-        return low + (high - low) * draw(name)
+        return low + (high - low) * drawn[name]
 
-    jitter = draw("jitter") < spec.jitter
+    jitter = drawn["jitter"] < spec.jitter
     factors = np.stack(
         [
             *(between(n, 1 - getattr(spec, n), 1 + getattr(spec, n)) for n in ("brightness", "contrast", "saturation")),
@@ -145,15 +153,24 @@ def augment_draws(spec: ViewSpec, seed: int, epoch: int, indices, view: int) -> 
         1,
     )
     factors = np.where(jitter[:, None], factors, NO_JITTER).astype(np.float32)
-    blurred = draw("blur") < spec.blur
+    blurred = drawn["blur"] < spec.blur
     return AugmentDraws(
-        flip=draw("flip") < spec.flip,
+        flip=drawn["flip"] < spec.flip,
         factors=factors,
-        order=_PERMUTATIONS[(draw("color_order") * len(_PERMUTATIONS)).astype(np.int64)],
-        grayscale=draw("grayscale") < spec.grayscale,
+        order=_PERMUTATIONS[(drawn["color_order"] * len(_PERMUTATIONS)).astype(np.int64)],
+        grayscale=drawn["grayscale"] < spec.grayscale,
         sigma=np.where(blurred, between("blur_sigma", *spec.blur_sigma), 0).astype(np.float32),
-        solarize=draw("solarize") < spec.solarize,
+        solarize=drawn["solarize"] < spec.solarize,
     )
+
+
+def _tried_boxes(scale, height, width, for_area, for_ratio, for_top, for_left):
+    """Boxes [A, N, 4] of attempts by uniform draws [A, N], and whether each lies in its image."""
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * for_area)
+    ratio = np.exp(np.log(3 / 4) + (np.log(4 / 3) - np.log(3 / 4)) * for_ratio)
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    top, left = np.floor(for_top * (height - h + 1)), np.floor(for_left * (width - w + 1))
+    return np.stack((top, left, h, w), 2), (w > 0) & (w <= width) & (h > 0) & (h <= height)
 
 
 def _fallback_boxes(height, width):
@@ -164,16 +181,25 @@ def _fallback_boxes(height, width):
     return np.stack(((height - h) // 2, (width - w) // 2, h, w), 1)
 
 
-def _bits(seed, epoch, indices, view, slot):
+def _bits(seed, epoch, indices, view, slots):
+    """[S, N] for slots [S] and indices [N]."""
+    # The key of a slot in Python's integers: as NumPy's scalars it takes 30 us, which was most of a batch's draws.
+    keys = [functools.reduce(_chain, (epoch, view, slot), _mix((seed + _GOLDEN) & _MASK)) for slot in slots]
+    keys = np.array(keys, np.uint64)[:, None]
     with np.errstate(over="ignore"):
-        key = _mix(np.uint64(seed) + _GOLDEN)
-        for word in (epoch, view, slot):
-            key = _mix((key ^ np.uint64(word)) + _GOLDEN)
-        return _mix(_mix((np.asarray(indices).astype(np.uint64) ^ key) + _GOLDEN) ^ key)
+        return _mix(_mix((np.asarray(indices).astype(np.uint64) ^ keys) + np.uint64(_GOLDEN)) ^ keys)
+
+
+def _chain(key, word):
+    return _mix(((key ^ int(word)) + _GOLDEN) & _MASK)
 
 
 def _mix(x):
-    """splitmix64's finaliser (Steele, Lea, Flood 2014)."""
+    """splitmix64's finaliser (Steele, Lea, Flood 2014), of an array of uint64 or a Python integer below 2^64."""
+    if isinstance(x, int):
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & _MASK
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & _MASK
+        return x ^ (x >> 31)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

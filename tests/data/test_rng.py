@@ -4,6 +4,7 @@ The bounds are 4.5 standard deviations, or a Kolmogorov-Smirnov distance exceede
 seeds a test passes or fails for good.
 """
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -249,3 +250,45 @@ def test_the_finaliser_is_splitmix64s():
     states = np.array([1, 2, 3], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert rng._mix(states).tolist() == expected
+
+
+def test_the_finaliser_is_the_same_in_pythons_integers():
+    states = [0, 1, 0x9E3779B97F4A7C15, 2**63, 2**64 - 1]
+    assert [rng._mix(state) for state in states] == rng._mix(np.array(states, np.uint64)).tolist()
+
+
+def test_a_draw_is_splitmix64_chained_over_its_address():
+    """Epoch, view, slot, then the image; in Python's integers, step by step as the specification of old runs."""
+
+    def chained(seed, epoch, index, view, slot):
+        golden, mask = 0x9E3779B97F4A7C15, 2**64 - 1
+        key = rng._mix((seed + golden) & mask)
+        for word in (epoch, view, slot):
+            key = rng._mix(((key ^ word) + golden) & mask)
+        return rng._mix(rng._mix(((index ^ key) + golden) & mask) ^ key)
+
+    indices, slots = np.array([0, 7, 2**40]), (3, 1000, 1039)
+    for seed, epoch, view in ((0, 0, 0), (2**63 + 5, 799, 7)):
+        expected = [[(chained(seed, epoch, int(i), view, slot) >> 11) * 2.0**-53 for i in indices] for slot in slots]
+        assert rng.uniforms(seed, epoch, indices, view, slots).tolist() == expected
+
+
+def test_a_box_is_that_of_the_first_attempt_that_fits():
+    """One image and one attempt at a time, as torchvision's loop."""
+    sizes = np.random.default_rng(0).integers(1, 600, (300, 2))
+    sizes[:20, 0] = 5
+    boxes = rng.crop_boxes(SPEC, 3, 4, INDICES[:300], 1, sizes)
+    attempts = []
+    for index, (height, width), box in zip(INDICES[:300], sizes, boxes, strict=True):
+        for attempt in range(10):
+            a, r, t, left = rng.uniforms(3, 4, np.array([index]), 1, range(1000 + 4 * attempt, 1004 + 4 * attempt))[
+                :, 0
+            ]
+            area = height * width * (SPEC.crop_scale[0] + (SPEC.crop_scale[1] - SPEC.crop_scale[0]) * a)
+            ratio = math.exp(math.log(3 / 4) + math.log(16 / 9) * r)
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                assert box.tolist() == [int(t * (height - h + 1)), int(left * (width - w + 1)), h, w]
+                attempts.append(attempt)
+                break
+    assert set(attempts) >= {0, 1, 2, 3}

@@ -89,6 +89,15 @@ def decode_graph(files, decoder: str, packed: bool, memory: dict[str, int]):
     return fn.decoders.image(encoded, device=decoder, output_type=types.RGB, **memory)
 
 
+def _rows_of(paths: list[bytes]) -> np.ndarray:
+    """uint8 [N, L]: paths filled up with zeros, behind which DALI does not read.
+
+    As one array 512 of them take 0.6 ms of the thread that runs the graph, as 512 arrays 2.4 ms.
+    """
+    length = max(map(len, paths)) + 1
+    return np.array(paths, f"S{length}").view(np.uint8).reshape(-1, length)
+
+
 class DaliBackend:
     """Decodes by DALI, and crops by our kernel on the device that DALI decodes on."""
 
@@ -211,23 +220,28 @@ class DaliBackend:
         request = next(self._requests)
         self._in_flight.append(request)
         self._converted.begin()
-        files, reasons = [], {}
-        for index in request.indices.tolist():
+        files = self._files(request.indices)
+        return files, request.indices.reshape(-1, 1), *self._inputs(request)
+
+    def _files(self, indices):
+        """Returns what the graph decodes, uint8: paths or bytes of the files, or of their conversions by PIL."""
+        source, reasons = self._source, {}
+        files = [b""] * len(indices) if self._packed else source.paths(indices)
+        rows = range(len(indices)) if self._packed else np.flatnonzero(source.kinds[indices] == ODD)
+        for row in rows:
+            index = int(indices[row])
             try:
-                files.append(self._file(index))
+                if source.kinds[index] != ODD:
+                    files[row] = source.read(index)
+                elif self._packed:
+                    files[row] = self._converted.bytes(index)
+                else:
+                    files[row] = os.fsencode(self._converted.path(index))
             except BadImageError as error:
                 reasons[index] = str(error)
         if reasons:
             raise UndecodableError(reasons)
-        return files, request.indices.reshape(-1, 1), *self._inputs(request)
-
-    def _file(self, index):
-        """Returns what the graph decodes, as uint8: path or bytes of the file, or of its conversion by PIL."""
-        if self._source.kinds[index] == ODD:
-            file = self._converted.bytes(index) if self._packed else os.fsencode(self._converted.path(index))
-        else:
-            file = self._source.read(index) if self._packed else os.fsencode(self._source.path(index))
-        return np.frombuffer(file, np.uint8)
+        return [np.frombuffer(file, np.uint8) for file in files] if self._packed else _rows_of(files)
 
     def _check_sizes(self, request, sizes):
         """Leaves images to PIL that have another size than their header says: their boxes were drawn for that."""

@@ -257,3 +257,16 @@ def test_scan_and_pack_name_excluded_files_and_continue(tmp_path, capsys, monkey
         out = [] if command[0] == "scan" else [str(tmp_path / "packed")]
         assert main([*command, str(root), *out]) == 0
         assert f"1 dead link, 1 link onto itself under {root}\n" in capsys.readouterr().out
+
+
+def test_paths_of_many_images_are_those_of_each(tmp_path):
+    """Names of several lengths, one of them with a byte that is no UTF-8."""
+    for name in (b"a/1.jpg", b"a/longer name.jpg", b"b/\xff.jpg"):
+        path = os.path.join(os.fsencode(tmp_path), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(b"x")
+    source = open_source(str(tmp_path))
+    indices = np.array([2, 0, 1, 0])
+    assert source.paths(indices) == [os.fsencode(source.path(index)) for index in indices]
+    assert {os.path.basename(path) for path in source.paths(indices)} == {b"1.jpg", b"longer name.jpg", b"\xff.jpg"}
