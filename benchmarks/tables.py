@@ -14,11 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import readme
 from benchmarks.experiments import lines as experiments
 from benchmarks.harness.checkout import CHECKOUT
 from benchmarks.harness.results import read_results
 from benchmarks.race import methods, standings
-from benchmarks.readme import by_component, summary
 from benchmarks.readme.captions import ABSENT, NOTHING, VERSIONS, caption, number, param
 from fastsiam.errors import UserError
 
@@ -294,10 +294,7 @@ def last_verified(found: dict[str, list[list[dict]]]) -> str:
     )
 
 
-SPECIAL = {
-    GPU_TESTS: last_verified, "summary": summary.text, "methods_by_component": by_component.text,
-    experiments.BENCHMARK: experiments.text,
-}  # fmt: skip
+SPECIAL = {GPU_TESTS: last_verified, experiments.BENCHMARK: experiments.text, **readme.BLOCKS}
 """Blocks that do not show the lines of one benchmark."""
 
 
