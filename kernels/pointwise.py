@@ -9,6 +9,8 @@ the gradient below the last ReLU:
     join         y                                 reads x and the shortcut; writes y
     rows_product m^T z, a view                     reads m and x
     dgrad        the gradient of bn's output, masked, and its sums; reads m and x; writes it
+    join_dgrad   m, of the gradients of y's two users, the next block's first convolution and shortcut, and its sums;
+                 reads that convolution's gradient, the shortcut's and y; writes m
 
 The subtraction keeps z's mean within its deviations whatever the bias, so that the Gram matrix loses no digits to it.
 What goes on between the launches is of the size of W: `fastsiam.models.fused_pointwise`.
@@ -19,7 +21,13 @@ import triton
 from torch.utils.flop_counter import register_flop_formula
 
 from fastsiam.kernels import batch_norm
-from fastsiam.kernels.pointwise_triton import dgrad_kernel, join_kernel, rows_product_kernel, take_in_kernel
+from fastsiam.kernels.pointwise_triton import (
+    dgrad_kernel,
+    join_dgrad_kernel,
+    join_kernel,
+    rows_product_kernel,
+    take_in_kernel,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 # Programs of a product over rows: 2 for each multiprocessor of an H200. Part of the result, so the same on every GPU.
@@ -27,7 +35,7 @@ PROGRAMS = 264
 # Height and width of a tile of the result, the depth of a step, warps. Nothing spills, and two programs of four warps
 # fit a multiprocessor, on an A100 and an H200.
 TILE_OF_ROWS_PRODUCT = 128, 128, 64, 8
-TILE_OF_JOIN = TILE_OF_DGRAD = 64, 128, 64, 4
+TILE_OF_JOIN = TILE_OF_DGRAD = TILE_OF_JOIN_DGRAD = 64, 128, 64, 4
 
 
 def takes(x: torch.Tensor) -> bool:
@@ -102,7 +110,7 @@ def dgrad_op(
     """
     grid, shape = _tiles(x, affine, x.shape[1], TILE_OF_DGRAD)
     g = torch.empty_like(x)
-    partial = affine.new_empty((affine.shape[1], _parts(x, affine), 2, x.shape[1]))
+    partial = affine.new_empty((affine.shape[1], _parts(x, affine, TILE_OF_DGRAD), 2, x.shape[1]))
     dgrad_kernel[grid](
         m, x, affine, statistics, of_m, of_z, offset, g, partial, C_OUT=m.shape[1], C=x.shape[1], **shape
     )
@@ -111,7 +119,36 @@ def dgrad_op(
 
 @dgrad_op.register_fake
 def _(m, x, affine, statistics, of_m, of_z, offset):
-    return [torch.empty_like(x), affine.new_empty((affine.shape[1], _parts(x, affine), 2, x.shape[1]))]
+    return [torch.empty_like(x), affine.new_empty((affine.shape[1], _parts(x, affine, TILE_OF_DGRAD), 2, x.shape[1]))]
+
+
+@torch.library.custom_op("fastsiam::pointwise_join_dgrad", mutates_args=())
+def join_dgrad_op(
+    grad: torch.Tensor, weight: torch.Tensor, carried: torch.Tensor, y: torch.Tensor, statistics: torch.Tensor,
+    x: torch.Tensor | None,
+) -> list[torch.Tensor]:  # fmt: skip
+    """m = grad weight + carried, 0 where y <= 0, and its sums [V, parts, 1 or 2, C'] over parts of the rows.
+
+    `grad`: of the next convolution's result, [V*N, C, H, W]; `weight` [C, C'] is that convolution's; `carried` and `y`
+    [V*N, C', H, W]. With `x`, of y's shape, there are sums of m (x - mean) too, where `statistics` [2, V, C'] begin
+    with the means.
+    """
+    grid, shape = _tiles(grad, statistics, y.shape[1], TILE_OF_JOIN_DGRAD)
+    m = torch.empty_like(y)
+    kinds = 1 if x is None else 2
+    parts = _parts(y, statistics, TILE_OF_JOIN_DGRAD)
+    partial = statistics.new_empty((statistics.shape[1], parts, kinds, y.shape[1]))
+    join_dgrad_kernel[grid](
+        grad, weight, carried, y, y if x is None else x, statistics, m, partial, C_IN=grad.shape[1], C=y.shape[1],
+        NORMED=x is not None, **shape,
+    )  # fmt: skip
+    return [m, partial]
+
+
+@join_dgrad_op.register_fake
+def _(grad, weight, carried, y, statistics, x):
+    shape = statistics.shape[1], _parts(y, statistics, TILE_OF_JOIN_DGRAD), 1 if x is None else 2, y.shape[1]
+    return [torch.empty_like(y), statistics.new_empty(shape)]
 
 
 @torch.library.custom_op("fastsiam::batch_norm_take_in", mutates_args=("running",))
@@ -151,8 +188,8 @@ def _over_rows(x, affine, lefts):
     return grid, shape | {"LEFTS": height, "COLUMNS": width, "ROWS": depth}
 
 
-def _parts(x, affine):
-    return triton.cdiv(_rows(x, affine), TILE_OF_DGRAD[0])
+def _parts(x, affine, tile):
+    return triton.cdiv(_rows(x, affine), tile[0])
 
 
 def _tiles(x, affine, channels, tile):
@@ -186,3 +223,8 @@ def _(x, affine, weight, coefficients, shortcut, *, out_shape=None):
 @register_flop_formula(torch.ops.fastsiam.pointwise_dgrad)
 def _(m, x, *others, out_shape=None):
     return _multiply_adds(x, None, m[1] + x[1])
+
+
+@register_flop_formula(torch.ops.fastsiam.pointwise_join_dgrad)
+def _(grad, weight, *others, out_shape=None):
+    return _multiply_adds(grad, None, weight[1])

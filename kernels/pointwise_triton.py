@@ -145,6 +145,38 @@ def dgrad_kernel(
 
 
 @triton.jit
+def join_dgrad_kernel(
+    grad, weight, carried, y, x, statistics, m, partial, num_rows, VIEWS,
+    C_IN: tl.constexpr, C: tl.constexpr, NORMED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """m = grad weight + carried where y lets it pass; sums of m and, if NORMED, of m (x - mean)."""
+    ACC: tl.constexpr = partial.dtype.element_ty
+    BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
+    KINDS: tl.constexpr = 2 if NORMED else 1
+    tile, view = tl.program_id(0) // BLOCKS, tl.program_id(1)
+    cols = (tl.program_id(0) % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
+    begin, length = view.to(tl.int64) * num_rows + tile * ROWS, num_rows - tile * ROWS
+    rows, acc = tl.arange(0, ROWS), tl.zeros([ROWS, COLUMNS], ACC)
+    for start in range(0, C_IN, DEPTH):
+        depth = start + tl.arange(0, DEPTH)
+        factor = _load(weight, depth, cols, C_IN, C)
+        acc = _dot(_load(grad + begin * C_IN, rows, depth, length, C_IN), factor, acc)
+    acc += _load(carried + begin * C, rows, cols, length, C).to(ACC)
+    # As torch: NaN passes its gradient on.
+    rounded = tl.where(_load(y + begin * C, rows, cols, length, C) <= 0.0, 0.0, acc).to(m.dtype.element_ty)
+    _store(m + begin * C, rounded, rows, cols, length, C)
+    found = rounded.to(ACC)
+    tiles = tl.num_programs(0) // BLOCKS
+    partial += (view * tiles + tile).to(tl.int64) * KINDS * C
+    tl.store(partial + cols, tl.sum(found, 0), mask=cols < C)
+    if NORMED:
+        mean = _of_channels(statistics, 0, view, cols, VIEWS, C)
+        away = _load(x + begin * C, rows, cols, length, C).to(ACC) - mean[None, :]
+        tl.store(partial + C + cols, tl.sum(found * away, 0), mask=cols < C)
+
+
+@triton.jit
 def take_in_kernel(
     statistics, mean, variance, tracked, count,
     MOMENTUM: tl.constexpr, VIEWS: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr,

@@ -21,7 +21,7 @@ _BY_KERNEL = {
     "convolution": FORWARD, DGRAD: OF_INPUTS, WGRAD: OF_WEIGHTS,
     "batch_norm_statistics": STATISTICS, "batch_norm_apply": APPLY, "batch_norm_reduce": REDUCTIONS,
     "batch_norm_apply_backward": BACKWARD_APPLY, "pointwise_gram": STATISTICS, "pointwise_join": FORWARD,
-    "pointwise_dgrad": OF_INPUTS, "pointwise_rows_product": OF_WEIGHTS,
+    "pointwise_dgrad": OF_INPUTS, "pointwise_join_dgrad": OF_INPUTS, "pointwise_rows_product": OF_WEIGHTS,
     "max_pool": MAX_POOL, "max_pool_backward": MAX_POOL,
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The tail of a Bottleneck, from the 3x3 convolution's result to the block's, as one step of autograd.
+"""The tail of a Bottleneck, from the 3x3 convolution's result to the next block's first one, as one step of autograd.
 
     z = relu(bn(x)),  u = W z,  y = relu(bn'(u) + shortcut)
 
@@ -9,6 +9,9 @@ S2 = sum m (u - mean(u)) = diag((m^T z) W^T) - S1 mean(u), and the gradient of u
     du = scale (m - S1/n - (u - mean(u)) S2 / (n var)),    scale = weight' / sqrt(var),
 
 is linear in m and z, as are du^T z and du W, the gradients of W and z. All of it is per view.
+
+m is the sum of the gradients of y's two users, masked. The next block's first convolution is one of them, so that the
+kernel which computes its gradient can add the other's, mask the sum and add m up.
 """
 
 from typing import NamedTuple
@@ -27,6 +30,15 @@ class Shortcut(NamedTuple):
 
     norm: nn.Module
     x: torch.Tensor
+
+
+class Begun(NamedTuple):
+    """What the next block begins with."""
+
+    inner: torch.Tensor
+    """Its first convolution's result."""
+    carried: torch.Tensor
+    """Its input."""
 
 
 class _Options(NamedTuple):
@@ -61,11 +73,13 @@ def fused_pointwise(
     shortcut: torch.Tensor | Shortcut,
     *,
     forks: bool = False,
+    following: nn.Conv2d | None = None,
 ):
     """Returns relu(after(convolution(relu(norm(x)))) + shortcut), images [V*N, C', H, W] of x's [V*N, C, H, W].
 
     `norm` and `after` are per-view batch norms, whose running statistics move; so does the shortcut's. `forks` and
-    errors: as in `fused_norm`.
+    errors: as in `fused_norm`. With `following`, a 1x1 convolution of the result, it is `Begun`: the sum of its
+    gradient and of the other user's is then part of one kernel.
     """
     num_views, world_size = norm.num_views, norm.world_size
     count = checked_count(x, num_views, world_size)
@@ -80,7 +94,9 @@ def fused_pointwise(
             tensors += [layer.weight, layer.bias, of_ranks(own, world_size)]
             _move(layer, tensors[-1], count)
     options = _Options(norm.eps, after.eps, eps_shortcut, world_size, count, forks)
-    return _FusedPointwise.apply(options, shortcut, *tensors)
+    if following is None:
+        return _FusedPointwise.apply(options, shortcut, None, *tensors)
+    return Begun(*_FusedPointwise.apply(options, shortcut, following.weight, *tensors))
 
 
 def _of_forward(norm, weight, after, x, count):
@@ -113,7 +129,6 @@ def _move(layer, statistics, count):
 
 
 class _Saved(NamedTuple):
-    y: torch.Tensor
     x: torch.Tensor
     of_norm: torch.Tensor
     bias_norm: torch.Tensor
@@ -136,7 +151,7 @@ class _FusedPointwise(torch.autograd.Function):
     """Its tensors: `_Saved` from x on; with a batch norm in the shortcut its weight, bias and statistics."""
 
     @staticmethod
-    def forward(ctx, options, shortcut, *tensors):
+    def forward(ctx, options, shortcut, following, *tensors):
         x, _, _, weight, of_after, bias = tensors[:6]
         affine, (mean, variance) = tensors[7:9]
         scale = of_after * torch.rsqrt(variance + options.eps_after)
@@ -146,30 +161,48 @@ class _FusedPointwise(torch.autograd.Function):
             third = of_shortcut * torch.rsqrt(variance + options.eps_shortcut)
             coefficients, kept = [scale, coefficients[1] + bias - mean * third, third], [shortcut]
         y = kernels.join_op(x, affine, _matrix(weight, x), torch.stack(coefficients), shortcut)
-        ctx.save_for_backward(y, *tensors, *kept)
+        ctx.save_for_backward(y, following, *tensors, *kept)
         ctx.options = options
+        if following is not None:
+            return torch.conv2d(y, following.to(y.dtype)), y
         return (y, y.view_as(y)) if options.forks else y
 
     @staticmethod
     def backward(ctx, *grads):
         options = ctx.options
-        saved, of_shortcut = _Saved(*ctx.saved_tensors[:14]), []
+        y, following, *saved = ctx.saved_tensors
+        saved, more, of_shortcut = _Saved(*saved[:13]), saved[13:], []
         if options.eps_shortcut is not None:
-            weight, bias, statistics, images = ctx.saved_tensors[14:]
+            weight, bias, statistics, images = more
             of_shortcut = [[images], [statistics], [weight], [bias], [options.eps_shortcut]]
-        masked = of_shortcut or [[], [saved.of_u], [saved.of_after], [saved.bias_after], [options.eps_after]]
         # A mean over places gives each of them the same gradient, a tensor without memory of its own.
         grads = [grad.contiguous(memory_format=torch.channels_last) for grad in grads]
         with torch.autocast(saved.x.device.type, enabled=False):
-            own, m = norm_kernels.reduce_op(grads, *masked, saved.y, True, saved.counter)
+            own, m, of_following = _through_join(grads, y, following, saved, of_shortcut)
             of_convolution, factors, sums = _through_convolution(saved, options, own, m)
             g, partial = kernels.dgrad_op(m, saved.x, saved.affine, saved.statistics, *factors)
             layer = [saved.x], [saved.statistics], [saved.of_norm], [saved.bias_norm], [options.eps]
             of_norm = _below_norm(g, layer, partial.sum(1).movedim(1, 0).contiguous(), None, options)
             if not of_shortcut:
-                return None, m, *of_norm, *of_convolution, *[None] * 7
+                return None, m, of_following, *of_norm, *of_convolution, *[None] * 7
             of_carried, *of_layer = _below_norm(m, of_shortcut, own, sums[:2].contiguous(), options)
-        return None, of_carried, *of_norm, *of_convolution, *[None] * 7, *of_layer, None
+        return None, of_carried, of_following, *of_norm, *of_convolution, *[None] * 7, *of_layer, None
+
+
+def _through_join(grads, y, following, saved, of_shortcut):
+    """Sums of m, [1, V, C'], and with a batch norm in the shortcut [2, V, C']; m; the gradient of `following`."""
+    if following is None:
+        # Without images of its own the mask is all: the other numbers say how many views and channels there are.
+        masked = of_shortcut or [[], [saved.of_u], [saved.of_after], [saved.bias_after], [1.0]]
+        own, m = norm_kernels.reduce_op(grads, *masked, y, True, saved.counter)
+        return own, m, None
+    weight, (of_inner, carried) = following.to(y.dtype), grads
+    of_following = torch.ops.aten.convolution_backward(
+        of_inner, y, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [False, True, False]
+    )[1]
+    (x,), (statistics,) = of_shortcut[:2] or ([None], [saved.of_u])
+    m, partial = kernels.join_dgrad_op(of_inner, weight.flatten(1), carried, y, statistics, x)
+    return partial.sum(1).movedim(1, 0).contiguous(), m, of_following.to(following.dtype)
 
 
 def _through_convolution(saved, options, own, m):

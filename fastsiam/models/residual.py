@@ -14,7 +14,7 @@ from fastsiam.kernels import max_pool
 from fastsiam.models.batch_norm import PerViewBatchNorm2d
 from fastsiam.models.encoder import CifarResNet
 from fastsiam.models.fused_norm import fused_norm, takes_kernels
-from fastsiam.models.fused_pointwise import Shortcut, fused_pointwise, is_pointwise, takes_pointwise
+from fastsiam.models.fused_pointwise import Begun, Shortcut, fused_pointwise, is_pointwise, takes_pointwise
 
 # Layers in their order, of torchvision's and timm's classes of these names.
 _LAYERS = {
@@ -36,18 +36,25 @@ def fuse_residual_blocks(module: nn.Module) -> nn.Module:
             part.__class__ = _fused(type(part))
         elif _is_resnet(part):
             _fuse_stem(part)
+    for block, after in _pairs(module):
+        block.forks = isinstance(block, _Fused) and isinstance(after, _Fused)
+    return module
+
+
+def _pairs(module):
+    """Blocks of ResNets in `module` with the ones that follow them."""
     for part in module.modules():
         if _is_resnet(part) or isinstance(part, CifarResNet):
             # Stage after stage: what lies between two blocks hands on what it is given.
-            blocks = [block for stage in part.children() if isinstance(stage, nn.Sequential) for block in stage]
-            for block, after in pairwise(blocks):
-                block.forks = isinstance(block, _Fused) and isinstance(after, _Fused)
-    return module
+            yield from pairwise(
+                [block for stage in part.children() if isinstance(stage, nn.Sequential) for block in stage]
+            )
 
 
 def fuse_pointwise(encoder: nn.Module, name: str) -> nn.Module:
     """Lets the fused bottlenecks in `encoder` take their last convolution in, in place; returns `encoder`.
 
+    A block that another one of them follows gives its result as `Begun`: the next one's first convolution is done.
     `name`: of the encoder, for the `UserError` where it has no fused bottlenecks.
     """
     blocks = [
@@ -63,6 +70,10 @@ def fuse_pointwise(encoder: nn.Module, name: str) -> nn.Module:
         )
     for block in blocks:
         block.is_pointwise = True
+    for block, after in _pairs(encoder):
+        if block in blocks and after in blocks and is_pointwise(after.conv1):
+            # In a tuple, so that it is no part of this module.
+            block.following = (after,)
     return encoder
 
 
@@ -128,18 +139,22 @@ class _Fused:
     is_pointwise = False
     """Whether the last convolution is part of the join."""
 
+    following = ()
+    """The next block, where its first convolution is a part of this one: then the result is `Begun`."""
+
     def forward(self, x):
-        x, carried = x if isinstance(x, tuple) else (x, x)
+        begun = x.inner if isinstance(x, Begun) else None
+        x, carried = (x.carried,) * 2 if isinstance(x, Begun) else x if isinstance(x, tuple) else (x, x)
         layers = [(getattr(self, conv), getattr(self, norm)) for conv, norm in _layers(self)]
         shortcut = [] if _is_identity(self.downsample) else list(self.downsample)
         norms = [norm for _, norm in layers] + shortcut[-1:]
         if not takes_kernels(x, *norms):
             return super().forward(x)
-        for convolution, norm in layers[:-1]:
-            inner = convolution(x)
-            if self.is_pointwise and norm is layers[1][1] and takes_pointwise(inner, *norms):
-                return self._with_convolution(inner, carried, shortcut)
-            x = fused_norm([norm], [inner], relu=True)
+        for place, (convolution, norm) in enumerate(layers[:-1]):
+            x = convolution(x) if begun is None or place else begun
+            if self.is_pointwise and place and takes_pointwise(x, *norms):
+                return self._with_convolution(x, carried, shortcut)
+            x = fused_norm([norm], [x], relu=True)
         convolution, norm = layers[-1]
         x = convolution(x)
         if not shortcut:
@@ -153,7 +168,8 @@ class _Fused:
             for layer in shortcut[:-1]:
                 carried = layer(carried)
             carried = Shortcut(shortcut[-1], carried)
-        return fused_pointwise(self.bn2, self.conv3, self.bn3, x, carried, forks=self.forks)
+        following = self.following[0].conv1 if self.following else None
+        return fused_pointwise(self.bn2, self.conv3, self.bn3, x, carried, forks=self.forks, following=following)
 
 
 def _layers(block):

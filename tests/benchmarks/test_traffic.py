@@ -67,18 +67,20 @@ def test_a_convolution_with_batch_norm_and_relu_moves_what_a_pencil_says():
 
 
 @pytest.mark.slow
-def test_a_bottleneck_without_the_sides_of_its_last_convolution_moves_what_a_pencil_says():
+def test_bottlenecks_without_the_sides_of_their_last_convolution_move_what_a_pencil_says():
     """64 images of 28 px, two views, 16 channels inside and 64 outside: 1.6 MB, and four times that."""
-    block = split_statistics(Bottleneck(64, 16), 2).to(memory_format=torch.channels_last)
-    fuse_pointwise(fuse_residual_blocks(block), "a block")
+    blocks = split_statistics(nn.Sequential(Bottleneck(64, 16), Bottleneck(64, 16)), 2)
+    fuse_pointwise(fuse_residual_blocks(blocks.to(memory_format=torch.channels_last)), "two blocks")
+    blocks[0].following = (blocks[1],)
     images = torch.empty(64, 64, 28, 28, dtype=torch.bfloat16, memory_format=torch.channels_last).requires_grad_()
     x, wide, weight, products = 64 * 16 * 28 * 28 * 2, 64 * 64 * 28 * 28 * 2, 64 * 16 * 2, 2 * 64 * 28 * 28 * 16
-    moved = {launch.kernel: launch for launch in schedule(block, (images,), H200).launches}
+    moved = {launch.kernel: launch for launch in schedule(blocks, (images,), H200).launches}
     for name, read, written, operations in (
         ("pointwise_gram", x, 0, 16 * products),
         ("pointwise_join", x + wide + weight, wide, 64 * products),
         ("pointwise_rows_product", x + wide, 0, 64 * products),
         ("pointwise_dgrad", x + wide, x, (64 + 16) * products),
+        ("pointwise_join_dgrad", x + 2 * wide + weight, wide, 64 * products),
     ):
         launch = moved[name]
         # Besides: numbers of a channel, matrices of a view, and of 264 programs a matrix each.

@@ -8,7 +8,7 @@ from fastsiam.kernels import augment_triton, pointwise
 from tests.support.processes import run_python
 
 pytestmark = pytest.mark.slow
-POINTWISE = ("gram", "rows_product", "join", "join_normed", "dgrad")
+POINTWISE = ("gram", "rows_product", "join", "join_normed", "dgrad", "join_dgrad", "join_dgrad_normed")
 
 
 @pytest.fixture(scope="module")

@@ -118,12 +118,48 @@ def test_it_errs_by_at_most_twice_what_plain_torch_errs(form, dtype, monkeypatch
         assert (buffer - truth).abs().max() <= 2 * (other - truth).abs().max() + 2**-22 * truth.abs().max()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("normed", [False, True])
+def test_the_gradient_at_a_join_errs_by_at_most_twice_what_plain_torch_errs(normed, dtype, monkeypatch):
+    """That of a convolution of 20 to 140 channels and of another user, below a ReLU; 75 rows in each of two views."""
+    mend_bfloat16(monkeypatch)
+    generator = torch.Generator().manual_seed(0)
+
+    def images(channels):
+        x = torch.randn(6, channels, 5, 5, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    grad, (carried, y, x) = images(20), (images(140) for _ in range(3))
+    weight = torch.randn(20, 140, generator=generator).to(DEVICE, dtype)
+    statistics = torch.randn(2, 2, 140, generator=generator).to(DEVICE)
+
+    def below(kind):
+        through = F.conv_transpose2d(grad.to(kind), weight.to(kind)[:, :, None, None])
+        return torch.where(y > 0, through + carried.to(kind), 0.0)
+
+    m, partial = pointwise.join_dgrad_op(grad, weight, carried, y, statistics, x if normed else None)
+    assert_as_exact_as_plain([m], [below(torch.float64)], [below(dtype)], dtype)
+    m, away = m.double(), x.double() - statistics[0].double().repeat_interleave(3, 0)[:, :, None, None]
+    expected = [m, m * away] if normed else [m]
+    expected = torch.stack([one.unflatten(0, (2, 3)).sum((1, 3, 4)) for one in expected], 1)
+    torch.testing.assert_close(partial.sum(1).double(), expected, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize("form", FORMS)
 def test_in_fp64_it_is_plain_torch(form, views):
     _, drawn = to(draw(form, views, (2, 5, 4, 4), 18), torch.float64)
     mine, plainly = results(ours, copy.deepcopy(drawn)), results(plain, drawn)
     torch.testing.assert_close(mine, plainly, atol=1e-12, rtol=1e-10)
+
+
+def test_autocast_leaves_what_is_of_statistics_in_fp32():
+    """In half precision their products would lose three digits."""
+    rounded, _ = to(draw("norm, two users", shape=(2, 5, 4, 4), wide=18), torch.float16)
+    expected = results(ours, copy.deepcopy(rounded))
+    with torch.autocast(DEVICE, torch.float16):
+        found = results(ours, rounded)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_a_large_mean_before_the_convolution_does_not_cancel():
@@ -185,6 +221,7 @@ def test_what_a_batch_cannot_give_raises_and_leaves_the_statistics():
     torch.testing.assert_close([layer.state_dict() for layer in layers], before, atol=0, rtol=0)
 
 
+@pytest.mark.slow
 def test_opcheck():
     rounded, _ = to(draw("identity", shape=(2, 5, 3, 3), wide=18), torch.float32)
     layers, x, shortcut = rounded[0], rounded[1].detach(), rounded[2].detach()
@@ -199,5 +236,8 @@ def test_opcheck():
     check(pointwise.join_op, x, affine, layers[1].weight.detach().flatten(1), statistics, shortcut)
     factors = torch.rand(2, 18, 5, device=DEVICE), torch.rand(2, 5, 5, device=DEVICE), affine[0]
     check(pointwise.dgrad_op, shortcut, x, affine, affine[:2], *factors)
+    back = torch.rand(5, 18, device=DEVICE)
+    check(pointwise.join_dgrad_op, x, back, shortcut, shortcut, statistics, None)
+    check(pointwise.join_dgrad_op, x, back, shortcut, shortcut, statistics, shortcut)
     running = [layers[2].running_mean, layers[2].running_var, layers[2].num_batches_tracked]
     check(pointwise.take_in_op, statistics, running, 0.1, 18)

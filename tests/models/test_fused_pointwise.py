@@ -22,17 +22,35 @@ from tests.support.refusals import refuses
 if DEVICE == "cuda":
     pytestmark = pytest.mark.gpu
 
+# Channels of the images, and the stride.
 SHORTCUTS = {"identity": (16, 1), "downsampling": (8, 1), "downsampling by 2": (8, 2)}
+CHAIN = "a network of the three"
 
 
-def bottleneck(shortcut, views=2, world_size=1):
-    """torchvision's, of 4 channels inside and 16 outside, in fp64."""
-    torch.manual_seed(0)
+def narrow_block(shortcut):
+    """torchvision's, of 4 channels inside and 16 outside."""
     channels, stride = SHORTCUTS[shortcut]
     down = None
     if shortcut != "identity":
         down = nn.Sequential(nn.Conv2d(channels, 16, 1, stride, bias=False), nn.BatchNorm2d(16))
-    block = resnet.Bottleneck(channels, 4, stride, down)
+    return resnet.Bottleneck(channels, 4, stride, down)
+
+
+def chain():
+    """One block after the other, each of which begins the next one's work, in two stages behind a stem."""
+    network = resnet.ResNet(resnet.Bottleneck, [1, 1, 1, 1])
+    network.conv1, network.bn1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8)
+    network.layer1 = nn.Sequential(narrow_block("downsampling"), narrow_block("identity"))
+    down = nn.Sequential(nn.Conv2d(16, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    network.layer2 = nn.Sequential(resnet.Bottleneck(16, 4, 2, down))
+    network.layer3, network.layer4, network.fc = nn.Sequential(), nn.Sequential(), nn.Identity()
+    return network
+
+
+def bottleneck(shortcut, views=2, world_size=1):
+    """A block, or the chain of them, in fp64."""
+    torch.manual_seed(0)
+    block = chain() if shortcut == CHAIN else narrow_block(shortcut)
     for layer in block.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
@@ -45,8 +63,9 @@ def fused(network):
     return fuse_pointwise(fuse_residual_blocks(copy.deepcopy(network)), "a network")
 
 
-def images_of(shortcut, batch=6, size=6):
-    x = torch.randn(batch, SHORTCUTS[shortcut][0], size, size, generator=torch.Generator().manual_seed(0)).double()
+def images_of(shortcut, batch=6):
+    channels, size = (3, 16) if shortcut == CHAIN else (SHORTCUTS[shortcut][0], 6)
+    x = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0)).double()
     return x.to(DEVICE).contiguous(memory_format=torch.channels_last)
 
 
@@ -57,7 +76,7 @@ def calls_of(monkeypatch):
 
 
 @pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("shortcut", [*SHORTCUTS, CHAIN])
 def test_a_step_is_the_librarys(shortcut, views, monkeypatch):
     plain = bottleneck(shortcut, views)
     mine = fused(plain)
@@ -68,9 +87,13 @@ def test_a_step_is_the_librarys(shortcut, views, monkeypatch):
         with monkeypatch.context() as patch:
             take_kernels(patch)
             assert_same(step(mine, images_of(shortcut) + number), expected)
-    assert len(calls) == 2
-    assert list(mine.state_dict()) == list(plain.state_dict())
-    assert mine.bn3.num_batches_tracked == 2 * views
+    blocks = [module for module in mine.modules() if isinstance(module, residual._Fused)]
+    assert len(calls) == 2 * len(blocks)
+    # The following block is not a part of a block, and that of a copy is the copy's.
+    assert [list(module.state_dict()) for module in (mine, copy.deepcopy(mine))] == [list(plain.state_dict())] * 2
+    assert all(block.bn3.num_batches_tracked == 2 * views for block in blocks)
+    copied = [module for module in copy.deepcopy(mine).modules() if isinstance(module, residual._Fused)]
+    assert [block.following for block in copied] == [(after,) for after in copied[1:]] + [()]
 
 
 def test_a_network_of_them_is_timms(monkeypatch):
@@ -105,48 +128,49 @@ def test_elsewhere_nothing_changes(monkeypatch):
 
 def test_a_step_compiles_to_one_graph(monkeypatch):
     torch._dynamo.reset()
-    plain = bottleneck("downsampling by 2")
-    mine, x = fused(plain), images_of("downsampling by 2")
+    plain = bottleneck(CHAIN)
+    mine, x = fused(plain), images_of(CHAIN)
     expected = step(plain, x)
     take_kernels(monkeypatch)
     call = torch.compile(mine, fullgraph=True, backend="inductor" if DEVICE == "cuda" else "aot_eager")
     assert_same(step(mine, x, call), expected)
 
 
-def test_a_recomputed_block_moves_its_statistics_once(monkeypatch):
-    plain = bottleneck("identity")
-    mine, x = nn.Sequential(fused(plain)), images_of("identity")
-    assert isinstance(recompute_activations(mine, "a network")[0], residual._Fused)
-    expected = step(nn.Sequential(plain), x)
+def test_recomputed_blocks_move_their_statistics_once(monkeypatch):
+    plain = bottleneck(CHAIN)
+    mine, x = recompute_activations(fused(plain), "a network"), images_of(CHAIN)
+    expected = step(plain, x)
     take_kernels(monkeypatch)
     assert_same(step(mine, x), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_under_autocast_what_is_of_weights_stays_fp32(dtype, monkeypatch):
-    """Half precision where the library has it; the statistics' products too would lose three digits."""
-    block, x = bottleneck("identity").float(), images_of("identity").float()
+def test_a_block_with_frozen_statistics_takes_up_what_the_one_before_has_begun(monkeypatch):
+    plain = bottleneck(CHAIN)
+    mine, x = fused(plain), images_of(CHAIN)
+    for network in (plain, mine):
+        network.layer1[1].bn2.eval()
+    expected = step(plain, x)
     take_kernels(monkeypatch)
-    seen, take_in = [], pointwise.take_in_op
-    monkeypatch.setattr(pointwise, "take_in_op", lambda *arguments: seen.append(arguments[0]) or take_in(*arguments))
-    with torch.autocast(DEVICE, dtype):
-        y = fused(block)(x.to(dtype))
-    y.sum().backward()
-    assert y.dtype == dtype
-    assert {statistics.dtype for statistics in seen} == {torch.float32}
+    calls = calls_of(monkeypatch)
+    assert_same(step(mine, x), expected)
+    assert len(calls) == 2
 
 
-def of_one_rank(shortcut):
+def of_one_rank():
     """Two steps by the kernels on this rank's half of each view."""
     with pytest.MonkeyPatch.context() as patch:
         take_kernels(patch)
-        return two_steps(fused(bottleneck(shortcut, 2, 2)), shard(images_of(shortcut, 8, 4), 2), 1.0)
+        calls = calls_of(patch)
+        x = shard(images_of(CHAIN, 8), 2).contiguous(memory_format=torch.channels_last)
+        found = two_steps(fused(bottleneck(CHAIN, 2, 2)), x, 1.0)
+        assert len(calls) == 6
+        return found
 
 
-@pytest.mark.parametrize("shortcut", ["identity", "downsampling by 2"])
-def test_two_ranks_are_one(ranks, shortcut):
-    expected = two_steps(bottleneck(shortcut), images_of(shortcut, 8, 4), 1.0)
-    found = ranks(2, of_one_rank, shortcut)
+@pytest.mark.slow
+def test_two_ranks_are_one(ranks):
+    expected = two_steps(bottleneck(CHAIN), images_of(CHAIN, 8), 1.0)
+    found = ranks(2, of_one_rank)
     for key in ("out", "grad"):
         torch.testing.assert_close(joined([one[key] for one in found], 2), expected[key], atol=1e-10, rtol=1e-9)
     for key, reference in expected["gradients"].items():

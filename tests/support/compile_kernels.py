@@ -128,6 +128,9 @@ def pointwise_variants(shapes=POINTWISE_SHAPES):
             launches.append((f"join{form}", pointwise_triton.join_kernel, of_join | {"NORMED": normed}))
         of_dgrad = {"C_OUT": wide, "C": channels} | tiles(x, affine, channels, pointwise.TILE_OF_DGRAD)[1]
         launches.append(("dgrad", pointwise_triton.dgrad_kernel, of_dgrad))
+        of_next = {"C_IN": channels, "C": wide} | tiles(x, affine, wide, pointwise.TILE_OF_JOIN_DGRAD)[1]
+        for form, normed in (("", False), ("_normed", True)):
+            launches.append((f"join_dgrad{form}", pointwise_triton.join_dgrad_kernel, of_next | {"NORMED": normed}))
         for name, kernel, constants in launches:
             num_warps = constants.pop("num_warps", pointwise.TILE_OF_ROWS_PRODUCT[3])
             constants = {key: value for key, value in constants.items() if key.isupper() and key != "VIEWS"}
