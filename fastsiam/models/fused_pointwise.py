@@ -229,7 +229,7 @@ def _through_convolution(saved, options, own, m):
         (inverse_std * s2).sum(0).to(saved.of_after.dtype),
         own[0].sum(0).to(saved.bias_after.dtype),
     )
-    of_m, of_z = scale[..., None] * weight, -(weight.T @ (slope[..., None] * weight))
+    of_m, of_z = scale[..., None] * weight, -(weight.T @ (slope[..., None] * weight)).contiguous()
     factors = of_m.to(m.dtype), of_z.to(m.dtype), (slope * mean - constant) @ weight
     return of_parameters, factors, sums
 
