@@ -77,6 +77,11 @@ def nt_xent_ref(z, temperature, *, num_views=2):
     return lse.mean() - logits[is_positive & ~is_self].mean()
 
 
+def max_pool_ref(x, kernel_size, stride, padding):
+    """The maxima of square windows of [B, C, H, W]."""
+    return F.max_pool2d(x, kernel_size, stride, padding)
+
+
 def info_nce_ref(queries, keys, positives, temperature, *, selves=None):
     """InfoNCE of queries [n, D] against keys [M, D] from the matrix [n, M]; the mean over positives [n] or [n, P]."""
     dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)

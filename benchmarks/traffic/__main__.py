@@ -118,7 +118,7 @@ def count_at(commit: str, arguments: list[str]) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic", description=__doc__.partition("\n")[0])
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example model.fused_pointwise=true")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="not of the commit to compare with")
     parser.add_argument("--config", default="r50_100ep", help="YAML file, or the name of one in configs/ (%(default)s)")
     parser.add_argument("--batch", type=int, help="images of a step; without it the config's")
     parser.add_argument("--gpu", choices=tuple(GPUS), default="h200", help="(%(default)s)")
@@ -126,15 +126,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(VIEW_BY_VIEW, action="store_true", help="the encoder once for each view, not once for all")
     parser.add_argument("--out", type=Path, help="folder for traffic.jsonl; without it lines are only printed")
     arguments = parser.parse_args(argv)
-    overrides = list(arguments.overrides)
-    if arguments.batch is not None:
-        overrides.append(f"train.batch_size={arguments.batch}")
+    batch = [] if arguments.batch is None else [f"train.batch_size={arguments.batch}"]
+    overrides = [*arguments.overrides, *batch]
     try:
         load_config(arguments.config, overrides)
         name = os.path.abspath(arguments.config) if os.path.isfile(arguments.config) else arguments.config
         results = Results(arguments.out, torch.device("cpu"))
         counted = count(name, arguments.gpu, overrides, arguments.view_by_view)
-        other = count_at(arguments.against, [name, arguments.gpu, *overrides]) if arguments.against else None
+        # It may not know a key, and what a key changes is the question.
+        other = count_at(arguments.against, [name, arguments.gpu, *batch]) if arguments.against else None
     except UserError as error:
         print(f"benchmarks: {error} [{error.code}]", file=sys.stderr)
         return 2
