@@ -77,7 +77,7 @@ def nt_xent_ref(z, temperature, *, num_views=2):
     return lse.mean() - logits[is_positive & ~is_self].mean()
 
 
-def max_pool_ref(x, kernel_size, stride, padding):
+def max_pool_ref(x: torch.Tensor, kernel_size: int, stride: int, padding: int) -> torch.Tensor:
     """The maxima of square windows of [B, C, H, W]."""
     return F.max_pool2d(x, kernel_size, stride, padding)
 
