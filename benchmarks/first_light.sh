@@ -202,6 +202,8 @@ if [[ $what == main ]]; then
     part cifar 95 "[[ -d $WORK/cifar10/train ]] && $PYTHON -m fastsiam.train --config r18_cifar10_20min data.train=$WORK/cifar10/train data.val=$WORK/cifar10/val budget=$CIFAR train.device=$DEVICE run.dir=$WORK/runs run.name=cifar ${RUN[*]}; code=\$?; mkdir -p $WORK/results/cifar; cp $WORK/runs/cifar/{metrics.jsonl,status.json,environment.json,spent.json} $WORK/results/cifar/ 2> /dev/null; exit \$code"
     # ---- what decisions turn on, in the time that is left
     if [[ $DEVICE == cuda ]]; then
+        # In a folder of its own: its rows have the names of step50's.
+        part pointwise50 90 "$(rows r50_100ep $B50 0.13 fastsiam --set model.fused_pointwise=true --out "$WORK/results/pointwise")"
         part graphs18 60 "$(rows r18_cifar10_800ep $B18 0.1 "fastsiam; $eager; compile with CUDA graphs")"
         part two50 80 "$(rows r50_100ep $B50 0.13 'compile, two calls; + two calls in one callable')"
     else
