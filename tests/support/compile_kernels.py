@@ -111,7 +111,8 @@ def batch_norm_variants(channels=256, views=2):
     bare = {"XS": 0, "JOIN": True, "TWO_GRADS": True, "RELU": True, "EPS": 1e-5, "DEEP": batch_norm.DEEP, **of_rows}
     launches.append(("reduce_bare", batch_norm_triton.reduce_kernel, bare))
     for name, kernel, constants in launches:
-        yield f"batch_norm_{name}", kernel, BATCH_NORM_POINTERS, constants, batch_norm.NUM_WARPS
+        warps = batch_norm.REDUCTION_WARPS if "DEEP" in constants else batch_norm.NUM_WARPS
+        yield f"batch_norm_{name}", kernel, BATCH_NORM_POINTERS, constants, warps
 
 
 def pointwise_variants(shapes=POINTWISE_SHAPES):
