@@ -8,11 +8,7 @@ or fp64 for fp64. `batch_norm.py` says what each of them is for and launches the
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _load(ptr, rows, cols, num_rows, C: tl.constexpr, ACC: tl.constexpr):
-    mask = (rows < num_rows)[:, None] & (cols < C)[None, :]
-    return tl.load(ptr + rows[:, None] * C + cols[None, :], mask=mask, other=0.0).to(ACC)
+from fastsiam.kernels.rows_triton import load_rows, store_rows, tile_of_program
 
 
 @triton.jit
@@ -25,12 +21,6 @@ def _deep_rows(start, ROWS: tl.constexpr, DEEP: tl.constexpr):
 def _load_deep(ptr, rows, cols, num_rows, C: tl.constexpr, ACC: tl.constexpr):
     mask = (rows < num_rows)[:, :, None] & (cols < C)[None, None, :]
     return tl.load(ptr + rows[:, :, None] * C + cols[None, None, :], mask=mask, other=0.0).to(ACC)
-
-
-@triton.jit
-def _store(ptr, value, rows, cols, num_rows, C: tl.constexpr):
-    mask = (rows < num_rows)[:, None] & (cols < C)[None, :]
-    tl.store(ptr + rows[:, None] * C + cols[None, :], value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -151,25 +141,22 @@ def apply_kernel(
     C: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = statistics_a.dtype.element_ty
-    BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
-    tile, view = tl.program_id(0) // BLOCKS, tl.program_id(1)
-    cols = (tl.program_id(0) % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
+    tile, view, cols, first, left = tile_of_program(num_rows, C, COLUMNS, ROWS)
     if RUNNING:  # noqa: SIM102 (a constant, then a number of the GPU's)
         if (tile == 0) & (view == 0):
             _take_in(mean_a, variance_a, tracked_a, statistics_a, cols, count, MOMENTUM_A, VIEWS, C, ACC)
             if TWO:
                 _take_in(mean_b, variance_b, tracked_b, statistics_b, cols, count, MOMENTUM_B, VIEWS, C, ACC)
-    begin, left = (view.to(tl.int64) * num_rows + tile * ROWS) * C, num_rows - tile * ROWS
-    rows = tl.arange(0, ROWS)
+    begin, rows = first * C, tl.arange(0, ROWS)
     value = _normalised(x_a + begin, statistics_a, weight_a, bias_a, view, rows, cols, left, EPS_A, VIEWS, C, ACC)
     if TWO:
         value += _normalised(x_b + begin, statistics_b, weight_b, bias_b, view, rows, cols, left, EPS_B, VIEWS, C, ACC)
     if RESIDUAL:
-        value += _load(residual + begin, rows, cols, left, C, ACC)
+        value += load_rows(residual + begin, rows, cols, left, C).to(ACC)
     if RELU:
         # Not a maximum, which would lose NaN.
         value = tl.where(value <= 0.0, 0.0, value)
-    _store(y + begin, value, rows, cols, left, C)
+    store_rows(y + begin, value, rows, cols, left, C)
 
 
 @triton.jit
@@ -179,7 +166,7 @@ def _normalised(
 ):  # fmt: skip
     mean, inverse_std = _mean_and_inverse_std(statistics, view, cols, EPS, VIEWS, C, ACC)
     scale, shift = inverse_std * _of_channels(weight, 0, cols, C, ACC), _of_channels(bias, 0, cols, C, ACC)
-    return (_load(x, rows, cols, left, C, ACC) - mean[None, :]) * scale[None, :] + shift[None, :]
+    return (load_rows(x, rows, cols, left, C).to(ACC) - mean[None, :]) * scale[None, :] + shift[None, :]
 
 
 @triton.jit
@@ -249,29 +236,26 @@ def apply_backward_kernel(
 ):  # fmt: skip
     """dx = (g - mean(g) - x_hat mean(g x_hat)) weight / std, where x_hat = (x - mean) / std."""
     ACC: tl.constexpr = statistics_a.dtype.element_ty
-    BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
-    tile, view = tl.program_id(0) // BLOCKS, tl.program_id(1)
-    cols = (tl.program_id(0) % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
+    tile, view, cols, first, left = tile_of_program(num_rows, C, COLUMNS, ROWS)
     if (tile == 0) & (view == 0):
         _of_parameters(of_parameters, own_sums, statistics_a, statistics_b, cols, EPS_A, EPS_B, VIEWS, TWO, C, ACC)
-    begin, left = (view.to(tl.int64) * num_rows + tile * ROWS) * C, num_rows - tile * ROWS
-    rows = tl.arange(0, ROWS)
-    grad, share = _load(g + begin, rows, cols, left, C, ACC), 1.0 / count.to(ACC)
+    begin, rows = first * C, tl.arange(0, ROWS)
+    grad, share = load_rows(g + begin, rows, cols, left, C).to(ACC), 1.0 / count.to(ACC)
     mean, inverse_std = _mean_and_inverse_std(statistics_a, view, cols, EPS_A, VIEWS, C, ACC)
-    away, scale = _load(x_a + begin, rows, cols, left, C, ACC) - mean[None, :], inverse_std
+    away, scale = load_rows(x_a + begin, rows, cols, left, C).to(ACC) - mean[None, :], inverse_std
     scale *= _of_channels(weight_a, 0, cols, C, ACC)
     if RELU:
         above = away * scale[None, :] + _of_channels(bias, 0, cols, C, ACC)[None, :]
         grad = tl.where(above <= 0.0, 0.0, grad)
     grad -= (_of_channels(sums, view, cols, C, ACC) * share)[None, :]
     slope = _of_channels(sums, VIEWS + view, cols, C, ACC) * share * inverse_std * inverse_std
-    _store(dx_a + begin, (grad - away * slope[None, :]) * scale[None, :], rows, cols, left, C)
+    store_rows(dx_a + begin, (grad - away * slope[None, :]) * scale[None, :], rows, cols, left, C)
     if TWO:
         mean, inverse_std = _mean_and_inverse_std(statistics_b, view, cols, EPS_B, VIEWS, C, ACC)
-        away, scale = _load(x_b + begin, rows, cols, left, C, ACC) - mean[None, :], inverse_std
+        away, scale = load_rows(x_b + begin, rows, cols, left, C).to(ACC) - mean[None, :], inverse_std
         scale *= _of_channels(weight_b, 0, cols, C, ACC)
         slope = _of_channels(sums, 2 * VIEWS + view, cols, C, ACC) * share * inverse_std * inverse_std
-        _store(dx_b + begin, (grad - away * slope[None, :]) * scale[None, :], rows, cols, left, C)
+        store_rows(dx_b + begin, (grad - away * slope[None, :]) * scale[None, :], rows, cols, left, C)
 
 
 @triton.jit

@@ -9,21 +9,7 @@ import triton
 import triton.language as tl
 
 from fastsiam.kernels.batch_norm_triton import _take_in
-
-
-@triton.jit
-def _inside(rows, cols, num_rows, C: tl.constexpr):
-    return (rows < num_rows)[:, None] & (cols < C)[None, :]
-
-
-@triton.jit
-def _load(ptr, rows, cols, num_rows, C: tl.constexpr):
-    return tl.load(ptr + rows[:, None] * C + cols[None, :], mask=_inside(rows, cols, num_rows, C), other=0.0)
-
-
-@triton.jit
-def _store(ptr, value, rows, cols, num_rows, C: tl.constexpr):
-    tl.store(ptr + rows[:, None] * C + cols[None, :], value, mask=_inside(rows, cols, num_rows, C))
+from fastsiam.kernels.rows_triton import inside, load_rows, store_rows, tile_of_program
 
 
 @triton.jit
@@ -43,10 +29,10 @@ def _z(x, affine, view, rows, cols, num_rows, VIEWS, C: tl.constexpr):
     """relu(scale x + shift) - relu(bias) in x's dtype; 0 outside."""
     scale, shift = _of_channels(affine, 0, view, cols, VIEWS, C), _of_channels(affine, 1, view, cols, VIEWS, C)
     origin = _of_channels(affine, 2, view, cols, VIEWS, C)
-    above = _load(x, rows, cols, num_rows, C).to(scale.dtype) * scale[None, :] + shift[None, :]
+    above = load_rows(x, rows, cols, num_rows, C).to(scale.dtype) * scale[None, :] + shift[None, :]
     # Not a maximum, which would lose NaN.
     z = tl.where(above <= 0.0, 0.0, above) - origin[None, :]
-    return tl.where(_inside(rows, cols, num_rows, C), z, 0.0).to(x.dtype.element_ty)
+    return tl.where(inside(rows, cols, num_rows, C), z, 0.0).to(x.dtype.element_ty)
 
 
 @triton.jit
@@ -72,11 +58,11 @@ def rows_product_kernel(
             # One block holds all channels, or each has two.
             other = z if C <= COLUMNS else _z(x + begin * C, affine, view, rows, lefts, length, VIEWS, C)
         else:
-            other = _load(left + begin * C_LEFT, rows, lefts, length, C_LEFT)
+            other = load_rows(left + begin * C_LEFT, rows, lefts, length, C_LEFT)
         acc = _dot(tl.trans(other), z, acc)
     HEIGHT: tl.constexpr = C_LEFT + 1 if GRAM else C_LEFT
     partial += (view.to(tl.int64) * tl.num_programs(1) + part) * HEIGHT * C
-    _store(partial, acc, lefts, cols, C_LEFT, C)
+    store_rows(partial, acc, lefts, cols, C_LEFT, C)
     if GRAM:  # noqa: SIM102 (a constant, then a number of the GPU's)
         if block // BLOCKS == 0:
             tl.store(partial + C_LEFT * C + cols, total, mask=cols < C)
@@ -90,23 +76,20 @@ def join_kernel(
 ):  # fmt: skip
     """relu(scale (z weight^T) + shift + shortcut), the shortcut times a third coefficient if NORMED."""
     ACC: tl.constexpr = coefficients.dtype.element_ty
-    BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
-    tile, view = tl.program_id(0) // BLOCKS, tl.program_id(1)
-    cols = (tl.program_id(0) % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
-    begin, length = view.to(tl.int64) * num_rows + tile * ROWS, num_rows - tile * ROWS
+    _, view, cols, begin, length = tile_of_program(num_rows, C, COLUMNS, ROWS)
     rows, acc = tl.arange(0, ROWS), tl.zeros([ROWS, COLUMNS], ACC)
     for start in range(0, C_IN, DEPTH):
         depth = start + tl.arange(0, DEPTH)
         z = _z(x + begin * C_IN, affine, view, rows, depth, length, VIEWS, C_IN)
-        acc = _dot(z, tl.trans(_load(weight, cols, depth, C, C_IN)), acc)
+        acc = _dot(z, tl.trans(load_rows(weight, cols, depth, C, C_IN)), acc)
     scale = _of_channels(coefficients, 0, view, cols, VIEWS, C)
     value = acc * scale[None, :] + _of_channels(coefficients, 1, view, cols, VIEWS, C)[None, :]
-    carried = _load(shortcut + begin * C, rows, cols, length, C).to(ACC)
+    carried = load_rows(shortcut + begin * C, rows, cols, length, C).to(ACC)
     if NORMED:
         carried *= _of_channels(coefficients, 2, view, cols, VIEWS, C)[None, :]
     value += carried
     value = tl.where(value <= 0.0, 0.0, value)
-    _store(y + begin * C, value.to(y.dtype.element_ty), rows, cols, length, C)
+    store_rows(y + begin * C, value, rows, cols, length, C)
 
 
 @triton.jit
@@ -116,29 +99,26 @@ def dgrad_kernel(
 ):  # fmt: skip
     """g = grad of_grad + z of_z + offset where relu(scale x + shift) lets it pass; sums of g and g (x - mean)."""
     ACC: tl.constexpr = partial.dtype.element_ty
-    BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
-    tile, view = tl.program_id(0) // BLOCKS, tl.program_id(1)
-    cols = (tl.program_id(0) % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
-    begin, length = view.to(tl.int64) * num_rows + tile * ROWS, num_rows - tile * ROWS
+    tile, view, cols, begin, length = tile_of_program(num_rows, C, COLUMNS, ROWS)
     rows, acc = tl.arange(0, ROWS), tl.zeros([ROWS, COLUMNS], ACC)
     x += begin * C
     for start in range(0, C, DEPTH):
         depth = start + tl.arange(0, DEPTH)
         z = _z(x, affine, view, rows, depth, length, VIEWS, C)
-        acc = _dot(z, _load(of_z + view * C * C, depth, cols, C, C), acc)
+        acc = _dot(z, load_rows(of_z + view * C * C, depth, cols, C, C), acc)
     for start in range(0, C_OUT, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        factor = _load(of_grad + view * C_OUT * C, depth, cols, C_OUT, C)
-        acc = _dot(_load(grad + begin * C_OUT, rows, depth, length, C_OUT), factor, acc)
+        factor = load_rows(of_grad + view * C_OUT * C, depth, cols, C_OUT, C)
+        acc = _dot(load_rows(grad + begin * C_OUT, rows, depth, length, C_OUT), factor, acc)
     acc += _of_channels(offset, 0, view, cols, VIEWS, C)[None, :]
     scale, shift = _of_channels(affine, 0, view, cols, VIEWS, C), _of_channels(affine, 1, view, cols, VIEWS, C)
-    value = _load(x, rows, cols, length, C).to(ACC)
+    value = load_rows(x, rows, cols, length, C).to(ACC)
     rounded = tl.where(value * scale[None, :] + shift[None, :] <= 0.0, 0.0, acc).to(g.dtype.element_ty)
-    _store(g + begin * C, rounded, rows, cols, length, C)
+    store_rows(g + begin * C, rounded, rows, cols, length, C)
     # Rows beyond the last have a gradient too, of the offset.
     found = tl.where((rows < length)[:, None], rounded.to(ACC), 0.0)
     away = value - _of_channels(statistics, 0, view, cols, VIEWS, C)[None, :]
-    tiles = tl.num_programs(0) // BLOCKS
+    tiles = tl.num_programs(0) // tl.cdiv(C, COLUMNS)
     partial += (view * tiles + tile).to(tl.int64) * 2 * C
     tl.store(partial + cols, tl.sum(found, 0), mask=cols < C)
     tl.store(partial + C + cols, tl.sum(found * away, 0), mask=cols < C)
@@ -152,27 +132,24 @@ def join_dgrad_kernel(
 ):  # fmt: skip
     """m = grad weight + carried where y lets it pass; sums of m and, if NORMED, of m (x - mean)."""
     ACC: tl.constexpr = partial.dtype.element_ty
-    BLOCKS: tl.constexpr = (C + COLUMNS - 1) // COLUMNS
     KINDS: tl.constexpr = 2 if NORMED else 1
-    tile, view = tl.program_id(0) // BLOCKS, tl.program_id(1)
-    cols = (tl.program_id(0) % BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
-    begin, length = view.to(tl.int64) * num_rows + tile * ROWS, num_rows - tile * ROWS
+    tile, view, cols, begin, length = tile_of_program(num_rows, C, COLUMNS, ROWS)
     rows, acc = tl.arange(0, ROWS), tl.zeros([ROWS, COLUMNS], ACC)
     for start in range(0, C_IN, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        factor = _load(weight, depth, cols, C_IN, C)
-        acc = _dot(_load(grad + begin * C_IN, rows, depth, length, C_IN), factor, acc)
-    acc += _load(carried + begin * C, rows, cols, length, C).to(ACC)
+        factor = load_rows(weight, depth, cols, C_IN, C)
+        acc = _dot(load_rows(grad + begin * C_IN, rows, depth, length, C_IN), factor, acc)
+    acc += load_rows(carried + begin * C, rows, cols, length, C).to(ACC)
     # As torch: NaN passes its gradient on.
-    rounded = tl.where(_load(y + begin * C, rows, cols, length, C) <= 0.0, 0.0, acc).to(m.dtype.element_ty)
-    _store(m + begin * C, rounded, rows, cols, length, C)
+    rounded = tl.where(load_rows(y + begin * C, rows, cols, length, C) <= 0.0, 0.0, acc).to(m.dtype.element_ty)
+    store_rows(m + begin * C, rounded, rows, cols, length, C)
     found = rounded.to(ACC)
-    tiles = tl.num_programs(0) // BLOCKS
+    tiles = tl.num_programs(0) // tl.cdiv(C, COLUMNS)
     partial += (view * tiles + tile).to(tl.int64) * KINDS * C
     tl.store(partial + cols, tl.sum(found, 0), mask=cols < C)
     if NORMED:
         mean = _of_channels(statistics, 0, view, cols, VIEWS, C)
-        away = _load(x + begin * C, rows, cols, length, C).to(ACC) - mean[None, :]
+        away = load_rows(x + begin * C, rows, cols, length, C).to(ACC) - mean[None, :]
         tl.store(partial + C + cols, tl.sum(found * away, 0), mask=cols < C)
 
 
