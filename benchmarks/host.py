@@ -7,6 +7,7 @@ that does it, so that a busy machine changes it little. The other commit takes t
 measured where its DALI backend has the same form.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -36,11 +37,11 @@ def run(
     against: str | None = None,
 ) -> None:
     """Writes a line for each part and for their sum, of this code and of the commit `against`."""
-    if against is None:
-        write(results, config, batch, turns({"": HERE}, config, batch))
-        return
-    with worktree(against) as imports:
-        write(results, config, batch, turns({"": HERE, f" at {against}": imports}, config, batch))
+    trees = {"": HERE}
+    with contextlib.ExitStack() as stack:
+        if against is not None:
+            trees[f" at {against}"] = stack.enter_context(worktree(against))
+        write(results, config, batch, turns(trees, config, batch))
 
 
 def turns(trees: dict[str, Path], config: str, batch: int) -> dict[str, dict[str, list[float]]]:

@@ -164,12 +164,12 @@ class _PerView:
         Raises `ValueError` where the batch does not divide into the views.
         """
         self._check_input_dim(x)
-        tail = _tail(self)
         if not self.training:
             out = super().forward(x)
             return torch.relu(out) if self.then_relu else out
         if x.shape[0] % self.num_views:
             raise ValueError(f"batch norm: a batch of {x.shape[0]} does not divide into {self.num_views} views")
+        tail = _tail(self)
         if tail is None:
             # A forward of its own, of which nothing is known.
             return torch.cat([super(_PerView, self).forward(view) for view in x.chunk(self.num_views)])
