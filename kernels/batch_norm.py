@@ -65,6 +65,15 @@ def apply_op(
     `running`: of each batch norm the running mean and variance [C] and the number of batches, which take in the
     views' statistics in turn, each of `count` values a channel; or empty.
     """
+    return _apply(xs, statistics, weights, biases, eps, residual, relu, running, momenta, count)
+
+
+@apply_op.register_fake
+def _(xs, statistics, weights, biases, eps, residual, relu, running, momenta, count):
+    return torch.empty_like(xs[0])
+
+
+def _apply(xs, statistics, weights, biases, eps, residual, relu, running, momenta, count):
     num_views = statistics[0].shape[1]
     grid, shape = _elementwise(xs[0], num_views)
     y = torch.empty_like(xs[0])
@@ -81,9 +90,20 @@ def apply_op(
     return y
 
 
-@apply_op.register_fake
-def _(xs, statistics, weights, biases, eps, residual, relu, running, momenta, count):
-    return torch.empty_like(xs[0])
+@torch.library.custom_op("fastsiam::batch_norm_apply_again", mutates_args=())
+def apply_again_op(
+    x: torch.Tensor, statistics: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """relu(norm(x)) to the bit as `apply_op` has returned it, for a backward pass; no running statistics move.
+
+    An op of its own: Inductor (torch 2.14) cannot lower one that changes an empty list of tensors.
+    """
+    return _apply([x], [statistics], [weight], [bias], [eps], None, True, [], [], 0)
+
+
+@apply_again_op.register_fake
+def _(x, statistics, weight, bias, eps):
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("fastsiam::batch_norm_reduce", mutates_args=())

@@ -7,6 +7,7 @@ OF_INPUTS = "convolutions, gradients of inputs (dgrad)"
 OF_WEIGHTS = "convolutions, gradients of weights (wgrad)"
 STATISTICS = "BN statistics"
 APPLY = "BN apply (+ add) (+ ReLU), forward"
+AGAIN = "BN apply (+ ReLU), again in the backward pass"
 REDUCTIONS = "BN backward reductions"
 BACKWARD_APPLY = "BN backward apply"
 OTHER = "other pointwise, copies, casts, cat"
@@ -14,14 +15,16 @@ MAX_POOL = "max pool, forward and backward"
 REST = "heads, loss, running statistics"
 OPTIMIZER = "optimizer"
 CLASSES = (
-    FORWARD, OF_INPUTS, OF_WEIGHTS, STATISTICS, APPLY, REDUCTIONS, BACKWARD_APPLY, OTHER, MAX_POOL, REST, OPTIMIZER,
+    FORWARD, OF_INPUTS, OF_WEIGHTS, STATISTICS, APPLY, AGAIN, REDUCTIONS, BACKWARD_APPLY, OTHER, MAX_POOL, REST,
+    OPTIMIZER,
 )  # fmt: skip
 
 _BY_KERNEL = {
     "convolution": FORWARD, DGRAD: OF_INPUTS, WGRAD: OF_WEIGHTS,
-    "batch_norm_statistics": STATISTICS, "batch_norm_apply": APPLY, "batch_norm_reduce": REDUCTIONS,
-    "batch_norm_apply_backward": BACKWARD_APPLY, "pointwise_gram": STATISTICS, "pointwise_join": FORWARD,
-    "pointwise_dgrad": OF_INPUTS, "pointwise_join_dgrad": OF_INPUTS, "pointwise_rows_product": OF_WEIGHTS,
+    "batch_norm_statistics": STATISTICS, "batch_norm_apply": APPLY, "batch_norm_apply_again": AGAIN,
+    "batch_norm_reduce": REDUCTIONS, "batch_norm_apply_backward": BACKWARD_APPLY,
+    "pointwise_gram": STATISTICS, "pointwise_join": FORWARD, "pointwise_dgrad": OF_INPUTS,
+    "pointwise_join_dgrad": OF_INPUTS, "pointwise_rows_product": OF_WEIGHTS,
     "max_pool": MAX_POOL, "max_pool_backward": MAX_POOL,
 }  # fmt: skip
 

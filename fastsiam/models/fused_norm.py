@@ -86,6 +86,24 @@ def of_ranks(statistics: torch.Tensor, world_size: int) -> torch.Tensor:
     return torch.stack([mean, variances.mean(0) + between])
 
 
+def over_ranks(own: torch.Tensor, world_size: int) -> torch.Tensor:
+    """Returns the sum over all ranks of sums over a rank's own images."""
+    return own if world_size == 1 else of_all_ranks(own, world_size).sum(0)
+
+
+def below_norm(
+    g: torch.Tensor, layer: tuple, own: torch.Tensor, sums: torch.Tensor, count: int, *, relu: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the gradients of one batch norm's images, weight and bias.
+
+    `layer`: five lists of one, as `apply_backward_op` has them; and so are the others.
+    """
+    dx, of_parameters = kernels.apply_backward_op(g, *layer, sums, own, count, relu)
+    of_bias, of_weight = of_parameters[:, 0].unbind()
+    (weight,), (bias,) = layer[2:4]
+    return dx, of_weight.to(weight.dtype), of_bias.to(bias.dtype)
+
+
 class _FusedNorm(torch.autograd.Function):
     """Of each layer's eight tensors x, weight and bias have gradients."""
 
@@ -114,7 +132,7 @@ class _FusedNorm(torch.autograd.Function):
         if len(grads) == 2 and not options.is_join:
             grads = [grads[0] + grads[1]]
         own_sums, *joined = kernels.reduce_op(grads, *of_layers, y, options.relu, counter)
-        sums = own_sums if options.world_size == 1 else of_all_ranks(own_sums, options.world_size).sum(0)
+        sums = over_ranks(own_sums, options.world_size)
         g = joined[0] if options.is_join else grads[0]
         relu = options.relu and not options.is_join
         *dxs, of_parameters = kernels.apply_backward_op(g, *of_layers, sums, own_sums, options.count, relu)

@@ -21,8 +21,7 @@ from torch import nn
 
 from fastsiam.kernels import batch_norm as norm_kernels
 from fastsiam.kernels import pointwise as kernels
-from fastsiam.models.fused_norm import checked_count, of_ranks, takes_kernels
-from fastsiam.runtime.gather import of_all_ranks
+from fastsiam.models.fused_norm import below_norm, checked_count, of_ranks, over_ranks, takes_kernels
 
 
 class Shortcut(NamedTuple):
@@ -182,10 +181,12 @@ class _FusedPointwise(torch.autograd.Function):
             of_convolution, factors, sums = _through_convolution(saved, options, own, m)
             g, partial = kernels.dgrad_op(m, saved.x, saved.affine, saved.statistics, *factors)
             layer = [saved.x], [saved.statistics], [saved.of_norm], [saved.bias_norm], [options.eps]
-            of_norm = _below_norm(g, layer, partial.sum(1).movedim(1, 0).contiguous(), None, options)
+            of_z = partial.sum(1).movedim(1, 0).contiguous()
+            all_of_z = over_ranks(of_z, options.world_size)
+            of_norm = below_norm(g, layer, of_z, all_of_z, options.count, relu=False)
             if not of_shortcut:
                 return None, m, of_following, *of_norm, *of_convolution, *[None] * 7
-            of_carried, *of_layer = _below_norm(m, of_shortcut, own, sums[:2].contiguous(), options)
+            of_carried, *of_layer = below_norm(m, of_shortcut, own, sums[:2].contiguous(), options.count, relu=False)
         return None, of_carried, of_following, *of_norm, *of_convolution, *[None] * 7, *of_layer, None
 
 
@@ -213,7 +214,7 @@ def _through_convolution(saved, options, own, m):
     product = kernels.rows_product_op(m, saved.x, saved.affine).sum(1)
     weight, (mean, variance) = _matrix(saved.weight, saved.x).to(product.dtype), saved.of_u
     s2 = (product * weight).sum(-1) - own[0] * mean
-    sums = _over_ranks(torch.cat([own, s2[None]]), options.world_size)
+    sums = over_ranks(torch.cat([own, s2[None]]), options.world_size)
     inverse_std = torch.rsqrt(variance + options.eps_after)
     scale = saved.of_after * inverse_std
     # du = scale m - constant - slope (u - mean)
@@ -232,16 +233,3 @@ def _through_convolution(saved, options, own, m):
     of_m, of_z = scale[..., None] * weight, -(weight.T @ (slope[..., None] * weight)).contiguous()
     factors = of_m.to(m.dtype), of_z.to(m.dtype), (slope * mean - constant) @ weight
     return of_parameters, factors, sums
-
-
-def _below_norm(g, layer, own, sums, options):
-    """Gradients of a batch norm's images, weight and bias; `layer`: five lists of one, as `apply_backward_op` has."""
-    sums = _over_ranks(own, options.world_size) if sums is None else sums
-    dx, of_parameters = norm_kernels.apply_backward_op(g, *layer, sums, own, options.count, False)
-    of_bias, of_weight = of_parameters[:, 0].unbind()
-    (weight,), (bias,) = layer[2:4]
-    return dx, of_weight.to(weight.dtype), of_bias.to(bias.dtype)
-
-
-def _over_ranks(own, world_size):
-    return own if world_size == 1 else of_all_ranks(own, world_size).sum(0)

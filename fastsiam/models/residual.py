@@ -13,6 +13,7 @@ from fastsiam.errors import UserError
 from fastsiam.kernels import max_pool
 from fastsiam.models.batch_norm import PerViewBatchNorm2d
 from fastsiam.models.encoder import CifarResNet
+from fastsiam.models.fused_convolution import fused_convolution
 from fastsiam.models.fused_norm import fused_norm, takes_kernels
 from fastsiam.models.fused_pointwise import Begun, Shortcut, fused_pointwise, is_pointwise, takes_pointwise
 
@@ -150,13 +151,12 @@ class _Fused:
         norms = [norm for _, norm in layers] + shortcut[-1:]
         if not takes_kernels(x, *norms):
             return super().forward(x)
-        for place, (convolution, norm) in enumerate(layers[:-1]):
-            x = convolution(x) if begun is None or place else begun
-            if self.is_pointwise and place and takes_pointwise(x, *norms):
+        x = layers[0][0](x) if begun is None else begun
+        for (_, norm), (convolution, _) in pairwise(layers):
+            if self.is_pointwise and convolution is self.conv3 and takes_pointwise(x, *norms):
                 return self._with_convolution(x, carried, shortcut)
-            x = fused_norm([norm], [x], relu=True)
-        convolution, norm = layers[-1]
-        x = convolution(x)
+            x = fused_convolution(norm, convolution, x)
+        norm = layers[-1][1]
         if not shortcut:
             return fused_norm([norm], [x], carried, relu=True, forks=self.forks)
         for layer in shortcut[:-1]:

@@ -221,6 +221,16 @@ def test_gradients_may_come_without_memory_of_their_own():
     torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_applied_again_it_is_the_same_to_the_bit(dtype):
+    (layer,), (x,), _, _ = draw("norm, relu", dtype)
+    own = x.detach(), batch_norm.statistics_op(x.detach(), 2), layer.weight.detach(), layer.bias.detach()
+    first = fused_norm([layer], [x], relu=True).detach()
+    moved = copy.deepcopy(layer.state_dict())
+    assert torch.equal(batch_norm.apply_again_op(*own, layer.eps), first)
+    torch.testing.assert_close(layer.state_dict(), moved, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_two_passes_add_up(form):
     """In place: no two parameters have their gradients in one memory."""
@@ -251,6 +261,8 @@ def test_opcheck():
     check(batch_norm.apply_op, *of_layers, [1e-5, 1e-3], xs[1], True, running, [0.1, 0.2], 60)
     check(batch_norm.apply_op, *of_layers, [1e-5, 1e-3], None, True, [], [], 60)
     y = batch_norm.apply_op(*of_layers, [1e-5, 1e-3], None, True, [], [], 60)
+    one = [tensors[0] for tensors in of_layers]
+    check(batch_norm.apply_again_op, *one, 1e-5)
     check(batch_norm.reduce_op, [y, xs[0]], *of_layers, [1e-5, 1e-3], y, True, layers[0].counter)
     check(batch_norm.reduce_op, [y], *([tensors[0]] for tensors in of_layers), [1e-5], None, True)
     sums, g = batch_norm.reduce_op([y], *of_layers, [1e-5, 1e-3], y, True)
