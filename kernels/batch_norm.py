@@ -5,6 +5,8 @@
     reduce           sums over the gradient                          reads dy and x; at a join y too, and writes g
     apply_backward   dx                                              reads dy or g, and x; writes dx
 
+A fifth, apply_again, gives relu(norm(x)) once more to a backward pass for which it was not kept.
+
 The ReLU's mask is recomputed from x where nothing was added. At a join it is read off y, which the next convolution
 keeps anyhow, and the masked gradient g is written: it is the residual's gradient. A join takes the gradients of y's two
 users as they come and adds them up itself. The ops are for CUDA; `fastsiam.models.batch_norm` has the formula for other
