@@ -96,7 +96,7 @@ def below_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients of one batch norm's images, weight and bias.
 
-    `layer`: five lists of one, as `apply_backward_op` has them; and so are the others.
+    As `apply_backward_op` has them: `layer`, which is its five lists, of one each, and the rest.
     """
     dx, of_parameters = kernels.apply_backward_op(g, *layer, sums, own, count, relu)
     of_bias, of_weight = of_parameters[:, 0].unbind()
