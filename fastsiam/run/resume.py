@@ -12,6 +12,7 @@ from fastsiam.config import Config, differences
 from fastsiam.errors import Notice, UserError
 from fastsiam.evaluate.collapse import CollapseGuard
 from fastsiam.evaluate.online_linear import OnlineLinear
+from fastsiam.models.convolution import multiplies_tiles
 from fastsiam.run import checkpoint
 from fastsiam.run.encoder_file import describe_encoder
 from fastsiam.run.folder import Result, RunFolder, run_path
@@ -177,10 +178,14 @@ def restore(
 def computation(runtime: Runtime) -> dict:
     """Facts beside the config that the last bits of a run depend on.
 
-    Those of `Runtime.names`, `threads` of the CPU in each process, and `ranks`, the number of processes.
+    Those of `Runtime.names`, `threads` of the CPU in each process, `ranks`, the number of processes, and `convolutions`
+    of a CPU in bf16 (`models.convolution`).
     """
+    facts = {}
+    if runtime.device.type == "cpu" and runtime.dtype == torch.bfloat16:
+        facts["convolutions"] = f"convolutions for a CPU {'with' if multiplies_tiles() else 'without'} AMX"
     norm = {"norm": "batch norm written out"} if runtime.compiles else {}
-    return {**runtime.names, "threads": torch.get_num_threads(), "ranks": runtime.world.size, **norm}
+    return {**runtime.names, "threads": torch.get_num_threads(), "ranks": runtime.world.size, **norm, **facts}
 
 
 def changed_computation(then: dict, now: dict) -> Notice | None:

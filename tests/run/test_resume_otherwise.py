@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from fastsiam.run import resume
 from fastsiam.run.metrics import Journal
 from fastsiam.run.resume import changed_computation, differences_against_resuming, find_run
 from fastsiam.runtime import device
@@ -60,6 +61,17 @@ def test_a_compiled_run_of_an_earlier_version_is_told_that_its_batch_norm_is_ano
         then = find_run(config, World(), Journal(World()))[1]["computation"]
         notice = changed_computation(then, then | ({"norm": "batch norm written out"} if compiles else {}))
         assert (notice and notice.code) == ("other-computation" if compiles else None)
+
+
+@pytest.mark.parametrize(("dtype", "told"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_other_convolutions_of_a_cpu_are_told(dtype, told, monkeypatch):
+    sides = []
+    for tiles in (True, False):
+        monkeypatch.setattr(resume, "multiplies_tiles", lambda tiles=tiles: tiles)
+        sides.append(resume.computation(Runtime(World(), torch.device("cpu"), dtype, False)))
+    notice = changed_computation(*sides)
+    assert (notice is not None) == told
+    assert not told or "with convolutions for a CPU with AMX, and this start has" in notice
 
 
 @pytest.mark.parametrize(("then", "earlier"), [("fp32", True), ("bf16", False)])
