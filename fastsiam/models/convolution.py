@@ -1,12 +1,11 @@
 """Convolutions that train by matrix products, on CPUs with AMX and where oneDNN's own are slower.
 
 An AMX tile holds 16 rows, and oneDNN fills them from one row of the output: on maps of 4 or 7 pixels most of a tile is
-empty, and gradients of weights and of strided layers reach less. A matrix product fills its tiles from all places of all
-images. What it costs is a copy of the input, each pixel once for every place of the kernel ("columns"), which is made
-again in the backward pass rather than kept.
+empty, and gradients of weights and of strided layers reach less. A matrix product fills its tiles from all places of
+all images. What it costs is a copy of the input, each pixel once for every place of the kernel ("columns"), which is
+made again in the backward pass rather than kept.
 """
 
-import functools
 import os
 from itertools import product
 from typing import NamedTuple
