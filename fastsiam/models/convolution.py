@@ -170,15 +170,21 @@ def gradient_of_input(grad, weight, size, stride, padding):
     for part in _places_last(grad).split(_at_a_time(grad.shape[2:], weight.shape[2:], grad.shape[1])):
         out = None if tuple(stride) == (1, 1) else part.new_zeros(len(part), *size, weight.shape[1])
         for down, along in phases:
-            taps = by_place[down.taps, along.taps].flip(0, 1)
+            taps = by_place[down.taps, along.taps]
             columns, places = _columns(part, taps.shape[:2], (1, 1), (down.around, along.around))
-            pixels = (columns @ taps.flatten(0, 2)).view(*places, -1)
+            pixels = (columns @ _turned(taps)).view(*places, -1)
             if out is None:
                 out = pixels
             else:
                 out[:, down.pixels, along.pixels] = pixels
         found.append(out)
     return _joined(found)
+
+
+def _turned(taps):
+    """[h*w*D, C] of taps [h, w, D, C], the last one first; in one copy, where flip keeps the strides and needs two."""
+    rows = [tap for row in reversed(taps.unbind()) for tap in reversed(row.unbind())]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class _Phase(NamedTuple):
