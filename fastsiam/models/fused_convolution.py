@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastsiam.kernels import batch_norm as kernels
+from fastsiam.models.convolution import PLAIN
 from fastsiam.models.fused_norm import below_norm, checked_count, fused_norm, of_ranks, over_ranks
 
 
@@ -53,7 +54,7 @@ def fused_convolution(norm: nn.Module, convolution: nn.Module, x: torch.Tensor) 
 
 def _is_plain(convolution):
     return (
-        type(convolution) is nn.Conv2d
+        type(convolution) in PLAIN
         and convolution.bias is None
         and convolution.padding_mode == "zeros"
         # And not a word for them.
