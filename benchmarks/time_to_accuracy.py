@@ -64,7 +64,7 @@ class Race:
 
     def __init__(
         self, lines: Lines, name: str, images: "Images", seconds: float, target: float, checkout, call,
-        entry: Entry | None = None,
+        entry: Entry | None = None, evaluations: int = EVALUATIONS,
     ):  # fmt: skip
         """`call(function, *arguments)` runs a job of the config `name`, `apart` or in this process.
 
@@ -75,7 +75,7 @@ class Race:
         self._seconds, self._target, self._checkout, self._call = seconds, target, checkout, call
         self.config = load_config(name, self._overrides)
         check_config(self.config)
-        self.evaluations = max(2, min(EVALUATIONS, int(seconds / _BETWEEN_EVALUATIONS)))
+        self.evaluations = max(2, min(evaluations, int(seconds / _BETWEEN_EVALUATIONS)))
         self.params = self._params()
         self._done = 0
 
@@ -267,6 +267,7 @@ def run(
     rates: tuple[str, ...] = ("0.5x", "1x", "2x"),
     own_rates: tuple[str, ...] = ("1x",),
     contestants: tuple[str, ...] = DEFAULT,
+    evaluations: int = EVALUATIONS,
     solo_learn: Path | None = None,
     call=apart,
 ) -> None:
@@ -283,7 +284,7 @@ def run(
         count = sum(map(len, grids.values())) + (seeds - 1) * len(grids)
         seconds = seconds_each(minutes_each, minutes, count)
         checkout = solo_learn and solo_learn.resolve()
-        race = Race(Lines(results), config, images, seconds, target, checkout, call)
+        race = Race(Lines(results), config, images, seconds, target, checkout, call, evaluations=evaluations)
         race.run(grids, seeds)
     if results.folder:
         conclude(results.folder, race.params)

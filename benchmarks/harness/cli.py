@@ -34,6 +34,7 @@ OPTIONS = {
     "minutes_each": (float, "training time of a run; without it --minutes divided among the runs"),
     "seeds": (int, "runs of each contestant at its best rate (%(default)s)"),
     "target": (float, "kNN in percent whose first evaluation is told (%(default)s)"),
+    "evaluations": (int, "kNN evaluations of a run, 10 s or more apart (%(default)s)"),
     "rates": (words, "rates of the peers: base_lr, or with an x multiples of the config's (%(default)s)"),
     "own_rates": (words, "likewise ours (%(default)s)"),
     "batch": (int, "images of a step; without it those of the benchmark for this config, or the config's own"),

@@ -156,7 +156,7 @@ def overrides_of(variant: str, config: Config) -> list[str]:
     if variant not in recipes:
         return []
     count, sizes = recipes[variant]
-    return [f"views.count={count}", f"views.size={sizes}"]
+    return [f"views.count={count}", f"views.size={sizes}", "train.views_grow_at=null"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fastsiam.config.data_sections import DataConfig, PositiveFloat, PositiveInt
 from fastsiam.config.method_sections import HEADS, MethodConfig, check_method
 from fastsiam.config.micro_batch import check_micro_batch
 from fastsiam.config.model_sections import ModelConfig, OptimizerConfig
-from fastsiam.config.views import ViewGroup, spec_of, stages_of
+from fastsiam.config.views import ViewGroup, default_starts, sizes_at, spec_of, stages_of
 from fastsiam.config.yaml_file import check, set_value
 from fastsiam.errors import UserError
 
@@ -37,6 +37,9 @@ class TrainConfig(Section):
     """Computes the activations inside of the encoder's blocks a second time in the backward pass, in place of keeping
     them: a third more arithmetic for less memory (fastsiam/run/README.md has numbers). The function is the same, so a
     run may change it when it resumes."""
+    views_grow_at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] | None = None
+    """Shares of the run at which growing views (views.size=LOW..HIGH) take their second, third, ... size; null: equal
+    parts of the first 80 %."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that trains. auto: cuda where torch sees a GPU, else cpu."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -200,6 +203,22 @@ class Config(Section):
         return self.to_spend and self
 
     @model_validator(mode="after")
+    def each_size_has_its_start(self):
+        starts, sizes = self.train.views_grow_at, max((group.sizes for group in self.views), key=len)
+        if starts is None:
+            return self
+        if len(starts) != len(sizes) - 1 or list(starts) != sorted(set(starts)):
+            later = ", ".join(f"{size} px" for size in sizes[1:])
+            needed = f"a larger share for each of {later}" if later else "null, since no views grow"
+            example = ", ".join(f"{start:g}" for start in default_starts(len(sizes)))
+            raise UserError(
+                f"train.views_grow_at: {list(starts)} must be {needed}; set "
+                f"train.views_grow_at={f'[{example}]' if later else 'null, or views.size=LOW..HIGH'}",
+                "starts-of-sizes",
+            )
+        return self
+
+    @model_validator(mode="after")
     def a_method_fits_its_views(self):
         num_views = sum(group.count for group in self.views)
         check_method(self.method, num_views, self.train.batch_size, self.train.micro_batch)
@@ -253,6 +272,10 @@ class Config(Section):
     def view_stages(self) -> tuple[tuple[int, ...], ...]:
         """Sides in pixels of the groups' views at each stage of the run; one stage where no view grows."""
         return stages_of([group.sizes for group in self.views])
+
+    def sizes_at(self, epoch: int, epoch_progress: float) -> tuple[int, ...]:
+        """Sides in pixels of the groups' views in epoch number `epoch`, which begins at `epoch_progress` of the run."""
+        return sizes_at(self.view_stages, epoch, epoch_progress, self.train.views_grow_at)
 
     @property
     def learning_rate(self) -> float:

@@ -163,19 +163,26 @@ def stages_of(sizes: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
     )
 
 
-def sizes_at(stages: tuple[tuple[int, ...], ...], epoch: int, epoch_progress: float) -> tuple[int, ...]:
+def default_starts(num_stages: int) -> tuple[float, ...]:
+    """Returns the shares of a run at which its stages begin, the first one left out: equal parts of `RAMP`."""
+    return tuple(RAMP * (stage / (num_stages - 1)) for stage in range(1, num_stages))
+
+
+def sizes_at(
+    stages: tuple[tuple[int, ...], ...], epoch: int, epoch_progress: float, starts: tuple[float, ...] | None = None
+) -> tuple[int, ...]:
     """Returns the sides of the groups' views in epoch number `epoch`, which begins at `epoch_progress` of the run.
 
-    All stages but the last have equal shares of the first `RAMP` of the run, measured from its first to its last epoch:
-    where epochs are alike, the last one has the full size, however few there are. Epochs are taken to be as long as
-    those before. A stage lasts whole epochs, and what it depends on stands in every checkpoint.
+    `starts`: shares of the run, measured from its first to its last epoch, at which the second, third, ... stage
+    begins; None for those of `default_starts`. Where epochs are alike, the last one has the full size, however few
+    there are. Epochs are taken to be as long as those before. A stage lasts whole epochs, and what it depends on stands
+    in every checkpoint.
     """
     if epoch == 0:
         return stages[0]
     before_the_last = 1 - epoch_progress / epoch
-    if epoch_progress >= RAMP * before_the_last:
-        return stages[-1]
-    return stages[int(epoch_progress / (RAMP * before_the_last) * (len(stages) - 1))]
+    begun = [epoch_progress >= start * before_the_last for start in starts or default_starts(len(stages))]
+    return stages[sum(begun)]
 
 
 def _with_multiples(low, high, step):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastsiam.config import Config
-from fastsiam.config.views import sizes_at
 
 
 class Schedule:
@@ -70,7 +69,7 @@ class Schedule:
     def sizes(self, step: int) -> tuple[int, ...]:
         """Sides in pixels of the groups' views in a step."""
         stages, epoch = self.config.view_stages, self.place(step)[0]
-        found = sizes_at(stages, epoch, self.epoch_progress(step))
+        found = self.config.sizes_at(epoch, self.epoch_progress(step))
         logged = self._logged_sizes.get((epoch, self._start(step)), found[0])
         if found[0] == logged:
             return found

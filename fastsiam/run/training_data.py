@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fastsiam.config import Config
 from fastsiam.config.method_sections import check_images
-from fastsiam.config.views import sizes_at, specs_of_run
+from fastsiam.config.views import specs_of_run
 from fastsiam.data.backends.choose import choose_backend
 from fastsiam.data.backends.store_size import with_its_store
 from fastsiam.data.build import build_loader, with_its_cores
@@ -109,7 +109,7 @@ class TrainingData:
     def epoch(self, progress: Progress) -> Iterator[Batch]:
         """Batches from the cursor of the run to the end of its epoch, with views of the sizes that are due."""
         state = progress.state
-        self.sizes = sizes_at(self.config.view_stages, state.epoch, state.epoch_progress)
+        self.sizes = self.config.sizes_at(state.epoch, state.epoch_progress)
         return self.loader.epoch(state.epoch, state.cursor, self.sizes)
 
     def names(self, indices) -> list[str]:

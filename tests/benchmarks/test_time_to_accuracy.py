@@ -110,6 +110,15 @@ def test_a_race_goes_on_where_it_was_stopped(race, tmp_path):
     assert len(race(minutes_each=1.0)[0]) == len(asked)
 
 
+def test_as_many_evaluations_as_asked_for_and_10_s_fit(race):
+    def lengths(**options):
+        _, lines = race(minutes_each=1.0, contestants=("fastsiam",), **options)
+        return {len(line["curve"]) for line in lines if line["kind"] == "run"}
+
+    assert lengths(evaluations=4) == {4}
+    assert lengths(evaluations=4) | lengths(evaluations=50) == {4, 6}
+
+
 def test_numbers_of_standings():
     """Three runs by hand; one that misses the target leaves the mean time open."""
     curves = [[(10, 100, 30.0), (20, 200, 44.9), (30, 300, 45.0)], [(11, 90, 45.5), (21, 180, 44), (31, 270, 48)]]

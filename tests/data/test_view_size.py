@@ -62,6 +62,33 @@ def test_sizes_but_the_last_share_four_fifths_of_the_run():
     assert in_epochs(800, (16, 32)) == 640 * [16] + 160 * [32]
 
 
+def test_sizes_begin_at_the_shares_that_a_config_names(tmp_path):
+    config = load_config("quickstart", ["views.size=16..32", "train.views_grow_at=[0.7, 0.9]", "train.epochs=100"])
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    for known in (config, load_config(tmp_path / "config.yaml")):
+        sizes = [known.sizes_at(epoch, epoch / 100)[0] for epoch in range(100)]
+        # Counted from the first epoch to the last, which has the full size: 69.3 and 89.1 are 70 and 90 % of 99.
+        assert sizes == 70 * [16] + 20 * [24] + 10 * [32]
+
+
+@pytest.mark.parametrize(
+    ("size", "starts", "cure"),
+    [
+        ("16..32", "[0.5]", "a larger share for each of 24 px, 32 px; set train.views_grow_at=[0.4, 0.8]"),
+        ("16..32", "[0.9, 0.7]", "a larger share for each of 24 px, 32 px; set train.views_grow_at=[0.4, 0.8]"),
+        ("16..32", "[0.5, 0.5]", "a larger share for each of 24 px, 32 px; set train.views_grow_at=[0.4, 0.8]"),
+        ("32", "[0.5]", "null, since no views grow; set train.views_grow_at=null, or views.size=LOW..HIGH"),
+        ("16..32", "[0.5, 1.0]", ""),
+    ],
+)
+def test_starts_that_do_not_fit_the_sizes_are_refused(size, starts, cure):
+    with pytest.raises(UserError) as error:
+        load_config("quickstart", [f"views.size={size}", f"train.views_grow_at={starts}"])
+    assert "train.views_grow_at" in str(error.value)
+    assert cure in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_the_last_epoch_has_the_full_size_however_few_there_are():
     assert in_epochs(2) == [128, 224]
     assert in_epochs(3) == [128, 160, 224]
