@@ -24,7 +24,7 @@ from benchmarks.time_to_accuracy import Race, check_entrants, images_of, in_word
 from fastsiam.cli import let_threads_sleep
 from fastsiam.errors import UserError
 
-CONFIG = Path(__file__).parent / "race" / "cifar10_cpu.yaml"
+CONFIG = Path(__file__).parent / "race" / "methods_cpu.yaml"
 DEFAULT = (FASTSIAM, "lightly", "solo-learn DALI")
 
 

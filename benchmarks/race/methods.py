@@ -1,6 +1,6 @@
 """Methods of a race of methods: their components, our settings, what peers have otherwise, and rows of the table.
 
-All have the encoder, data, views (of one size), batch, optimizer, schedule and weight decay of `cifar10_cpu.yaml`, and
+All have the encoder, data, views (of one size), batch, optimizer, schedule and weight decay of `methods_cpu.yaml`, and
 heads of equal width. Peers keep the numbers of their own CIFAR configs for the loss: lightly's CIFAR-10 benchmark
 (docs/source/getting_started/benchmarks/cifar10_benchmark.py), solo-learn's scripts/pretrain/cifar. They try a grid of
 rates around ours, scaled by what their loss is less than ours: lightly averages BYOL's and MoCo's two directions, and
@@ -35,7 +35,7 @@ class Entry:
     components: tuple[str, ...]
     """Those of COMPONENTS that it has."""
     overrides: tuple[str, ...]
-    """Our config, as overrides of `cifar10_cpu.yaml`."""
+    """Our config, as overrides of `methods_cpu.yaml`."""
     peers: dict[str, Recipe] = field(default_factory=dict)
     """By the first word of a contestant's name."""
 
