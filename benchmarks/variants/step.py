@@ -14,6 +14,7 @@ from fastsiam.config import Config
 from fastsiam.data.build import build_loader
 from fastsiam.kernels import negative_cosine
 from fastsiam.kernels.reference import negative_cosine_ref
+from fastsiam.models.convolution import PLAIN, multiplies_tiles
 from fastsiam.optim.build import build_optimizer
 from fastsiam.runtime.device import autocast, choose_compile
 
@@ -37,6 +38,8 @@ class Switches:
     """default: torch.optim.SGD as it comes; fused: torch's fused kernel; apex: NVIDIA's FusedSGD."""
     memory: str = "default"
     """kept: memory that a step frees stays with the process, which is a matter of the whole process."""
+    convolutions: str = "torch"
+    """products: matrix products where those are faster, on a CPU with AMX."""
 
 
 def product(device: torch.device, dtype: torch.dtype) -> Switches:
@@ -49,7 +52,12 @@ def product(device: torch.device, dtype: torch.dtype) -> Switches:
         compile="default" if choose_compile("auto", device) else None,
         optimizer="fused",
         memory="kept" if device.type == "cpu" else "default",
+        convolutions="products" if _multiplies_tiles(device, dtype) else "torch",
     )
+
+
+def _multiplies_tiles(device, dtype):
+    return device.type == "cpu" and dtype == torch.bfloat16 and multiplies_tiles()
 
 
 def ablation(device: torch.device, dtype: torch.dtype) -> dict[str, Switches]:
@@ -77,11 +85,13 @@ def ablation(device: torch.device, dtype: torch.dtype) -> dict[str, Switches]:
     if cuda:
         add("compile max-autotune", compiled, compile="max-autotune-no-cudagraphs")
         add("compile with CUDA graphs", compiled, compile="reduce-overhead")
-    last = add("+ fused SGD", product(device, dtype), memory="default")
+    last = add("+ fused SGD", product(device, dtype), memory="default", convolutions="torch")
     if cuda:
         add("apex FusedSGD", last, optimizer="apex")
     else:
-        add("+ freed memory kept", last, memory="kept")
+        last = add("+ freed memory kept", last, memory="kept")
+    if _multiplies_tiles(device, dtype):
+        add("+ convolutions by matrix products", last, convolutions="products")
     return rows
 
 
@@ -114,6 +124,10 @@ def build_ablated(switches: Switches, config: Config, weights: dict, device: tor
     # The plain layers see one view a call: their statistics are per view by themselves.
     statistics = "joint" if switches.forward == "two_calls" else "per_view"
     method = fastsiam.build_method(config.with_values({"model.bn_statistics": statistics})).to(device)
+    if switches.convolutions == "torch":
+        for layer in method.modules():
+            if type(layer) in PLAIN:
+                layer.__class__ = nn.Conv2d
     method.load_state_dict(weights)
     method.to(memory_format=memory_format)
     forward = Forward(method, switches)

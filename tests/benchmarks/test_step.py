@@ -6,16 +6,19 @@ from itertools import pairwise
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks import step as step_benchmark
 from benchmarks.harness.flops import flops_per_image
 from benchmarks.harness.product import ProductRun
 from benchmarks.harness.results import Results
 from benchmarks.peers import authors
+from benchmarks.variants import step as variants
 from benchmarks.variants.step import Switches, ablation, build_ablated, initial_weights, product
 from fastsiam.config import load_config
 from fastsiam.data.build import build_loader
 from fastsiam.errors import UserError
+from fastsiam.models import convolution
 from tests.support.bench_configs import CPU, batches, small_config
 
 
@@ -75,21 +78,34 @@ def test_bf16_rows_stay_near_fp32():
             assert name == "authors" or found != expected, name
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_each_row_turns_on_one_switch_more(kind):
+@pytest.mark.parametrize(("kind", "amx"), [("cpu", False), ("cpu", True), ("cuda", True)])
+def test_each_row_turns_on_one_switch_more(kind, amx, monkeypatch):
     """Rows need no device to be listed."""
+    monkeypatch.setattr(variants, "multiplies_tiles", lambda: amx)
     device = torch.device(kind)
     rows = ablation(device, torch.bfloat16)
     beside = {"compile, two calls", "compile max-autotune", "compile with CUDA graphs"}
     ladder = [switches for name, switches in rows.items() if name not in beside]
     if kind == "cpu":
         # The product does not compile on a CPU: the optimizers stand on the last uncompiled row.
-        assert ladder.pop(-3) == dataclasses.replace(ladder[-3], compile="default")
+        compiled = ladder.index(rows["+ compile"])
+        assert ladder.pop(compiled) == dataclasses.replace(ladder[compiled - 1], compile="default")
         assert ladder[-1] == product(device, torch.bfloat16)
     for before, after in pairwise(ladder):
         before, after = dataclasses.asdict(before), dataclasses.asdict(after)
         assert sum(before[key] != after[key] for key in before) == 1
-    assert rows["+ fused SGD" if kind == "cuda" else "+ freed memory kept"] == product(device, torch.bfloat16)
+    last = {"cuda": "+ fused SGD", "cpu": "+ convolutions by matrix products" if amx else "+ freed memory kept"}[kind]
+    assert rows[last] == product(device, torch.bfloat16)
+
+
+@pytest.mark.parametrize("convolutions", ["torch", "products"])
+def test_rows_convolve_as_their_switch_says(convolutions, monkeypatch):
+    monkeypatch.setattr(convolution, "multiplies_tiles", lambda: True)
+    switches = Switches(precision="bf16", channels_last=True, forward="one_call", convolutions=convolutions)
+    config = small_config()
+    method = build_ablated(switches, config, initial_weights(config), CPU).model
+    kinds = {type(layer) for layer in method.modules() if isinstance(layer, nn.Conv2d)}
+    assert kinds == {nn.Conv2d if convolutions == "torch" else convolution.PLAIN[1]}
 
 
 def test_flops_of_resnet50_are_those_of_the_paper():
