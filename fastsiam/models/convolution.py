@@ -74,10 +74,6 @@ class _Conv2d(nn.Conv2d):
 # As in the module tree, which the name of a class is a part of.
 _Conv2d.__name__, _Conv2d.__qualname__, _Conv2d.__module__ = "Conv2d", "Conv2d", nn.Conv2d.__module__
 
-# On other devices the second is the first.
-PLAIN = (nn.Conv2d, _Conv2d)
-"""Classes of a convolution to which nothing is added but this module's way to compute it on a CPU."""
-
 
 def _takes(layer, x):
     return (

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from fastsiam.kernels import batch_norm as kernels
-from fastsiam.models.convolution import PLAIN
 from fastsiam.models.fused_norm import below_norm, checked_count, fused_norm, of_ranks, over_ranks
 
 
@@ -54,7 +53,7 @@ def fused_convolution(norm: nn.Module, convolution: nn.Module, x: torch.Tensor) 
 
 def _is_plain(convolution):
     return (
-        type(convolution) in PLAIN
+        type(convolution) is nn.Conv2d
         and convolution.bias is None
         and convolution.padding_mode == "zeros"
         # And not a word for them.

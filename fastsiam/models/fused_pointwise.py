@@ -21,7 +21,6 @@ from torch import nn
 
 from fastsiam.kernels import batch_norm as norm_kernels
 from fastsiam.kernels import pointwise as kernels
-from fastsiam.models.convolution import PLAIN
 from fastsiam.models.fused_norm import below_norm, checked_count, of_ranks, over_ranks, takes_kernels
 
 
@@ -58,7 +57,7 @@ def takes_pointwise(x: torch.Tensor, *layers: nn.Module) -> bool:
 def is_pointwise(convolution: nn.Module) -> bool:
     """Whether it is a 1x1 convolution of all channels, without a bias."""
     return (
-        type(convolution) in PLAIN
+        type(convolution) is nn.Conv2d
         and (convolution.kernel_size, convolution.stride, convolution.groups) == ((1, 1), (1, 1), 1)
         and convolution.padding in ((0, 0), "valid", "same")
         and convolution.bias is None

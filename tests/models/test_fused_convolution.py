@@ -6,12 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from fastsiam.models import convolution as convolution_module
 from fastsiam.models.batch_norm import split_statistics
-from fastsiam.models.convolution import use_products
 from fastsiam.models.fused_convolution import fused_convolution
 from fastsiam.models.fused_norm import fused_norm
-from fastsiam.models.fused_pointwise import is_pointwise
 from tests.support.kernels_on_cpu import mend_bfloat16
 from tests.support.numerics import assert_as_exact_as_plain, gradients
 
@@ -125,18 +122,6 @@ def test_other_convolutions_are_called_as_they_are(name):
     given = draw(OTHERS[name]())
     torch.testing.assert_close(results(fused_convolution, *given), results(plain, *given), atol=1e-12, rtol=1e-12)
     assert len(kept_by(fused_convolution, *given)) >= 2
-
-
-def test_a_host_whose_cpu_has_amx_fuses_the_same(monkeypatch):
-    """A GPU's host rewrites the convolutions for its own CPU: they are the same ones on the GPU."""
-    monkeypatch.setattr(convolution_module, "multiplies_tiles", lambda: True)
-    norm, convolution, x = drawn("1x1")
-    expected = results(fused_convolution, norm, convolution, x)
-    network = use_products(nn.Sequential(convolution))
-    assert type(network[0]) is not nn.Conv2d
-    assert is_pointwise(network[0])
-    torch.testing.assert_close(results(fused_convolution, norm, network[0], x), expected, atol=0, rtol=0)
-    assert kept_by(fused_convolution, norm, network[0], x) == [True]
 
 
 def test_a_frozen_convolution_has_no_gradient_and_what_is_before_it_has():
