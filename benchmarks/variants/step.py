@@ -14,7 +14,7 @@ from fastsiam.config import Config
 from fastsiam.data.build import build_loader
 from fastsiam.kernels import negative_cosine
 from fastsiam.kernels.reference import negative_cosine_ref
-from fastsiam.models.convolution import PLAIN, multiplies_tiles
+from fastsiam.models.convolution import multiplies_tiles, use_products
 from fastsiam.optim.build import build_optimizer
 from fastsiam.runtime.device import autocast, choose_compile
 
@@ -124,10 +124,8 @@ def build_ablated(switches: Switches, config: Config, weights: dict, device: tor
     # The plain layers see one view a call: their statistics are per view by themselves.
     statistics = "joint" if switches.forward == "two_calls" else "per_view"
     method = fastsiam.build_method(config.with_values({"model.bn_statistics": statistics})).to(device)
-    if switches.convolutions == "torch":
-        for layer in method.modules():
-            if type(layer) in PLAIN:
-                layer.__class__ = nn.Conv2d
+    if switches.convolutions == "products":
+        use_products(method.encoder)
     method.load_state_dict(weights)
     method.to(memory_format=memory_format)
     forward = Forward(method, switches)

@@ -12,7 +12,6 @@ from fastsiam.methods.simclr import SimCLR
 from fastsiam.methods.simsiam import SimSiam
 from fastsiam.methods.swav import SwAV
 from fastsiam.models.batch_norm import split_statistics
-from fastsiam.models.convolution import use_products
 from fastsiam.models.encoder import build_encoder
 from fastsiam.models.heads import build_predictor, build_projector
 from fastsiam.models.recompute import recompute_activations
@@ -37,7 +36,6 @@ def build_method(config: Config, world_size: int = 1, rank: int = 0) -> Method:
     fuse_residual_blocks(method)
     if model.fused_pointwise:
         fuse_pointwise(method, model.encoder)
-    use_products(method.encoder)
     if config.train.checkpoint_activations:
         recompute_activations(method.encoder, model.encoder)
     return method

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastsiam.config import Config
 from fastsiam.config.micro_batch import micro_batch_sizes
 from fastsiam.errors import UserError
+from fastsiam.models.convolution import use_products
 from fastsiam.runtime.compile import Compiled
 from fastsiam.runtime.device import out_of_memory_advice
 from fastsiam.runtime.runtime import Runtime
@@ -57,6 +58,8 @@ class TrainingStep:
         """`method` is on the device already. `paused()`: a context for the time that a compilation takes."""
         self.method, self.optimizer, self._runtime, self._world = method, optimizer, runtime, runtime.world
         device = runtime.device
+        if device.type == "cpu":
+            use_products(method.encoder)
         self._train, self._groups = config.train, config.view_groups
         self.micro_batches = config.train.batch_size // (config.train.micro_batch or config.train.batch_size)
         """How many a step has."""

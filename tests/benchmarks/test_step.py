@@ -104,8 +104,8 @@ def test_rows_convolve_as_their_switch_says(convolutions, monkeypatch):
     switches = Switches(precision="bf16", channels_last=True, forward="one_call", convolutions=convolutions)
     config = small_config()
     method = build_ablated(switches, config, initial_weights(config), CPU).model
-    kinds = {type(layer) for layer in method.modules() if isinstance(layer, nn.Conv2d)}
-    assert kinds == {nn.Conv2d if convolutions == "torch" else convolution.PLAIN[1]}
+    plain = {type(layer) is nn.Conv2d for layer in method.modules() if isinstance(layer, nn.Conv2d)}
+    assert plain == {convolutions == "torch"}
 
 
 def test_flops_of_resnet50_are_those_of_the_paper():

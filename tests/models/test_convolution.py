@@ -189,11 +189,16 @@ def test_a_limit_on_onednn_counts(limit, expected, monkeypatch):
     assert convolution.multiplies_tiles() == (expected and torch.backends.mkldnn.is_available())
 
 
-def test_without_tiles_nothing_changes(monkeypatch, tiny_config):
-    monkeypatch.setattr(convolution, "multiplies_tiles", lambda: False)
-    method = build_method(tiny_config())
-    kinds = {type(module) for module in method.modules() if isinstance(module, nn.Conv2d)}
-    assert kinds == {nn.Conv2d}
+@pytest.mark.parametrize("tiles", [False, True])
+def test_only_a_step_on_a_cpu_with_tiles_changes_layers(tiles, monkeypatch, tiny_config):
+    """A method as it is built is that of a GPU too."""
+    monkeypatch.setattr(convolution, "multiplies_tiles", lambda: tiles)
+
+    def plain(method):
+        return {type(module) is nn.Conv2d for module in method.modules() if isinstance(module, nn.Conv2d)}
+
+    assert plain(build_method(tiny_config())) == {True}
+    assert plain(build_step(tiny_config(), torch.bfloat16).method) == {not tiles}
 
 
 def test_a_step_compiles_to_one_graph(monkeypatch):
