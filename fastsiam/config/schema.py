@@ -209,10 +209,10 @@ class Config(Section):
             return self
         if len(starts) != len(sizes) - 1 or list(starts) != sorted(set(starts)):
             later = ", ".join(f"{size} px" for size in sizes[1:])
-            needed = f"a larger share for each of {later}" if later else "null, since no views grow"
+            needed = f"one share for each of {later}, in order" if later else "null, since no views grow"
             example = ", ".join(f"{start:g}" for start in default_starts(len(sizes)))
             raise UserError(
-                f"train.views_grow_at: {list(starts)} must be {needed}; set "
+                f"train.views_grow_at: {list(starts)} is not {needed}; set "
                 f"train.views_grow_at={f'[{example}]' if later else 'null, or views.size=LOW..HIGH'}",
                 "starts-of-sizes",
             )

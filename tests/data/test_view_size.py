@@ -74,9 +74,9 @@ def test_sizes_begin_at_the_shares_that_a_config_names(tmp_path):
 @pytest.mark.parametrize(
     ("size", "starts", "cure"),
     [
-        ("16..32", "[0.5]", "a larger share for each of 24 px, 32 px; set train.views_grow_at=[0.4, 0.8]"),
-        ("16..32", "[0.9, 0.7]", "a larger share for each of 24 px, 32 px; set train.views_grow_at=[0.4, 0.8]"),
-        ("16..32", "[0.5, 0.5]", "a larger share for each of 24 px, 32 px; set train.views_grow_at=[0.4, 0.8]"),
+        ("16..32", "[0.5]", "one share for each of 24 px, 32 px, in order; set train.views_grow_at=[0.4, 0.8]"),
+        ("16..32", "[0.9, 0.7]", "one share for each of 24 px, 32 px, in order; set train.views_grow_at=[0.4, 0.8]"),
+        ("16..32", "[0.5, 0.5]", "one share for each of 24 px, 32 px, in order; set train.views_grow_at=[0.4, 0.8]"),
         ("32", "[0.5]", "null, since no views grow; set train.views_grow_at=null, or views.size=LOW..HIGH"),
         ("16..32", "[0.5, 1.0]", ""),
     ],
