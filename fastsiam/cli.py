@@ -27,16 +27,16 @@ def keep_to_quota() -> None:
 
 
 def let_threads_sleep() -> None:
-    """Lets threads sleep at OpenMP's barriers after a few microseconds; call it before torch is imported.
+    """Lets threads sleep at OpenMP's barriers after some microseconds; call it before torch is imported.
 
     Threads that spin there starve the decoder's on small machines: with both cores of a 2-core CPU busy, a step of the
     quickstart takes 1.3 to 3.1 s spinning and 0.4 to 0.5 s sleeping. Most waits there are shorter than falling asleep
-    takes: where nothing else runs, 1,000 turns before it gave 981 to 1,134 images/s in place of 836 to 975, and beside
-    other jobs no fewer (benchmarks/LOG.md).
+    takes. 10,000 turns before it give 1.1 to 1.4 times the images/s that 1,000 give where nothing else runs, decoding
+    included, and 0.84 times beside a job that takes one of two cores (benchmarks/LOG.md).
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def print_error(error: UserError | str, code: str | None = None) -> int:

@@ -77,7 +77,7 @@ def test_an_error_keeps_its_key_and_code_between_processes():
 @pytest.mark.parametrize(
     ("own", "expected"),
     [
-        ({}, ("PASSIVE", "1000")),
+        ({}, ("PASSIVE", "10000")),
         ({"GOMP_SPINCOUNT": "7"}, ("PASSIVE", "7")),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, ("ACTIVE", None)),
     ],
