@@ -10,6 +10,7 @@ import multiprocessing
 import random
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,14 +212,26 @@ def run_job(job: Job) -> Outcome:
     began = time.perf_counter()
     with prepared(job) as (contestant, monitor):
         setup = time.perf_counter() - began
-        warmup = warm_up(contestant, job.config)
-        memory = peak_of_a_step(contestant, _device(job))
+        warmup = _in_a_thread(warm_up, contestant, job.config)
+        memory = _in_a_thread(peak_of_a_step, contestant, _device(job))
         clock = Clock(_device(job))
         seed_everything(job.config.train.seed)
-        curve, loss = against_the_clock(
-            contestant, job.config, job.seconds, job.evaluations, lambda: monitor.knn(contestant.encoder), clock, _say
-        )
+
+        def evaluate():
+            return _in_a_thread(monitor.knn, contestant.encoder)
+
+        curve, loss = against_the_clock(contestant, job.config, job.seconds, job.evaluations, evaluate, clock, _say)
     return Outcome(curve, loss, setup, warmup, memory, contestant.facts)
+
+
+def _in_a_thread(function, *arguments):
+    """Calls a function in a thread that then ends, and with it the OpenMP threads that it had.
+
+    libgomp lets no thread spin at a barrier where it has more of them than there are cores. Ours trains in a thread
+    other than the main one, which would cost it 1.6 times its speed with 16 px on two cores.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 @contextlib.contextmanager
