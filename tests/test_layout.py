@@ -101,7 +101,7 @@ def test_modules_import_each_other_in_no_circle():
 
 
 def test_kernels_import_only_torch_triton_and_numba():
-    allowed = ("torch", "triton", "numba", "numpy", "contextlib", "math", "functools", "os", "pathlib")
+    allowed = ("torch", "triton", "numba", "llvmlite", "numpy", "contextlib", "math", "functools", "os", "pathlib")
     # Where compiled code is kept; imports the standard library alone.
     allowed += ("fastsiam.kernels", "fastsiam.runtime.cache_dirs")
     for name, path in modules():

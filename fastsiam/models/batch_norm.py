@@ -5,11 +5,11 @@ where each view keeps its own statistics. The same batch on several ranks is the
 are those of all ranks' images. `nn.SyncBatchNorm` breaks the compiler's graph (pytorch#161302), has joint statistics
 and does not run on CPUs; the functional collectives below are ops that `torch.compile(fullgraph=True)` sees.
 
-On CUDA kernels of ours compute it for channels-last images (`fused_norm`). Elsewhere there are three ways. Several
-ranks, and one rank that compiles, take the formula written out over [V, N, C, ...]: the compiler would write the
-gradients of chunks in fp32 and join them by kernels of their own (25 of 437 GB in a step of ResNet-50 at batch 512, in
-Inductor's code for sm_90). In eager mode F.batch_norm is called for each chunk, or, where that is faster, the whole
-encoder for each view (`view_by_view`).
+Kernels of ours compute it for channels-last images, on CUDA and in eager mode on a CPU (`fused_norm`). Elsewhere there
+are three ways. Several ranks, and one rank that compiles, take the formula written out over [V, N, C, ...]: the
+compiler would write the gradients of chunks in fp32 and join them by kernels of their own (25 of 437 GB in a step of
+ResNet-50 at batch 512, in Inductor's code for sm_90). In eager mode F.batch_norm is called for each chunk, or, where
+that is faster, the whole encoder for each view (`view_by_view`).
 """
 
 import contextlib

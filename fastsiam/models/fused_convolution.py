@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastsiam.kernels import batch_norm as kernels
+from fastsiam.kernels import batch_norm_numba
 from fastsiam.models.fused_norm import below_norm, checked_count, fused_norm, of_ranks, over_ranks
 
 
@@ -29,9 +30,10 @@ def fused_convolution(norm: nn.Module, convolution: nn.Module, x: torch.Tensor) 
     """Returns convolution(relu(norm(x))), images [V*N, C', H', W'] of x's [V*N, C, H, W] and in its dtype.
 
     `norm` is a per-view batch norm, whose running statistics move. Other convolutions than nn.Conv2d padded with zeros
-    and without a bias are called as they are, and their inputs kept. Errors: as in `fused_norm`.
+    and without a bias are called as they are, and their inputs kept; so are all on a CPU, which has the memory and may
+    have a faster way (`convolution.use_products`). Errors: as in `fused_norm`.
     """
-    if not _is_plain(convolution):
+    if batch_norm_numba.takes(x) or not _is_plain(convolution):
         return convolution(fused_norm([norm], [x], relu=True))
     num_views, world_size = norm.num_views, norm.world_size
     options = _Options(

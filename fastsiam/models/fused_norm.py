@@ -1,4 +1,7 @@
-"""Batch norm, the sum at a join and ReLU as one step of autograd, by the kernels of `fastsiam.kernels.batch_norm`."""
+"""Batch norm, the sum at a join and ReLU as one step of autograd, by the kernels of `fastsiam.kernels.batch_norm`.
+
+On a CPU by those of `fastsiam.kernels.batch_norm_numba`, in eager mode.
+"""
 
 from typing import NamedTuple
 
@@ -6,6 +9,7 @@ import torch
 from torch import nn
 
 from fastsiam.kernels import batch_norm as kernels
+from fastsiam.kernels import batch_norm_numba
 from fastsiam.runtime.gather import of_all_ranks
 
 
@@ -20,11 +24,16 @@ class _Options(NamedTuple):
     relu: bool
     is_join: bool
     forks: bool
+    on_cpu: bool
+
+    @property
+    def kernels(self):
+        return batch_norm_numba if self.on_cpu else kernels
 
 
 def takes_kernels(x: torch.Tensor, *layers: nn.Module) -> bool:
-    """Whether `fused_norm` takes `x`: images on CUDA, channels-last, that train the usual batch norms."""
-    return kernels.takes(x) and all(
+    """Whether `fused_norm` takes `x`: channels-last images that train the usual batch norms, on a CPU in eager mode."""
+    return (kernels.takes(x) or batch_norm_numba.takes(x)) and all(
         # Per-view layers with weights have one.
         getattr(layer, "counter", None) is not None
         and layer.training
@@ -58,10 +67,11 @@ def fused_norm(
         relu=relu,
         is_join=residual is not None or len(xs) == 2,
         forks=forks,
+        on_cpu=batch_norm_numba.takes(xs[0]),
     )
     tensors = []
     for layer, x in zip(layers, xs, strict=True):
-        statistics = of_ranks(kernels.statistics_op(x.detach(), num_views, layer.counter), world_size)
+        statistics = of_ranks(options.kernels.statistics_op(x.detach(), num_views, layer.counter), world_size)
         running = layer.running_mean, layer.running_var, layer.num_batches_tracked
         tensors += [x, layer.weight, layer.bias, statistics, layer.counter, *running]
     return _FusedNorm.apply(options, residual, *tensors)
@@ -111,7 +121,7 @@ class _FusedNorm(torch.autograd.Function):
     def forward(ctx, options, residual, *tensors):
         xs, weights, biases, statistics, counters, *running = (list(tensors[i::8]) for i in range(8))
         running = [tensor for of_layer in zip(*running, strict=True) for tensor in of_layer]
-        y = kernels.apply_op(
+        y = options.kernels.apply_op(
             xs, statistics, weights, biases, options.eps, residual, options.relu, running, options.momenta,
             options.count,
         )  # fmt: skip
@@ -131,11 +141,11 @@ class _FusedNorm(torch.autograd.Function):
         of_layers = xs, statistics, weights, biases, options.eps
         if len(grads) == 2 and not options.is_join:
             grads = [grads[0] + grads[1]]
-        own_sums, *joined = kernels.reduce_op(grads, *of_layers, y, options.relu, counter)
+        own_sums, *joined = options.kernels.reduce_op(grads, *of_layers, y, options.relu, counter)
         sums = over_ranks(own_sums, options.world_size)
         g = joined[0] if options.is_join else grads[0]
         relu = options.relu and not options.is_join
-        *dxs, of_parameters = kernels.apply_backward_op(g, *of_layers, sums, own_sums, options.count, relu)
+        *dxs, of_parameters = options.kernels.apply_backward_op(g, *of_layers, sums, own_sums, options.count, relu)
         of_layer = []
         for number, (dx, weight, bias) in enumerate(zip(dxs, weights, biases, strict=True)):
             of_bias, of_weight = of_parameters[:, number].unbind()

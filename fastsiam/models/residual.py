@@ -1,7 +1,7 @@
 """Residual blocks whose batch norms, joins and ReLUs are the fused ones of `fused_norm`, where it takes the images.
 
-Classes of modules change, and nothing else: parameters, buffers and their names stay, and on other devices, in
-evaluation and for other layouts the forward is the library's own.
+Classes of modules change, and nothing else: parameters, buffers and their names stay, and in evaluation, for other
+layouts and on other devices than CUDA and the CPU the forward is the library's own.
 """
 
 import functools

@@ -5,7 +5,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from fastsiam.kernels import batch_norm, pointwise, pool
+from fastsiam.kernels import batch_norm, batch_norm_numba, pointwise, pool
 
 
 def is_channels_last(x):
@@ -13,9 +13,15 @@ def is_channels_last(x):
 
 
 def take_kernels(monkeypatch):
-    """Sends channels-last images of any device to the kernels."""
+    """Sends channels-last images of any device to Triton's kernels."""
+    leave_numba_out(monkeypatch)
     for module in (batch_norm, pointwise, pool):
         monkeypatch.setattr(module, "takes", is_channels_last)
+
+
+def leave_numba_out(monkeypatch):
+    """Leaves a CPU's images to Triton's kernels where they are taken, else to torch."""
+    monkeypatch.setattr(batch_norm_numba, "takes", lambda x: False)
 
 
 def mend_bfloat16(monkeypatch):
