@@ -40,6 +40,8 @@ class Switches:
     """kept: memory that a step frees stays with the process, which is a matter of the whole process."""
     convolutions: str = "torch"
     """products: matrix products where those are faster, on a CPU with AMX."""
+    norms: str = "kernels"
+    """kernels: batch norm, joins and ReLU by ours where they take them; torch: on a CPU as without them."""
 
 
 def product(device: torch.device, dtype: torch.dtype) -> Switches:
@@ -66,7 +68,8 @@ def ablation(device: torch.device, dtype: torch.dtype) -> dict[str, Switches]:
     The optimizers stand on what the product compiles on this device: the last rung has the product's switches.
     """
     cuda = device.type == "cuda"
-    rows = {"authors": Switches()}
+    norms = "kernels" if cuda else "torch"
+    rows = {"authors": Switches(norms=norms)}
 
     def add(name, base, **changes):
         rows[name] = dataclasses.replace(base, **changes)
@@ -85,11 +88,12 @@ def ablation(device: torch.device, dtype: torch.dtype) -> dict[str, Switches]:
     if cuda:
         add("compile max-autotune", compiled, compile="max-autotune-no-cudagraphs")
         add("compile with CUDA graphs", compiled, compile="reduce-overhead")
-    last = add("+ fused SGD", product(device, dtype), memory="default", convolutions="torch")
+    last = add("+ fused SGD", product(device, dtype), memory="default", convolutions="torch", norms=norms)
     if cuda:
         add("apex FusedSGD", last, optimizer="apex")
     else:
         last = add("+ freed memory kept", last, memory="kept")
+        last = add("+ batch norm by kernels", last, norms="kernels")
     if _multiplies_tiles(device, dtype):
         add("+ convolutions by matrix products", last, convolutions="products")
     return rows
@@ -126,6 +130,11 @@ def build_ablated(switches: Switches, config: Config, weights: dict, device: tor
     method = fastsiam.build_method(config.with_values({"model.bn_statistics": statistics})).to(device)
     if switches.convolutions == "products":
         use_products(method.encoder)
+    if switches.norms == "torch" and device.type == "cpu":
+        for layer in method.modules():
+            # The kernels take layers that have one.
+            if getattr(layer, "counter", None) is not None:
+                layer.counter = None
     method.load_state_dict(weights)
     method.to(memory_format=memory_format)
     forward = Forward(method, switches)

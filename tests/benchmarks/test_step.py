@@ -18,6 +18,7 @@ from benchmarks.variants.step import Switches, ablation, build_ablated, initial_
 from fastsiam.config import load_config
 from fastsiam.data.build import build_loader
 from fastsiam.errors import UserError
+from fastsiam.kernels import batch_norm_numba
 from fastsiam.models import convolution
 from tests.support.bench_configs import CPU, batches, small_config
 
@@ -55,7 +56,7 @@ def test_every_row_is_the_same_function_in_fp32():
     config = small_config(3, "optimizer.weight_decay=0.1")
     weights = initial_weights(config)
     rows = {name: switches for name, switches in ablation(CPU, torch.float32).items() if not switches.compile}
-    assert len(rows) == 6
+    assert len(rows) == 7
     losses, states = {}, {}
     for name, switches in rows.items():
         step = build_ablated(switches, config, weights, CPU)
@@ -94,7 +95,9 @@ def test_each_row_turns_on_one_switch_more(kind, amx, monkeypatch):
     for before, after in pairwise(ladder):
         before, after = dataclasses.asdict(before), dataclasses.asdict(after)
         assert sum(before[key] != after[key] for key in before) == 1
-    last = {"cuda": "+ fused SGD", "cpu": "+ convolutions by matrix products" if amx else "+ freed memory kept"}[kind]
+    last = {"cuda": "+ fused SGD", "cpu": "+ convolutions by matrix products" if amx else "+ batch norm by kernels"}[
+        kind
+    ]
     assert rows[last] == product(device, torch.bfloat16)
 
 
@@ -106,6 +109,16 @@ def test_rows_convolve_as_their_switch_says(convolutions, monkeypatch):
     method = build_ablated(switches, config, initial_weights(config), CPU).model
     plain = {type(layer) is nn.Conv2d for layer in method.modules() if isinstance(layer, nn.Conv2d)}
     assert plain == {convolutions == "torch"}
+
+
+@pytest.mark.parametrize("norms", ["torch", "kernels"])
+def test_rows_normalise_as_their_switch_says(norms, monkeypatch):
+    calls, statistics = [], batch_norm_numba.statistics_op
+    monkeypatch.setattr(batch_norm_numba, "statistics_op", lambda *given: calls.append(0) or statistics(*given))
+    switches = Switches(precision="bf16", channels_last=True, forward="one_call", norms=norms)
+    config = small_config()
+    build_ablated(switches, config, initial_weights(config), CPU)(batches(1)[0].to(torch.bfloat16))
+    assert bool(calls) == (norms == "kernels")
 
 
 def test_flops_of_resnet50_are_those_of_the_paper():
@@ -166,7 +179,7 @@ def test_lines_hold_rates_and_nothing_is_dropped(lines):
             assert line["share_of_L0"] is None
             assert len(line["samples_seconds"]) == 3, name
     kept = {name for name, line in found.items() if line["switches"]["memory"] == "kept"}
-    assert kept == {"+ freed memory kept", "fastsiam"}
+    assert kept == {"+ freed memory kept", "+ batch norm by kernels", "fastsiam"}
     absent = {name: line["absent"] for name, line in found.items() if "absent" in line and name != "lightly"}
     assert absent == {
         "+ compile": "the time was too short; give more --minutes",
