@@ -169,6 +169,8 @@ class Race:
         for key in ("knn_every_epochs", "controls"):
             del sections["evaluate"][key]
         sections["train"] = [getattr(config.train, key) for key in ("precision", "compile", "channels_last")]
+        if config.train.views_grow_at:
+            sections["train"].append(config.train.views_grow_at)
         sections["data"] = [data.backend, data.augment, data.store_size, *(source.fingerprint() for source in sources)]
         if self._entry:
             sections["peers"] = {name: list(recipe.overrides) for name, recipe in self._entry.peers.items()}
