@@ -21,8 +21,9 @@ from fastsiam.kernels.norm_rows_numba import (
     mask_two,
     normalise,
     normalise_and_add,
+    parts_of,
+    place_of,
     repeated,
-    rows_each,
     take_deviations,
     take_gradient,
     take_second,
@@ -58,7 +59,7 @@ def statistics_op(x: torch.Tensor, num_views: int, counter: torch.Tensor | None 
     with as_torch_has():
         partial = _statistics(values, channels)
     # Chan, Golub and LeVeque (1983) for parts of unequal size.
-    each = rows_each(channels)
+    each = TILES * tile_of(channels) // channels
     counts = np.minimum(each, rows - each * np.arange(partial.shape[1]))[:, None]
     means, squares = partial[:, :, 0], partial[:, :, 1]
     # Infinity in an image makes NaN of them, as in torch.
@@ -192,27 +193,24 @@ def _statistics_of_part(x, channels, out):
 def _statistics(x, channels):
     """[V, parts, 2, C] in fp64 of x [V, n*C]."""
     views, length = x.shape
-    step = TILES * tile_of(channels)
-    parts = (length + step - 1) // step
-    out = np.empty((views, parts, 2, channels), np.float64)
+    _, step, parts = parts_of(length, channels)
+    out = np.empty((views * parts, 2, channels), np.float64)
     for number in numba.prange(views * parts):
-        view, part = number // parts, number % parts
-        _statistics_of_part(x[view, part * step : min((part + 1) * step, length)], channels, out[view, part])
-    return out
+        view, begin, end = place_of(number, parts, step, length)
+        _statistics_of_part(x[view, begin:end], channels, out[number])
+    return out.reshape(views, parts, 2, channels)
 
 
 @numba.njit(parallel=True, **JIT)
 def _apply(a, b, added, of_a, of_b, y, channels, two, adds, floor):
     views, length = a.shape
-    tile = tile_of(channels)
-    step = TILES * tile
-    parts = (length + step - 1) // step
+    tile, step, parts = parts_of(length, channels)
     for number in numba.prange(views * parts):
-        view, begin = number // parts, number % parts * step
+        view, begin, last = place_of(number, parts, step, length)
         first, second = repeated(of_a[view], tile), repeated(of_b[view], tile)
         line = np.empty(tile, np.float32)
-        for at in range(begin, min(begin + step, length), tile):
-            end = min(at + tile, length)
+        for at in range(begin, last, tile):
+            end = min(at + tile, last)
             x, out = a[view, at:end], y[view, at:end]
             if two and adds:
                 normalise_and_add(b[view, at:end], second, added[view, at:end], np.float32(-np.inf), line)
@@ -230,16 +228,14 @@ def _apply(a, b, added, of_a, of_b, y, channels, two, adds, floor):
 def _reduce(grad, other, a, b, y, g, of_a, of_b, channels, two_grads, two, joined, floor):
     """[V, parts, 3, C] in fp64: sums of g, of g (a - mean) and of g (b - mean); writes `g` where there is a join."""
     views, length = a.shape
-    tile = tile_of(channels)
-    step = TILES * tile
-    parts = (length + step - 1) // step
-    out = np.empty((views, parts, 3, channels), np.float64)
+    tile, step, parts = parts_of(length, channels)
+    out = np.empty((views * parts, 3, channels), np.float64)
     for number in numba.prange(views * parts):
-        view, part = number // parts, number % parts
+        view, begin, last = place_of(number, parts, step, length)
         first, second = repeated(of_a[view], tile), repeated(of_b[view], tile)
         line, sums, totals = np.empty(tile, np.float32), np.zeros(3 * ROW, np.float32), np.zeros((3, tile), np.float64)
-        for at in range(part * step, min((part + 1) * step, length), tile):
-            end = min(at + tile, length)
+        for at in range(begin, last, tile):
+            end = min(at + tile, last)
             x, ours = a[view, at:end], grad[view, at:end]
             if joined:
                 if two_grads:
@@ -251,24 +247,22 @@ def _reduce(grad, other, a, b, y, g, of_a, of_b, channels, two_grads, two, joine
                     take_second(line, b[view, at:end], second, sums)
             else:
                 take_gradient(ours, x, first, floor, sums)
-            if (at // tile + 1) % IN_FP32 == 0 or end == length:
+            if (at // tile + 1) % IN_FP32 == 0 or end == last:
                 hand_on(sums, tile, totals)
-        fold(totals, out[view, part])
-    return out
+        fold(totals, out[number])
+    return out.reshape(views, parts, 3, channels)
 
 
 @numba.njit(parallel=True, **JIT)
 def _apply_backward(g, a, b, of_a, of_b, of_first, of_second, channels, two, floor):
     """`of_first` and `of_second`: the gradients of a and b."""
     views, length = a.shape
-    tile = tile_of(channels)
-    step = TILES * tile
-    parts = (length + step - 1) // step
+    tile, step, parts = parts_of(length, channels)
     for number in numba.prange(views * parts):
-        view, begin = number // parts, number % parts * step
+        view, begin, last = place_of(number, parts, step, length)
         first, second = repeated(of_a[view], tile), repeated(of_b[view], tile)
-        for at in range(begin, min(begin + step, length), tile):
-            end = min(at + tile, length)
+        for at in range(begin, last, tile):
+            end = min(at + tile, last)
             gradient_of_input(g[view, at:end], a[view, at:end], first, floor, of_first[view, at:end])
             if two:
                 gradient_of_input(g[view, at:end], b[view, at:end], second, floor, of_second[view, at:end])

@@ -29,8 +29,18 @@ def tile_of(channels):
 
 
 @numba.njit(**JIT)
-def rows_each(channels):
-    return TILES * tile_of(channels) // channels
+def parts_of(length, channels):
+    """Values of a tile and of a part, and how many parts a view of so many values has."""
+    tile = tile_of(channels)
+    step = TILES * tile
+    return tile, step, (length + step - 1) // step
+
+
+@numba.njit(**JIT)
+def place_of(number, parts, step, length):
+    """View, begin and end of a part, where views have so many parts each."""
+    begin = number % parts * step
+    return number // parts, begin, min(begin + step, length)
 
 
 @intrinsic
@@ -119,12 +129,17 @@ def mask_two(grad, other, y, floor, line, out):
 
 
 @numba.njit(**JIT)
+def _below_relu(grad, deviation, norm, i, floor):
+    """The gradient below the ReLU, whose input is computed again."""
+    return np.float32(0) if deviation * norm[ROW + i] + norm[2 * ROW + i] <= floor else grad
+
+
+@numba.njit(**JIT)
 def take_gradient(grad, x, norm, floor, sums):
     """Adds g and g (x - mean), where g is `grad` below the ReLU, to two rows of sums."""
     for i in range(len(x)):
         deviation = wide(x[i]) - norm[i]
-        value = deviation * norm[ROW + i] + norm[2 * ROW + i]
-        g = np.float32(0) if value <= floor else wide(grad[i])
+        g = _below_relu(wide(grad[i]), deviation, norm, i, floor)
         sums[i] += g
         sums[ROW + i] += g * deviation
 
@@ -140,8 +155,7 @@ def take_second(g, x, norm, sums):
 def gradient_of_input(grad, x, norm, floor, out):
     for i in range(len(x)):
         deviation = wide(x[i]) - norm[i]
-        value = deviation * norm[ROW + i] + norm[2 * ROW + i]
-        g = np.float32(0) if value <= floor else wide(grad[i])
+        g = _below_relu(wide(grad[i]), deviation, norm, i, floor)
         below = g - norm[3 * ROW + i] - deviation * norm[4 * ROW + i]
         out[i] = as_stored(norm[ROW + i] * below, out[i])
 

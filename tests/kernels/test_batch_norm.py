@@ -6,15 +6,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
 from fastsiam.kernels import batch_norm
-from fastsiam.models.batch_norm import split_statistics
 from fastsiam.models.fused_norm import fused_norm
 from tests.support import norms
 from tests.support.kernels_on_cpu import leave_numba_out
-from tests.support.norms import FORMS, assert_errs_little, in_fp64, ours, plain, results, theirs
-from tests.support.numerics import gradients
+from tests.support.norms import FORMS, assert_errs_little, in_fp64, ours, results, theirs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")]
@@ -69,16 +66,7 @@ def test_one_far_value_does_not_spoil_the_variance():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_infinity_are_handed_on(value):
-    """Those of one channel and view stay there; ReLU lets NaN pass."""
-    drawn = draw("join, two users", torch.float32)
-    with torch.no_grad():
-        drawn[1][0][0, 3, 1, 1] = value
-    out, (of_x, of_residual), _, _ = results("join, two users", drawn, ours("join, two users"))
-    assert out[:3, 3].isnan().all()
-    assert of_x[:3, 3].isnan().all()
-    for tensor in (out, of_x, of_residual):
-        assert not tensor[3:].isnan().any()
-        assert not tensor[:, :3].isnan().any()
+    norms.assert_nan_stays_in_its_channel_and_view(value, torch.float32, DEVICE)
 
 
 def test_a_layer_is_one_launch_of_each_kernel(monkeypatch):
@@ -128,21 +116,11 @@ def test_without_a_counter_of_its_own_the_sums_are_the_same():
 
 
 def test_what_a_batch_cannot_give_raises_and_leaves_the_statistics():
-    layer = split_statistics(nn.BatchNorm2d(3), 2).to(DEVICE)
-    before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(ValueError, match="a batch of 3 does not divide into 2 views"):
-        fused_norm([layer], [torch.randn(3, 3, 2, 2, device=DEVICE)])
-    with pytest.raises(ValueError, match=r"one value a channel and view in \[2, 3, 1, 1\]"):
-        fused_norm([layer], [torch.randn(2, 3, 1, 1, device=DEVICE)])
-    torch.testing.assert_close(layer.state_dict(), before, atol=0, rtol=0)
+    norms.assert_refuses_what_a_batch_cannot_give(DEVICE)
 
 
 def test_gradients_may_come_without_memory_of_their_own():
-    """That of a sum over places is one number, expanded."""
-    layers, xs, _, _ = draw("norm, relu", torch.float32)
-    mine = gradients(fused_norm(layers, xs, relu=True).sum(), xs)
-    expected = gradients(plain(layers, xs, None, True).sum(), xs)
-    torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+    norms.assert_takes_gradients_without_memory(DEVICE)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -6,14 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from fastsiam.kernels import batch_norm, batch_norm_numba, norm_rows_numba
 from fastsiam.models.batch_norm import split_statistics
-from fastsiam.models.fused_norm import fused_norm
 from fastsiam.models.residual import fuse_residual_blocks
-from tests.support.norms import FORMS, assert_errs_little, draw, in_fp64, ours, plain, results, theirs
-from tests.support.numerics import gradients
+from tests.support import norms
+from tests.support.norms import FORMS, assert_errs_little, draw, in_fp64, ours, results, theirs
 
 FLOATS = [torch.float32, torch.bfloat16]
 # 70 channels leave the last tile of 14 rows unfilled; 4 channels have two parts of 64 tiles; 1,030 fill a tile each.
@@ -44,16 +42,28 @@ def test_three_views_are_three_calls(form, without_triton):
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_the_number_of_threads_changes_nothing(dtype, monkeypatch):
+def test_the_number_of_threads_changes_nothing(dtype):
     form = "two norms, two users"
     drawn = draw(form, dtype, shape=SHAPES["4"])
-    found = []
-    before = torch.get_num_threads()
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        found.append(results(form, drawn, ours(form)))
-    torch.set_num_threads(before)
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(results(form, drawn, ours(form)))
+    finally:
+        torch.set_num_threads(before)
     torch.testing.assert_close(*found, atol=0, rtol=0)
+
+
+def test_it_takes_what_it_can_compute():
+    x = torch.randn(2, 8, 3, 3).contiguous(memory_format=torch.channels_last)
+    assert batch_norm_numba.takes(x)
+    assert batch_norm_numba.takes(x.bfloat16())
+    for other in (x.double(), x.half(), x.contiguous(), x[:, :, 0, 0], x.to("meta")):
+        assert not batch_norm_numba.takes(other)
+    most = torch.empty(1, norm_rows_numba.MOST_CHANNELS, 2, 2).contiguous(memory_format=torch.channels_last)
+    assert batch_norm_numba.takes(most)
+    assert not batch_norm_numba.takes(torch.cat([most, most], 1))
 
 
 def test_a_large_mean_does_not_cancel():
@@ -79,16 +89,7 @@ def test_one_far_value_does_not_spoil_the_variance():
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_infinity_are_handed_on(value, dtype):
-    """Those of one channel and view stay there; ReLU lets NaN pass."""
-    drawn = draw("join, two users", dtype)
-    with torch.no_grad():
-        drawn[1][0][0, 3, 1, 1] = value
-    out, (of_x, of_residual), _, _ = results("join, two users", drawn, ours("join, two users"))
-    assert out[:3, 3].isnan().all()
-    assert of_x[:3, 3].isnan().all()
-    for tensor in (out, of_x, of_residual):
-        assert not tensor[3:].isnan().any()
-        assert not tensor[:, :3].isnan().any()
+    norms.assert_nan_stays_in_its_channel_and_view(value, dtype)
 
 
 def test_bf16_is_rounded_to_the_nearest_with_ties_to_even():
@@ -107,21 +108,11 @@ def test_bf16_is_rounded_to_the_nearest_with_ties_to_even():
 
 
 def test_gradients_may_come_without_memory_of_their_own():
-    """That of a sum over places is one number, expanded."""
-    layers, xs, _, _ = draw("norm, relu", torch.float32)
-    mine = gradients(fused_norm(layers, xs, relu=True).sum(), xs)
-    expected = gradients(plain(layers, xs, None, True).sum(), xs)
-    torch.testing.assert_close(mine, expected, atol=1e-5, rtol=1e-5)
+    norms.assert_takes_gradients_without_memory()
 
 
 def test_what_a_batch_cannot_give_raises_and_leaves_the_statistics():
-    layer = split_statistics(nn.BatchNorm2d(3), 2)
-    before = copy.deepcopy(layer.state_dict())
-    with pytest.raises(ValueError, match="a batch of 3 does not divide into 2 views"):
-        fused_norm([layer], [torch.randn(3, 3, 2, 2).contiguous(memory_format=torch.channels_last)])
-    with pytest.raises(ValueError, match=r"one value a channel and view in \[2, 3, 1, 1\]"):
-        fused_norm([layer], [torch.randn(2, 3, 1, 1)])
-    torch.testing.assert_close(layer.state_dict(), before, atol=0, rtol=0)
+    norms.assert_refuses_what_a_batch_cannot_give()
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,6 +19,7 @@ FORMS = {
     "join": (1, True, True, False),
     "join, two users": (1, True, True, True),
     "two norms, two users": (2, False, True, True),
+    "two norms and a residual": (2, True, True, False),
 }
 
 
@@ -99,3 +101,37 @@ def assert_errs_little(form, drawn, dtype):
     for buffer, truth, other in zip(mine[3], exact[3], plainly[3], strict=True):
         assert buffer.dtype == other.dtype
         assert (buffer - truth).abs().max() <= 2 * (other - truth).abs().max() + 2**-23 * truth.abs().max()
+
+
+def assert_nan_stays_in_its_channel_and_view(value, dtype, device="cpu"):
+    """What one value that is not finite makes of a join; ReLU lets NaN pass."""
+    drawn = draw("join, two users", dtype, device=device)
+    with torch.no_grad():
+        drawn[1][0][0, 3, 1, 1] = value
+    out, (of_x, of_residual), _, _ = results("join, two users", drawn, ours("join, two users"))
+    assert out[:3, 3].isnan().all()
+    assert of_x[:3, 3].isnan().all()
+    for tensor in (out, of_x, of_residual):
+        assert not tensor[3:].isnan().any()
+        assert not tensor[:, :3].isnan().any()
+
+
+def assert_takes_gradients_without_memory(device="cpu"):
+    """That of a sum over places is one number, expanded."""
+    layers, xs, _, _ = draw("norm, relu", torch.float32, device=device)
+    mine = gradients(fused_norm(layers, xs, relu=True).sum(), xs)
+    torch.testing.assert_close(mine, gradients(plain(layers, xs, None, True).sum(), xs), atol=1e-5, rtol=1e-5)
+
+
+def assert_refuses_what_a_batch_cannot_give(device="cpu"):
+    """With the running statistics as they were."""
+    layer = split_statistics(nn.BatchNorm2d(3), 2).to(device)
+    before = copy.deepcopy(layer.state_dict())
+    for shape, message in (
+        ((3, 3, 2, 2), "a batch of 3 does not divide into 2 views"),
+        ((2, 3, 1, 1), r"one value a channel and view in \[2, 3, 1, 1\]"),
+    ):
+        x = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
+        with pytest.raises(ValueError, match=message):
+            fused_norm([layer], [x])
+    torch.testing.assert_close(layer.state_dict(), before, atol=0, rtol=0)
