@@ -34,6 +34,15 @@ from fastsiam.kernels.threads import as_torch_has
 
 
 def takes(x: torch.Tensor) -> bool:
+    """Whether images are given to these functions for speed: those in bf16 that `computes` names.
+
+    In fp32 torch's batch norm is as fast, and has no second pool of threads: on a CPU with AVX2 the quickstart makes
+    0.85 times as many images/s with these functions as without.
+    """
+    return x.dtype == torch.bfloat16 and computes(x)
+
+
+def computes(x: torch.Tensor) -> bool:
     """Whether `x` are images [B, C, H, W] as these functions take them: on the CPU, channels-last, in fp32 or bf16.
 
     Not while a step is compiled: Inductor writes loops of its own.

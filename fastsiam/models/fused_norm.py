@@ -32,7 +32,7 @@ class _Options(NamedTuple):
 
 
 def takes_kernels(x: torch.Tensor, *layers: nn.Module) -> bool:
-    """Whether `fused_norm` takes `x`: channels-last images that train the usual batch norms, on a CPU in eager mode."""
+    """Whether `fused_norm` takes `x`: channels-last images for batch norms in training, a CPU's in bf16 and eagerly."""
     return (kernels.takes(x) or batch_norm_numba.takes(x)) and all(
         # Per-view layers with weights have one.
         getattr(layer, "counter", None) is not None
@@ -67,7 +67,7 @@ def fused_norm(
         relu=relu,
         is_join=residual is not None or len(xs) == 2,
         forks=forks,
-        on_cpu=batch_norm_numba.takes(xs[0]),
+        on_cpu=batch_norm_numba.computes(xs[0]),
     )
     tensors = []
     for layer, x in zip(layers, xs, strict=True):

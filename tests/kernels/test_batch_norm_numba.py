@@ -55,13 +55,14 @@ def test_the_number_of_threads_changes_nothing(dtype):
     torch.testing.assert_close(*found, atol=0, rtol=0)
 
 
-def test_it_takes_what_it_can_compute():
+def test_it_is_given_bf16_and_computes_fp32_too():
     x = torch.randn(2, 8, 3, 3).contiguous(memory_format=torch.channels_last)
-    assert batch_norm_numba.takes(x)
+    assert (batch_norm_numba.takes(x), batch_norm_numba.computes(x)) == (False, True)
     assert batch_norm_numba.takes(x.bfloat16())
-    for other in (x.double(), x.half(), x.contiguous(), x[:, :, 0, 0], x.to("meta")):
+    for other in (x.double(), x.half(), x.bfloat16().contiguous(), x.bfloat16()[:, :, 0, 0], x.bfloat16().to("meta")):
         assert not batch_norm_numba.takes(other)
-    most = torch.empty(1, norm_rows_numba.MOST_CHANNELS, 2, 2).contiguous(memory_format=torch.channels_last)
+    channels = norm_rows_numba.MOST_CHANNELS
+    most = torch.empty(1, channels, 2, 2, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
     assert batch_norm_numba.takes(most)
     assert not batch_norm_numba.takes(torch.cat([most, most], 1))
 

@@ -21,7 +21,7 @@ def take_kernels(monkeypatch):
 
 def leave_numba_out(monkeypatch):
     """Leaves a CPU's images to Triton's kernels where they are taken, else to torch."""
-    monkeypatch.setattr(batch_norm_numba, "takes", lambda x: False)
+    monkeypatch.setattr(batch_norm_numba, "computes", lambda x: False)
 
 
 def mend_bfloat16(monkeypatch):
