@@ -219,11 +219,17 @@ class Images(NamedTuple):
     overrides: list[str]
     """Overrides of the config."""
     label: str
-    """The folder that holds train and val."""
+    """The folder that holds train and val, and how many classes where they are not all."""
 
 
-def images_of(config: str, device: str, data: Path | None, train: int | None, val: int | None, lists: Path) -> Images:
-    """Returns the images of `data`, or the config's own, cut down to equally many of each class by files in `lists`."""
+def images_of(
+    config: str, device: str, data: Path | None, train: int | None, val: int | None, lists: Path,
+    classes: int | None = None,
+) -> Images:  # fmt: skip
+    """Returns the images of `data`, or the config's own, cut down to equally many of each class by files in `lists`.
+
+    `classes`: of the first so many classes by name; None: of all.
+    """
     if data is None:
         own = load_config(config)
         draw_missing_demo(own, print)
@@ -232,9 +238,11 @@ def images_of(config: str, device: str, data: Path | None, train: int | None, va
         folders = [data / "train", data / "val"]
     given = []
     for option, folder, count in (("--train", folders[0], train), ("--val", folders[1], val)):
-        given.append(write_list(folder, count, lists, option) if count is not None else folder)
+        listed = count is not None or classes is not None
+        given.append(write_list(folder, count, lists, option, classes) if listed else folder)
     paths = [f"data.train={given[0]}", f"data.val={given[1]}", "data.demo_seed=null"]
-    return Images([*paths, f"train.device={device}"], folders[0].resolve().parent.name)
+    label = folders[0].resolve().parent.name
+    return Images([*paths, f"train.device={device}"], label if classes is None else f"{label}, {classes} classes")
 
 
 def check_entrants(
@@ -263,6 +271,7 @@ def run(
     data: Path | None = None,
     train: int | None = None,
     val: int | None = None,
+    classes: int | None = None,
     minutes_each: float | None = None,
     seeds: int = 3,
     target: float = 45.0,
@@ -280,7 +289,7 @@ def run(
     check_entrants(contestants, seeds, rates, own_rates)
     with tempfile.TemporaryDirectory() as scratch:
         lists = (results.folder or Path(scratch)).resolve() / "images"
-        images = images_of(config, device.type, data, train, val, lists)
+        images = images_of(config, device.type, data, train, val, lists, classes)
         own = load_config(config, images.overrides).optimizer.base_lr
         grids = {name: [in_words(rate, own) for rate in (own_rates if name in OURS else rates)] for name in contestants}
         count = sum(map(len, grids.values())) + (seeds - 1) * len(grids)

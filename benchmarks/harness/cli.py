@@ -31,6 +31,7 @@ OPTIONS = {
     "data": (Path, "folder with train/CLASS/ and val/CLASS/; without it the config's own"),
     "train": (int, "so many training images, equally many of each class; without it all"),
     "val": (int, "so many images that kNN classifies, likewise"),
+    "classes": (int, "only the first so many classes by name; without it all"),
     "minutes_each": (float, "training time of a run; without it --minutes divided among the runs"),
     "seeds": (int, "runs of each contestant at its best rate (%(default)s)"),
     "target": (float, "kNN in percent whose first evaluation is told (%(default)s)"),

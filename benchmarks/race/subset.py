@@ -21,6 +21,10 @@ def write_list(folder: Path, count: int | None, out: Path, option: str, classes:
     if source.packed:
         message = f"{option}: {folder} holds tar shards, which the peers cannot read; give a folder of image files"
         raise UserError(message, code="packed-images")
+    if classes is not None and not 2 <= classes <= len(source.classes):
+        number = len(source.classes)
+        message = f"--classes: {classes} are asked for, but {folder} has {number} classes; give 2 to {number}"
+        raise UserError(message, code="no-such-classes")
     names = source.classes[:classes]
     each = None if count is None else count // len(names)
     if count is not None and (count < 1 or count % len(names)):

@@ -27,5 +27,5 @@ def test_every_row_evaluates_the_same_images(demo_folder, tmp_path):
 
 def test_classes_of_unequal_size_are_refused(demo_folder, tmp_path, capsys):
     encoder = random_encoder(tmp_path / "encoder.safetensors")
-    assert linear.main([str(encoder), "--data", str(demo_folder), "--train", "55"]) == 2
+    assert linear.main([str(encoder), "--data", str(demo_folder), "--classes", "10", "--train", "55"]) == 2
     assert "unequal-classes" in capsys.readouterr().err

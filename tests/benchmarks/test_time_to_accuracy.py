@@ -236,6 +236,17 @@ def test_lists_hold_equally_many_of_each_class(demo_folder, tmp_path):
         assert caught.value.code == code
 
 
+def test_a_race_of_the_first_classes(race, demo_folder, tmp_path):
+    _, lines = race(data=demo_folder, train=12, classes=3, contestants=("fastsiam",))
+    params = lines[-1]["params"]
+    assert (params["data"], params["images"]) == (f"{demo_folder.resolve().name}, 3 classes", 12)
+    raced, whole = open_source(str(tmp_path / "out/images/train.txt")), open_source(str(demo_folder / "train"))
+    assert (raced.classes, np.bincount(raced.labels).tolist()) == (whole.classes[:3], [4, 4, 4])
+    with pytest.raises(UserError) as caught:
+        race(data=demo_folder, classes=11)
+    assert caught.value.code == "no-such-classes"
+
+
 def test_rates_in_words():
     assert [in_words(word, 0.4) for word in ("0.5x", "1x", "0.3")] == [0.2, 0.4, 0.3]
     for wrong in ("x", "fast", "0", "-1x", "nan"):
