@@ -101,7 +101,7 @@ def run(results: Results, *, device: torch.device, minutes: float, images: Path 
 def report(results: Results, config: Config, description: str, label: str, taken: dict[str, Samples]) -> None:
     """Writes one line each; the line of training names the slower of the other two, and its share of that."""
     model, batch_size = config.model, config.train.batch_size
-    params = {"encoder": model.encoder, "size": config.views[0].size, "batch": batch_size, "photographs": label}
+    params = {"encoder": model.encoder, "size": config.views[0].full_size, "batch": batch_size, "photographs": label}
     rates = {name: batch_size / samples.median for name, samples in taken.items()}
     limit = min("loader", "step", key=rates.get)
     for name, samples in taken.items():

@@ -71,7 +71,11 @@ class Setting:
         self.weights = initial_weights(config, device)
         self.inputs = Inputs(config, device)
         self.flops = flops_per_image(config)
-        self.params = {"encoder": config.model.encoder, "size": config.views[0].size, "batch": config.train.batch_size}
+        self.params = {
+            "encoder": config.model.encoder,
+            "size": config.views[0].full_size,
+            "batch": config.train.batch_size,
+        }
 
     def rows(self, stack: contextlib.ExitStack) -> list[Row]:
         """Returns rows in the table's order; what their steps hold open is closed with `stack`.

@@ -16,7 +16,7 @@ def flops_per_image(config: Config) -> int:
     batch_size, meta = 2, torch.device("meta")
     weights = fastsiam.build_method(config).to(meta).state_dict()
     step = authors.build_step(config, weights, meta)
-    views = torch.empty(2 * batch_size, 3, config.views[0].size, config.views[0].size, device=meta)
+    views = torch.empty(2 * batch_size, 3, config.views[0].full_size, config.views[0].full_size, device=meta)
     with FlopCounterMode(display=False) as counter:
         step(views)
     return counter.get_total_flops() // batch_size

@@ -274,7 +274,12 @@ class Config(Section):
         return stages_of([group.sizes for group in self.views])
 
     def sizes_at(self, epoch: int, epoch_progress: float) -> tuple[int, ...]:
-        """Sides in pixels of the groups' views in epoch number `epoch`, which begins at `epoch_progress` of the run."""
+        """Sides in pixels of the groups' views in epoch number `epoch`, which begins at `epoch_progress` of the run.
+
+        The only epoch has the full size, as a last one has.
+        """
+        if self.budget is None and self.train.epochs == 1:
+            return self.view_stages[-1]
         return sizes_at(self.view_stages, epoch, epoch_progress, self.train.views_grow_at)
 
     @property

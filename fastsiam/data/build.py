@@ -180,13 +180,13 @@ def open_training_loader(
 
 
 def check_grows(config: Config, steps_per_epoch: int) -> None:
-    """Raises `UserError` where views would grow from epoch to epoch and the run is known to have only one."""
+    """Raises `UserError` where views would grow from epoch to epoch and a budget in images ends in the first.
+
+    A run of `train.epochs=1` has the full size (`Config.sizes_at`).
+    """
     budget = config.to_spend
-    epochs = budget.amount
-    if budget.kind == "images":
-        epochs /= max(steps_per_epoch * config.train.batch_size, 1)
     growing = next((group for group in config.views if len(group.sizes) > 1), None)
-    if growing and budget.counts_steps and epochs <= 1:
+    if growing and budget.kind == "images" and budget.amount <= steps_per_epoch * config.train.batch_size:
         raise UserError(
             f"views.size: {growing.size} grows from epoch to epoch, and {budget.text} are at most one epoch; set "
             f"views.size={growing.full_size}, or train longer",

@@ -81,7 +81,7 @@ def test_each_size_needs_its_start_in_order(starts):
 
 def test_views_of_one_size_have_no_starts():
     with refuses("starts-of-sizes", "train.views_grow_at") as error:
-        load_config("quickstart", ["train.views_grow_at=[0.5]"])
+        load_config("quickstart", ["views.size=32", "train.views_grow_at=[0.5]"])
     assert str(error.value).endswith("set train.views_grow_at=null, or views.size=LOW..HIGH")
 
 
@@ -128,20 +128,29 @@ def test_a_range_is_read_written_and_read_again(tmp_path):
     assert (fixed.size, fixed.sizes, fixed.full_size) == (224, (224,), 224)
 
 
-def test_a_run_of_one_epoch_is_refused():
+def test_a_single_epoch_has_the_full_size():
+    assert load_config("quickstart", ["views.size=16..32", "train.epochs=1"]).sizes_at(0, 0.0) == (32,)
+    assert load_config("quickstart", ["views.size=16..32", "train.epochs=2"]).sizes_at(0, 0.0) == (16,)
+
+
+def test_the_quickstart_ends_with_two_epochs_of_its_full_size():
+    config = load_config("quickstart")
+    assert [config.sizes_at(epoch, epoch / 8)[0] for epoch in range(config.train.epochs)] == 6 * [24] + 2 * [32]
+
+
+def test_a_budget_of_one_epoch_is_refused():
     def grows(*overrides):
         check_grows(load_config("quickstart", ["views.size=16..32", *overrides]), steps_per_epoch=10)
 
-    grows("train.epochs=2", "train.batch_size=8")
+    grows("train.epochs=1")
     grows("budget=81 images", "train.batch_size=8")
     grows("budget=1s")
-    check_grows(load_config("quickstart", ["train.epochs=1"]), 10)
-    for overrides in (["train.epochs=1"], ["budget=80 images", "train.batch_size=8"]):
-        with pytest.raises(UserError) as error:
-            grows(*overrides)
-        assert (error.value.key, error.value.code) == ("views.size", "no-epochs-to-grow")
+    check_grows(load_config("quickstart", ["views.size=32", "budget=80 images", "train.batch_size=8"]), 10)
     with pytest.raises(UserError) as error:
-        build_loader(load_config("quickstart", ["data.backend=synthetic", "views.size=16..32", "train.epochs=1"]))
+        grows("budget=80 images", "train.batch_size=8")
+    assert (error.value.key, error.value.code) == ("views.size", "no-epochs-to-grow")
+    with pytest.raises(UserError) as error:
+        build_loader(load_config("quickstart", ["data.backend=synthetic", "views.size=16..32", "budget=64 images"]))
     assert error.value.code == "no-epochs-to-grow"
 
 
@@ -151,9 +160,9 @@ def views_of(config):
 
 def test_a_checkpoint_knows_the_range_and_a_fixed_size_is_known_as_ever():
     def known(*overrides):
-        return views_of(load_config("quickstart", overrides))
+        return views_of(load_config("quickstart", ["views.size=32", *overrides]))
 
-    (group,) = load_config("quickstart").view_groups
+    (group,) = load_config("quickstart", ["views.size=32"]).view_groups
     assert known() == identity(None, (group.spec,) * 2, "dali")["views"]
     ranges = ("views.size=16..32", "views.size=24..32", "views.size=16", "views.size=16..40", "views.count=3")
     assert len({known(), *map(known, ranges)}) == 6
@@ -165,7 +174,7 @@ def test_a_checkpoint_knows_the_range_and_a_fixed_size_is_known_as_ever():
         ("r50_100ep", ["views.blur_kind=gaussian"], "85078a9113f7663d"),
         ("r50_100ep", ["views.blur_kind=gaussian", "views.size=128..224", "views.solarize=0.25"], "bc87f8bedf0d574e"),
         ("r18_cifar10_800ep", [], "f3d51b1b9fe8686a"),
-        ("quickstart", [], "9772e1337421c53a"),
+        ("quickstart", ["views.size=32"], "9772e1337421c53a"),
     ],
 )
 def test_checkpoints_from_before_there_was_a_kind_of_blur_are_known(name, overrides, known):

@@ -76,7 +76,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(tiny, tmp_path, capsys, mo
     assert refused_unwritten(capsys, tmp_path, config="r50_100ep.yaml").code == "absent"
     assert told("train.batch_size=100") == ("train.batch_size", "batch-too-large")
     assert told(f"data.train={tmp_path}/bare") == ("data.train", "no-images")
-    assert told("views.size=16..32", "train.epochs=1") == ("views.size", "no-epochs-to-grow")
+    assert told("views.size=16..32", "train.epochs=null", "budget=8 images") == ("views.size", "no-epochs-to-grow")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert told("train.device=cuda") == ("train.device", "no-cuda-device")
     monkeypatch.setattr(choose, "dali_installed", lambda: False)

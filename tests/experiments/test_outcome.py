@@ -114,7 +114,7 @@ def test_result_lines_name_no_folder_and_keep_the_curves(experiment, tmp_path):
         ("without", 1, "collapsed", 20),
     ]  # fmt: skip
     first = made[0]
-    assert (first["images_seen"], first["paper_top1"], first["budget"]) == (120, 67.7, "9 epochs")
+    assert (first["images_seen"], first["paper_top1"], first["budget"]) == (120, 67.7, "8 epochs")
     assert first["curves"]["std_ratio"] == [[80, 0.9], [120, 0.9]]
     assert first["curves"]["loss"][-1] == [120, -0.75]
     assert str(tmp_path) not in json.dumps(made)

@@ -28,6 +28,7 @@ EVERY_STEP = "checkpoint.every_seconds=0.0001"
 
 # A ResNet-8 of width 8 on 16 px views: a step of 8 images takes about 15 ms on one core.
 TINY = (
+    "data.backend=auto",
     "views.size=16",
     "model.width=8",
     "method.projector={layers: 2, hidden: 16, out: 16}",

@@ -65,7 +65,7 @@ def test_a_run_has_its_folder_its_budget_and_its_seed():
     assert (config.run.dir, config.run.name) == ("runs/sweep", "lr=2_seed=1")
     assert (config.budget, config.train.epochs, config.train.seed) == ("15000 images", None, 1)
     own = plan(2)
-    assert own.config_of(own.variants[0]).to_spend.text == "9 epochs"
+    assert own.config_of(own.variants[0]).to_spend.text == "8 epochs"
 
 
 @pytest.mark.parametrize("budget", ["2min", "400 images", "3s"])
