@@ -268,8 +268,9 @@ def test_what_contestants_do_not_share_is_refused(tiny_config):
         assert (caught.value.key, caught.value.code) == (key, "not-in-common")
 
 
-def test_the_races_own_config_can_race():
-    config = load_config("benchmarks/race/cifar10_cpu.yaml")
+@pytest.mark.parametrize("name", ["cifar10_cpu", "tiny_imagenet_cpu"])
+def test_the_races_own_configs_can_race(name):
+    config = load_config(f"benchmarks/race/{name}.yaml")
     check_config(config)
     assert (config.optimizer.warmup, EVALUATIONS) == (0.03, 10)
 
