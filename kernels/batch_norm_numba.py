@@ -13,7 +13,6 @@ from fastsiam.kernels.norm_rows_numba import (
     JIT,
     MOST_CHANNELS,
     ROW,
-    TILES,
     fold,
     gradient_of_input,
     hand_on,
@@ -68,7 +67,7 @@ def statistics_op(x: torch.Tensor, num_views: int, counter: torch.Tensor | None 
     with as_torch_has():
         partial = _statistics(values, channels)
     # Chan, Golub and LeVeque (1983) for parts of unequal size.
-    each = TILES * tile_of(channels) // channels
+    each = parts_of(values.shape[1], channels)[1] // channels
     counts = np.minimum(each, rows - each * np.arange(partial.shape[1]))[:, None]
     means, squares = partial[:, :, 0], partial[:, :, 1]
     # Infinity in an image makes NaN of them, as in torch.

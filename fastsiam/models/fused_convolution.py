@@ -33,7 +33,7 @@ def fused_convolution(norm: nn.Module, convolution: nn.Module, x: torch.Tensor) 
     and without a bias are called as they are, and their inputs kept; so are all on a CPU, which has the memory and may
     have a faster way (`convolution.use_products`). Errors: as in `fused_norm`.
     """
-    if batch_norm_numba.takes(x) or not _is_plain(convolution):
+    if batch_norm_numba.computes(x) or not _is_plain(convolution):
         return convolution(fused_norm([norm], [x], relu=True))
     num_views, world_size = norm.num_views, norm.world_size
     options = _Options(

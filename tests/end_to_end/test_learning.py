@@ -51,7 +51,7 @@ def last(folder, kind):
 
 
 def test_the_quickstart_learns_what_no_shortcut_gives(healthy):
-    """All 8 epochs reach 85 % or more; these 4 are half of the way."""
+    """Half of its 8 epochs suffice for that."""
     code, folder = healthy
     assert code == 0
     controls = next(line for line in lines(folder) if line["kind"] == "knn")
