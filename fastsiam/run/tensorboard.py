@@ -5,6 +5,8 @@ not. Only lines of kind `train` have scalars for the position of the run (`epoch
 `wall_seconds`). TensorBoard keeps scalars as 32-bit floats.
 """
 
+import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +26,19 @@ def scalars(line: dict) -> dict[str, float]:
         for field, value in line.items()
         if field not in excluded and isinstance(value, int | float) and not isinstance(value, bool)
     }
+
+
+def _wait_for_a_later_second(folder):
+    """TensorBoard reads files in the order of their names: second, host, process and a count, all compared as text.
+
+    Of two starts in one second the later may be read first: count 10 comes before 9 (tensorboard 2.21). A clock that
+    was set back by more is not waited for.
+    """
+    names = (re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("events.out.*"))
+    newest = max((int(name[1]) for name in names if name), default=0)
+    remaining = newest + 1 - time.time()
+    if 0 < remaining <= 1:
+        time.sleep(remaining)
 
 
 class EventFiles:
@@ -71,6 +86,7 @@ class EventFiles:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
+            _wait_for_a_later_second(self._folder)
             self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
         except ImportError as error:
             self._warn(Notice(f"TensorBoard files are not written: {error}; pip install tensorboard", "no-tensorboard"))

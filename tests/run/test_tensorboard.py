@@ -2,11 +2,13 @@
 
 import math
 import sys
+import time
 from collections import Counter
 
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from fastsiam.runtime.files import json_lines
 from fastsiam.train import main
@@ -98,6 +100,16 @@ def test_points_after_the_checkpoint_are_taken_back(folder):
 
 
 def test_a_run_that_starts_over_shows_none_of_the_points_before(folder):
+    train(folder, 1, 2, 3)
+    folder.write_header()
+    train(folder, 1)
+    assert losses(shown(folder.path)) == expected(1)
+
+
+def test_a_tenth_file_of_a_process_is_read_after_its_ninth(folder, monkeypatch):
+    """Names are in the order of the starts: TensorBoard compares their counts as text."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(9))
+    time.sleep(1 - time.time() % 1)  # Both starts would be in one second.
     train(folder, 1, 2, 3)
     folder.write_header()
     train(folder, 1)
