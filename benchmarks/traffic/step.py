@@ -57,8 +57,17 @@ def counted(config, gpu: Gpu, view_by_view: bool = False) -> Schedule:
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     method.to(memory_format=layout)
     dtype = DTYPES[config.train.precision]
-    with _calls(view_by_view):
+    with _calls(view_by_view), _compiled_as_by_the_product():
         return schedule(method, (_views(config, dtype, layout),), gpu, dtype)
+
+
+def _compiled_as_by_the_product():
+    try:
+        from fastsiam.runtime.compile import keeping_block_inputs
+    except ImportError:
+        # Before 2026-11-30 there was none.
+        return contextlib.nullcontext()
+    return keeping_block_inputs()
 
 
 def _views(config, dtype, layout):

@@ -2,7 +2,8 @@
 
 In the backward pass a block computes its activations a second time. The second time must leave no trace, and must be
 the first one again: batch norm moves its statistics once a step, and divides the batch into as many views as before.
-Compiled, this is the compiler's work: it keeps the first pass's changes of buffers and drops those of the second.
+Compiled, this is the compiler's work: it keeps the first pass's changes of buffers and drops those of the second, and
+`fastsiam/runtime/kept_activations.py` has it keep the inputs.
 """
 
 import contextlib

@@ -87,12 +87,21 @@ class Compiled:
         """Compile one graph; torch.compile's backend."""
         # The backward is compiled here too, in the pause and before the first kernel runs, not at the first backward().
         backward_too = torch._functorch.config.patch(force_non_lazy_backward_lowering=True)
-        with self._paused(), backward_too, torch.compiler.config.patch(cache_key_tag=cache_tag()):
+        tagged = torch.compiler.config.patch(cache_key_tag=cache_tag())
+        with self._paused(), backward_too, tagged, keeping_block_inputs():
             compiled = torch._inductor.compile(graph, inputs)
         self._seconds += time.perf_counter() - self._began
         self._graphs += 1
         self._met |= {self._sides} & self._planned
         return compiled
+
+
+def keeping_block_inputs() -> contextlib.AbstractContextManager:
+    """Context of a compilation that keeps the inputs of checkpointed blocks (`kept_activations`)."""
+    # Imported here: Inductor takes a second.
+    from fastsiam.runtime.kept_activations import KeepBlockInputs
+
+    return torch._inductor.config.patch(joint_custom_post_pass=KeepBlockInputs())
 
 
 @functools.cache
