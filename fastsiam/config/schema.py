@@ -39,7 +39,7 @@ class TrainConfig(Section):
     run may change it when it resumes."""
     views_grow_at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] | None = None
     """Shares of the run at which growing views (views.size=LOW..HIGH) take their second, third, ... size; null: equal
-    parts of the first 80 %."""
+    parts of the first 80 %. Views of one size need none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that trains. auto: cuda where torch sees a GPU, else cpu."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -205,15 +205,15 @@ class Config(Section):
     @model_validator(mode="after")
     def each_size_has_its_start(self):
         starts, sizes = self.train.views_grow_at, max((group.sizes for group in self.views), key=len)
-        if starts is None:
+        # Of one size there is nothing to start: `--config quickstart views.size=64` is a config.
+        if starts is None or len(sizes) == 1:
             return self
         if len(starts) != len(sizes) - 1 or list(starts) != sorted(set(starts)):
             later = ", ".join(f"{size} px" for size in sizes[1:])
-            needed = f"one share for each of {later}, in order" if later else "null, since no views grow"
             example = ", ".join(f"{start:g}" for start in default_starts(len(sizes)))
             raise UserError(
-                f"train.views_grow_at: {list(starts)} is not {needed}; set "
-                f"train.views_grow_at={f'[{example}]' if later else 'null, or views.size=LOW..HIGH'}",
+                f"train.views_grow_at: {list(starts)} is not one share for each of {later}, in order; set "
+                f"train.views_grow_at=[{example}], or null for these",
                 "starts-of-sizes",
             )
         return self
@@ -278,7 +278,7 @@ class Config(Section):
 
         The only epoch has the full size, as a last one has.
         """
-        if self.budget is None and self.train.epochs == 1:
+        if len(self.view_stages) == 1 or (self.budget is None and self.train.epochs == 1):
             return self.view_stages[-1]
         return sizes_at(self.view_stages, epoch, epoch_progress, self.train.views_grow_at)
 

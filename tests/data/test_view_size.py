@@ -75,14 +75,14 @@ def test_sizes_begin_at_the_shares_that_a_config_names(tmp_path):
 def test_each_size_needs_its_start_in_order(starts):
     with refuses("starts-of-sizes", "train.views_grow_at") as error:
         load_config("quickstart", ["views.size=16..32", f"train.views_grow_at={starts}"])
-    cure = "is not one share for each of 24 px, 32 px, in order; set train.views_grow_at=[0.4, 0.8]"
+    cure = "is not one share for each of 24 px, 32 px, in order; set train.views_grow_at=[0.4, 0.8], or null for these"
     assert str(error.value).endswith(cure)
 
 
-def test_views_of_one_size_have_no_starts():
-    with refuses("starts-of-sizes", "train.views_grow_at") as error:
-        load_config("quickstart", ["views.size=32", "train.views_grow_at=[0.5]"])
-    assert str(error.value).endswith("set train.views_grow_at=null, or views.size=LOW..HIGH")
+def test_the_starts_of_a_config_mean_nothing_to_views_of_one_size():
+    config = load_config("quickstart", ["views.size=40"])
+    assert config.train.views_grow_at == (0.5, 0.9)
+    assert {config.sizes_at(epoch, epoch / 8) for epoch in range(8)} == {(40,)}
 
 
 def test_the_last_epoch_has_the_full_size_however_few_there_are():
@@ -133,9 +133,10 @@ def test_a_single_epoch_has_the_full_size():
     assert load_config("quickstart", ["views.size=16..32", "train.epochs=2"]).sizes_at(0, 0.0) == (16,)
 
 
-def test_the_quickstart_ends_with_two_epochs_of_its_full_size():
+def test_the_quickstart_has_the_epochs_of_each_size_that_it_was_measured_with():
     config = load_config("quickstart")
-    assert [config.sizes_at(epoch, epoch / 8)[0] for epoch in range(config.train.epochs)] == 6 * [24] + 2 * [32]
+    sizes = [config.sizes_at(epoch, epoch / 8)[0] for epoch in range(config.train.epochs)]
+    assert sizes == 4 * [20] + 3 * [24] + [32]
 
 
 def test_a_budget_of_one_epoch_is_refused():
@@ -160,7 +161,7 @@ def views_of(config):
 
 def test_a_checkpoint_knows_the_range_and_a_fixed_size_is_known_as_ever():
     def known(*overrides):
-        return views_of(load_config("quickstart", ["views.size=32", *overrides]))
+        return views_of(load_config("quickstart", ["views.size=32", "train.views_grow_at=null", *overrides]))
 
     (group,) = load_config("quickstart", ["views.size=32"]).view_groups
     assert known() == identity(None, (group.spec,) * 2, "dali")["views"]
