@@ -88,7 +88,7 @@ def test_dalis_graph_has_one_decoder_for_all_groups(photos, monkeypatch, backend
 
 
 def test_groups_of_a_config_are_read_written_and_read_again(tmp_path):
-    config = load_config("quickstart", [YAML, "views.1.count=4", "views.1.hue=0.05"])
+    config = load_config("quickstart", [YAML, "train.views_grow_at=null", "views.1.count=4", "views.1.hue=0.05"])
     found = [(group.count, group.spec.size, group.spec.hue) for group in config.view_groups]
     assert found == [(2, 24, 0.1), (4, 16, 0.05)]
     assert config.view_groups[1].spec.mean == RECIPES["simsiam_cifar10"].mean
@@ -123,7 +123,7 @@ def test_a_checkpoint_knows_its_groups():
     def known(*overrides):
         from fastsiam.config.views import specs_of_run
 
-        config = load_config("quickstart", overrides)
+        config = load_config("quickstart", ["train.views_grow_at=null", *overrides])
         return identity(None, specs_of_run(config.view_groups, config.view_stages), "dali")["views"]
 
     changes = ((), (YAML,), (YAML, "views.1.count=2"), (YAML, "views.1.size=24"), (YAML, "views.0.size=24"))

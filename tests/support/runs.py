@@ -30,6 +30,7 @@ EVERY_STEP = "checkpoint.every_seconds=0.0001"
 TINY = (
     "data.backend=auto",
     "views.size=16",
+    "train.views_grow_at=null",
     "model.width=8",
     "method.projector={layers: 2, hidden: 16, out: 16}",
     "method.predictor.hidden=8",
