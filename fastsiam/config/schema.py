@@ -39,7 +39,7 @@ class TrainConfig(Section):
     run may change it when it resumes."""
     views_grow_at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] | None = None
     """Shares of the run at which growing views (views.size=LOW..HIGH) take their second, third, ... size; null: equal
-    parts of the first 80 %. Views of one size need none."""
+    parts of the first 80 %. It means nothing to views of one size."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that trains. auto: cuda where torch sees a GPU, else cpu."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

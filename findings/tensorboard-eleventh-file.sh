@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # TensorBoard reads the event files of a folder in the order of their names, and compares the second, the process and
-# the count in a name as text. So the tenth file that a process starts is read before its ninth if both are of one
-# second. A writer that starts over there, as after a restart, takes back the wrong points: TensorBoard shows those of
-# the file before and drops the new one's.
+# the count in a name as text. So the eleventh file that a process starts is read before its third if both are of one
+# second, and what is to come last in a run, such as the mark of a restart that takes points back, comes before.
 #
 # Needs Python 3.11 or later; installs tensorboard 2.21.0 into a temporary folder (PY=PYTHON uses one that has it).
 # Exits 0 while TensorBoard behaves as described. Seen with tensorboard 2.21.0:
