@@ -1,9 +1,9 @@
 """Inputs of checkpointed blocks, kept by Inductor as they are in eager mode.
 
 torch tags the tensor between two checkpointed regions as one to keep. Where it is a view or one of several results of
-an operator, the partitioner recomputes it all the same (torch 2.11 and 2.14): the backward pass then begins by computing all
-blocks again, and its memory is that of a step without checkpointing. Here the operator behind such a tensor gets the
-tag.
+an operator, the partitioner recomputes it all the same (torch 2.11 and 2.14): the backward pass then begins by
+computing all blocks again, and its memory is that of a step without checkpointing. Here the operator behind such a
+tensor gets the tag.
 """
 
 import operator
