@@ -121,7 +121,7 @@ class ViewsConfig(Section):
     pairs, or that of method.target_views."""
     size: int | str
     """Side of a view in pixels, or LOW..HIGH (as 128..224): it grows over the first 80 % of the run, or as
-    train.views_grow_at says, from epoch to epoch and in at most five sizes; kNN and collapse are measured at HIGH."""
+    train.views_grow_at says, in at most five sizes; kNN and collapse are measured at HIGH."""
     color: Literal["matrix", "exact"]
     """Way to compute colour jitter. exact: torchvision's, operation by operation; matrix: as one 3x4 matrix a view."""
     crop_scale: Pair

@@ -13,7 +13,7 @@ from fastsiam.config.data_sections import DataConfig, PositiveFloat, PositiveInt
 from fastsiam.config.method_sections import HEADS, MethodConfig, check_method
 from fastsiam.config.micro_batch import check_micro_batch
 from fastsiam.config.model_sections import ModelConfig, OptimizerConfig
-from fastsiam.config.views import ViewGroup, default_starts, sizes_at, spec_of, stages_of
+from fastsiam.config.views import ViewGroup, default_starts, sizes_at, sizes_by, spec_of, stages_of
 from fastsiam.config.yaml_file import check, set_value
 from fastsiam.errors import UserError
 
@@ -39,7 +39,8 @@ class TrainConfig(Section):
     run may change it when it resumes."""
     views_grow_at: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(strict=False)] | None = None
     """Shares of the run at which growing views (views.size=LOW..HIGH) take their second, third, ... size; null: equal
-    parts of the first 80 %. It means nothing to views of one size."""
+    parts of the first 80 %. Where time or energy is the budget, a size begins once its share is spent; otherwise it
+    lasts whole epochs. It means nothing to views of one size."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device that trains. auto: cuda where torch sees a GPU, else cpu."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -273,6 +274,14 @@ class Config(Section):
         """Sides in pixels of the groups' views at each stage of the run; one stage where no view grows."""
         return stages_of([group.sizes for group in self.views])
 
+    @property
+    def grows_in_mid_epoch(self) -> bool:
+        """True where views take their next size as soon as its share of the time or energy is spent (`sizes_by`).
+
+        Otherwise a size lasts whole epochs (`sizes_at`).
+        """
+        return len(self.view_stages) > 1 and not self.to_spend.counts_steps
+
     def sizes_at(self, epoch: int, epoch_progress: float) -> tuple[int, ...]:
         """Sides in pixels of the groups' views in epoch number `epoch`, which begins at `epoch_progress` of the run.
 
@@ -281,6 +290,10 @@ class Config(Section):
         if len(self.view_stages) == 1 or (self.budget is None and self.train.epochs == 1):
             return self.view_stages[-1]
         return sizes_at(self.view_stages, epoch, epoch_progress, self.train.views_grow_at)
+
+    def sizes_by(self, progress: float) -> tuple[int, ...]:
+        """Sides in pixels of the groups' views after `progress` of the run."""
+        return sizes_by(self.view_stages, progress, self.train.views_grow_at)
 
     @property
     def learning_rate(self) -> float:

@@ -185,5 +185,12 @@ def sizes_at(
     return stages[sum(begun)]
 
 
+def sizes_by(
+    stages: tuple[tuple[int, ...], ...], progress: float, starts: tuple[float, ...] | None = None
+) -> tuple[int, ...]:
+    """Returns the sides of the groups' views after `progress` of the run; `starts`: shares of it, as for `sizes_at`."""
+    return stages[sum(progress >= start for start in starts or default_starts(len(stages)))]
+
+
 def _with_multiples(low, high, step):
     return (low, *range(step * (low // step + 1), high, step), high)

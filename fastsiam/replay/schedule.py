@@ -31,6 +31,8 @@ class Schedule:
             for step, line in self.train.items()
             if "view_size" in line
         }
+        self._begun_sizes = {line["step"]: tuple(line["sizes"]) for line in lines if line.get("kind") == "views"}
+        """By the number of steps that were finished when views of these sizes began."""
         known = {0: self._progress_of_starting()} | {state["step"]: state["progress"] for state in states}
         known |= {step: line["progress"] for step, line in self.train.items() if "progress" in line}
         self._known_progress = sorted(known), [known[step] for step in sorted(known)]
@@ -68,6 +70,8 @@ class Schedule:
 
     def sizes(self, step: int) -> tuple[int, ...]:
         """Sides in pixels of the groups' views in a step."""
+        if (begun := self._last_begun(step)) is not None:
+            return self._begun_sizes[begun]
         stages, epoch = self.config.view_stages, self.place(step)[0]
         found = self.config.sizes_at(epoch, self.epoch_progress(step))
         logged = self._logged_sizes.get((epoch, self._start(step)), found[0])
@@ -79,12 +83,17 @@ class Schedule:
         """False where the sizes follow from a progress that is not known exactly, and no line holds them."""
         epoch, start = self.place(step)[0], self._start(step)
         same = len(self.config.view_stages) == 1 or epoch == 0
-        return same or self._totals[start] is not None or (epoch, start) in self._logged_sizes
+        logged = self._last_begun(step) is not None or (epoch, start) in self._logged_sizes
+        return same or self._totals[start] is not None or logged
 
     def unknown_rates(self, first: int, last: int) -> int:
         """Number of the steps from `first` to `last` whose learning rates are not known exactly."""
         steps = range(first, last + 1)
         return sum(self._totals[self._start(step)] is None and self.logged_rate(step) is None for step in steps)
+
+    def _last_begun(self, step):
+        """Of the sizes of a step; None for a run whose log does not tell."""
+        return max((begun for begun in self._begun_sizes if begun < step), default=None)
 
     def _start(self, step):
         """Number of the start of the run that made a step, from 0."""

@@ -123,6 +123,13 @@ class Resume(_Position):
     """Number of ranks."""
 
 
+class Views(_Position):
+    """Where views grow by time or energy: before the first step of a start, and before each other size."""
+
+    sizes: list[int]
+    """Sides in pixels, of each group of views."""
+
+
 class Caution(_Position):
     """A warning, as it is printed."""
 
@@ -162,6 +169,7 @@ KINDS = {
     "collapse": Collapse,
     "compile": Compile,
     "resume": Resume,
+    "views": Views,
     "warning": Caution,
     "bad_file": BadFile,
     "end": End,

@@ -21,6 +21,8 @@ class TrainLog:
         self._written, self._shown = (Laps(progress.state, clock, progress.cost) for _ in range(2))
         self._watch = LoaderWatch(lambda: describe(data.config, data.source, data.backend, data.runtime.device))
         self._has_begun = False
+        self._sizes: tuple[int, ...] | None = None
+        """Of the views that a line of the log has told of."""
 
     def timed(self, batches):
         """The batches, with the time for each counted as waiting; starting the backend is not waiting for data."""
@@ -29,6 +31,7 @@ class TrainLog:
             self._clock.split("other" if batch.cold else "wait")
             if batch.cold:
                 self._watch.begin()
+            self._write_sizes()
             if not self._has_begun:
                 self._has_begun = True
                 compiles = self._data.runtime.compiles
@@ -54,6 +57,13 @@ class TrainLog:
     def _next(self, laps):
         self._progress.read_energy()
         return laps.next()
+
+    def _write_sizes(self):
+        """Where the clock says when views grow, no later reader could tell at which step they did."""
+        sizes = self._data.sizes
+        if self._data.config.grows_in_mid_epoch and sizes != self._sizes:
+            self._sizes = sizes
+            self._journal.write("views", sizes=sizes)
 
     def _view_size(self):
         return {"view_size": self._data.sizes[0]} if len(self._data.config.view_stages) > 1 else {}

@@ -1,5 +1,6 @@
 """Data of a run: images for training and for kNN, the excluded ones, and the loader."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -45,7 +46,7 @@ class TrainingData:
     identity: dict
     """Data, views and backend as a checkpoint holds them."""
     sizes: tuple[int, ...]
-    """Sides in pixels of the groups' views in the epoch begun last."""
+    """Sides in pixels of the groups' views in the batches begun last."""
 
     @classmethod
     def open(cls, config: Config, runtime: Runtime, folder: Path, saved: dict, journal: Journal) -> "TrainingData":
@@ -107,10 +108,26 @@ class TrainingData:
         return "synthetic: one fixed batch" if self.source is None else self.loader.backend.description
 
     def epoch(self, progress: Progress) -> Iterator[Batch]:
-        """Batches from the cursor of the run to the end of its epoch, with views of the sizes that are due."""
-        state = progress.state
-        self.sizes = self.config.sizes_at(state.epoch, state.epoch_progress)
-        return self.loader.epoch(state.epoch, state.cursor, self.sizes)
+        """Batches from the cursor of the run to the end of its epoch, with views of the sizes that are due.
+
+        The caller advances `progress` between two batches. Where views grow in mid-epoch, the batches that were
+        prepared at the size before are made anew.
+        """
+        while not progress.epoch_is_over:
+            self.sizes = self._sizes_due(progress.state)
+            batches = self.loader.epoch(progress.state.epoch, progress.state.cursor, self.sizes)
+            with contextlib.closing(batches):
+                for batch in batches:
+                    yield batch
+                    if self.config.grows_in_mid_epoch and self._sizes_due(progress.state) != self.sizes:
+                        break
+                else:
+                    return
+
+    def _sizes_due(self, state):
+        if self.config.grows_in_mid_epoch:
+            return self.config.sizes_by(state.progress)
+        return self.config.sizes_at(state.epoch, state.epoch_progress)
 
     def names(self, indices) -> list[str]:
         """Names of images, relative to data.train."""

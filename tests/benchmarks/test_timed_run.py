@@ -114,8 +114,9 @@ def test_the_products_schedule_follows_the_clock_of_the_race(build, tiny_config)
         found.append((contestant.optimizer.param_groups[0]["lr"], contestant.run.parts.data.sizes))
     expected = [config.learning_rate * (1 + math.cos(math.pi * min(n / epoch / 2, 1))) / 2 for n in range(3 * epoch)]
     assert [rate for rate, _ in found] == pytest.approx(expected, abs=1e-6 * config.learning_rate)
-    # Whole epochs: the second one begins at half of the time, when the full size is due.
-    assert [sizes for _, sizes in found] == [(8,)] * epoch + [(16,)] * (2 * epoch)
+    # The full size is due after four fifths of the time, in the second epoch, and the time is that of two.
+    small = math.ceil(0.8 * 2 * epoch)
+    assert [sizes for _, sizes in found] == [(8,)] * small + [(16,)] * (3 * epoch - small)
     assert contestant.run.parts.progress.state.step == 3 * epoch
     assert math.isfinite(contestant.loss())
 

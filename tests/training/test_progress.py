@@ -1,6 +1,5 @@
 """Progress of runs that spend time or energy, by clocks that the tests turn."""
 
-import functools
 import json
 
 import numpy as np
@@ -9,62 +8,18 @@ import torch
 
 from fastsiam.config import load_config
 from fastsiam.optim.build import scale_at
-from fastsiam.run import start as start_module
 from fastsiam.run.evaluation_schedule import EvaluationSchedule
-from fastsiam.run.finish import finish
 from fastsiam.run.run import Run
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.energy import EnergyMeter
-from fastsiam.train import main, opened, train
+from fastsiam.train import main, opened
 from fastsiam.training.cost import CostMeter
 from fastsiam.training.progress import Progress
 from fastsiam.training.state import State
+from tests.support.clocked_runs import Clock, spend, train_lines
 from tests.support.gloo_ranks import world as gloo_world
 from tests.support.refusals import refuses
 from tests.support.runs import lines, numbers, train_here, weights
-
-
-class Clock:
-    """Seconds that pass only where a test says so; every step, evaluation and save has its price."""
-
-    def __init__(self, step=1.0, evaluation=3.0):
-        self.now, self.step, self.evaluation = 0.0, step, evaluation
-
-    def __call__(self):
-        return self.now
-
-
-def spend(overrides, clock, monkeypatch, world=None, joules=None):
-    """A whole run on the clock; returns its result and the clock's time after the last evaluation."""
-    timed = functools.partial(CostMeter, clock=clock)
-    monkeypatch.setattr(start_module, "CostMeter", timed)
-    if joules is not None:
-        monkeypatch.setattr(start_module.EnergyMeter, "of", lambda *_: joules)
-    config = load_config("quickstart", overrides)
-    with opened(config, world, began=clock.now) as (parts, earlier):
-        if earlier is not None:
-            return earlier
-        data, step, progress, evaluation, run = parts
-        knn = evaluation._online.knn
-
-        def stepped(*arguments):
-            clock.now += clock.step
-            return step(*arguments)
-
-        def measured(*arguments):
-            clock.now += clock.evaluation
-            return knn(*arguments)
-
-        # A step as `train` sees it.
-        for name in ("optimizer", "method", "read", "compiled", "state_dict"):
-            setattr(stepped, name, getattr(step, name))
-        evaluation._online.knn = measured
-        status = train(config, data, stepped, progress, evaluation, run)
-        return finish(run, status, step, evaluation)
-
-
-def train_lines(folder):
-    return [line for line in lines(folder) if line["kind"] == "train"]
 
 
 class Killed(Exception):

@@ -1,0 +1,98 @@
+"""Views that grow when their share of a budget of time is spent, in mid-epoch too; ten steps of a second an epoch."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from fastsiam.config import load_config
+from fastsiam.data import rng
+from fastsiam.replay.schedule import Schedule
+from fastsiam.run.evaluation_schedule import EvaluationSchedule
+from tests.support.clocked_runs import Clock, spend, train_lines
+from tests.support.runs import lines
+
+SIZES = (16, 24, 32)
+# 100 s by steps of 1 s: the 46th and the 77th step, both in mid-epoch, are the first of their size.
+STARTS = (0.455, 0.765)
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """(indices, sizes of the groups' views) of each batch that was trained on."""
+    seen = []
+    monkeypatch.setattr(
+        EvaluationSchedule,
+        "remember",
+        lambda self, views, indices: seen.append((indices.tolist(), tuple(group.shape[-1] for group in views))),
+    )
+    return seen
+
+
+@pytest.fixture
+def growing(tiny):
+    def overrides(*more):
+        budget = ("train.epochs=null", "budget=100s", "data.val=null", "evaluate.knn_every_epochs=null")
+        return tiny("views.size=16..32", f"train.views_grow_at={list(STARTS)}", *budget, *more)
+
+    return overrides
+
+
+def sizes_of(progress):
+    """By the progress with which each step began."""
+    return [(SIZES[sum(value >= start for start in STARTS)],) for value in progress]
+
+
+@pytest.mark.parametrize("backend", ["dali", "resident", "pil"])
+def test_a_size_begins_with_its_share_and_no_image_is_lost(growing, batches, monkeypatch, tmp_path, backend):
+    config = load_config("quickstart", growing(f"data.backend={backend}"))
+    result = spend(growing(f"data.backend={backend}"), Clock(), monkeypatch)
+    folder = tmp_path / "runs/run"
+    assert result.status == "done"
+    logged = [line["progress"] for line in train_lines(folder)]
+    assert len(batches) == len(logged) == result.step == 100
+    sizes = [size for _, size in batches]
+    assert sizes == sizes_of([0.0, *logged[:-1]])
+    assert [len(list(of_one)) for _, of_one in itertools.groupby(sizes)] == [46, 31, 23]
+    # The batches that were under way when a size ended are trained on at the next one.
+    for epoch in range(10):
+        trained = np.concatenate([indices for indices, _ in batches[10 * epoch : 10 * epoch + 10]])
+        np.testing.assert_array_equal(trained, rng.epoch_order(config.train.seed, epoch, 80))
+
+
+def test_the_log_tells_each_step_its_size(growing, batches, monkeypatch, tmp_path):
+    """With a line every eight steps, so that none of them is at a change."""
+    overrides = growing("train.log_every_steps=8")
+    spend(overrides, Clock(), monkeypatch)
+    found = lines(tmp_path / "runs/run")
+    begun = [(line["step"], line["sizes"]) for line in found if line["kind"] == "views"]
+    assert begun == [(0, [16]), (46, [24]), (77, [32])]
+    schedule = Schedule(load_config("quickstart", overrides), 10, found)
+    assert [schedule.sizes(step) for step in range(1, 101)] == [size for _, size in batches]
+    assert all(schedule.sizes_are_known(step) for step in range(1, 101))
+
+
+def test_a_run_that_is_stopped_in_mid_epoch_goes_on_at_its_size(growing, batches, monkeypatch, tmp_path):
+    clock = Clock()
+    for stop, steps in (("train.max_steps=53", 53), ("train.max_steps=null", 100)):
+        assert spend(growing(stop), clock, monkeypatch).step == steps
+    assert [size for _, size in batches] == 46 * [(16,)] + 31 * [(24,)] + 23 * [(32,)]
+    begun = [(line["step"], line["sizes"]) for line in lines(tmp_path / "runs/run") if line["kind"] == "views"]
+    assert begun == [(0, [16]), (46, [24]), (53, [24]), (77, [32])]
+
+
+def test_all_groups_take_their_sizes_together(growing, batches, monkeypatch):
+    group = "{{recipe: demo, color: matrix, size: {}}}".format
+    spend(growing(f"views=[{group('16..32')}, {group('8..16')}]"), Clock(), monkeypatch)
+    assert [size for _, size in batches] == 46 * [(16, 8)] + 31 * [(24, 8)] + 23 * [(32, 16)]
+
+
+def test_epochs_and_images_count_steps_and_grow_between_epochs(growing):
+    def in_mid_epoch(*budget):
+        return load_config("quickstart", growing(*budget)).grows_in_mid_epoch
+
+    assert in_mid_epoch()
+    assert in_mid_epoch("budget=1kWh")
+    assert not in_mid_epoch("budget=8000 images")
+    assert not in_mid_epoch("budget=null", "train.epochs=10")
+    assert not in_mid_epoch("views.size=32")
