@@ -1,6 +1,7 @@
 """The shipped configs against the paper's numbers, and the lists of where they differ from it."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from fastsiam.kernels import reference
 from fastsiam.methods import build_method
 from fastsiam.models.batch_norm import PerViewBatchNorm1d, PerViewBatchNorm2d
 from fastsiam.optim.build import parameter_groups
+
+RACE = Path(__file__).parents[2] / "benchmarks/race/cifar10_cpu.yaml"
 
 # SimSiam (arXiv 2011.10566): section 4 "Baseline settings", appendix A, Tables 1 and 4; kNN as its authors run it.
 IMAGENET = {
@@ -132,6 +135,17 @@ def test_the_recipes_for_a_budget_differ_in_their_end(name, base, epochs, budget
     assert differing_keys(load_config(base), load_config(name)) == [
         f"budget (None, now {budget})",
         f"train.epochs ({epochs}, now None)",
+    ]
+
+
+def test_the_recipe_for_minutes_of_a_cpu_is_the_races():
+    """The race's rate is for cores that see three times as many images; its compilation is on no clock."""
+    race = load_config(RACE)
+    assert differing_keys(race, load_config("r8_cifar10_10min")) == [
+        "budget (None, now 10min)",
+        "optimizer.base_lr (0.4, now 0.8)",
+        "train.compile (on, now auto)",
+        f"train.epochs ({race.train.epochs}, now None)",
     ]
 
 

@@ -10,6 +10,7 @@ from fastsiam.data import rng
 from fastsiam.replay.schedule import Schedule
 from fastsiam.run.evaluation_schedule import EvaluationSchedule
 from tests.support.clocked_runs import Clock, spend, train_lines
+from tests.support.gloo_ranks import world as gloo_world
 from tests.support.runs import lines
 
 SIZES = (16, 24, 32)
@@ -17,16 +18,20 @@ SIZES = (16, 24, 32)
 STARTS = (0.455, 0.765)
 
 
-@pytest.fixture
-def batches(monkeypatch):
-    """(indices, sizes of the groups' views) of each batch that was trained on."""
+def recorded(patch):
+    """(indices, sizes of the groups' views) of each batch that is trained on."""
     seen = []
-    monkeypatch.setattr(
+    patch.setattr(
         EvaluationSchedule,
         "remember",
         lambda self, views, indices: seen.append((indices.tolist(), tuple(group.shape[-1] for group in views))),
     )
     return seen
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    return recorded(monkeypatch)
 
 
 @pytest.fixture
@@ -79,6 +84,23 @@ def test_a_run_that_is_stopped_in_mid_epoch_goes_on_at_its_size(growing, batches
     assert [size for _, size in batches] == 46 * [(16,)] + 31 * [(24,)] + 23 * [(32,)]
     begun = [(line["step"], line["sizes"]) for line in lines(tmp_path / "runs/run") if line["kind"] == "views"]
     assert begun == [(0, [16]), (46, [24]), (53, [24]), (77, [32])]
+
+
+def grow_here(overrides):
+    """On each rank, with clocks that run apart."""
+    world = gloo_world()
+    with pytest.MonkeyPatch.context() as patch:
+        batches = recorded(patch)
+        spend(overrides, Clock(step=1.0 + 0.5 * world.rank), patch, world)
+    return batches
+
+
+def test_all_ranks_grow_at_the_same_step_by_the_clock_of_the_first(ranks, growing):
+    of_ranks = ranks(2, grow_here, growing())
+    for batches in of_ranks:
+        assert [size for _, size in batches] == 46 * [(16,)] + 31 * [(24,)] + 23 * [(32,)]
+    trained = [np.concatenate([batch[0] for batch in pair]) for pair in zip(*of_ranks, strict=True)]
+    np.testing.assert_array_equal(np.concatenate(trained[40:50]), rng.epoch_order(0, 4, 80))
 
 
 def test_all_groups_take_their_sizes_together(growing, batches, monkeypatch):
