@@ -14,7 +14,7 @@ from tests.support.gloo_ranks import world as gloo_world
 from tests.support.runs import lines
 
 SIZES = (16, 24, 32)
-# 100 s by steps of 1 s: the 46th and the 77th step, both in mid-epoch, are the first of their size.
+# Of 100 s by steps of 1 s: these shares are spent after 46 and 77 steps, both in mid-epoch.
 STARTS = (0.455, 0.765)
 
 
