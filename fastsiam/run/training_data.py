@@ -110,8 +110,8 @@ class TrainingData:
     def epoch(self, progress: Progress) -> Iterator[Batch]:
         """Batches from the cursor of the run to the end of its epoch, with views of the sizes that are due.
 
-        The caller advances `progress` between two batches. Where views grow in mid-epoch, the batches that were
-        prepared at the size before are made anew.
+        The caller advances `progress` between two batches. Where that makes another size due, the batches that were
+        prepared at the one before are made anew.
         """
         while not progress.epoch_is_over:
             self.sizes = self._sizes_due(progress.state)
@@ -119,7 +119,7 @@ class TrainingData:
             with contextlib.closing(batches):
                 for batch in batches:
                     yield batch
-                    if self.config.grows_in_mid_epoch and self._sizes_due(progress.state) != self.sizes:
+                    if self._sizes_due(progress.state) != self.sizes:
                         break
                 else:
                     return
