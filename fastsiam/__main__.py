@@ -12,7 +12,7 @@ COMMANDS = {
     "experiments": "repeat an experiment of the SimSiam paper, beside its numbers",
     "config": "print what the keys of a config mean, with range and default",
     "embed": "write the features of images, or show nearest neighbours",
-    "plan": "measure for a minute, then predict time, memory and cost of a run",
+    "plan": "measure for a minute, then predict time, energy and cost of a run",
     "evaluate": "measure a trained encoder by kNN and other protocols",
     "prepare": "scan, pack or convert images",
     "report": "write one HTML page of one run or several",
