@@ -181,11 +181,9 @@ class OnlineEvaluation:
         return features, labels, torch.from_numpy(np.concatenate(indices))
 
     def _thumbnails(self, source, indices):
-        """The evaluation crops of some images, normalised; random state stays as it is."""
+        """The evaluation crops of some images, normalised."""
         loader = self._train if source is self._train.source else self._val
-        # A DataLoader draws a seed for its workers.
-        with torch.random.fork_rng(devices=[]):
-            crops = torch.cat([batch.images for batch in self._watched(loader.batches(indices))])
+        crops = torch.cat([batch.images for batch in self._watched(loader.batches(indices))])
         loader.backend.close()
         return crops
 

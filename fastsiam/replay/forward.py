@@ -53,7 +53,6 @@ def initial(recorded: Recorded, runtime: Runtime, saved: dict | None) -> Trainin
     step = TrainingStep(method, build_optimizer(method, config), config, runtime)
     if saved is not None:
         step.load_state_dict(saved)
-        torch.set_rng_state(saved["random"])
     return step
 
 

@@ -27,6 +27,7 @@ from fastsiam.run.resume import changed_computation, computation
 from fastsiam.run.training_data import with_levels
 from fastsiam.runtime.distributed import World
 from fastsiam.runtime.runtime import Runtime
+from fastsiam.runtime.seeding import seed_step
 
 # A running run renames its checkpoints while they are looked for.
 _TRIES, _PAUSE = 3, 0.2
@@ -91,6 +92,7 @@ def _findings(recorded, schedule, loader, runtime, batch, saved, name, number, s
     scaler = step.state_dict()["scaler"]
     scale, groups = scaler["scale"] if scaler else 1.0, recorded.config.view_groups
     step.method.before_step(schedule.progress_before(number), batch.indices)
+    seed_step(recorded.config.train.seed, number, runtime.world.rank)
     found = examine(step.method, batch.views, groups, runtime, scale, step.micro_batches)
     for line in text.loss(found.loss, losses, schedule, number):
         say(line)

@@ -146,7 +146,6 @@ def contents(
         **step.state_dict(),
         "collapsed_in_a_row": guard.collapsed_in_a_row,
         "online_linear": linear and linear.state_dict(),
-        "random": torch.get_rng_state(),
         "computation": computation(data.runtime),
         "budget": progress.budget.amount,
         "identity": data.identity,
@@ -165,12 +164,11 @@ def restore(
     guard: CollapseGuard,
     linear: OnlineLinear | None,
 ) -> None:
-    """Bring weights, optimizer, random numbers and metrics.jsonl back to a checkpoint."""
+    """Bring weights, optimizer and metrics.jsonl back to a checkpoint."""
     step.load_state_dict(saved)
     guard.collapsed_in_a_row = saved["collapsed_in_a_row"]
     if linear is not None:
         linear.load_state_dict(saved["online_linear"])
-    torch.set_rng_state(saved["random"])
     if world.is_first:
         folder.restore_metrics(saved["metrics"])
 

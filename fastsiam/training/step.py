@@ -18,6 +18,7 @@ from fastsiam.models.convolution import use_products
 from fastsiam.runtime.compile import Compiled
 from fastsiam.runtime.device import out_of_memory_advice
 from fastsiam.runtime.runtime import Runtime
+from fastsiam.runtime.seeding import seed_step
 from fastsiam.training.average import EncoderAverage
 from fastsiam.training.micro_batch import micro_batch_of, together
 
@@ -96,6 +97,7 @@ class TrainingStep:
         if indices is not None:
             self._recent.append((number, indices))
         self.method.before_step(progress, indices)
+        seed_step(self._train.seed, number, self._world.rank)
         try:
             out = self.attempt(views, number)
             self._scalars = {name: value.detach() for name, value in out.items() if not value.dim()}

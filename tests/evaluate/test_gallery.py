@@ -145,8 +145,6 @@ def test_pictures_change_nothing_of_a_run_and_outlive_a_resume(tiny, tmp_path, m
     run_twice("without")
     assert found[2:] == [{}, {}]
     assert_same_run(tmp_path / "runs/with", tmp_path / "runs/without")
-    one, other = (torch.load(tmp_path / f"runs/{name}/checkpoint.pt")["random"] for name in ("with", "without"))
-    assert torch.equal(one, other)
 
 
 @pytest.mark.slow

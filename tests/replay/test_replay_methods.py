@@ -3,6 +3,7 @@
 import pytest
 
 from fastsiam.__main__ import main
+from tests.run.test_resume_random import DRAWS
 from tests.support.runs import train_here
 from tests.support.small_methods import run_overrides
 
@@ -22,3 +23,12 @@ def test_a_replayed_step_has_the_loss_of_the_run(tiny, tmp_path, capsys, name):
         assert "logged    equal" in said
         # A network that follows has no gradient to tell of.
         assert "target" not in said.partition("gradient")[2].partition("\n")[0]
+
+
+def test_a_replayed_step_drops_what_the_run_dropped(tiny, tmp_path, capsys):
+    """An encoder with stochastic depth; the first step, and one after others."""
+    train_here(tiny(*DRAWS, "train.max_steps=3", "data.val=null"))
+    for step in ("1", "3"):
+        capsys.readouterr()
+        assert main(["replay", str(tmp_path / "runs/run"), "--step", step, "--from-start"]) == 0
+        assert "logged    equal" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from fastsiam.errors import UserError
 from fastsiam.evaluate.detection.loader import Draws, TrainingImages, sound, training_loader
 from fastsiam.run import checkpoint
 from fastsiam.runtime.runtime import Runtime
+from fastsiam.runtime.seeding import seed_step
 
 # detectron2's WARMUP_FACTOR: the rate begins at this share.
 _WARMUP_FROM = 1 / 1000
@@ -87,7 +88,7 @@ class Batches:
             with world.together():
                 images, targets = sound(next(loader))
             # The samplers of RPN and of the heads draw by it.
-            torch.manual_seed(hash((self._seed, iteration, world.rank)) & (2**63 - 1))
+            seed_step(self._seed, iteration, world.rank)
             images = [image.to(device, non_blocking=True).float().div_(255) for image in images]
             yield images, [{n: v.to(device, non_blocking=True) for n, v in target.items()} for target in targets]
 

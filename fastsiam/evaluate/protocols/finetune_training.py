@@ -17,6 +17,7 @@ from fastsiam.models.batch_norm import split_statistics
 from fastsiam.optim.build import fused_sgd
 from fastsiam.optim.layerwise import layerwise_groups
 from fastsiam.runtime.runtime import Runtime
+from fastsiam.runtime.seeding import seed_step
 from fastsiam.training.step import data_parallel
 
 
@@ -79,8 +80,7 @@ class FineTuning:
         `UserError` where it is not finite. All ranks must call.
         """
         world = self.runtime.world
-        # A function of seed, epoch and rank: resuming needs no random state.
-        torch.manual_seed(((self._seed * 10_007 + number + 1) * 4_096 + world.rank) % 2**63)
+        seed_step(self._seed, number, world.rank)
         self.model.train()
         total = torch.zeros((), device=self.runtime.device, dtype=torch.float64)
         for step, batch in enumerate(batches):
