@@ -94,8 +94,16 @@ class Method(nn.Module, abc.ABC):
         Groups of one size are one batch, so that joint statistics are of all their views.
         """
         encoder, counts = encoder or self.encoder, counts or self.layout.counts
-        found = [self._encoded(encoder, *group) for group in _by_size(views, counts)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        found = [None] * len(views)
+        for places in _places_by_size(views):
+            joined = views[places[0]] if len(places) == 1 else torch.cat([views[place] for place in places])
+            features = self._encoded(encoder, joined, sum(counts[place] for place in places))
+            if len(places) == len(views):
+                return features
+            parts = features.split([len(views[place]) for place in places])
+            for place, part in zip(places, parts, strict=True):
+                found[place] = part
+        return torch.cat(found)
 
     def _encoded(self, encoder, views, count):
         if gains_by_view(encoder, views):
@@ -123,13 +131,9 @@ def at_least_fp32(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _by_size(views, counts):
-    """Pairs of views and their number, where neighbouring groups of one size are joined."""
-    pairs = []
-    for group, count in zip(views, counts, strict=True):
-        if pairs and pairs[-1][0][0].shape[1:] == group.shape[1:]:
-            pairs[-1][0].append(group)
-            pairs[-1][1] += count
-        else:
-            pairs.append([[group], count])
-    return [(groups[0] if len(groups) == 1 else torch.cat(groups), count) for groups, count in pairs]
+def _places_by_size(views):
+    """Lists of the places of groups of one size, in the order in which the sizes come."""
+    places = {}
+    for place, group in enumerate(views):
+        places.setdefault(tuple(group.shape[1:]), []).append(place)
+    return list(places.values())

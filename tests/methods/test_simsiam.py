@@ -212,6 +212,16 @@ def test_groups_of_two_sizes_are_one_call_per_view(tiny_config, statistics):
     torch.testing.assert_close(dict(method.named_buffers()), dict(plain.named_buffers()), atol=1e-12, rtol=1e-10)
 
 
+def test_joint_statistics_are_of_all_views_of_a_size_wherever_their_groups_stand(tiny_config):
+    group = "{{recipe: demo, color: matrix, size: {}, count: {}}}"
+    groups = f"views=[{group.format(16, 2)}, {group.format(8, 3)}, {group.format(16, 1)}]"
+    method = build_method(tiny_config(groups, "model.bn_statistics=joint")).double()
+    views = groups_of(0, counts=((2, 16), (3, 8), (1, 16)))
+    both, small = method.encoder(torch.cat([views[0], views[2]])), method.encoder(views[1])
+    expected = torch.cat([both[:8], small, both[8:]])
+    torch.testing.assert_close(method.encoded(views), expected, atol=1e-12, rtol=1e-10)
+
+
 def losses_and_gradients(method, call, batches):
     losses = []
     for views in batches:
