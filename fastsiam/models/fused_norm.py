@@ -3,6 +3,7 @@
 On a CPU by those of `fastsiam.kernels.batch_norm_numba`, in eager mode.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,14 @@ class _Options(NamedTuple):
 
 def takes_kernels(x: torch.Tensor, *layers: nn.Module) -> bool:
     """Whether `fused_norm` takes `x`: channels-last images for batch norms in training, a CPU's in bf16 and eagerly."""
+    most = batch_norm_numba.MOST_CHANNELS if x.device.type == "cpu" else math.inf
     return (kernels.takes(x) or batch_norm_numba.takes(x)) and all(
         # Per-view layers with weights have one.
         getattr(layer, "counter", None) is not None
         and layer.training
         and layer.num_batches_tracked is not None
         and layer.momentum is not None
+        and layer.num_features <= most
         for layer in layers
     )
 

@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchvision.models.resnet import Bottleneck
 
+from fastsiam.kernels import norm_rows_numba
 from fastsiam.methods import build_method
 from fastsiam.models import batch_norm, fused_norm, residual
 from fastsiam.models.batch_norm import gains_by_view, split_statistics
@@ -176,6 +178,21 @@ def test_blocks_with_something_else_in_between_stay():
     assert sum(issubclass(kind, residual._Fused) for kind in found.pop(2)) == 1
     kinds.pop(2)
     assert found == kinds
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="of CPUs")
+def test_a_block_wider_than_the_kernels_of_a_cpu_trains_by_the_librarys_batch_norm():
+    """As ResNeXt-101 32x32d has them."""
+    wide = 2 * norm_rows_numba.MOST_CHANNELS
+    torch.manual_seed(0)
+    block = Bottleneck(64, 16, groups=wide, base_width=4).to(torch.bfloat16, memory_format=torch.channels_last)
+    assert block.conv2.out_channels == wide
+    plain = split_statistics(nn.Sequential(block), 2)
+    fused = fuse_residual_blocks(copy.deepcopy(plain))
+    assert isinstance(fused[0], residual._Fused)
+    x = torch.randn(4, 64, 3, 3, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    found, expected = (network(x) for network in (fused, plain))
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 def test_frozen_statistics_are_left_alone(monkeypatch):
