@@ -58,3 +58,22 @@ def test_a_dry_run_of_resident_decodes_nothing_and_refuses_what_does_not_fit(tin
     for more in ([], ["--dry-run"]):
         error = refused("train", "--config", "quickstart", *overrides, "data.store_size=200000", *more)
         assert (error.key, error.code) == ("data.store_size", "store-too-large")
+
+
+def test_a_dry_run_of_what_begins_with_decoding_or_drawing_refuses_what_its_run_refuses(tiny, tmp_path, capsys):
+    resident = tiny("data.backend=resident", "data.store_size=32", "train.epochs=1")
+    undrawn = [f"data.train={tmp_path}/demo/train", f"data.val={tmp_path}/demo/val", "data.demo_seed=0"]
+    undrawn += ["views.size=32", "train.views_grow_at=null"]
+    for overrides in (resident, undrawn):
+        for more, code in (
+            (["train.epochs=null", "budget=1kWh"], "no-energy-counter"),
+            (["train.epochs=null", "budget=3 images"], "budget-too-small"),
+            (["optimizer.implementation=apex"], "apex-needs-cuda"),
+        ):
+            arguments = ["train", "--config", "quickstart", *overrides, f"run.dir={tmp_path}/new", *more, "--dry-run"]
+            assert refused(*arguments).code == code
+    assert not list(tmp_path.iterdir())
+    assert main(["--config", "quickstart", *resident]) == 0
+    capsys.readouterr()
+    assert main(["--config", "quickstart", "--dry-run", *resident]) == 0
+    assert "is finished" in capsys.readouterr().err
