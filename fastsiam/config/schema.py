@@ -66,7 +66,8 @@ class TrainConfig(Section):
         """Returns the step at which a run ends whose whole schedule has `total` steps; None where only time or energy
         ends it.
         """
-        of_share = None if total is None else max(1, int(self.max_share * total))
+        # 0.29 x 100 is 28.999999999999996.
+        of_share = None if total is None else max(1, int(self.max_share * total + 1e-6))
         return min((steps for steps in (of_share, self.max_steps) if steps), default=None)
 
 

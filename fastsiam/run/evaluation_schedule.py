@@ -84,8 +84,8 @@ class EvaluationSchedule:
 
     @property
     def is_wanted_early(self) -> bool:
-        """True where a budget of time or energy must know now what its last kNN will cost."""
-        return self.has_knn and self._progress.evaluation_is_wanted()
+        """True where a budget of time or energy must know now what its last kNN, or spectrum, will cost."""
+        return self._online is not None and self._progress.evaluation_is_wanted()
 
     def follows(self, epochs: int) -> bool:
         """True where kNN, or the spectrum alone without labelled images, comes after so many finished epochs."""
@@ -157,7 +157,9 @@ class EvaluationSchedule:
         state = self._progress.state
         if not self.has_knn:
             if self._spectrum_at != state.step:
-                self._note_spectrum(self._online.spectrum(self._encoder), last)
+                with self._progress.evaluating():
+                    found = self._online.spectrum(self._encoder)
+                self._note_spectrum(found, last)
             return None
         if state.knn_step != state.step:
             self.measure_controls()

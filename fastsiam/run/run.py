@@ -69,8 +69,9 @@ class Run:
             with world.together():
                 if world.is_first:
                     folder.open(described(start.runtime, start.data, start.progress.cost))
-            stack.enter_context(start.progress.cost)
+            # Read first: entered, it writes spent.json, where earlier starts have their energy.
             start.progress.read_energy()
+            stack.enter_context(start.progress.cost)
             run = cls(config, start, stack, signals)
             signals.abandon = run.abandon
             try:
@@ -168,9 +169,10 @@ class Run:
             self._evaluate(evaluation)
 
     def evaluate_early(self, step: TrainingStep, evaluation: EvaluationSchedule) -> None:
-        """Measure kNN in mid-epoch, where a budget of time or energy must know the cost of the last one."""
+        """Measure kNN, or the spectrum, in mid-epoch, where a budget of time or energy must know its cost."""
         if evaluation.is_wanted_early:
-            self.checkpoints.save_unless_recent(self.contents(step, evaluation))
+            # However recent the last: what a checkpoint costs must be known too, and there may have been none.
+            self.checkpoints.save_unless_recent(self.contents(step, evaluation), seconds=0)
             self._evaluate(evaluation)
 
     def abandon(self) -> None:

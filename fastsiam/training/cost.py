@@ -102,6 +102,10 @@ class CostMeter:
         joules = self._collect(self.energy.joules())
         self._joules = None if None in joules else sum(joules)
 
+    def set_energy(self, joules: float | None) -> None:
+        """Take `joules` for those of the whole run, until the next reading."""
+        self._joules = None if None in (joules, self.joules_before) else joules - self.joules_before
+
     @property
     def lost_energy(self) -> bool:
         """True once the GPU of a rank has stopped answering, as of the last `read_energy`."""

@@ -42,7 +42,6 @@ class Progress:
         self.steps_per_epoch, self.batch_size = steps_per_epoch, config.train.batch_size
         self.cost, self._world = cost, world
         self._train = config.train
-        self._save_cost = 0.0
         self.total_steps = self.budget.steps(steps_per_epoch, self.batch_size)
         """Of the whole schedule, where it is known before the end."""
         self._check_budget()
@@ -92,7 +91,7 @@ class Progress:
             self.read_energy()
         if not self._world.is_first:
             return 0
-        reserve = (self.state.evaluation_cost or 0.0) + LAST_SAVES * self._save_cost
+        reserve = (self.state.evaluation_cost or 0.0) + LAST_SAVES * (self.state.save_cost or 0.0)
         room = self.budget.amount - reserve
         share = self.amount_spent / room if room > 0 else 1.0
         return round(min(share, 1.0) * _PARTS)
@@ -103,8 +102,11 @@ class Progress:
 
     def read_energy(self) -> None:
         """Add up the joules of all ranks; raises `UserError` where a budget of energy can no longer be measured."""
+        known = self.cost.joules
         self.cost.read_energy()
         if self.cost.lost_energy and self.budget.kind == "joules":
+            # For the rerun, to which spent.json tells it.
+            self.cost.set_energy(known)
             raise UserError(
                 f"budget: {self.budget.text}, but NVML no longer reads the energy of a GPU; rerun the command to "
                 "resume from the last checkpoint once it does",
@@ -143,7 +145,7 @@ class Progress:
         before = self.cost.seconds
         rate = (self.cost.joules or 0.0) / before if self.budget.kind == "joules" else 1.0
         yield
-        self._save_cost = (self.cost.seconds - before) * rate
+        self.state.save_cost = (self.cost.seconds - before) * rate
 
     def evaluation_is_wanted(self) -> bool:
         """True once the cost of an evaluation must be known."""

@@ -20,7 +20,9 @@ class State:
     """Spent waiting for data and stepping; evaluation and saving not counted."""
     wall_seconds: float = 0.0
     evaluation_cost: float | None = None
-    """Cost of the last kNN, in the unit of the budget, where that is time or energy."""
+    """Cost of the last kNN, or spectrum without labels, in the unit of the budget, where that is time or energy."""
+    save_cost: float | None = None
+    """Cost of the last checkpoint, in the unit of the budget where that is energy, otherwise in seconds."""
     untrained_knn: float | None = None
     raw_pixels_knn: float | None = None
     knn: float | None = None

@@ -2,9 +2,12 @@
 
 import functools
 
+import pytest
+
 from fastsiam.config import load_config
 from fastsiam.run import start as start_module
 from fastsiam.run.finish import finish
+from fastsiam.runtime.energy import EnergyMeter
 from fastsiam.train import opened, train
 from fastsiam.training.cost import CostMeter
 from tests.support.runs import lines
@@ -20,6 +23,17 @@ class Clock:
         return self.now
 
 
+class Meter(EnergyMeter):
+    """100 J for each step of the clock, until it fails."""
+
+    def __init__(self, clock, watts=100.0, fails_at=None):
+        super().__init__(None, "NVML total energy", pytest.fail)
+        self.clock, self.watts, self.fails_at = clock, watts, fails_at
+
+    def joules(self):
+        return None if self.fails_at is not None and self.clock.now >= self.fails_at else self.watts * self.clock.now
+
+
 def spend(overrides, clock, monkeypatch, world=None, joules=None):
     """A whole run on the clock; returns its result and the clock's time after the last evaluation."""
     timed = functools.partial(CostMeter, clock=clock)
@@ -31,7 +45,7 @@ def spend(overrides, clock, monkeypatch, world=None, joules=None):
         if earlier is not None:
             return earlier
         data, step, progress, evaluation, run = parts
-        knn = evaluation._online.knn
+        knn, spectrum = evaluation._online.knn, evaluation._online.spectrum
 
         def stepped(*arguments):
             clock.now += clock.step
@@ -41,10 +55,14 @@ def spend(overrides, clock, monkeypatch, world=None, joules=None):
             clock.now += clock.evaluation
             return knn(*arguments)
 
+        def measured_without_labels(*arguments):
+            clock.now += clock.evaluation
+            return spectrum(*arguments)
+
         # A step as `train` sees it.
         for name in ("optimizer", "method", "read", "compiled", "state_dict"):
             setattr(stepped, name, getattr(step, name))
-        evaluation._online.knn = measured
+        evaluation._online.knn, evaluation._online.spectrum = measured, measured_without_labels
         status = train(config, data, stepped, progress, evaluation, run)
         return finish(run, status, step, evaluation)
 

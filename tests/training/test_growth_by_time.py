@@ -44,7 +44,7 @@ def growing(tiny):
 @pytest.mark.parametrize("backend", ["dali", "resident", "pil"])
 def test_a_size_begins_with_its_share_and_no_image_is_lost(growing, batches, monkeypatch, backend):
     overrides = growing(f"data.backend={backend}")
-    assert spend(overrides, Clock(), monkeypatch).status == "done"
+    assert spend(overrides, Clock(evaluation=0.0), monkeypatch).status == "done"
     assert [size for _, size in batches] == SIZES
     seed = load_config("quickstart", overrides).train.seed
     # The batches that were under way when a size ended are trained on at the next one.
@@ -56,7 +56,7 @@ def test_a_size_begins_with_its_share_and_no_image_is_lost(growing, batches, mon
 def test_the_log_tells_each_step_its_size(growing, batches, monkeypatch, tmp_path):
     """With a line every eight steps, so that none of them is at a change."""
     overrides = growing("train.log_every_steps=8")
-    spend(overrides, Clock(), monkeypatch)
+    spend(overrides, Clock(evaluation=0.0), monkeypatch)
     found = lines(tmp_path / "runs/run")
     begun = [(line["step"], line["sizes"]) for line in found if line["kind"] == "views"]
     assert begun == [(0, [16]), (46, [24]), (77, [32])]
@@ -66,7 +66,7 @@ def test_the_log_tells_each_step_its_size(growing, batches, monkeypatch, tmp_pat
 
 
 def test_a_run_that_is_stopped_in_mid_epoch_goes_on_at_its_size(growing, batches, monkeypatch, tmp_path):
-    clock = Clock()
+    clock = Clock(evaluation=0.0)
     for stop, steps in (("train.max_steps=53", 53), ("train.max_steps=null", 100)):
         assert spend(growing(stop), clock, monkeypatch).step == steps
     assert [size for _, size in batches] == SIZES
@@ -79,7 +79,7 @@ def grow_here(overrides):
     world = gloo_world()
     with pytest.MonkeyPatch.context() as patch:
         batches = recorded(patch)
-        spend(overrides, Clock(step=1.0 + 0.5 * world.rank), patch, world)
+        spend(overrides, Clock(step=1.0 + 0.5 * world.rank, evaluation=0.0), patch, world)
     return batches
 
 
@@ -93,7 +93,7 @@ def test_all_ranks_grow_at_the_same_step_by_the_clock_of_the_first(ranks, growin
 
 def test_all_groups_take_their_sizes_together(growing, batches, monkeypatch):
     group = "{{recipe: demo, color: matrix, size: {}}}".format
-    spend(growing(f"views=[{group('16..32')}, {group('8..16')}]"), Clock(), monkeypatch)
+    spend(growing(f"views=[{group('16..32')}, {group('8..16')}]"), Clock(evaluation=0.0), monkeypatch)
     assert [size for _, size in batches] == 46 * [(16, 8)] + 31 * [(24, 8)] + 23 * [(32, 16)]
 
 

@@ -1,6 +1,7 @@
 """Progress of runs that spend time or energy, by clocks that the tests turn."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -8,17 +9,16 @@ import torch
 
 from fastsiam.config import load_config
 from fastsiam.optim.build import scale_at
+from fastsiam.run import checkpoint
 from fastsiam.run.evaluation_schedule import EvaluationSchedule
 from fastsiam.run.run import Run
 from fastsiam.runtime.distributed import World
-from fastsiam.runtime.energy import EnergyMeter
 from fastsiam.train import main, opened
 from fastsiam.training.cost import CostMeter
 from fastsiam.training.progress import Progress
 from fastsiam.training.state import State
-from tests.support.clocked_runs import Clock, spend, train_lines
+from tests.support.clocked_runs import Clock, Meter, spend, train_lines
 from tests.support.gloo_ranks import world as gloo_world
-from tests.support.refusals import refuses
 from tests.support.runs import lines, numbers, train_here, weights
 
 
@@ -88,12 +88,12 @@ def test_a_budget_that_the_start_has_used_up_says_so(budgeted, monkeypatch, tmp_
     assert warning == "budget-spent-before-training"
 
 
-def test_without_labels_nothing_is_kept_back_and_max_steps_end_a_budget_before(budgeted, monkeypatch):
-    monkeypatch.setattr(EvaluationSchedule, "has_knn", False)
-    for more, step in (((), 20), (("train.max_steps=7", "run.name=shorter"), 7)):
+def test_without_labels_the_spectrum_is_kept_back_and_max_steps_end_a_budget_before(budgeted, monkeypatch):
+    """3 s at a tenth of the budget and 3 at its end."""
+    for more, step in (((), 14), (("train.max_steps=7", "run.name=shorter"), 7)):
         clock = Clock()
-        result = spend(budgeted("budget=20s", *more), clock, monkeypatch)
-        assert (result.step, clock.now) == (step, step)
+        result = spend(budgeted("budget=20s", "data.val=null", *more), clock, monkeypatch)
+        assert (result.step, clock.now) == (step, step + 6)
 
 
 def test_a_run_goes_on_at_a_share_of_its_time_with_the_same_schedule(budgeted, monkeypatch, tmp_path):
@@ -124,15 +124,13 @@ def test_a_run_that_goes_on_from_a_share_is_the_run_that_was_never_stopped(tiny,
 
 
 def test_work_that_a_kill_has_lost_is_spent(budgeted, monkeypatch, tmp_path):
-    """40 s and a checkpoint at the first: the second start has the other 60, from step 1 on."""
+    """40 s and a checkpoint before the first kNN, at step 10: the second start has the other 60, from there on."""
     folder, clock = tmp_path / "runs/run", Clock()
     overrides = budgeted("budget=100s", "evaluate.knn_every_epochs=null", "checkpoint.every_seconds=1000")
 
     real = Run.read
 
     def killed(run, step, evaluation):
-        if run.progress.state.step == 1:
-            run.save_on_the_way(step, evaluation)
         if clock.now >= 40:
             run.progress.cost.write()
             raise Killed
@@ -150,10 +148,10 @@ def test_work_that_a_kill_has_lost_is_spent(budgeted, monkeypatch, tmp_path):
     clock.now += 3600
     result = spend(overrides, clock, monkeypatch)
     resumed = next(line for line in lines(folder) if line["kind"] == "resume")
-    assert resumed["step"] == 1
+    assert resumed["step"] == 10
     # kNN is timed anew, for the checkpoint knows no price: 60 s less two evaluations.
-    assert (result.step, clock.now) == (1 + 60 - 6, 3700)
-    assert train_lines(folder)[0]["progress"] == pytest.approx(0.41)
+    assert (result.step, clock.now) == (10 + 60 - 6, 3700)
+    assert train_lines(folder)[10]["progress"] == pytest.approx(0.41)
 
 
 def test_a_kill_in_the_last_evaluation_loses_no_step(budgeted, monkeypatch, tmp_path):
@@ -208,6 +206,26 @@ def test_checkpoints_keep_their_energy_back(tiny_config):
         clock.now += 5
     progress.agree()
     assert state.progress == pytest.approx(4500 / 9000)
+    # A checkpoint tells the next start.
+    resumed = Progress(config, 10, cost, World(), State(**asdict(state)))
+    resumed.state.progress = 0.0
+    resumed.agree()
+    assert resumed.state.progress == pytest.approx(4500 / 9000)
+
+
+def test_the_price_of_a_checkpoint_is_known_with_that_of_the_first_evaluation(budgeted, monkeypatch):
+    """2 s for each, of 100: one before the first kNN, at a tenth of the budget, and two around the last."""
+    clock = Clock()
+    real = checkpoint.save
+
+    def slow(*arguments):
+        clock.now += 2
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    result = spend(budgeted("budget=100s", "checkpoint.every_seconds=1e9"), clock, monkeypatch)
+    assert (result.status, clock.now) == ("done", 100)
+    assert result.step == 100 - 3 * 2 - 2 * 3
 
 
 def test_a_budget_within_a_long_epoch_tells_that_its_rate_was_held(budgeted, monkeypatch, capsys):
@@ -226,52 +244,6 @@ def test_images_end_at_their_step(budgeted, tmp_path):
     assert main(["--config", "quickstart", *budgeted("budget=250 images", "data.val=null")]) == 0
     steps = train_lines(tmp_path / "runs/run")
     assert [line["progress"] for line in steps] == pytest.approx([(1 + i) / 31 for i in range(31)])
-
-
-class Meter(EnergyMeter):
-    """100 J for each step of the clock, until it fails."""
-
-    def __init__(self, clock, watts=100.0, fails_at=None):
-        super().__init__(None, "NVML total energy", pytest.fail)
-        self.clock, self.watts, self.fails_at = clock, watts, fails_at
-
-    def joules(self):
-        return None if self.fails_at is not None and self.clock.now >= self.fails_at else self.watts * self.clock.now
-
-
-def test_energy_is_spent_and_reported(budgeted, monkeypatch, tmp_path, capsys):
-    """1 Wh is 36 s at 100 W; 3 s of it for a first kNN and 3 for the last."""
-    clock = Clock()
-    result = spend(budgeted("budget=1Wh"), clock, monkeypatch, joules=Meter(clock))
-    assert (result.step, clock.now) == (30, 36)
-    steps, end = train_lines(tmp_path / "runs/run"), lines(tmp_path / "runs/run")[-1]
-    # A step of 8 images takes 100 J; the one after the kNN has its 300 J as well.
-    assert [line["joules_per_image"] for line in steps] == pytest.approx([12.5] * 4 + [50] + [12.5] * 25)
-    assert (end["kwh"], end["joules_per_image"]) == (pytest.approx(0.001), pytest.approx(3600 / 240))
-    said = capsys.readouterr().out
-    assert "12.5 J/image" in said
-    assert "0.001 kWh (15 J/image); 100.0 % of 1Wh" in said
-    assert json.loads((tmp_path / "runs/run/environment.json").read_text())["energy"] == "NVML total energy"
-
-
-def test_a_counter_that_fails_ends_a_budget_of_energy_and_no_other(budgeted, monkeypatch, tmp_path, capsys):
-    clock = Clock()
-    with refuses("energy-lost", "budget"):
-        spend(budgeted("budget=1Wh"), clock, monkeypatch, joules=Meter(clock, fails_at=9))
-    clock = Clock()
-    result = spend(budgeted("budget=36s", "run.name=time"), clock, monkeypatch, joules=Meter(clock, fails_at=9))
-    assert result.step == 30
-    assert [line["joules_per_image"] for line in train_lines(tmp_path / "runs/time")][:2] == [12.5, 12.5]
-    assert "of process time, energy not known of the whole run; 100.0 % of 36s" in capsys.readouterr().out
-
-
-def test_a_budget_of_energy_needs_to_know_what_was_used_before(budgeted, monkeypatch, tmp_path):
-    """Else it would never end."""
-    clock = Clock()
-    spend(budgeted("budget=1Wh", "train.max_steps=3"), clock, monkeypatch, joules=Meter(clock))
-    (tmp_path / "runs/run/spent.json").write_text('{"seconds": 50, "joules": null}')
-    with refuses("energy-unknown", "budget"):
-        spend(budgeted("budget=1Wh", "train.max_steps=9"), clock, monkeypatch, joules=Meter(clock))
 
 
 def spend_here(overrides):
@@ -296,3 +268,11 @@ def test_energy_is_that_of_all_ranks(ranks, budgeted):
     """30 J and 75 J a step, 90 and 150 a kNN: 3,600 J are 29.7 steps beside two of those."""
     results = ranks(2, spend_here, budgeted("budget=1Wh"))
     assert [result.step for result, _ in results] == [30, 30]
+
+
+def test_a_share_of_the_steps_is_no_step_short(tiny_config):
+    for hundredths in range(1, 101):
+        train = tiny_config(f"train.max_share={hundredths / 100}").train
+        assert [train.last_step(total) for total in (100, 1000)] == [hundredths, 10 * hundredths]
+    # What is no whole number of steps ends before.
+    assert tiny_config("train.max_share=0.37").train.last_step(20) == 7
