@@ -92,7 +92,7 @@ def _findings(recorded, schedule, loader, runtime, batch, saved, name, number, s
     scaler = step.state_dict()["scaler"]
     scale, groups = scaler["scale"] if scaler else 1.0, recorded.config.view_groups
     step.method.before_step(schedule.progress_before(number), batch.indices)
-    seed_step(recorded.config.train.seed, number, runtime.world.rank)
+    seed_step(recorded.config.train.seed, number, runtime.world.rank, runtime.device)
     found = examine(step.method, batch.views, groups, runtime, scale, step.micro_batches)
     for line in text.loss(found.loss, losses, schedule, number):
         say(line)

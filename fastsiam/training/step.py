@@ -97,7 +97,7 @@ class TrainingStep:
         if indices is not None:
             self._recent.append((number, indices))
         self.method.before_step(progress, indices)
-        seed_step(self._train.seed, number, self._world.rank)
+        seed_step(self._train.seed, number, self._world.rank, self._runtime.device)
         try:
             out = self.attempt(views, number)
             self._scalars = {name: value.detach() for name, value in out.items() if not value.dim()}

@@ -26,7 +26,7 @@ def test_killed_twice_it_ends_as_an_undisturbed_run(tiny, tmp_path):
 
 def test_steps_ranks_and_seeds_draw_apart_and_a_step_made_again_draws_the_same():
     def drawn(*place):
-        seed_step(*place)
+        seed_step(*place, torch.device("cpu"))
         return tuple(torch.rand(4).tolist())
 
     places = [(seed, step, rank) for seed in (0, 1, 2**63 - 1) for step in (1, 2, 2**32 - 1) for rank in (0, 1)]

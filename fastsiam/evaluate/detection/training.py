@@ -88,7 +88,7 @@ class Batches:
             with world.together():
                 images, targets = sound(next(loader))
             # The samplers of RPN and of the heads draw by it.
-            seed_step(self._seed, iteration, world.rank)
+            seed_step(self._seed, iteration, world.rank, device)
             images = [image.to(device, non_blocking=True).float().div_(255) for image in images]
             yield images, [{n: v.to(device, non_blocking=True) for n, v in target.items()} for target in targets]
 

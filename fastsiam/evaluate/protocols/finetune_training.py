@@ -80,7 +80,7 @@ class FineTuning:
         `UserError` where it is not finite. All ranks must call.
         """
         world = self.runtime.world
-        seed_step(self._seed, number, world.rank)
+        seed_step(self._seed, number, world.rank, self.runtime.device)
         self.model.train()
         total = torch.zeros((), device=self.runtime.device, dtype=torch.float64)
         for step, batch in enumerate(batches):
