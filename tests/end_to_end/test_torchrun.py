@@ -94,7 +94,7 @@ def test_one_asked_worker_stops_all_with_one_checkpoint_and_no_restart(slow, tmp
 
 def test_ranks_that_hang_write_their_stacks_and_end_with_a_sentence(slow, tmp_path):
     folder = tmp_path / "runs/hangs"
-    overrides = slow("hangs", "train.watchdog_seconds=2", "train.log_every_steps=1")
+    overrides = slow("hangs", "train.watchdog_seconds=10", "train.log_every_steps=1")
     with torchrun(*overrides, module="tests.support.hanging_train") as job:
         _, errors = job.communicate(timeout=120)
     assert job.returncode == 1
