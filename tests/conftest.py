@@ -135,6 +135,12 @@ def tiny_config(tiny):
     return lambda *more: load_config("quickstart.yaml", tiny(*more))
 
 
+@pytest.fixture
+def budgeted(tiny):
+    """As `tiny`, for a budget in place of epochs."""
+    return lambda *more: tiny("train.epochs=null", "evaluate.knn_every_epochs=null", *more)
+
+
 def pytest_xdist_auto_num_workers(config):
     """A process a core, up to four; none for a single file or for the tests of a GPU, which count what they measure."""
     paths = [argument.partition("::")[0] for argument in config.args]

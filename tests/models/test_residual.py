@@ -180,7 +180,6 @@ def test_blocks_with_something_else_in_between_stay():
     assert found == kinds
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="of CPUs")
 def test_a_block_wider_than_the_kernels_of_a_cpu_trains_by_the_librarys_batch_norm():
     """As ResNeXt-101 32x32d has them."""
     wide = 2 * norm_rows_numba.MOST_CHANNELS

@@ -3,8 +3,7 @@
 import pytest
 
 from fastsiam.__main__ import main
-from tests.run.test_resume_random import DRAWS
-from tests.support.runs import train_here
+from tests.support.runs import DRAWS, train_here
 from tests.support.small_methods import run_overrides
 
 

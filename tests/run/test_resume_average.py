@@ -10,23 +10,13 @@ import fastsiam
 from fastsiam.evaluate.online import OnlineEvaluation
 from fastsiam.train import main
 from tests.support.refusals import refused
-from tests.support.runs import EVERY_STEP, assert_same_run, lines, train_here
+from tests.support.runs import EVERY_STEP, assert_same_run, die_at, lines, train_here
 
 SMALL = ("train.micro_batch=4", "train.checkpoint_activations=true", "evaluate.average=ema")
 
 
 def average(folder):
     return torch.load(folder / "checkpoint.pt", weights_only=True)["average"]
-
-
-def die_at(step):
-    """Ends a run as SIGKILL would: what is written afterwards is not a checkpoint."""
-
-    def spoil(world, number, views):
-        if number == step:
-            raise RuntimeError("killed")
-
-    return spoil
 
 
 @pytest.mark.slow

@@ -5,8 +5,7 @@ import torch
 
 from fastsiam.methods.byol import BYOL
 from fastsiam.run.encoder_file import load_encoder
-from tests.run.test_resume_average import die_at
-from tests.support.runs import EVERY_STEP, assert_same_run, lines, refused_unwritten, train_here
+from tests.support.runs import assert_kills_change_nothing, refused_unwritten, train_here
 from tests.support.small_methods import CLASSES, run_overrides
 
 
@@ -19,15 +18,8 @@ def small(tiny):
 @pytest.mark.parametrize("name", [name for name in CLASSES if name != "simsiam"])
 def test_killed_twice_it_ends_as_an_undisturbed_run(name, small, tmp_path):
     """Bit by bit, after the buffers have moved: the queue of SwAV is in use, BYOL's momentum has risen."""
-    runs, overrides = tmp_path / "runs", small(name)
-    train_here([*overrides, "run.name=whole"])
-    for step in (5, 9):
-        with pytest.raises(RuntimeError, match="killed"):
-            train_here([*overrides, EVERY_STEP, "run.name=killed"], spoil=die_at(step))
-    train_here([*overrides, "run.name=killed"])
-    assert [line["step"] for line in lines(runs / "killed") if line["kind"] == "resume"] == [4, 8]
-    assert_same_run(runs / "whole", runs / "killed")
-    saved = torch.load(runs / "whole/checkpoint.pt", weights_only=True)["method"]
+    assert_kills_change_nothing(small(name), tmp_path / "runs", (5, 9))
+    saved = torch.load(tmp_path / "runs/whole/checkpoint.pt", weights_only=True)["method"]
     held = {"byol": "target.encoder.conv1.weight", "alternating": "held.encoder.conv1.weight", "average": "eta",
             "moco": "queue", "swav": "queue", "simclr": "encoder.conv1.weight"}  # fmt: skip
     assert saved[held[name]].abs().max() > 0

@@ -34,6 +34,20 @@ class Meter(EnergyMeter):
         return None if self.fails_at is not None and self.clock.now >= self.fails_at else self.watts * self.clock.now
 
 
+class Killed(Exception):
+    """Ends a run as SIGKILL would."""
+
+
+def taking(clock, seconds, call):
+    """Returns `call`, which takes so many seconds of the clock."""
+
+    def taken(*arguments):
+        clock.now += seconds
+        return call(*arguments)
+
+    return taken
+
+
 def spend(overrides, clock, monkeypatch, world=None, joules=None):
     """A whole run on the clock; returns its result and the clock's time after the last evaluation."""
     timed = functools.partial(CostMeter, clock=clock)
@@ -45,24 +59,12 @@ def spend(overrides, clock, monkeypatch, world=None, joules=None):
         if earlier is not None:
             return earlier
         data, step, progress, evaluation, run = parts
-        knn, spectrum = evaluation._online.knn, evaluation._online.spectrum
-
-        def stepped(*arguments):
-            clock.now += clock.step
-            return step(*arguments)
-
-        def measured(*arguments):
-            clock.now += clock.evaluation
-            return knn(*arguments)
-
-        def measured_without_labels(*arguments):
-            clock.now += clock.evaluation
-            return spectrum(*arguments)
-
+        stepped = taking(clock, clock.step, step)
         # A step as `train` sees it.
         for name in ("optimizer", "method", "read", "compiled", "state_dict"):
             setattr(stepped, name, getattr(step, name))
-        evaluation._online.knn, evaluation._online.spectrum = measured, measured_without_labels
+        online = evaluation._online
+        online.knn, online.spectrum = (taking(clock, clock.evaluation, way) for way in (online.knn, online.spectrum))
         status = train(config, data, stepped, progress, evaluation, run)
         return finish(run, status, step, evaluation)
 

@@ -46,6 +46,11 @@ TINY = (
     "data.demo_seed=null",
 )
 
+# An encoder with stochastic depth. PIL's DataLoader draws from torch's generator when an iteration begins.
+DRAWS = (
+    "model.encoder=efficientnet_b0", "model.stem=imagenet", "model.width=null", "data.backend=pil", "data.workers=0",
+)  # fmt: skip
+
 
 def lines(folder):
     """Lines of a run's metrics.jsonl, which have no other fields than their kinds."""
@@ -85,6 +90,27 @@ def record(folder):
 def assert_same_run(one, other):
     torch.testing.assert_close(weights(one), weights(other), rtol=0, atol=0)
     assert record(one) == record(other)
+
+
+def die_at(step):
+    """Ends a run as SIGKILL would: what is written afterwards is not a checkpoint."""
+
+    def spoil(world, number, views):
+        if number == step:
+            raise RuntimeError("killed")
+
+    return spoil
+
+
+def assert_kills_change_nothing(overrides, runs, steps):
+    """A run killed before each of `steps`, with a checkpoint at each one, ends bit by bit as one that was not."""
+    train_here([*overrides, "run.name=whole"])
+    for step in steps:
+        with pytest.raises(RuntimeError, match="killed"):
+            train_here([*overrides, EVERY_STEP, "run.name=killed"], spoil=die_at(step))
+    train_here([*overrides, "run.name=killed"])
+    assert [line["step"] for line in lines(runs / "killed") if line["kind"] == "resume"] == [step - 1 for step in steps]
+    assert_same_run(runs / "whole", runs / "killed")
 
 
 def start(overrides, **environment):

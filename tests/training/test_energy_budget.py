@@ -5,18 +5,9 @@ import json
 import pytest
 
 from fastsiam.run.run import Run
-from tests.support.clocked_runs import Clock, Meter, spend, train_lines
+from tests.support.clocked_runs import Clock, Killed, Meter, spend, train_lines
 from tests.support.refusals import refuses
 from tests.support.runs import lines
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture
-def budgeted(tiny):
-    return lambda *more: tiny("train.epochs=null", "evaluate.knn_every_epochs=null", *more)
 
 
 def test_energy_is_spent_and_reported(budgeted, monkeypatch, tmp_path, capsys):

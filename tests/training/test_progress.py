@@ -17,18 +17,9 @@ from fastsiam.train import main, opened
 from fastsiam.training.cost import CostMeter
 from fastsiam.training.progress import Progress
 from fastsiam.training.state import State
-from tests.support.clocked_runs import Clock, Meter, spend, train_lines
+from tests.support.clocked_runs import Clock, Killed, Meter, spend, taking, train_lines
 from tests.support.gloo_ranks import world as gloo_world
 from tests.support.runs import lines, numbers, train_here, weights
-
-
-class Killed(Exception):
-    pass
-
-
-@pytest.fixture
-def budgeted(tiny):
-    return lambda *more: tiny("train.epochs=null", "evaluate.knn_every_epochs=null", *more)
 
 
 def test_the_cosine_ends_when_the_budget_does(budgeted, monkeypatch, tmp_path):
@@ -75,13 +66,7 @@ def test_a_long_evaluation_leaves_its_time(budgeted, monkeypatch, tmp_path):
 
 def test_a_budget_that_the_start_has_used_up_says_so(budgeted, monkeypatch, tmp_path):
     clock = Clock()
-    real = Run.begin
-
-    def slow(*arguments):
-        clock.now += 30
-        real(*arguments)
-
-    monkeypatch.setattr(Run, "begin", slow)
+    monkeypatch.setattr(Run, "begin", taking(clock, 30, Run.begin))
     result = spend(budgeted("budget=20s"), clock, monkeypatch)
     assert (result.status, result.step) == ("done", 0)
     (warning,) = [line["code"] for line in lines(tmp_path / "runs/run") if line["kind"] == "warning"]
@@ -216,13 +201,7 @@ def test_checkpoints_keep_their_energy_back(tiny_config):
 def test_the_price_of_a_checkpoint_is_known_with_that_of_the_first_evaluation(budgeted, monkeypatch):
     """2 s for each, of 100: one before the first kNN, at a tenth of the budget, and two around the last."""
     clock = Clock()
-    real = checkpoint.save
-
-    def slow(*arguments):
-        clock.now += 2
-        real(*arguments)
-
-    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(checkpoint, "save", taking(clock, 2, checkpoint.save))
     result = spend(budgeted("budget=100s", "checkpoint.every_seconds=1e9"), clock, monkeypatch)
     assert (result.status, clock.now) == ("done", 100)
     assert result.step == 100 - 3 * 2 - 2 * 3
